@@ -1,0 +1,75 @@
+# Every target makes what it needs in .venv and uses it again.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+SUITE ?= place
+SPLIT ?= unseen
+
+.PHONY: help venv quickstart test processes soak parity sim pretrain bench bench-sim bench-convert aot lint lock
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(VENV)/.main: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check uv
+	$(VENV)/bin/uv pip install -q --python $(PY) -r requirements.lock
+	$(VENV)/bin/uv pip install -q --python $(PY) --no-build-isolation --no-deps -e .
+	touch $@
+
+# torch is only to be had through pip here and there (a CPU wheel), so pip installs this one.
+$(VENV)/.parity: requirements-parity.txt $(VENV)/.main
+	$(VENV)/bin/pip install -q --disable-pip-version-check -r requirements-parity.txt
+	touch $@
+
+$(VENV)/.sim: requirements-libero.txt $(VENV)/.main
+	$(VENV)/bin/uv pip install -q --python $(PY) --no-deps -r requirements-libero.txt
+	touch $@
+
+venv: $(VENV)/.main  ## the Python environment everything runs in
+
+quickstart: $(VENV)/.main  ## demonstrations, LoRA training, evaluation, report: SUITE=place SPLIT=unseen
+	$(PY) -m semanticvla_jax.quickstart --suite=$(SUITE) --split=$(SPLIT) --out=runs/quickstart_$(SUITE)_$(SPLIT)
+
+test: $(VENV)/.main  ## all tests that need nothing but the main requirements
+	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not sim and not processes"
+
+processes: $(VENV)/.main  ## the commands in processes of their own: the whole chain, two hosts, kill -9, SIGTERM (minutes)
+	$(PY) -m pytest -m processes
+
+soak: $(VENV)/.main  ## a run killed 20 times at random steps ends as the one left alone, bit for bit
+	KILLS=20 $(PY) -m pytest -s -m processes tests/train/test_resume.py
+
+parity: $(VENV)/.parity  ## against PyTorch's own classes (installs torch, transformers)
+	$(PY) -m pytest -m parity
+
+sim: $(VENV)/.sim  ## the LIBERO simulator: installs it and runs its tests (assets and OpenGL libraries: README)
+	$(PY) -m pytest -m sim
+
+pretrain: $(VENV)/.main  ## the small tabletop base from scratch, in two runs; run it again to go on
+	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py --workdir=runs/pretrain
+	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py:turn --workdir=runs/pretrain/turn --config.init_from=runs/pretrain/policy
+
+bench: $(VENV)/.main  ## speed on this machine, each figure with its peer
+	$(PY) -m semanticvla_jax.benchmark evaluation
+
+DEMONSTRATIONS ?= ../shared/libero/demonstrations
+bench-sim: $(VENV)/.sim  ## LIBERO episodes a minute, two simulators against one (DEMONSTRATIONS=…)
+	$(PY) -m semanticvla_jax.benchmark simulators --recorded=$(DEMONSTRATIONS)
+
+# libtpu compiles for slices that are not here; it lives apart from the CPU environment.
+.venv-aot/.done: $(VENV)/.main
+	$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps --target .venv-aot 'libtpu==0.0.42.*'
+	touch $@
+
+aot: .venv-aot/.done  ## ahead-of-time compilation for TPU slices: small ones, then the 7B training step (minutes)
+	PYTHONPATH=.venv-aot $(PY) -m pytest -m aot
+
+bench-convert: $(VENV)/.main  ## conversion of a random 15 GB checkpoint against a plain copy (60 GB of disk; LAYERS=…)
+	$(PY) tests/convert/bench.py runs/bench_convert --layers $(or $(LAYERS),32)
+
+lint: $(VENV)/.main  ## ruff
+	$(VENV)/bin/ruff check .
+
+lock: $(VENV)/.main  ## resolve requirements-dev.txt anew into requirements.lock
+	$(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --no-header --no-emit-index-url requirements-dev.txt requirements-build.txt -o requirements.lock

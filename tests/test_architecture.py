@@ -1,0 +1,62 @@
+"""Who may import whom: the arrows of the README's file tree."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "semanticvla_jax"
+MAY_IMPORT = {
+  "types": set(),
+  "models": {"types"},
+  "data": {"types"},
+  "envs": {"types"},
+  "checkpoint": {"types", "models"},
+  "demonstrate": {"types", "data", "envs"},
+  "convert": {"types", "models", "data", "checkpoint"},
+  "train": {"types", "models", "data", "checkpoint", "envs"},
+  "policy": {"types", "models", "data", "checkpoint"},
+  "evaluate": {"types", "models", "data", "envs", "checkpoint", "policy"},
+  "serve": {"types", "policy"},
+  "quickstart": set(),
+  "benchmark": {"types", "models", "data", "envs", "checkpoint", "policy", "train", "evaluate"},
+}
+FORBIDDEN = {  # third-party packages that must not be imported when the module is
+  "models": {"tensorflow", "tensorflow_datasets", "ml_collections", "torch", "orbax"},
+  "envs": {"tensorflow", "tensorflow_datasets", "torch"},
+  "policy": {"tensorflow", "tensorflow_datasets", "torch"},
+  "data": {"torch"},
+  "train": {"torch"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+  return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, top_level_only: bool = False):
+  tree = ast.parse(path.read_text())
+  nodes = tree.body if top_level_only else ast.walk(tree)
+  for node in nodes:
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+      yield node.module
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows(path):
+  if part(path) == "__init__":
+    return
+  inside = {name.split(".")[1] for name in imports(path) if name.startswith("semanticvla_jax.")}
+  assert inside - {part(path)} <= MAY_IMPORT[part(path)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_heavy_packages_stay_where_they_belong(path):
+  outside = {name.split(".")[0] for name in imports(path, top_level_only=True)}
+  assert not outside & FORBIDDEN.get(part(path), set())
+  if path.name != "__main__.py":
+    assert "configs" not in outside
