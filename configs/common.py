@@ -1,0 +1,123 @@
+"""What the configs share: the released LIBERO recipe as one locked ConfigDict, and how `mode@variant` is read.
+
+Fields mirror the code that reads them: `model` is semanticvla.DEFAULTS, `lora` is LoRA's attributes, and so on. Nothing
+here imports the package.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+PATCHES = {"tiny": 64, "small": 36, "7b": 256}  # per view, (image / patch)² of the variant
+
+
+# OpenVLA and OpenVLA-OFT as values of `model`: no pruners, no fusers, no FiLM, the second-to-last block's patches.
+PLAIN = dict(dino_pruner=None, siglip_pruner=None, film=(), dense_fuser=None, vision_layer="second_to_last")
+
+
+def split(arg: str | None, modes: tuple[str, ...]) -> tuple[str, str]:
+  """ "lite@tiny" → ("lite", "tiny"); the first mode and 7b are the defaults."""
+  mode, _, variant = (arg or "").partition("@")
+  mode, variant = mode or modes[0], variant or "7b"
+  if mode not in modes or variant not in PATCHES:
+    raise ValueError(
+      f"config argument: got {arg!r}, expected MODE@VARIANT with MODE one of {modes} and VARIANT one of {(*PATCHES,)}."
+    )
+  return mode, variant
+
+
+def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
+  """SemanticVLA as released for LIBERO, keeping 1/ratio of each view's patches."""
+  config = ConfigDict()
+  config.seed = 7
+  config.model = ConfigDict(
+    dict(
+      variant=variant,
+      encoders=("dino", "siglip"),
+      dino_pruner="sa",
+      siglip_pruner="id",
+      film=("dino",),
+      film_pool="words",
+      keep=PATCHES[variant] // ratio,
+      cues=5,
+      temperature=1.0,
+      similarity_noise=0.1,
+      anchor_rule="similarity",
+      aggregation_std=1.0,
+      dense_fuser="variant",
+      sparse_fuser="joint",
+      vision_layer="last",
+      siglip_gelu="erf",
+      num_views=2,
+      proprio_dim=8,
+      action_dim=7,
+      chunk=8,
+      coupler="grouped",
+      mask="block",
+      scan=True,
+      remat=placeholder(str),
+      dtype="bfloat16" if variant == "7b" else "float32",
+    )
+  )
+  if variant == "7b":
+    config.model.remat = "full"  # the backward pass computes each block again; None is faster where memory allows
+  config.init_from = placeholder(str)  # a policy folder to start from
+  config.lora = ConfigDict(dict(rank=64, alpha=128.0, targets="release"))
+  # Trained in full beside the adapters; everything else is frozen (and kept in bfloat16 at 7b).
+  config.trainable = (
+    r"(dino|siglip)/Transformer/encoderblock_\d+/film/.*|(dino|siglip)_(sa|id)_pruner/.*|dense_fuser/.*"
+    r"|sparse_fuser/.*|proprio_projector/.*|coupler/.*"
+  )
+  config.frozen_dtype = placeholder(str)  # of frozen parameters; None: float32, as the trainable ones
+  if variant == "7b":
+    config.frozen_dtype = "bfloat16"
+  config.optim = ConfigDict(
+    dict(
+      name="adamw",  # or "muon", for training from scratch
+      lr=5e-4,
+      warmup_steps=2000,
+      decay_steps=80_000,
+      end_lr=1e-5,
+      b1=0.9,
+      b2=0.999,
+      eps=1e-8,
+      weight_decay=0.01,
+      drop_at=placeholder(int),
+      drop_to=placeholder(float),
+      clip_norm=placeholder(float),
+      ema=placeholder(float),  # decay of an average of the trainable parameters, which the policy then takes
+      accumulate=1,
+    )
+  )
+  config.data = ConfigDict(
+    dict(
+      dir="data",
+      mixture="libero_4_task_suites_no_noops",
+      batch_size=128,
+      trajectory_end="cut",
+      augment=True,
+      crop_area=0.9,  # centre crop at evaluation, the mean of the random crops of training
+      normalisation="bounds_q99",
+      pruner_text="question",
+      prompt_length=64,
+      instruction_length=64,
+      tokenizers=placeholder(str),  # a folder; None: the embedded pair
+      keep_statistics=False,  # normalise with the statistics of init_from
+      suites=placeholder(tuple),  # weights of the tabletop suites where the expert makes the batches
+      starts=0.0,  # and the share of first moments among its examples
+    )
+  )
+  config.train = ConfigDict(
+    dict(
+      steps=80_005,
+      save_every=10_000,
+      keep_last=3,
+      keep_every=placeholder(int),  # checkpoints at multiples of this stay for good
+      log_every=50,
+      grounding=None,  # weights of train/grounding.py, for training from scratch
+      spike=placeholder(float),  # stop where the loss exceeds this many times its recent median
+      wandb=placeholder(str),  # project to report to as well
+    )
+  )
+  # Sizes; one -1 takes what is left. overrides: (regular expression over parameter paths, (axis or None, …)), …
+  config.mesh = ConfigDict(dict(replica=1, data=1, fsdp=-1, tensor=1, overrides=()))
+  return config.lock()

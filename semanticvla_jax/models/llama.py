@@ -1,0 +1,192 @@
+"""Llama-2 decoder: RMSNorm, rotary attention, SwiGLU; one block, scanned or unrolled, over any attention mask.
+
+Parameters lie either stacked (`layers/…` with a leading axis over depth: one compiled body, for training) or apart
+(`layers_{i}/…`: no copies out of a stack, for inference). `stack_layers` and `unstack_layers` convert, bit for bit.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Bool, Float, Int
+
+REMAT = {
+  None: None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def rope(x: Float[Array, "b l h c"], positions: Int[Array, "b l"], theta: float) -> Float[Array, "b l h c"]:
+  """Rotary embedding, Hugging Face's half-split convention; angles in float32 (Su et al. 2021)."""
+  half = x.shape[-1] // 2
+  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Rotary multi-head attention; with a cache, new keys and values are written at `write_at`."""
+
+  num_heads: int
+  theta: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b l d"], positions, mask: Bool[Array, "b l s"], cache, write_at):
+    d = x.shape[-1]
+    dense = dict(use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
+    heads = (self.num_heads, d // self.num_heads)
+    q, k, v = (nn.DenseGeneral(heads, name=name, **dense)(x) for name in ("q_proj", "k_proj", "v_proj"))
+    q, k = rope(q, positions, self.theta), rope(k, positions, self.theta)
+    if cache is not None:
+      k, v = (
+        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), write_at, axis=1)
+        for old, new in zip(cache, (k, v))
+      )
+      cache = (k, v)
+    out = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None])
+    return nn.DenseGeneral(d, axis=(-2, -1), name="o_proj", **dense)(out), cache
+
+
+class MLP(nn.Module):
+  """SwiGLU (Shazeer 2020)."""
+
+  mlp_dim: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    dense = dict(use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
+    gate = nn.Dense(self.mlp_dim, name="gate_proj", **dense)(x)
+    up = nn.Dense(self.mlp_dim, name="up_proj", **dense)(x)
+    return nn.Dense(x.shape[-1], name="down_proj", **dense)(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+  """One decoder layer; the carry is the residual stream."""
+
+  num_heads: int
+  mlp_dim: int
+  eps: float
+  theta: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b l d"], positions, mask, cache, write_at):
+    norm = dict(epsilon=self.eps, dtype=self.dtype)
+    y, cache = Attention(self.num_heads, self.theta, self.dtype, name="attn")(
+      nn.RMSNorm(name="input_norm", **norm)(x), positions, mask, cache, write_at
+    )
+    x = x + y
+    x = x + MLP(self.mlp_dim, self.dtype, name="mlp")(nn.RMSNorm(name="post_attention_norm", **norm)(x))
+    x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+    self.sow("intermediates", "hidden", x)
+    return x, cache
+
+
+class Llama(nn.Module):
+  """The decoder between its embeddings and its logits.
+
+  Attributes:
+    vocab, width, depth, num_heads, mlp_dim: sizes. eps: of RMSNorm (1e-6 in OpenVLA's config, not Llama-2's 1e-5).
+    theta: rotary base. scan: stacked layers (True) or layers apart (False). remat: None, 'full' or 'dots', what the
+    backward pass recomputes of each layer: nothing, all, all but matrix products.
+  """
+
+  vocab: int
+  width: int
+  depth: int
+  num_heads: int
+  mlp_dim: int
+  eps: float = 1e-6
+  theta: float = 10000.0
+  scan: bool = True
+  remat: str | None = None
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    if self.remat not in REMAT:
+      raise ValueError(f"llama: got remat {self.remat!r}, expected one of {list(REMAT)}; set model.remat.")
+    self.embed = nn.Embed(self.vocab, self.width, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype)
+    sizes = dict(num_heads=self.num_heads, mlp_dim=self.mlp_dim, eps=self.eps, theta=self.theta, dtype=self.dtype)
+    block = Block
+    if self.remat:
+      block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
+    if self.scan:
+      self.layers = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+        length=self.depth,
+      )(**sizes)
+    else:
+      self.layers = [block(**sizes) for _ in range(self.depth)]
+    self.norm = nn.RMSNorm(epsilon=self.eps, dtype=self.dtype)
+    self.lm_head = nn.Dense(self.vocab, use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
+
+  def __call__(
+    self,
+    x: Float[Array, "b l d"],
+    positions: Int[Array, "b l"],
+    mask: Bool[Array, "b l s"],
+    cache: tuple[Float[Array, "L b s h c"], Float[Array, "L b s h c"]] | None = None,
+    write_at: Int[Array, ""] | int = 0,
+  ):
+    """Embeddings → (states after the final norm f[b l d], cache). Key axis `s` is `l` without a cache."""
+    if self.scan:
+      x, cache = self.layers(x, positions, mask, cache, write_at)
+    else:
+      caches = []
+      for i, layer in enumerate(self.layers):
+        x, layer_cache = layer(x, positions, mask, cache and (cache[0][i], cache[1][i]), write_at)
+        caches.append(layer_cache)
+      cache = cache and tuple(jnp.stack(part) for part in zip(*caches))
+    return self.norm(x), cache
+
+  @nn.nowrap
+  def empty_cache(self, batch: int, length: int) -> tuple[Float[Array, "L b s h c"], Float[Array, "L b s h c"]]:
+    """A key/value cache for `length` positions, zeros in the compute type."""
+    shape = (self.depth, batch, length, self.num_heads, self.width // self.num_heads)
+    return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+
+  def embed_tokens(self, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    return self.embed(ids)
+
+  def logits(self, states: Float[Array, "b l d"]) -> Float[Array, "b l vocab"]:
+    """Logits over the whole vocabulary, float32. Only models that speak in tokens have this matrix."""
+    return self.lm_head(states).astype(jnp.float32)
+
+
+def unstack_layers(params: dict) -> dict:
+  """`layers/…` with a leading depth axis → `layers_{i}/…` (for `scan=False`)."""
+  out = {}
+  for path, leaf in flatten_dict(params).items():
+    if "layers" not in path:
+      out[path] = leaf
+      continue
+    at = path.index("layers")
+    for i in range(leaf.shape[0]):
+      out[*path[:at], f"layers_{i}", *path[at + 1 :]] = leaf[i]
+  return unflatten_dict(out)
+
+
+def stack_layers(params: dict) -> dict:
+  """`layers_{i}/…` → `layers/…` with a leading depth axis (for `scan=True`)."""
+  out, apart = {}, {}
+  for path, leaf in flatten_dict(params).items():
+    at = next((j for j, name in enumerate(path) if re.fullmatch(r"layers_\d+", name)), None)
+    if at is None:
+      out[path] = leaf
+    else:
+      apart.setdefault((*path[:at], "layers", *path[at + 1 :]), {})[int(path[at][len("layers_") :])] = leaf
+  out |= {path: jnp.stack([leaves[i] for i in range(len(leaves))]) for path, leaves in apart.items()}
+  return unflatten_dict(out)

@@ -1,0 +1,125 @@
+"""LoRA as a wrapper around an unchanged model (Hu et al. 2021).
+
+    model = LoRA(build(config), rank=64, alpha=128, targets=RELEASE_TARGETS)
+
+`lora_a`, `lora_b` stand beside the `kernel` they adapt, under scans and rematerialisation too. At initialisation the
+wrapped model equals the model (B = 0). `merge` folds them into the kernels, once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+# Which layers the released fine-tuning adapts: every linear layer of openvla-7b except its projectors; modules created
+# after the adapters (FiLM, fusers, text projector, coupler, proprioception) and the frozen text tower have none. The
+# release also adapts SigLIP's unused pooling head and the unused lm_head: dead weights, which this model does not have.
+RELEASE_TARGETS = (
+  r"(dino|siglip)/Transformer/encoderblock_\d+"
+  r"/(MultiHeadDotProductAttention_0/(query|key|value|out)|MlpBlock_0/Dense_[01])"
+  r"|llm/layers(_\d+)?/(attn|mlp)/\w+_proj"
+)
+# OpenVLA and OpenVLA-OFT (peft's "all-linear"): patch embeddings and projector too, and lm_head where there is one.
+ALL_LINEAR_TARGETS = RELEASE_TARGETS + r"|(dino|siglip)/embedding|sparse_fuser/projector/Dense_\d|llm/lm_head"
+TARGETS = {"release": RELEASE_TARGETS, "all_linear": ALL_LINEAR_TARGETS}
+
+
+Leaf = jax.Array | np.ndarray
+
+
+class LoRA(nn.Module):
+  """Runs `model`; adds (alpha/rank)·x·A·B after each Dense, DenseGeneral or Conv whose path matches `targets`.
+
+  Attributes:
+    model: the module to adapt; parameter names stay its own.
+    rank, alpha: r and α of the paper; the scale is α/r.
+    targets: regular expression over the full path of a layer, e.g. "llm/layers/attn/q_proj".
+  """
+
+  model: nn.Module
+  rank: int
+  alpha: float | int
+  targets: str = RELEASE_TARGETS
+
+  def setup(self):
+    if self.rank < 1:
+      raise ValueError(f"LoRA: got rank {self.rank}, expected 1 or more; to train without adapters, do not wrap.")
+    nn.share_scope(self, self.model)
+
+  def __call__(self, *args, call: str = "__call__", **kwargs):
+    """Runs the method `call` of the wrapped model with the same arguments."""
+    with nn.intercept_methods(self._adapt):
+      return getattr(self.model, call)(*args, **kwargs)
+
+  @nn.nowrap
+  def _adapt(self, call, args, kwargs, context):
+    y, layer = call(*args, **kwargs), context.module
+    adaptable = context.method_name == "__call__" and isinstance(layer, (nn.Dense, nn.DenseGeneral, nn.Conv))
+    path = "/".join(layer.path).removeprefix("model/")  # flax names the wrapped field, though its scope is shared
+    if not adaptable or not re.fullmatch(self.targets, path):
+      return y
+    update = _convolution if isinstance(layer, nn.Conv) else _product
+    return y + (self.alpha / self.rank) * update(layer, args[0], self.rank).astype(y.dtype)
+
+
+def _pair(layer: nn.Module, inputs: tuple[int, ...], rank: int, outputs: tuple[int, ...]) -> tuple[Leaf, Leaf]:
+  """lora_a [*inputs, r] ~ N(0, 1/r) as peft's gaussian init, lora_b [r, *outputs] = 0, in the layer's compute type."""
+  a = layer.param("lora_a", nn.initializers.normal(1 / rank), (*inputs, rank))
+  b = layer.param("lora_b", nn.initializers.zeros, (rank, *outputs))
+  return (a.astype(layer.dtype), b.astype(layer.dtype)) if layer.dtype else (a, b)
+
+
+def _product(layer, x, rank):
+  features = layer.features if isinstance(layer.features, tuple) else (layer.features,)
+  axis = getattr(layer, "axis", -1)
+  axis = axis if isinstance(axis, tuple) else (axis,)
+  a, b = _pair(layer, tuple(x.shape[i] for i in axis), rank, features)
+  low = jnp.tensordot(x.astype(a.dtype), a, axes=(axis, tuple(range(len(axis)))))
+  return jnp.tensordot(low, b, axes=1)
+
+
+def _convolution(layer, x, rank):
+  a, b = _pair(layer, (*layer.kernel_size, x.shape[-1]), rank, (layer.features,))
+  low = jax.lax.conv_general_dilated(
+    x.astype(a.dtype), a, layer.strides, layer.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  return jnp.tensordot(low, b, axes=1)
+
+
+def merge(params: dict, rank: int, alpha: float | int) -> dict:
+  """W + (α/r)·A·B for every adapted kernel; the result has no adapters (Hu et al. 2021, §4.1).
+
+  Sums in float32, returned in the kernel's type. Raises ValueError when there is nothing to merge (a tree that was
+  merged before: merging the same adapter twice ruins a policy silently) or when the adapters' rank is not `rank`.
+  """
+  flat = flatten_dict(params)
+  adapted = [path[:-1] for path in flat if path[-1] == "lora_a"]
+  if not adapted:
+    raise ValueError(
+      "LoRA merge: got a tree without lora_a / lora_b, expected an adapted one; it is already merged, or was never "
+      "wrapped in LoRA. Load the unmerged parameters."
+    )
+  for layer in adapted:
+    kernel, a, b = flat[*layer, "kernel"], flat.pop((*layer, "lora_a")), flat.pop((*layer, "lora_b"))
+    if a.shape[-1] != rank:
+      raise ValueError(
+        f"LoRA merge: {'/'.join(layer)} has rank {a.shape[-1]}, expected {rank}; pass the rank (and alpha) of training."
+      )
+    flat[*layer, "kernel"] = (kernel.astype(jnp.float32) + (alpha / rank) * outer(kernel, a, b)).astype(kernel.dtype)
+  return unflatten_dict(flat)
+
+
+def outer(kernel: Leaf, a: Leaf, b: Leaf) -> jax.Array:
+  """A·B in the shape of `kernel`, float32; leading axes shared by all three (stacked layers) are kept."""
+  lead = a.ndim - 1 + b.ndim - 1 - kernel.ndim
+  stack, (n, r) = a.shape[:lead], (math.prod(a.shape[lead:-1]), a.shape[-1])
+  product = jnp.matmul(
+    a.astype(jnp.float32).reshape(*stack, n, r), b.astype(jnp.float32).reshape(*stack, r, -1), precision="highest"
+  )
+  return product.reshape(kernel.shape)

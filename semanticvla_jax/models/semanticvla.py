@@ -1,0 +1,446 @@
+"""SemanticVLA: images, proprioception, an instruction → a chunk of actions in one pass (SemanticVLA Figure 2, Eq. 1).
+
+    instruction ─ text ─► words                                    images ─ normalise, once per encoder ─► pixels
+                            │                                                │
+                            │          siglip ──────── dense_fuser ──────── dino + aggregation tokens (FiLM by prompt)
+                            ▼            │                                    │
+                        IDPruner ◄───────┘                               SAPruner
+                            │ cues, anchors                                   │ aggregated
+                            └──────────────► sparse_fuser ◄───────────────────┘
+                                                  │ visual tokens of all views
+                  [ <s> | visual | proprio | prompt | action placeholders | </s> ]
+                                                  │ llm, bidirectional over the action block
+                                               coupler ─► actions f32[b k a]
+
+The baselines are rows of the same code: OpenVLA-OFT (no pruners, no fuser, one head) and OpenVLA (no coupler either:
+seven greedy tokens with a key/value cache). `build` is where a config decides which parts exist.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from jaxtyping import Array, Bool, Float, Int
+
+from semanticvla_jax.models import masks
+from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, grouped, tokens_to_actions
+from semanticvla_jax.models.fuser import DenseFuser, SparseFuser, check_pairs
+from semanticvla_jax.models.llama import Llama
+from semanticvla_jax.models.mlp import MLP
+from semanticvla_jax.models.pruner import IDPruner, SAPruner
+from semanticvla_jax.models.text import TextEncoder
+from semanticvla_jax.models.vit import ViT
+from semanticvla_jax.types import Observation
+
+STOP = 2  # </s>
+GREEDY_TOKENS = 7  # OpenVLA speaks one token per action dimension
+
+# DINOv2's ImageNet constants as openvla-7b's preprocessor file holds them: written through bfloat16.
+DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
+
+# Sizes; everything else is the same code. `pairs`: where the Dense-Fuser sits, (dino block, siglip block), 0-based.
+VARIANTS = {
+  "tiny": dict(
+    image=32,
+    patch=4,
+    pairs=((0, 0), (1, 1), (2, 2)),
+    dino=dict(width=16, depth=4, num_heads=2, mlp_dim=32, registers=4, layer_scale=1.0),
+    siglip=dict(width=24, depth=4, num_heads=2, mlp_dim=40),
+    text=dict(vocab=512, positions=32, width=24, depth=1, num_heads=2, mlp_dim=40),
+    llm=dict(vocab=512, width=32, depth=2, num_heads=2, mlp_dim=64),
+  ),
+  "small": dict(  # heads of 32 and 6x6 patches: what two CPU cores train fastest
+    image=48,
+    patch=8,
+    pairs=((0, 0), (1, 1), (2, 2)),
+    dino=dict(
+      width=64, depth=4, num_heads=2, mlp_dim=128, registers=1, layer_scale=1.0, position_init="sincos"
+    ),
+    siglip=dict(width=64, depth=3, num_heads=2, mlp_dim=128, position_init="sincos"),
+    text=dict(vocab=512, positions=24, width=64, depth=1, num_heads=2, mlp_dim=128),
+    llm=dict(vocab=512, width=96, depth=4, num_heads=3, mlp_dim=256),
+  ),
+  "7b": dict(
+    image=224,
+    patch=14,
+    pairs=((2, 3), (11, 13), (20, 23)),
+    dino=dict(width=1024, depth=24, num_heads=16, mlp_dim=4096, registers=4, layer_scale=1e-5),
+    siglip=dict(width=1152, depth=27, num_heads=16, mlp_dim=4304),
+    text=dict(vocab=32000, positions=64, width=1152, depth=27, num_heads=16, mlp_dim=4304),
+    llm=dict(vocab=32064, width=4096, depth=32, num_heads=32, mlp_dim=11008),
+  ),
+}
+
+# Every field a model config may set, with the released LIBERO value.
+DEFAULTS = dict(
+  variant="7b",  # a row of VARIANTS, or such a row itself
+  encoders=("dino", "siglip"),  # in channel order
+  dino_pruner="sa",  # 'id', 'sa', 'sa+id' or None (all patches)
+  siglip_pruner="id",
+  film=("dino",),  # encoders whose every block is modulated by the pooled prompt
+  film_pool="words",  # 'words': mean over real tokens; 'all': over padding too, as the release does in training
+  keep=32,  # h, patches kept per view, and q, aggregation tokens
+  cues=5,  # k, instruction tokens kept per view
+  temperature=1.0,  # of the cues' softmax
+  similarity_noise=0.1,  # on similarities, in training
+  anchor_rule="similarity",  # or a control: 'random', 'uniform', 'centre'
+  aggregation_std=1.0,  # of the aggregation tokens' initial values; 0 in the paper
+  dense_fuser="variant",  # the variant's pairs; or pairs ((dino block, siglip block), …); or None
+  sparse_fuser="joint",  # 'separate': each token set projected on its own
+  vision_layer="last",  # 'second_to_last': OpenVLA's choice, and the release's without a Dense-Fuser
+  siglip_gelu="erf",  # 'tanh' for weights from big_vision or Hugging Face
+  num_views=2,
+  proprio_dim=8,  # None: no proprioception token
+  action_dim=7,
+  chunk=8,
+  coupler="grouped",  # 'paper' (Eq. 11 literally), 'single' (a token per dimension, one head), None (OpenVLA's tokens)
+  mask="block",  # 'full', 'causal': see masks.py
+  scan=True,  # stacked language-model layers
+  remat=None,  # None (or 'none', for the command line), 'full', 'dots'
+  dtype="float32",  # compute type
+)
+
+
+@flax.struct.dataclass
+class Output:
+  """Actions f32[b k a], normalised; and what led to them, by name: free under jit when unread."""
+
+  actions: Float[Array, "b k a"]
+  intermediates: dict[str, Any]
+
+
+class SemanticVLA(nn.Module):
+  """The whole forward pass. A part that a model lacks is None; parameters are named after these fields."""
+
+  dino: ViT | None
+  siglip: ViT | None
+  text: TextEncoder | None
+  dino_sa_pruner: SAPruner | None
+  dino_id_pruner: IDPruner | None
+  siglip_sa_pruner: SAPruner | None
+  siglip_id_pruner: IDPruner | None
+  dense_fuser: DenseFuser | None
+  sparse_fuser: SparseFuser
+  proprio_projector: MLP | None
+  llm: Llama
+  coupler: Coupler | None
+  film: tuple[str, ...]
+  film_pool: str
+  vision_layer: str
+  mask: str
+  shift: bool  # the coupler reads states one position early: [last prompt token, O_0 … O_{n-2}]
+  chunk: int
+  num_views: int
+  proprio_dim: int | None
+
+  def __call__(self, observation: Observation, train: bool = False, pixels: dict | None = None) -> Output:
+    """Observation → actions.
+
+    Args:
+      observation: see types.Observation.
+      train: draws the pruners' noise (needs an rng named 'noise').
+      pixels: {encoder: f[b v h w 3]}, images that are normalised already, instead of `observation.images`.
+    """
+    if self.coupler is None:
+      ids, _ = self.generate(observation, pixels)
+      return Output(tokens_to_actions(ids, self.spoken_vocab)[:, None, :], {"ids": ids})
+    x, valid, seen = self.read(observation, train, pixels)
+    b, prefix = valid.shape
+    n = self.chunk * self.coupler.tokens
+    stop = self.llm.embed_tokens(jnp.full((b, 1), STOP))
+    x = jnp.concatenate([x, jnp.zeros((b, n, x.shape[-1]), x.dtype), stop], axis=1)  # placeholders are zeros (Eq. 10)
+    valid = jnp.concatenate([valid, jnp.ones((b, n + 1), bool)], axis=1)
+    block = jnp.arange(prefix + n + 1) >= prefix
+    allowed, positions = masks.attention_mask(valid, block, self.mask), masks.positions(valid)
+    hidden, _ = self.llm(x, positions, allowed)
+    states = hidden[:, prefix : prefix + n]
+    if self.shift:
+      states = jnp.concatenate([_last(hidden, seen["context"], observation.prompt_mask), states[:, :-1]], axis=1)
+    actions = self.coupler(states)
+    seen |= dict(sequence=x, valid=valid, allowed=allowed, positions=positions, hidden=hidden, action_states=states)
+    return Output(actions, seen)
+
+  def read(self, observation: Observation, train: bool = False, pixels: dict | None = None):
+    """[ <s> | visual | proprio | prompt ] as embeddings f[b l D], their validity bool[b l], and intermediates."""
+    self._check(observation)
+    prompt, mask = self.llm.embed_tokens(observation.prompt), observation.prompt_mask
+    condition = self.pool(prompt, mask) if self.film else None
+    pixels = self.normalise(observation.images) if pixels is None else pixels
+    visual, seen = self.see(pixels, condition, observation.instruction, observation.instruction_mask, train)
+    parts = [prompt[:, :1], visual]
+    if self.proprio_projector is not None:
+      parts.append(self.proprio_projector(observation.proprio.astype(visual.dtype))[:, None])
+    context = jnp.concatenate(parts, axis=1)
+    valid = jnp.concatenate([jnp.ones(context.shape[:2], bool), mask[:, 1:]], axis=1)
+    return jnp.concatenate([context, prompt[:, 1:]], axis=1), valid, seen | {"context": context, "prompt": prompt}
+
+  def pool(self, prompt: Float[Array, "b t D"], mask: Bool[Array, "b t"]) -> Float[Array, "b D"]:
+    """The pooled instruction behind FiLM (Eq. 6): mean embedding of the prompt, `<s>` … 29871, and of `</s>`.
+
+    Differs from the paper: the release pools the language model's input embeddings, template words included.
+    """
+    stop = self.llm.embed_tokens(jnp.full((prompt.shape[0], 1), STOP))
+    words = jnp.concatenate([prompt, stop], axis=1).astype(jnp.float32)
+    keep = jnp.pad(mask | (self.film_pool == "all"), ((0, 0), (0, 1)), constant_values=True)[..., None]
+    return (words * keep).sum(axis=1) / keep.sum(axis=1)
+
+  def normalise(self, images: Array) -> dict[str, Float[Array, "b v h w 3"]]:
+    """RGB bytes → each encoder's own pixels."""
+    return {name: vit.normalise(images) for name, vit in self._encoders().items()}
+
+  def see(
+    self,
+    pixels: dict,
+    condition: Float[Array, "b e"] | None,
+    instruction: Int[Array, "b m"] | None,
+    instruction_mask: Bool[Array, "b m"] | None,
+    train: bool = False,
+  ) -> tuple[Float[Array, "b n D"], dict]:
+    """Pixels of all views → the visual tokens of the language model, view after view, and intermediates."""
+    v = next(iter(pixels.values())).shape[1]
+    seen = self.encode(pixels, condition)
+    words, word_mask = None, None
+    if self.text is not None:
+      seen["words"] = self.text(instruction, instruction_mask)
+      words, word_mask = (repeat(x, "b m ... -> (b v) m ...", v=v) for x in (seen["words"], instruction_mask))
+    kept, cues = {}, {}
+    for name in self._encoders():
+      sa, id_ = self._pruners(name)
+      tokens = seen[f"{name}_patches"]
+      if sa is not None:
+        kept[f"{name}_aggregated"] = seen[f"{name}_aggregated"]
+      if id_ is not None:
+        pruned = seen[f"{name}_pruned"] = id_(tokens, words, word_mask, self._noise(tokens, words) if train else None)
+        kept[f"{name}_anchors"] = pruned.anchors
+        cues |= {} if pruned.cues is None else {name: pruned.cues}
+      if sa is None and id_ is None:
+        kept[f"{name}_patches"] = tokens
+    seen["views"] = self.sparse_fuser(kept, cues)
+    return rearrange(seen["views"], "(b v) n d -> b (v n) d", v=v), seen
+
+  def encode(self, pixels: dict, condition: Float[Array, "b e"] | None) -> dict[str, Array]:
+    """Both encoders, block by block, the Dense-Fuser's exchanges in between (Eq. 7-8); tokens by name, f[(b v) n d]."""
+    encoders = self._encoders()
+    v = next(iter(pixels.values())).shape[1]
+    condition = None if condition is None else repeat(condition, "b e -> (b v) e", v=v)
+    x, done, attention, seen = {}, dict.fromkeys(encoders, 0), {}, {}
+    for name, vit in encoders.items():
+      sa, _ = self._pruners(name)
+      x[name] = vit.embed(rearrange(pixels[name], "b v h w c -> (b v) h w c"), None if sa is None else sa())
+
+    def run(name, stop):
+      modulated = condition if name in self.film else None
+      x[name], weights = encoders[name].run(x[name], done[name], stop, modulated)
+      done[name], attention[name] = stop, weights if weights is not None else attention.get(name)
+
+    for level, pair in enumerate(self.dense_fuser.pairs if self.dense_fuser is not None else ()):
+      for name, block in zip(encoders, pair):
+        run(name, block + 1)
+      updates = self.dense_fuser(level, *(vit.patches(x[name]) for name, vit in encoders.items()))
+      for (name, vit), update in zip(encoders.items(), updates):
+        x[name] = x[name].at[:, vit.num_prefix : vit.num_prefix + vit.num_patches].add(update)
+        seen[f"{name}_after_pair_{level}"] = x[name]
+    for name, vit in encoders.items():
+      run(name, vit.depth if self.vision_layer == "last" else vit.depth - 1)
+      seen[f"{name}_patches"] = vit.patches(x[name])
+      sa, _ = self._pruners(name)
+      if sa is not None:
+        seen[f"{name}_aggregated"], seen[f"{name}_attention"] = sa.aggregated(x[name]), attention[name]
+    return seen
+
+  def logits(self, observation: Observation, pixels: dict | None = None) -> tuple[Float[Array, "b t vocab"], dict]:
+    """Next-token logits at every prompt position (teacher forcing: the prompt holds the action tokens too)."""
+    x, valid, seen = self.read(observation, False, pixels)
+    block = jnp.zeros(valid.shape[1], bool)
+    allowed, positions = masks.attention_mask(valid, block, "causal"), masks.positions(valid)
+    hidden, _ = self.llm(x, positions, allowed)
+    context = seen["context"].shape[1]
+    states = jnp.concatenate([hidden[:, :1], hidden[:, context:]], axis=1)
+    return self.llm.logits(states), seen | dict(sequence=x, valid=valid, allowed=allowed, hidden=hidden)
+
+  def generate(self, observation: Observation, pixels: dict | None = None, tokens: int = GREEDY_TOKENS):
+    """Greedy decoding with a key/value cache (OpenVLA): ids i32[b n] and the logits behind them f32[b n vocab]."""
+    x, valid, seen = self.read(observation, False, pixels)
+    b, l = valid.shape
+    allowed = masks.attention_mask(valid, jnp.zeros(l, bool), "causal")
+    cache = self.llm.empty_cache(b, l + tokens)
+    allowed = jnp.pad(allowed, ((0, 0), (0, 0), (0, tokens)))
+    hidden, cache = self.llm(x, masks.positions(valid), allowed, cache, 0)
+    first = self.llm.logits(_last(hidden, seen["context"], observation.prompt_mask))[:, 0]
+    length, slots = valid.sum(axis=-1, dtype=jnp.int32), jnp.arange(l + tokens)
+    valid = jnp.pad(valid, ((0, 0), (0, tokens)))
+
+    def step(module, carry, i):
+      cache, logits = carry
+      token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+      keys = valid | ((slots >= l) & (slots <= l + i))
+      states, cache = module.llm(
+        module.llm.embed_tokens(token[:, None]), (length + i)[:, None], keys[:, None, :], cache, l + i
+      )
+      return (cache, module.llm.logits(states)[:, 0]), (token, logits)
+
+    scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, out_axes=1)
+    _, (ids, logits) = scan(self, (cache, first), jnp.arange(tokens))
+    return ids, logits
+
+  @property
+  def spoken_vocab(self) -> int:
+    """Ids of the language model's tokeniser (32000); OpenVLA's actions are the last 256 of them."""
+    return self.llm.vocab - EXTRA_ROWS
+
+  def _encoders(self) -> dict[str, ViT]:
+    return {name: vit for name, vit in (("dino", self.dino), ("siglip", self.siglip)) if vit is not None}
+
+  def _pruners(self, name: str) -> tuple[SAPruner | None, IDPruner | None]:
+    return getattr(self, f"{name}_sa_pruner"), getattr(self, f"{name}_id_pruner")
+
+  def _noise(self, patches: Array, words: Array) -> Float[Array, "b n m"]:
+    shape = (patches.shape[0], patches.shape[1], words.shape[1])
+    return jax.random.normal(self.make_rng("noise"), shape, jnp.float32)
+
+  @nn.nowrap
+  def _check(self, observation: Observation) -> None:
+    views, width = observation.images.shape[1], None if observation.proprio is None else observation.proprio.shape[-1]
+    if views != self.num_views:
+      raise ValueError(
+        f"observation: got {views} views, expected {self.num_views} (model.num_views); pass the views the model was "
+        "trained with, in its order."
+      )
+    if width != self.proprio_dim:
+      raise ValueError(
+        f"observation: got proprioception of width {width}, expected {self.proprio_dim} (model.proprio_dim); "
+        "use the config of this robot, or retrain."
+      )
+    if self.text is not None and observation.instruction is None:
+      raise ValueError(
+        "observation: got no instruction tokens, expected i32[b m] of the SigLIP tokeniser (this model prunes by the "
+        "instruction); tokenise the instruction with semanticvla_jax.data.text."
+      )
+
+
+def _last(
+  hidden: Float[Array, "b l D"], context: Float[Array, "b c D"], prompt_mask: Bool[Array, "b t"]
+) -> Float[Array, "b 1 D"]:
+  """The state of each prompt's last real token (29871); `context` is what stands before the prompt's second token."""
+  index = context.shape[1] + prompt_mask.sum(axis=-1) - 2
+  return jnp.take_along_axis(hidden, index[:, None, None], axis=1)
+
+
+def resolve(config: Any) -> dict[str, Any]:
+  """A model config with defaults filled in. Raises ValueError at a field that does not exist, naming the nearest."""
+  for name in config:
+    if name not in DEFAULTS:
+      near = difflib.get_close_matches(name, DEFAULTS, n=1)
+      hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(DEFAULTS)}."
+      raise ValueError(f"model config: got unknown field {name!r}, expected a field of semanticvla.DEFAULTS; {hint}")
+  resolved = DEFAULTS | {name: config[name] for name in config}
+  if isinstance(resolved["variant"], str):
+    if resolved["variant"] not in VARIANTS:
+      raise ValueError(f"model config: got variant {resolved['variant']!r}, expected one of {sorted(VARIANTS)}.")
+    resolved["variant"] = VARIANTS[resolved["variant"]]
+  resolved["remat"] = None if resolved["remat"] == "none" else resolved["remat"]
+  return resolved
+
+
+def build(config: Any) -> SemanticVLA:
+  """A model from a mapping (dict, ConfigDict) of fields of DEFAULTS: the one place that decides which parts exist."""
+  c = resolve(config)
+  sizes, dtype = c["variant"], jnp.dtype(c["dtype"])
+  pruners = {name: _pruner_kinds(c, name) for name in c["encoders"]}
+  parts: dict[str, Any] = dict.fromkeys(
+    ("dino", "siglip", *(f"{n}_{k}_pruner" for n in ("dino", "siglip") for k in ("sa", "id")))
+  )
+  for name, kinds in pruners.items():
+    parts[name] = _encoder(c, name, queries=c["keep"] if "sa" in kinds else 0, dtype=dtype)
+    if "sa" in kinds:
+      parts[f"{name}_sa_pruner"] = SAPruner(c["keep"], sizes[name]["width"], c["aggregation_std"])
+    if "id" in kinds:
+      parts[f"{name}_id_pruner"] = IDPruner(
+        c["keep"], c["cues"], c["temperature"], c["similarity_noise"], c["anchor_rule"], dtype
+      )
+  uses_text = any("id" in kinds for kinds in pruners.values())
+  width = sizes["llm"]["width"]
+  return SemanticVLA(
+    **parts,
+    text=TextEncoder(**sizes["text"], dtype=dtype) if uses_text else None,
+    dense_fuser=_dense_fuser(c, dtype),
+    sparse_fuser=SparseFuser(width, joint=_choice(c, "sparse_fuser", ("joint", "separate")) == "joint", dtype=dtype),
+    proprio_projector=None if c["proprio_dim"] is None else MLP((width, width), dtype=dtype),
+    llm=Llama(**sizes["llm"], scan=c["scan"], remat=c["remat"], dtype=dtype),
+    coupler=_coupler(c, width, dtype),
+    film=tuple(name for name in c["encoders"] if name in c["film"]),
+    film_pool=_choice(c, "film_pool", ("words", "all")),
+    vision_layer=_choice(c, "vision_layer", ("last", "second_to_last")),
+    mask=_choice(c, "mask", masks.KINDS),
+    shift=c["coupler"] != "paper",
+    chunk=c["chunk"],
+    num_views=c["num_views"],
+    proprio_dim=c["proprio_dim"],
+  )
+
+
+def _choice(c: Mapping[str, Any], field: str, allowed: tuple) -> Any:
+  if c[field] not in allowed:
+    raise ValueError(f"model config: got {field}={c[field]!r}, expected one of {allowed}.")
+  return c[field]
+
+
+def _pruner_kinds(c: Mapping[str, Any], name: str) -> tuple[str, ...]:
+  if name not in ("dino", "siglip"):
+    raise ValueError(f"model config: got encoder {name!r}, expected 'dino' and/or 'siglip' in model.encoders.")
+  kind = _choice(c, f"{name}_pruner", ("id", "sa", "sa+id", None))
+  return tuple(kind.split("+")) if kind else ()
+
+
+def _encoder(c: Mapping[str, Any], name: str, queries: int, dtype: Any) -> ViT:
+  own = dict(gelu="erf", mean=DINO_MEAN, std=DINO_STD) if name == "dino" else dict(gelu=c["siglip_gelu"])
+  sizes = c["variant"]
+  return ViT(sizes["image"], sizes["patch"], **sizes[name], **own, queries=queries, remat=bool(c["remat"]), dtype=dtype)
+
+
+def _dense_fuser(c: Mapping[str, Any], dtype: Any) -> DenseFuser | None:
+  if c["dense_fuser"] is None or len(c["encoders"]) < 2:
+    return None
+  pairs = c["variant"]["pairs"] if c["dense_fuser"] == "variant" else c["dense_fuser"]
+  pairs = tuple((first, second) for first, second in pairs)
+  check_pairs(pairs, tuple(c["variant"][name]["depth"] for name in ("dino", "siglip")))
+  return DenseFuser(pairs, dtype)
+
+
+def _coupler(c: Mapping[str, Any], width: int, dtype: Any) -> Coupler | None:
+  a = c["action_dim"]
+  kind = _choice(c, "coupler", ("grouped", "paper", "single", None))
+  if kind is None:
+    return None
+  if kind == "single":
+    return Coupler((("all", tuple(range(a))),), tokens=a, hidden=width, dtype=dtype)
+  literal = dict(read="own", head="linear") if kind == "paper" else {}
+  return Coupler(grouped(a), tokens=3 * (a // 7), hidden=width, dtype=dtype, **literal)
+
+
+def dummy_observation(model: SemanticVLA, batch: int = 1, prompt: int = 8) -> Observation:
+  """An observation of zeros that fits `model`, for shape inference."""
+  size = next(vit.image for vit in (model.dino, model.siglip) if vit is not None)
+  words = None if model.text is None else (batch, model.text.positions)
+  return Observation(
+    images=jnp.zeros((batch, model.num_views, size, size, 3), jnp.uint8),
+    proprio=None if model.proprio_dim is None else jnp.zeros((batch, model.proprio_dim), jnp.float32),
+    prompt=jnp.ones((batch, prompt), jnp.int32),
+    prompt_mask=jnp.ones((batch, prompt), bool),
+    instruction=None if words is None else jnp.zeros(words, jnp.int32),
+    instruction_mask=None if words is None else jnp.ones(words, bool),
+  )
+
+
+def abstract_params(model: SemanticVLA | nn.Module, observation: Observation) -> dict:
+  """The parameter tree as shapes, in seconds and without memory, at any size."""
+  rngs = {"params": jax.random.key(0), "noise": jax.random.key(1)}
+  return jax.eval_shape(functools.partial(model.init, rngs), observation)["params"]

@@ -1,0 +1,292 @@
+"""SigLIP and DINOv2 as one Vision Transformer; what differs between them is a value.
+
+Parameter names are big_vision's (`embedding`, `pos_embedding`, `Transformer/encoderblock_{i}/…`, `MAPHead_0`), so a
+released SigLIP `.npz` loads without a rename table. DINOv2 goes beyond them with `cls`, `reg` (prefix tokens), `ls1`,
+`ls2` (LayerScale) and, when a condition is given, `film` in each block.
+
+    embed:  [ cls reg | patches + pos_embedding | queries ]        cls, reg: DINOv2;  queries: SA-Pruner
+    run:    blocks start … stop-1, so that a Dense-Fuser can step in between
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, UInt8
+
+from semanticvla_jax.models.mlp import gelu, torch_kernel_init
+
+NORM_EPS = 1e-6
+
+
+def layer_norm(name: str | None = None, dtype: Any = jnp.float32) -> nn.LayerNorm:
+  """LayerNorm with the encoders' epsilon; statistics in float32, two-pass variance (exact for tiny variances)."""
+  return nn.LayerNorm(epsilon=NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def attention_weights(q: Float[Array, "b l h c"], k: Float[Array, "b s h c"]) -> Float[Array, "b h l s"]:
+  """Softmax attention weights in float32, for looking at (Figure 5); costs nothing under jit when unread."""
+  logits = jnp.einsum("blhc,bshc->bhls", q, k, preferred_element_type=jnp.float32)
+  return jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+
+
+def sincos_2d(side: int, width: int, wavelengths: float = 100.0) -> Float[Array, "1 n d"]:
+  """Sines and cosines of row and column at width/4 frequencies, 1 … 1/wavelengths (Chen et al. 2021, MoCo v3).
+
+  Raises:
+    ValueError: a width that four does not divide.
+  """
+  if width % 4:
+    raise ValueError(f"sincos_2d: got width {width}, expected a multiple of 4; use position_init='normal'.")
+  frequency = wavelengths ** -jnp.linspace(0, 1, width // 4)
+  at = jnp.arange(side)[:, None] * frequency
+  row, column = jnp.repeat(at, side, axis=0), jnp.tile(at, (side, 1))
+  return jnp.concatenate([f(x) for x in (row, column) for f in (jnp.sin, jnp.cos)], axis=1)[None]
+
+
+class Attention(nn.Module):
+  """Multi-head attention with big_vision's parameter names; returns queries and keys too."""
+
+  num_heads: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b l d"], y: Float[Array, "b s d"], mask: Bool[Array, "b 1 l_or_1 s"] | None = None
+  ) -> tuple[Float[Array, "b l d"], Float[Array, "b l h c"], Float[Array, "b s h c"]]:
+    d = x.shape[-1]
+    if d % self.num_heads:
+      raise ValueError(f"attention: width {d} is not a multiple of {self.num_heads} heads; change one of the two.")
+    init = nn.initializers.xavier_uniform()
+    heads = (self.num_heads, d // self.num_heads)
+    q = nn.DenseGeneral(heads, kernel_init=init, dtype=self.dtype, name="query")(x)
+    k = nn.DenseGeneral(heads, kernel_init=init, dtype=self.dtype, name="key")(y)
+    v = nn.DenseGeneral(heads, kernel_init=init, dtype=self.dtype, name="value")(y)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask)  # softmax in float32
+    out = nn.DenseGeneral(d, axis=(-2, -1), kernel_init=init, dtype=self.dtype, name="out")(out)
+    return out, q, k
+
+
+class MlpBlock(nn.Module):
+  """Dense_0, GELU, Dense_1 (big_vision's names)."""
+
+  mlp_dim: int
+  gelu: str = "erf"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    inits = dict(kernel_init=nn.initializers.xavier_uniform(), bias_init=nn.initializers.normal(1e-6))
+    y = nn.Dense(self.mlp_dim, dtype=self.dtype, **inits)(x)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, **inits)(gelu(y, self.gelu))
+
+
+class FiLM(nn.Module):
+  """Scales and shifts every token by the pooled instruction (SemanticVLA Eq. 6-7; Perez et al. 2018).
+
+  Differs from the paper: Eq. 7 modulates the attention's output; the released code modulates the residual stream after
+  it, on all tokens. The projections start at PyTorch's default, not at zero.
+  """
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b l d"], condition: Float[Array, "b e"]) -> Float[Array, "b l d"]:
+    d = x.shape[-1]
+    gamma = nn.Dense(d, kernel_init=torch_kernel_init, dtype=self.dtype, name="scale")(condition)
+    beta = nn.Dense(d, kernel_init=torch_kernel_init, dtype=self.dtype, name="shift")(condition)
+    return x * (1 + gamma[:, None]) + beta[:, None]
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block; LayerScale if `layer_scale` (its initial value) is given, FiLM if a condition is."""
+
+  num_heads: int
+  mlp_dim: int
+  gelu: str = "erf"
+  layer_scale: float | None = None
+  probe: int = 0  # the attention weights of this many last tokens are returned
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b l d"],
+    condition: Float[Array, "b e"] | None = None,
+    mask: Bool[Array, "b 1 l_or_1 l"] | None = None,
+  ) -> tuple[Float[Array, "b l d"], Float[Array, "b h q l"]]:
+    y = layer_norm("LayerNorm_0", self.dtype)(x)
+    y, q, k = Attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(y, y, mask)
+    x = x + self._scaled("ls1", y)
+    if condition is not None:
+      x = FiLM(self.dtype, name="film")(x, condition)
+    y = layer_norm("LayerNorm_1", self.dtype)(x)
+    x = x + self._scaled("ls2", MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y))
+    x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+    return x, attention_weights(q[:, x.shape[1] - self.probe :], k)
+
+  def _scaled(self, name: str, y: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    if self.layer_scale is None:
+      return y
+    return y * self.param(name, nn.initializers.constant(self.layer_scale), (y.shape[-1],)).astype(y.dtype)
+
+
+class Transformer(nn.Module):
+  """`encoderblock_{i}` and `encoder_norm`; run in pieces."""
+
+  depth: int
+  num_heads: int
+  mlp_dim: int
+  gelu: str = "erf"
+  layer_scale: float | None = None
+  probe: int = 0
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    block = nn.remat(Block) if self.remat else Block
+    self.encoderblock = [
+      block(self.num_heads, self.mlp_dim, self.gelu, self.layer_scale, self.probe, self.dtype)
+      for _ in range(self.depth)
+    ]
+    self.encoder_norm = layer_norm(dtype=self.dtype)
+
+  def __call__(self, x: Float[Array, "b l d"], start: int, stop: int, condition=None, mask=None):
+    """Runs blocks start … stop-1; returns the tokens and the last block's attention weights of the `probe` tokens."""
+    weights = None
+    for block in self.encoderblock[start:stop]:
+      x, weights = block(x, condition, mask)
+    return x, weights
+
+  def norm(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    return self.encoder_norm(x)
+
+
+class MAPHead(nn.Module):
+  """Attention pooling of SigLIP's image tower. SemanticVLA does not use it; released towers carry it."""
+
+  num_heads: int
+  mlp_dim: int
+  gelu: str = "erf"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+    b, _, d = x.shape
+    probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
+    probe = jnp.broadcast_to(probe, (b, 1, d)).astype(x.dtype)
+    x, _, _ = Attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(probe, x)
+    y = layer_norm("LayerNorm_0", self.dtype)(x)
+    return (x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y))[:, 0]
+
+
+class ViT(nn.Module):
+  """A Vision Transformer over square images.
+
+  Attributes:
+    image, patch: side lengths in pixels; image must be a multiple of patch.
+    width, depth, num_heads, mlp_dim: sizes.
+    registers: None for no prefix (SigLIP); r for a class token and r register tokens before the patches (DINOv2).
+    layer_scale: initial LayerScale value, or None for none (SigLIP).
+    gelu: 'erf' (timm, the released code) or 'tanh' (big_vision's own).
+    queries: how many tokens an SA-Pruner appends in `embed`.
+    position_init: how the learned position embedding begins: 'normal' (big_vision's), or 'sincos', from which a model
+      that learns from scratch can read where a patch is at once.
+    mean, std: normalisation of RGB in [0, 1].
+  """
+
+  image: int
+  patch: int
+  width: int
+  depth: int
+  num_heads: int
+  mlp_dim: int
+  registers: int | None = None
+  layer_scale: float | None = None
+  gelu: str = "erf"
+  queries: int = 0
+  position_init: str = "normal"
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  @property
+  def num_patches(self) -> int:
+    """n, patches of one image."""
+    return (self.image // self.patch) ** 2
+
+  @property
+  def num_prefix(self) -> int:
+    """Tokens before the patches."""
+    return 0 if self.registers is None else 1 + self.registers
+
+  def setup(self):
+    if self.image % self.patch:
+      raise ValueError(
+        f"ViT: image size {self.image} is not a multiple of the patch size {self.patch}; "
+        f"use {self.image // self.patch * self.patch} or another patch size."
+      )
+    p, d = self.patch, self.width
+    self.embedding = nn.Conv(d, (p, p), strides=(p, p), padding="VALID", dtype=self.dtype)
+    self.pos_embedding = self.param("pos_embedding", self._positions(), (1, self.num_patches, d))
+    if self.registers is not None:
+      self.cls = self.param("cls", nn.initializers.normal(1e-6), (1, 1, d))
+      self.reg = self.param("reg", nn.initializers.normal(1e-6), (1, self.registers, d))
+    self.Transformer = Transformer(
+      self.depth, self.num_heads, self.mlp_dim, self.gelu, self.layer_scale, self.queries, self.remat, self.dtype
+    )
+    self.MAPHead_0 = MAPHead(self.num_heads, self.mlp_dim, self.gelu, self.dtype)
+
+  @nn.nowrap
+  def _positions(self) -> nn.initializers.Initializer:
+    if self.position_init == "normal":
+      return nn.initializers.normal(self.width**-0.5)
+    if self.position_init == "sincos":
+      return lambda key, shape: sincos_2d(self.image // self.patch, self.width)
+    raise ValueError(f"ViT: got position_init={self.position_init!r}, expected 'normal' or 'sincos'.")
+
+  def normalise(self, images: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3"]:
+    """RGB bytes → this encoder's normalised float32."""
+    x = images.astype(jnp.float32) / 255
+    return (x - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
+
+  def embed(
+    self, pixels: Float[Array, "b h w 3"], queries: Float[Array, "1 q d"] | None = None
+  ) -> Float[Array, "b l d"]:
+    """Normalised pixels → [prefix | patches | queries]. Only patches carry a position embedding."""
+    b, h, w, _ = pixels.shape
+    if (h, w) != (self.image, self.image):
+      raise ValueError(
+        f"ViT: got images of {h}×{w} pixels, expected {self.image}×{self.image} (patch {self.patch}); "
+        "resize them with semanticvla_jax.data.images."
+      )
+    x = rearrange(self.embedding(pixels.astype(self.dtype)), "b h w d -> b (h w) d")
+    parts = [x + self.pos_embedding.astype(x.dtype)]
+    if self.registers is not None:
+      parts = [self.cls, self.reg, *parts]
+    if queries is not None:
+      parts = [*parts, queries]
+    return jnp.concatenate([jnp.broadcast_to(part, (b, *part.shape[1:])).astype(x.dtype) for part in parts], axis=1)
+
+  def run(self, x: Float[Array, "b l d"], start: int, stop: int, condition: Float[Array, "b e"] | None = None):
+    """Blocks start … stop-1, no final norm; (tokens, attention weights f32[b h q l] of the appended queries)."""
+    return self.Transformer(x, start, stop, condition)
+
+  def patches(self, x: Float[Array, "b l d"]) -> Float[Array, "b n d"]:
+    """The patch tokens, in raster order."""
+    return x[:, self.num_prefix : self.num_prefix + self.num_patches]
+
+  def norm(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    """The final LayerNorm. SemanticVLA leaves it out; the towers' own embeddings need it."""
+    return self.Transformer.norm(x)
+
+  def __call__(self, pixels: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b l d"], Float[Array, "b d"]]:
+    """The tower on its own: (normed tokens, attention-pooled embedding)."""
+    x, _ = self.run(self.embed(pixels), 0, self.depth)
+    x = self.norm(x)
+    return x, self.MAPHead_0(x)

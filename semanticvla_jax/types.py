@@ -1,0 +1,70 @@
+"""The arrays that cross folder borders, each with shape, dtype, unit and range.
+
+Letters, everywhere in this package: `b` batch, `v` views, `h w` image height and width, `n` visual tokens of a view,
+`m` instruction tokens, `t` prompt tokens, `l` sequence of the language model, `s` keys, `d` width, `k` chunk length,
+`a` action dimensions, `p` proprioception dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+
+# Leaves are jax or numpy arrays; as pytrees of shardings, shapes or None these classes hold other things too.
+Array = Any
+
+
+@flax.struct.dataclass
+class Observation:
+  """What a policy sees at one moment, ready for the model.
+
+  Attributes:
+    images: u8[b v h w 3], RGB 0..255, upright, views in the order of the config (primary first, then wrists). The
+      model normalises them on the device, once per encoder.
+    proprio: f32[b p] in [-1, 1] (normalised with the dataset's statistics), or None for a model without proprioception.
+    prompt: i32[b t], ids of the language model's tokeniser: `<s>`, the prompt, the empty token 29871; right-padded.
+    prompt_mask: bool[b t], True at real tokens.
+    instruction: i32[b m], ids of the SigLIP tokeniser, right-padded; None for a model without an ID-Pruner.
+    instruction_mask: bool[b m], True at real tokens, False at padding *and* at the end-of-sentence token.
+  """
+
+  images: Array
+  proprio: Array | None
+  prompt: Array
+  prompt_mask: Array
+  instruction: Array | None = None
+  instruction_mask: Array | None = None
+
+
+@flax.struct.dataclass
+class Batch:
+  """One training batch.
+
+  Attributes:
+    observation: see Observation.
+    actions: f32[b k a] normalised to [-1, 1]; dimensions outside the statistics' mask (a gripper) pass unchanged.
+    action_mask: bool[b k], False where the chunk runs past the end of its episode (such steps carry no loss).
+  """
+
+  observation: Observation
+  actions: Array
+  action_mask: Array
+
+
+@flax.struct.dataclass
+class Statistics:
+  """Per-dimension statistics of one array of a dataset (actions or proprioception), in raw units.
+
+  Attributes:
+    mean, std, min, max, q01, q99: f32[d]; q01 and q99 are the 1 % and 99 % quantiles.
+    mask: bool[d], True where the dimension is normalised; False passes it through (a gripper command).
+  """
+
+  mean: Array
+  std: Array
+  min: Array
+  max: Array
+  q01: Array
+  q99: Array
+  mask: Array

@@ -1,0 +1,195 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from helpers import TINY, jit_apply, random_observation, random_params, tiny
+
+from semanticvla_jax.models.lora import LoRA
+from semanticvla_jax.models.semanticvla import build, dummy_observation
+
+MODEL = tiny()
+OPENVLA = dict(
+  coupler=None,
+  dino_pruner=None,
+  siglip_pruner=None,
+  dense_fuser=None,
+  film=(),
+  vision_layer="second_to_last",
+  num_views=1,
+  proprio_dim=None,
+  mask="causal",
+  chunk=1,
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+  return random_params(MODEL)
+
+
+@pytest.fixture(scope="module")
+def forward():
+  return jit_apply(MODEL)
+
+
+def longer(observation, extra):
+  pad = ((0, 0), (0, extra))
+  return observation.replace(
+    prompt=np.pad(observation.prompt, pad, constant_values=9), prompt_mask=np.pad(observation.prompt_mask, pad)
+  )
+
+
+def test_padding_changes_nothing(params, forward):
+  observation = random_observation(MODEL, lengths=[8, 5])
+  a, b = forward(params, observation), forward(params, longer(observation, 4))
+  np.testing.assert_allclose(a.actions, b.actions, atol=2e-5)
+  alone = jax.tree.map(lambda x: x[1:], observation)
+  alone = alone.replace(prompt=alone.prompt[:, :5], prompt_mask=alone.prompt_mask[:, :5])
+  np.testing.assert_allclose(forward(params, alone).actions, a.actions[1:], atol=2e-5)
+
+
+def test_prefix_never_sees_the_action_block(params):
+  """A longer chunk changes no state before the block; the block's own states do change."""
+  observation = random_observation(MODEL)
+  short, long = (jit_apply(tiny(chunk=k))(params, observation).intermediates for k in (8, 12))
+  prefix = short["valid"].shape[1] - 8 * 3 - 1
+  np.testing.assert_allclose(short["hidden"][:, :prefix], long["hidden"][:, :prefix], atol=1e-5)
+  assert np.abs(short["hidden"][:, prefix] - long["hidden"][:, prefix]).max() > 1e-4
+
+
+def test_permuting_views_permutes_their_tokens(params, forward):
+  observation = random_observation(MODEL)
+  swapped = observation.replace(images=observation.images[:, ::-1])
+  a, b = (forward(params, o).intermediates["views"] for o in (observation, swapped))
+  np.testing.assert_allclose(a.reshape(2, 2, -1), b.reshape(2, 2, -1)[:, ::-1], atol=1e-5)
+
+
+def test_sequence_layout(params, forward):
+  seen = forward(params, random_observation(MODEL)).intermediates
+  visual = 2 * (TINY["cues"] + TINY["keep"])
+  assert seen["sequence"].shape[1] == 1 + visual + 1 + 7 + 24 + 1
+  np.testing.assert_array_equal(seen["sequence"][:, -25:-1], 0)
+  np.testing.assert_array_equal(seen["allowed"][:, -25:, -25:], True)
+
+
+def test_noise_only_in_training(params, forward):
+  observation = random_observation(MODEL)
+  train = jax.jit(lambda p, o, key: MODEL.apply({"params": p}, o, train=True, rngs={"noise": key}))
+  quiet = forward(params, observation).intermediates["siglip_pruned"].similarity
+  a, b, c = (train(params, observation, jax.random.key(s)).intermediates["siglip_pruned"].similarity for s in (0, 0, 1))
+  np.testing.assert_array_equal(a, b)
+  assert np.abs(a - c).max() > 0.01 and np.abs(a - quiet).max() > 0.01
+
+
+def test_film_pool_all_differs_only_where_rows_are_padded(params):
+  observation = random_observation(MODEL, lengths=[8, 5])
+  a, b = (jit_apply(tiny(film_pool=p))(params, observation).actions for p in ("words", "all"))
+  np.testing.assert_allclose(a[0], b[0], atol=1e-5)
+  assert np.abs(a[1] - b[1]).max() > 1e-4
+
+
+def test_gradients_reach_every_trainable_parameter():
+  """Every adapter and full module gets a gradient, except what the released code cannot reach either."""
+  model = LoRA(MODEL.clone(), 2, 4.0)
+  params, observation = random_params(model), random_observation(MODEL, lengths=[8, 6])
+  trainable = {k: x for k, x in flatten_dict(params, sep="/").items() if _is_trainable(k)}
+  frozen = {k: x for k, x in flatten_dict(params, sep="/").items() if not _is_trainable(k)}
+
+  def loss(trainable):
+    from flax.traverse_util import unflatten_dict
+
+    actions = model.apply({"params": unflatten_dict(trainable | frozen, sep="/")}, observation).actions
+    return jnp.abs(actions).mean()
+
+  gradients = jax.jit(jax.grad(loss))(trainable)
+  dead = {name for name, g in gradients.items() if not np.abs(g).max() > 0}
+  assert dead == set(), sorted(dead)
+
+
+def _is_trainable(name):
+  parts = ("lora_", "film/", "pruner/", "dense_fuser", "sparse_fuser", "proprio_projector", "coupler")
+  return any(part in name for part in parts)
+
+
+def test_bfloat16_stays_near_float32(params, forward):
+  """Eight bits of mantissa through nine layers: actions move by a few percent of their spread, not more."""
+  observation = random_observation(MODEL, batch=8)
+  exact = forward(params, observation).actions
+  rounded = jit_apply(tiny(dtype="bfloat16"))(params, observation).actions
+  assert rounded.dtype == jnp.float32
+  assert np.median(np.abs(exact - rounded)) < 0.05 * exact.std()
+
+
+def test_remat_and_unrolled_layers_change_nothing(params, forward):
+  from semanticvla_jax.models.llama import unstack_layers
+
+  observation = random_observation(MODEL)
+  expected = forward(params, observation).actions
+  np.testing.assert_allclose(jit_apply(tiny(remat="full"))(params, observation).actions, expected, atol=1e-5)
+  np.testing.assert_allclose(
+    jit_apply(tiny(scan=False))(unstack_layers(params), observation).actions, expected, atol=1e-5
+  )
+
+
+def test_unread_intermediates_are_not_computed(params):
+  """Under jit, asking for actions alone compiles to fewer operations than asking for everything."""
+  observation = random_observation(MODEL)
+  few = jax.jit(lambda p, o: MODEL.apply({"params": p}, o).actions).lower(params, observation).compile()
+  many = jit_apply(MODEL).lower(params, observation).compile()
+  assert few.cost_analysis()["flops"] < many.cost_analysis()["flops"]
+
+
+def test_greedy_decoding_with_a_cache_equals_teacher_forcing():
+  model = tiny(**OPENVLA)
+  params, observation = random_params(model), random_observation(tiny(**OPENVLA), lengths=[8, 6])
+  ids, logits = jax.jit(lambda p, o: model.apply({"params": p}, o, method="generate"))(params, observation)
+  np.testing.assert_array_equal(np.argmax(logits, -1), ids)
+  n = np.asarray(observation.prompt_mask.sum(-1))
+  prompt, mask = np.zeros((2, 8 + 7), np.int32), np.zeros((2, 8 + 7), bool)
+  for row in range(2):
+    prompt[row, : n[row] + 7] = [*observation.prompt[row, : n[row]], *ids[row]]
+    mask[row, : n[row] + 7] = True
+  forced, _ = jax.jit(lambda p, o: model.apply({"params": p}, o, method="logits"))(
+    params, observation.replace(prompt=prompt, prompt_mask=mask)
+  )
+  for row in range(2):
+    np.testing.assert_allclose(forced[row, n[row] - 1 : n[row] + 6], logits[row], atol=2e-4)
+
+
+def test_observations_that_do_not_fit(params):
+  observation = dummy_observation(MODEL)
+
+  def apply(**changes):
+    return MODEL.apply({"params": params}, observation.replace(**changes))
+
+  with pytest.raises(ValueError, match="got proprioception of width 14, expected 8.*use the config of this robot"):
+    apply(proprio=jnp.zeros((1, 14)))
+  with pytest.raises(ValueError, match="got 3 views, expected 2"):
+    apply(images=jnp.zeros((1, 3, 32, 32, 3), jnp.uint8))
+  with pytest.raises(ValueError, match="got images of 28×28 pixels, expected 32×32"):
+    apply(images=jnp.zeros((1, 2, 28, 28, 3), jnp.uint8))
+  with pytest.raises(ValueError, match="the instruction has 40 tokens, the tower has 32 positions"):
+    apply(instruction=jnp.zeros((1, 40), jnp.int32), instruction_mask=jnp.ones((1, 40), bool))
+  with pytest.raises(ValueError, match="got no instruction tokens"):
+    apply(instruction=None, instruction_mask=None)
+
+
+def test_remat_can_be_unset_by_name():
+  assert build(TINY | dict(remat="none")).llm.remat is None and build(TINY | dict(remat="dots")).llm.remat == "dots"
+
+
+def test_configs_that_do_not_build(params):
+  for field, value, match in (
+    ("kepe", 3, "got unknown field 'kepe'.*did you mean 'keep'"),
+    ("variant", "8b", "got variant '8b', expected one of"),
+    ("mask", "bidirectional", "got mask='bidirectional'"),
+    ("dino_pruner", "both", "got dino_pruner='both'"),
+    ("encoders", ("clip",), "got encoder 'clip'"),
+    ("coupler", "mlp", "got coupler='mlp'"),
+    ("dense_fuser", ((0, 9),), "dense fuser: got blocks"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      build(TINY | {field: value})
+  with pytest.raises(ValueError, match=r"keep 65 anchors \(patches\) of 64"):
+    random_params(build(TINY | dict(keep=65)))

@@ -1,0 +1,91 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from semanticvla_jax.models.vit import ViT, sincos_2d
+
+SIZES = dict(image=8, patch=4, width=8, depth=3, num_heads=2, mlp_dim=16)
+
+
+def make(**fields):
+  model = ViT(**SIZES | fields)
+  pixels = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+  return model, model.init(jax.random.key(0), pixels)["params"], pixels
+
+
+def test_embed_is_prefix_patches_queries():
+  model, params, pixels = make(registers=4, queries=3)
+  queries = jnp.full((1, 3, 8), 7.0)
+  x = model.apply({"params": params}, pixels, queries, method="embed")
+  assert x.shape == (2, 1 + 4 + 4 + 3, 8)
+  np.testing.assert_array_equal(x[:, :1], jnp.broadcast_to(params["cls"], (2, 1, 8)))
+  np.testing.assert_array_equal(x[:, -3:], 7.0)  # no position embedding on queries
+  moved = params | {"pos_embedding": params["pos_embedding"] + 1}
+  shifted = model.apply({"params": moved}, pixels, queries, method="embed")
+  changed = np.abs(np.asarray(shifted - x)).max(axis=(0, 2)) > 0.5
+  assert changed.tolist() == [False] * 5 + [True] * 4 + [False] * 3
+
+
+def test_running_in_pieces_is_running_at_once():
+  model, params, pixels = make(registers=4, layer_scale=0.5)
+  x = model.apply({"params": params}, pixels, method="embed")
+  whole, _ = model.apply({"params": params}, x, 0, 3, method="run")
+  first, _ = model.apply({"params": params}, x, 0, 2, method="run")
+  second, _ = model.apply({"params": params}, first, 2, 3, method="run")
+  np.testing.assert_allclose(whole, second, atol=1e-6)
+
+
+def test_film_exists_only_with_a_condition_and_moves_every_token():
+  model = ViT(**SIZES, registers=1)
+  pixels, condition = jnp.ones((1, 8, 8, 3)), jnp.ones((1, 5))
+
+  def forward(module, condition):
+    return module.run(module.embed(pixels), 0, 1, condition)[0]
+
+  params = model.init(jax.random.key(0), condition, method=forward)["params"]
+  assert params["Transformer"]["encoderblock_0"]["film"]["scale"]["kernel"].shape == (5, 8)
+  assert "film" not in model.init(jax.random.key(0), None, method=forward)["params"]["Transformer"]["encoderblock_0"]
+  a, b = (model.apply({"params": params}, c, method=forward) for c in (condition, 2 * condition))
+  assert (jnp.abs(a - b).max(axis=-1) > 1e-3).all()
+
+
+def test_attention_weights_of_queries_sum_to_one():
+  model, params, pixels = make(queries=2)
+  x = model.apply({"params": params}, pixels, jnp.ones((1, 2, 8)), method="embed")
+  _, weights = model.apply({"params": params}, x, 0, 3, method="run")
+  assert weights.shape == (2, 2, 2, 6)
+  np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
+def test_normalise_uses_the_encoders_own_constants():
+  model, params, _ = make(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
+  white = jnp.full((1, 8, 8, 3), 255, jnp.uint8)
+  x = model.apply({"params": params}, white, method="normalise")
+  np.testing.assert_allclose(x[0, 0, 0], [1.0, 3.0, 1.0], rtol=1e-6)
+
+
+def test_image_size_errors():
+  with pytest.raises(ValueError, match="image size 10 is not a multiple of the patch size 4; use 8"):
+    make(image=10)
+  model, params, _ = make()
+  with pytest.raises(ValueError, match="got images of 12×12 pixels, expected 8×8.*resize"):
+    model.apply({"params": params}, jnp.zeros((1, 12, 12, 3)), method="embed")
+
+
+def test_heads_must_divide_the_width():
+  with pytest.raises(ValueError, match="width 8 is not a multiple of 3 heads"):
+    make(num_heads=3)
+
+
+def test_positions_that_begin_as_sines_tell_places_apart():
+  vit = ViT(**SIZES | dict(image=16, position_init="sincos"))
+  at = np.asarray(vit.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]["pos_embedding"])
+  np.testing.assert_allclose(at, sincos_2d(4, 8))
+  near, far = (np.linalg.norm(at[0, 0] - at[0, i]) for i in (1, 3))
+  assert 0 < near < far and np.abs(at).max() <= 1
+  assert len({tuple(row) for row in at[0].round(5)}) == vit.num_patches
+  with pytest.raises(ValueError, match="expected 'normal' or 'sincos'"):
+    make(position_init="sine")
+  with pytest.raises(ValueError, match="multiple of 4"):
+    sincos_2d(2, 6)
