@@ -1,0 +1,1 @@
+"""PyTorch checkpoints in, parameter trees out: rules, one line a weight family, and the engine that applies them."""

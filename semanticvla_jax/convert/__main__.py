@@ -1,0 +1,223 @@
+"""python -m semanticvla_jax.convert VERB …: PyTorch checkpoints and what can be asked of them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+from semanticvla_jax.convert import compare, full_size, golden, to_orbax, to_torch, verify
+
+MERGED = {"auto": None, "yes": True, "no": False}  # --merged
+
+
+def verify_golden(args: argparse.Namespace) -> int:
+  """python -m semanticvla_jax.convert verify-golden tests/golden/full
+
+  Loads the folder's weights through the conversion rules, runs the model and prints one line per stored tensor: its
+  name and max |ours - theirs| / max(1, max |theirs|). Exit status 1 beyond 5e-5. Given full_size_keys.json or
+  full_size_keys_oft.json, checks the mapping of the real 7B checkpoint's names and shapes instead.
+  """
+  path = Path(args.folder)
+  if path.suffix == ".json":
+    print("\n".join(full_size.verify(path)))
+    return 0
+  rows = golden.verify(path)
+  for row in rows:
+    print(f"{row.error:9.2e}  {'ok  ' if row.ok else 'FAIL'}  {row.name}")
+  failed = [row for row in rows if not row.ok]
+  print(f"{len(rows)} tensors, {len(failed)} beyond {golden.TOLERANCE:g}; largest {max(row.error for row in rows):.2e}")
+  return 1 if failed else 0
+
+
+def to_orbax_verb(args: argparse.Namespace) -> int:
+  """python -m semanticvla_jax.convert to-orbax --source openvla-7b --target policy --config configs/openvla.py
+
+  Converts a PyTorch checkpoint into a policy folder, one parameter in memory at a time. A fine-tune that keeps its base
+  apart is given as two sources, the base first. Nothing is written unless every tensor is mapped or known to be unused.
+  The folder appears under its name when complete; a run that was killed is started again from the beginning.
+  """
+  report = to_orbax.to_orbax(
+    args.source,
+    args.target,
+    load_config(args.config, args.set),
+    dtype=args.dtype,
+    lora=args.lora,
+    tokenizers=args.tokenizers,
+    need_statistics=not args.no_statistics,
+    merged=MERGED[args.merged],
+    say=lambda line: print(line, flush=True),
+  )
+  print("\n".join(to_orbax.table(report)))
+  return 0
+
+
+def to_torch_verb(args: argparse.Namespace) -> int:
+  """python -m semanticvla_jax.convert to-torch --policy policy --target checkpoint --base openvla-7b
+
+  Writes a policy in OpenVLA's layout: safetensors shards and index, config.json with norm_stats, companions. Adapters
+  are folded in, and config.json says so. What the model does not have (last blocks, lm_head) comes from --base. With
+  --companions=pt the release's own loaders read the result.
+  """
+  say = lambda line: print(line, flush=True)  # noqa: E731
+  report = to_torch.to_torch(args.policy, args.target, base=args.base, companions=args.companions, say=say)
+  print("\n".join(to_torch.lines(report)))
+  return 0
+
+
+def inspect_verb(args: argparse.Namespace) -> int:
+  """python -m semanticvla_jax.convert inspect openvla-7b
+
+  Prints the tensors of a policy folder or PyTorch checkpoint, with counts, statistics and config. No weight is read.
+  """
+  print("\n".join(compare.inspect(args.path[0] if len(args.path) == 1 else args.path)))
+  return 0
+
+
+def diff_verb(args: argparse.Namespace) -> int:
+  """python -m semanticvla_jax.convert diff policy openvla-7b
+
+  Compares two checkpoints of either format, tensor by tensor: max |a - b|, and that over max |a|. Exit status 1 where
+  they differ.
+  """
+  rows = compare.diff(args.a, args.b)
+  print("\n".join(compare.lines(rows)))
+  return 1 if any(row.maximum > 0 or row.note for row in rows) else 0
+
+
+def verify_verb(args: argparse.Namespace) -> int:
+  """python -m semanticvla_jax.convert verify --source openvla-7b --policy policy
+
+  Runs PyTorch's classes on a checkpoint's weights and ours on the policy made from it, on the same random input, and
+  prints max |ours - theirs| / max(1, max |theirs|) of every stage. Exit status 1 above the tolerance. Needs torch and
+  transformers (requirements-parity.txt); one encoder or one layer is in memory at a time.
+  """
+
+  def say(row: verify.Row) -> None:
+    print(f"{row.error:9.2e}  {'ok  ' if row.error <= args.tolerance else 'FAIL'}  {row.stage}", flush=True)
+
+  rows, left = verify.verify(args.source, args.policy, seed=args.seed, merged=MERGED[args.merged], say=say)
+  failed = [row for row in rows if not row.error <= args.tolerance]
+  print(f"{len(rows)} stages, {len(failed)} beyond {args.tolerance:g}; not run: {', '.join(left) or 'none'}")
+  return 1 if failed else 0
+
+
+def load_config(name: str, changes: list[str]) -> dict:
+  """A config file, "configs/openvla_oft.py:film", with KEY=VALUE changes, as plain JSON values."""
+  path, _, arg = name.partition(":")
+  file = Path(path)
+  if not file.is_file():
+    raise ValueError(f"No config: got {path}; expected a file such as configs/openvla_oft.py; check the path.")
+  sys.path.insert(0, str(file.resolve().parent.parent))
+  spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(arg or None)
+  for change in changes:
+    key, equals, value = change.partition("=")
+    if not equals:
+      raise ValueError(f"--set: got {change!r}; expected KEY=VALUE, e.g. lora.rank=32; write it so.")
+    try:
+      config.update_from_flattened_dict({key: _value(value)})
+    except (KeyError, TypeError) as error:
+      raise ValueError(f"--set {change}: got {error}; expected a field of {path}; check its name and type.") from error
+  return json.loads(config.to_json_best_effort())
+
+
+def _value(text: str):
+  try:
+    return json.loads(text)
+  except ValueError:
+    return text
+
+
+def _golden_arguments(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("folder", help="a golden folder, or a *_keys*.json file")
+
+
+def _to_orbax_arguments(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("--source", nargs="+", required=True, metavar="PATH", help="folders or files, a base first")
+  verb.add_argument("--target", required=True, metavar="DIR", help="the policy folder; must not exist")
+  verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="e.g. configs/openvla_oft.py:film")
+  verb.add_argument(
+    "--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the config, e.g. lora.rank=32"
+  )
+  verb.add_argument(
+    "--dtype", choices=tuple(to_orbax.DTYPES), default="keep", help="of every parameter; keep: as stored"
+  )
+  verb.add_argument("--lora", choices=("keep", "merge"), default="keep", help="adapters apart, or folded in")
+  _merged_argument(verb)
+  verb.add_argument("--tokenizers", metavar="DIR", help="folder of tokenizer.model; default: the source")
+  verb.add_argument("--no-statistics", action="store_true", help="convert a model that has no action statistics")
+
+
+def _merged_argument(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("--merged", choices=tuple(MERGED), default="auto", help="is lora_adapter/ in the shards?")
+
+
+def _to_torch_arguments(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("--policy", required=True, metavar="DIR", help="a policy folder")
+  verb.add_argument("--target", required=True, metavar="DIR", help="the folder to make; must not exist")
+  verb.add_argument(
+    "--base", nargs="+", default=[], metavar="PATH", help="the checkpoint it came from, for what ours lacks"
+  )
+  verb.add_argument(
+    "--companions",
+    choices=("safetensors", "pt"),
+    default="safetensors",
+    help="format of action_head--N_checkpoint and the like; pt: as the release's loaders read them (needs torch)",
+  )
+
+
+def _inspect_arguments(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("path", nargs="+", help="a policy folder, or folders and files of a PyTorch checkpoint")
+
+
+def _diff_arguments(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("a", help="a policy folder, or a folder or file of PyTorch weights")
+  verb.add_argument("b", help="likewise")
+
+
+def _verify_arguments(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("--source", nargs="+", required=True, metavar="PATH", help="folders or files, as in to-orbax")
+  verb.add_argument("--policy", required=True, metavar="DIR", help="the policy folder made from them")
+  verb.add_argument("--seed", type=int, default=0, help="of the inputs")
+  verb.add_argument("--tolerance", type=float, default=verify.TOLERANCE, help="default %(default)s")
+  _merged_argument(verb)
+
+
+VERBS = {
+  "diff": (diff_verb, _diff_arguments),
+  "inspect": (inspect_verb, _inspect_arguments),
+  "to-orbax": (to_orbax_verb, _to_orbax_arguments),
+  "to-torch": (to_torch_verb, _to_torch_arguments),
+  "verify": (verify_verb, _verify_arguments),
+  "verify-golden": (verify_golden, _golden_arguments),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m semanticvla_jax.convert", description=__doc__.split(": ", 1)[1])
+  verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+  for name, (function, arguments) in VERBS.items():
+    first, rest = function.__doc__.split("\n\n", 1)
+    verb = verbs.add_parser(
+      name,
+      help=" ".join(rest.split(". ")[0].split()),
+      description=f"Example: {first}\n\n{rest}",
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments(verb)
+    verb.set_defaults(run=function)
+  args = parser.parse_args(argv)
+  try:
+    return args.run(args)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())

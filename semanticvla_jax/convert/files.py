@@ -1,0 +1,200 @@
+"""Tensors in files, opened lazily: safetensors, PyTorch's .pt / .bin and big_vision's .npz.
+
+A header is read and checked when a file is opened; the numbers of a tensor only when they are asked for, one tensor at
+a time, by a plain read (no page of a file stays mapped, so the memory in use is that of one tensor).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from semanticvla_jax.convert import vit
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
+_MOST_HEADER = 100_000_000  # bytes, as safetensors allows
+DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+  "I64": np.dtype(np.int64),
+  "I32": np.dtype(np.int32),
+  "I16": np.dtype(np.int16),
+  "I8": np.dtype(np.int8),
+  "U8": np.dtype(np.uint8),
+  "BOOL": np.dtype(np.bool_),
+}
+
+
+class Tensor(NamedTuple):
+  """One tensor of a file.
+
+  Attributes:
+    file: where it is.
+    name: its key in that file.
+    shape, dtype: of the stored numbers (bfloat16 is ml_dtypes').
+    read: reads the numbers into a new array.
+    offset: byte of the file where they begin; None where they do not lie there as they are.
+  """
+
+  file: Path
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+  offset: int | None = None
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def open_file(path: Path) -> list[Tensor]:
+  """The tensors of one file, none of them read.
+
+  Raises:
+    ValueError: another kind of file, a header that is damaged or does not fit the file, a pickle that is more than
+      tensors, or PyTorch missing where it is needed.
+  """
+  if path.suffix == ".safetensors":
+    return _safetensors(path)
+  if path.suffix in (".pt", ".pth", ".bin"):
+    return _pickled(path)
+  if path.suffix == ".npz":
+    return _npz(path)
+  raise ValueError(f"Unknown file: got {path}; expected one of {', '.join(SUFFIXES)}; convert it to safetensors first.")
+
+
+def _safetensors(path: Path) -> list[Tensor]:
+  size = path.stat().st_size
+  with path.open("rb") as file:
+    lead = file.read(8)
+    length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else None
+    if length is None or length > min(_MOST_HEADER, size - 8):
+      said = f"a header of {length:,} bytes" if length is not None else "no header"
+      raise ValueError(
+        f"{path} is truncated or no safetensors file: got {said} in {size:,} bytes; expected header and data; download "
+        "it again."
+      )
+    text = file.read(length)
+  try:
+    header = json.loads(text)
+    fields = [
+      (name, DTYPES[f["dtype"]], tuple(map(int, f["shape"])), *map(int, f["data_offsets"]))
+      for name, f in header.items()
+      if name != "__metadata__"
+    ]
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"{path} has a damaged header: got {type(error).__name__}: {str(error)[:120]}; expected JSON of dtype "
+      f"(one of {', '.join(DTYPES)}), shape and data_offsets a tensor; download the file again."
+    ) from error
+  start = 8 + length
+  _check_header(path, fields, size - start)
+  return [
+    Tensor(path, name, shape, dtype, _reader(path, dtype, shape, start + a), start + a)
+    for name, dtype, shape, a, _ in fields
+  ]
+
+
+def _check_header(path: Path, fields: list[tuple], room: int) -> None:
+  """Raises ValueError where offsets leave the file, overlap, or disagree with dtype and shape."""
+  at = 0
+  for name, dtype, shape, begin, end in sorted(fields, key=lambda f: f[3:]):
+    wanted = math.prod(shape) * dtype.itemsize
+    if min((0, *shape)) < 0 or end - begin != wanted:
+      raise ValueError(
+        f"{path} lies about a tensor: got {name} {dtype}{list(shape)} in bytes {begin} to {end} ({end - begin:,}); "
+        f"expected {wanted:,} bytes; the file is damaged, download it again."
+      )
+    if begin < at:
+      raise ValueError(
+        f"{path} lies about a tensor: got {name} from byte {begin}, inside the one before it; expected {at} or more; "
+        "the file is damaged, download it again."
+      )
+    if end > room:
+      raise ValueError(
+        f"{path} is truncated: got {room:,} bytes of data; expected {name} at bytes {begin:,} to {end:,}; download the "
+        "file again."
+      )
+    at = end
+
+
+def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
+  def read() -> np.ndarray:
+    count = math.prod(shape)
+    values = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=offset)
+    if values.nbytes != count * dtype.itemsize:
+      raise ValueError(f"{path} became shorter: got {values.nbytes:,} bytes of a tensor; expected {count:,} numbers.")
+    return values.view(dtype).reshape(shape)
+
+  return read
+
+
+def _pickled(path: Path) -> list[Tensor]:
+  try:
+    import torch
+  except ImportError as error:
+    raise ValueError(
+      f"PyTorch is needed to read {path.name}: got no module torch; expected it for .pt and .bin files; "
+      "`pip install torch` (the CPU build will do), or save the file as safetensors elsewhere."
+    ) from error
+  try:
+    state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+  except pickle.UnpicklingError as error:
+    raise ValueError(
+      f"{path} is refused: got a pickle that is more than tensors ({_wants(error)}); expected a state dict; nothing of "
+      "it was executed. Save the state dict alone, from a program that you trust."
+    ) from error
+  except (RuntimeError, EOFError, OSError) as error:
+    raise ValueError(
+      f"{path} cannot be opened: got {type(error).__name__}: {str(error).partition(chr(10))[0][:160]}; expected the "
+      "zip format of torch.save; download it again, or save it with a newer PyTorch."
+    ) from error
+  if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+    inside = sorted(f"{k}: {type(x).__name__}" for k, x in state.items())[:8] if isinstance(state, dict) else state
+    raise ValueError(f"{path} is no state dict: got {inside}; expected names and tensors; save `model.state_dict()`.")
+  return [_torch_tensor(path, name, x) for name, x in state.items()]
+
+
+def _wants(error: Exception) -> str:
+  lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "class" in line]
+  return (lines or [str(error)])[0][:160]
+
+
+def _torch_tensor(path: Path, name: str, x) -> Tensor:
+  import torch
+
+  same_bits = {torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16))}
+
+  def read() -> np.ndarray:
+    dense = x.detach().contiguous()
+    if x.dtype in same_bits:
+      carrier, dtype = same_bits[x.dtype]
+      return dense.view(carrier).numpy().view(dtype).copy()
+    return dense.numpy().copy()
+
+  dtype = same_bits[x.dtype][1] if x.dtype in same_bits else torch.empty(0, dtype=x.dtype).numpy().dtype
+  return Tensor(path, name, tuple(x.shape), dtype, read)
+
+
+def _npz(path: Path) -> list[Tensor]:
+  """A released SigLIP of big_vision under our own names, `siglip/…` and `text/…`; the file is read at once."""
+  with np.load(path, allow_pickle=False) as stored:
+    arrays = {name: stored[name] for name in stored.files}
+  out = []
+  for tower, ours in (("img", "siglip"), ("txt", "text")):
+    for name, x in vit.big_vision(arrays, tower).items():
+      out.append(Tensor(path, f"{ours}/{name}", tuple(x.shape), x.dtype, lambda x=x: x))
+  return out

@@ -1,0 +1,99 @@
+"""Compares this model, tensor by tensor, with numbers that the official PyTorch classes produced.
+
+A golden folder holds `config.json` (sizes, cases) and safetensors with weights under the official state-dict names,
+inputs and every intermediate output. All sizes come from the folder. See `verify`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.flax import load_file
+
+from semanticvla_jax.convert.golden import parts, whole
+
+TOLERANCE = 5e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One compared tensor: max |ours − theirs| / max(1, max |theirs|); integer tensors must agree exactly."""
+
+  name: str
+  error: float
+
+  @property
+  def ok(self) -> bool:
+    return self.error <= TOLERANCE
+
+
+def verify(folder: str | Path) -> list[Row]:
+  """Compares every stored output of a golden folder.
+
+  Raises:
+    ValueError: no such folder or an unknown kind of folder; an output that no comparison covers; or table.Mismatch
+      when the weights do not fit the model that config.json describes.
+  """
+  folder = Path(folder)
+  path = folder / "config.json"
+  if not path.exists():
+    raise ValueError(f"verify-golden: got {folder}, expected a folder with config.json (or a *_keys*.json file).")
+  config = json.loads(path.read_text())
+  kind = _kind(config)
+  with jax.default_matmul_precision("highest"):
+    rows = [Row(name, _error(ours, theirs)) for name, ours, theirs in KINDS[kind](folder, config)]
+  missed = _stored_outputs(folder, kind) - {row.name for row in rows}
+  if missed:
+    raise ValueError(f"verify-golden: {len(missed)} stored outputs were not compared: {sorted(missed)[:8]}")
+  return rows
+
+
+def _kind(config: dict) -> str:
+  if "parts" in config:
+    return "backbones"
+  if "adapter_keys" in config:
+    return "lora_checkpoint"
+  if "openvla_oft" in config.get("sources", {}):
+    return "oft"
+  if "openvla" in config.get("sources", {}):
+    return "openvla"
+  if "cases" in config:
+    return "dense_fuser" if "pairs" in config["config"] else "id_pruner"
+  if "constants" in config:
+    return "full"
+  raise ValueError(f"verify-golden: cannot tell what this folder is from config.json keys {sorted(config)}.")
+
+
+def _error(ours: Any, theirs: Any) -> float:
+  ours, theirs = np.asarray(ours), np.asarray(theirs)
+  if ours.shape != theirs.shape:
+    return float("inf")
+  if theirs.dtype.kind in "iub":
+    return 0.0 if np.array_equal(ours, theirs) else float("inf")
+  error = np.max(np.abs(ours - theirs), initial=0) / max(1.0, float(np.max(np.abs(theirs), initial=0)))
+  return float(error) if np.isfinite(error) else float("inf")
+
+
+def _stored_outputs(folder: Path, kind: str) -> set[str]:
+  names = set()
+  for path in folder.glob("*outputs.safetensors"):
+    prefix = path.name.removesuffix("outputs.safetensors").rstrip("_")
+    separator = "/" if kind in ("backbones", "dense_fuser") else ""
+    names |= {prefix + separator + key for key in load_file(path)}
+  return names
+
+
+KINDS = {
+  "backbones": parts.backbones,
+  "id_pruner": parts.id_pruner,
+  "dense_fuser": parts.dense_fuser,
+  "full": whole.full,
+  "lora_checkpoint": whole.lora_checkpoint,
+  "oft": whole.oft,
+  "openvla": whole.openvla,
+}

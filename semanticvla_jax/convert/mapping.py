@@ -1,0 +1,233 @@
+"""Which tensor of a source makes which parameter: the rules of its kind, the target tree of a config, the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from semanticvla_jax.convert import llama, semanticvla, table, text, vit, work
+from semanticvla_jax.convert.source import VLA, Source
+from semanticvla_jax.convert.table import Entry, Mismatch, Rule
+from semanticvla_jax.models import lora
+from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
+
+Shapes = dict[str, tuple[int, ...]]
+_NOT_IN_A_TOWER = re.compile(r".*/film/.*")  # made by fine-tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """Rank, alpha and targets (a regular expression, or a name of lora.TARGETS) of the adapters to be folded in."""
+
+  rank: int
+  alpha: float
+  targets: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What to make, checked.
+
+  Attributes:
+    entries: path → how it is made, adapters included where they are kept, sorted by path.
+    adapters: path of a kernel → its (lora_a, lora_b), where they are folded in.
+    adapter: rank and alpha of those, or None.
+    skipped: source key → reason why nothing reads it.
+  """
+
+  entries: dict[str, Entry]
+  adapters: dict[str, tuple[Entry, Entry]]
+  adapter: Adapter | None
+  skipped: dict[str, str]
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(model: SemanticVLA | lora.LoRA, bare: SemanticVLA) -> Shapes:
+  """{path: shape} of a model, wrapped in LoRA or not; not to be changed."""
+  flat = flatten_dict(abstract_params(model, dummy_observation(bare)), sep="/")
+  return {path: tuple(x.shape) for path, x in flat.items()}
+
+
+def make_plan(source: Source, model_config: Any, lora_config: Mapping | None, keep: bool) -> Plan:
+  """Matches a source with the model of a config.
+
+  Args:
+    source: recognised files.
+    model_config: fields of semanticvla.DEFAULTS.
+    lora_config: {"rank", "alpha", "targets"} of the config; read where the source has adapters.
+    keep: whether adapters stay apart from the kernels.
+
+  Raises:
+    Mismatch: source and model do not cover each other.
+    ValueError: adapters of another rank or alpha than the config's, or half folded ones that are to be kept.
+  """
+  bare = build(model_config)
+  if source.kind not in VLA:
+    return _tower_plan(source, bare)
+  if not source.has_adapters:
+    entries, skipped = _match(source, bare, parameter_shapes(bare, bare), adapted=False)
+    return Plan(entries, {}, None, skipped)
+  adapter = _adapter(source, lora_config)
+  if keep and source.folded:
+    raise ValueError(
+      f"Adapters cannot be kept: got shards with the language adapters folded in ({source.paths[0].name}), beside "
+      "vision adapters; expected all of them apart; use --lora merge, or the unmerged base as the first --source."
+    )
+  targets = lora.TARGETS.get(adapter.targets, adapter.targets)
+  wrapped = lora.LoRA(bare.clone(), adapter.rank, adapter.alpha, targets)
+  target = parameter_shapes(wrapped, bare)
+  if source.folded:
+    target = {p: s for p, s in target.items() if not _is_adapter(p) or p.startswith(("dino/", "siglip/"))}
+  entries, skipped = _match(source, bare, target, adapted=True)
+  if keep:
+    return Plan(entries, {}, None, skipped)
+  pairs = {
+    path.removesuffix("lora_a") + "kernel": (entries[path], entries[path.removesuffix("a") + "b"])
+    for path in entries
+    if path.endswith("/lora_a")
+  }
+  return Plan({p: e for p, e in entries.items() if not _is_adapter(p)}, pairs, adapter, skipped)
+
+
+def _is_adapter(path: str) -> bool:
+  return path.endswith(("/lora_a", "/lora_b"))
+
+
+def _match(source: Source, bare: SemanticVLA, target: Shapes, adapted: bool) -> tuple[dict[str, Entry], dict[str, str]]:
+  entries, skipped = table.plan(semanticvla.rules_for(bare, adapted), unused(bare), source.shapes, target)
+  return {entry.target: entry for entry in sorted(entries, key=lambda e: e.target)}, skipped
+
+
+def unused(bare: SemanticVLA) -> dict[str, str]:
+  """`semanticvla.unused`, and what a base made ready for SemanticVLA holds beyond the baselines."""
+  out = semanticvla.unused(bare)
+  if bare.siglip_id_pruner is None:
+    out[r"fused_featurizer_sampler_proj\..*"] = "cue projector: of SemanticVLA only"
+  return out
+
+
+def _adapter(source: Source, config: Mapping | None) -> Adapter:
+  """Rank and alpha: of adapter_config.json, which the config must agree with, else of the config."""
+  if not config:
+    raise ValueError(
+      "Source has LoRA adapters: got no `lora` in the config; expected rank, alpha and targets; use the config of its "
+      "training."
+    )
+  ranks = {x.shape[0] for key, x in source.tensors.items() if ".lora_A." in key}
+  stored = source.adapter or {}
+  for field, key in (("rank", "r"), ("alpha", "lora_alpha")):
+    if key in stored and stored[key] != config[field]:
+      raise ValueError(
+        f"Adapter and config differ: got {key}={stored[key]} in adapter_config.json; expected {config[field]} "
+        f"(lora.{field} of the config); pass --set lora.{field}={stored[key]}, or the config of its training."
+      )
+  if ranks != {config["rank"]}:
+    raise ValueError(
+      f"Adapters of rank {sorted(ranks)}: expected {config['rank']} (lora.rank of the config); pass --set lora.rank=…, "
+      "or the config of its training."
+    )
+  if stored.get("use_rslora") or stored.get("use_dora") or stored.get("rank_pattern") or stored.get("alpha_pattern"):
+    raise ValueError(
+      "Adapter of another kind: got use_rslora, use_dora, rank_pattern or alpha_pattern in adapter_config.json; "
+      "expected plain LoRA; fold it in with peft's merge_and_unload first."
+    )
+  return Adapter(int(config["rank"]), float(config["alpha"]), config.get("targets", "release"))
+
+
+def _tower_plan(source: Source, bare: SemanticVLA) -> Plan:
+  target = {
+    path: shape
+    for path, shape in parameter_shapes(bare, bare).items()
+    if path.startswith(source.prefixes) and not _NOT_IN_A_TOWER.fullmatch(path)
+  }
+  rules, spare = tower_rules(source, target)
+  entries, skipped = table.plan(rules, spare | _deep(source, bare), source.shapes, target)
+  return Plan({e.target: e for e in sorted(entries, key=lambda e: e.target)}, {}, None, skipped)
+
+
+def tower_rules(source: Source, target: Shapes) -> tuple[list[Rule], dict[str, str]]:
+  """(rules, unused) of a single tower."""
+  pooled = "pooling head: tokens are used, not the pooled vector"
+  last = "final norm or pooling head: states are taken before it"
+  if source.kind == "SigLIP, Hugging Face":
+    rules = [
+      *table.prefixed(vit.hf_siglip(), "siglip/", "vision_model."),
+      *table.prefixed(text.hf_siglip_text(), "text/", "text_model."),
+    ]
+    spare = {
+      r"logit_(scale|bias)": "contrastive loss only",
+      r"vision_model\.(head|post_layernorm)\..*": last,
+      r"text_model\.head\..*": pooled,
+      r".*\.position_ids": "computed, not learned",
+    }
+    if "text/" in source.prefixes and not any(path.startswith("text/") for path in target):
+      spare[r"text_model\..*"] = "text tower: this model has none"
+    return rules, spare
+  if source.kind == "DINOv2, Hugging Face":
+    rules = table.prefixed(vit.hf_dinov2(), "dino/", "")
+    return rules, vit.HF_DINOV2_UNUSED | {r"layernorm\..*": last}
+  if source.kind in ("DINOv2, timm", "SigLIP, timm"):
+    ours = source.prefixes[0]
+    return table.prefixed(vit.timm(), ours, ""), {r"(norm|fc_norm|attn_pool|head)\..*": last}
+  if source.kind == "Llama, Hugging Face":
+    spare = llama.UNUSED | ({} if "llm/lm_head/kernel" in target else {r"lm_head\..*": "actions come from the coupler"})
+    return table.prefixed(llama.hf_llama(), "llm/", ""), spare
+  spare = {
+    r"siglip/(Transformer/encoder_norm|MAPHead_0|head)/.*": last,
+    r"text/(head|MAPHead_0)/.*": pooled,
+  }
+  if not any(path.startswith("text/") for path in target):
+    spare[r"text/.*"] = "text tower: this model has none"
+  return [Rule(path, path) for path in target], spare
+
+
+def _deep(source: Source, bare: SemanticVLA) -> dict[str, str]:
+  """The last block, where the model takes the states before it."""
+  if bare.vision_layer != "second_to_last":
+    return {}
+  out = {}
+  for ours, tower in (("dino/", bare.dino), ("siglip/", bare.siglip)):
+    if ours in source.prefixes and tower is not None:
+      last = tower.depth - 1
+      out[rf"(vision_model\.encoder\.layers|encoder\.layer|blocks)\.{last}\..*"] = "last block: states come before it"
+      out[rf"siglip/Transformer/encoderblock_{last}/.*"] = "last block: states come before it"
+  return out
+
+
+def pieces(plan: Plan, source: Source, path: str) -> Iterator[np.ndarray]:
+  """The numbers of one parameter: whole, or one layer after another where it is a stack (leading axis)."""
+  entry = plan.entries[path]
+  pair = plan.adapters.get(path)
+  for i in range(len(entry.keys)):
+    value = _make(entry, i, source)
+    if pair is not None:
+      tree = {"x": {"kernel": value, "lora_a": _make(pair[0], i, source), "lora_b": _make(pair[1], i, source)}}
+      value = np.asarray(lora.merge(tree, plan.adapter.rank, plan.adapter.alpha)["x"]["kernel"])
+    yield value
+
+
+def _make(entry: Entry, i: int, source: Source) -> np.ndarray:
+  shape = entry.shape[1:] if entry.stacked else entry.shape
+  layer = dataclasses.replace(entry, shape=shape, keys=(entry.keys[i],), stacked=False)
+  return work.contiguous(np.asarray(table.make(layer, lambda key: source.tensors[key].read())))
+
+
+def stored_dtype(plan: Plan, source: Source, path: str) -> np.dtype:
+  """The dtype of a parameter as stored.
+
+  Raises:
+    Mismatch: the layers of a stack, or the sources of one parameter, are stored in different types.
+  """
+  entry = plan.entries[path]
+  dtypes = {source.tensors[key].dtype for keys in entry.keys for key in keys}
+  if len(dtypes) > 1:
+    raise Mismatch(
+      f"{path}: got layers stored as {sorted(map(str, dtypes))}, expected one type; pass --dtype bfloat16 or float32."
+    )
+  return dtypes.pop()

@@ -1,0 +1,324 @@
+"""PyTorch checkpoint → policy folder, parameter by parameter.
+
+Everything that can be wrong with names, shapes and statistics is found before a byte is written. The folder is written
+beside its place and renamed when complete; a run that was killed leaves a `.<name>.partial`, which the next one removes
+before it starts again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import errno
+import hashlib
+import json
+import logging
+import os
+import resource
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import semanticvla_jax
+from semanticvla_jax.convert import mapping, stream
+from semanticvla_jax.convert.mapping import Plan
+from semanticvla_jax.convert.source import VLA, Source, describe, recognise
+from semanticvla_jax.data import statistics
+
+DTYPES = {"keep": None, "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+_BLOCK = 1 << 20  # numbers looked at together when NaN and Inf are counted
+_EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
+
+
+def to_orbax(
+  sources: Sequence[str | Path],
+  target: str | Path,
+  config: Mapping,
+  *,
+  dtype: str = "keep",
+  lora: str = "keep",
+  tokenizers: str | Path | None = None,
+  need_statistics: bool = True,
+  merged: bool | None = None,
+  say: Callable[[str], None] = logging.info,
+) -> dict:
+  """Converts a checkpoint and returns the report that is written as conversion.json.
+
+  Args:
+    sources: folders and files, a base before its fine-tune (see source.recognise).
+    target: the policy folder; must not exist.
+    config: {"model": …, "lora": …, "data": …}; `model` may have explicit sizes as its variant.
+    dtype: "keep" stores every parameter as it was; "bfloat16" or "float32" cast it.
+    lora: "keep" leaves adapters beside their kernels, "merge" folds them in.
+    tokenizers: folder of tokenizer.model (and spiece.model); None: that of the source, where it has one.
+    need_statistics: whether a whole model without action statistics is an error.
+    merged: see source.recognise.
+    say: is given lines of progress.
+
+  Raises:
+    ValueError: the target exists, the source is damaged, incomplete, or does not fit the config. Nothing is written.
+  """
+  began = time.monotonic()
+  target = Path(target).expanduser().absolute()
+  _check_arguments(target, dtype, lora)
+  source = recognise(sources, merged)
+  for line in describe(source):
+    say(line)
+  _refuse_second_adapter(source)
+  plan = mapping.make_plan(source, config["model"], config.get("lora"), keep=lora == "keep")
+  stats = _statistics(source, need_statistics)
+  leaves = {path: _lazy(plan, source, path, DTYPES[dtype]) for path in plan.entries}
+  models = _tokenizers(tokenizers, sources)
+  watch = _Watch(sum(leaf.nbytes for leaf in leaves.values()), say)
+  with whole(target) as partial, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    hashes = pool.submit(lambda: {str(path): sha256(path) for path in source.paths})
+    params_sha256 = stream.write(partial / "params", leaves, watch.seen)
+    report = _report(source, plan, leaves, watch) | {"sources": hashes.result(), "lora": lora, "dtype": dtype}
+    seconds = round(time.monotonic() - began, 2)
+    report |= {"params_sha256": params_sha256, "seconds": seconds, "peak_rss_bytes": peak_rss()}
+    contents = {
+      "config.json": _config(config, plan),
+      "statistics.json": stats,
+      "metadata.json": _metadata(source, plan, leaves, params_sha256),
+      "conversion.json": report,
+    }
+    for name, content in contents.items():
+      (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+    for path in models:
+      (partial / "tokenizers").mkdir(exist_ok=True)
+      shutil.copyfile(path, partial / "tokenizers" / path.name)
+  return report
+
+
+def _check_arguments(target: Path, dtype: str, lora: str) -> None:
+  if dtype not in DTYPES:
+    raise ValueError(f"dtype: got {dtype!r}, expected one of {tuple(DTYPES)}; name one of them.")
+  if lora not in ("keep", "merge"):
+    raise ValueError(f"lora: got {lora!r}, expected 'keep' or 'merge'; name one of them.")
+  check_target(target)
+
+
+def check_target(target: Path) -> None:
+  """Raises ValueError where the target exists, or where this cannot be seen."""
+  try:
+    exists = target.exists()
+  except OSError as error:
+    raise _cannot_write(target, error) from error
+  if exists:
+    raise ValueError(f"Target exists: got {target}; expected a new folder; remove it or choose another name.")
+
+
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+  """An empty `.<name>.partial` beside `target` that becomes it when the block ends well, and is removed when not.
+
+  What a killed run left there is removed first. Raises ValueError where the folder cannot be made, or the disk is full.
+  """
+  partial = target.parent / f".{target.name}.partial"
+  if partial.exists():
+    logging.info("removing %s, left by a run that did not finish; starting again", partial)
+    shutil.rmtree(partial)
+  try:
+    partial.mkdir(parents=True)
+  except OSError as error:
+    raise _cannot_write(target, error) from error
+  try:
+    yield partial
+    check_target(target)
+    partial.rename(target)
+  except Exception as error:
+    if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
+      raise
+    wrote = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    raise ValueError(
+      f"Disk full: got no more room in {target.parent} after {wrote:,} bytes; expected room for the whole "
+      "checkpoint; make room or choose another --target. Nothing is left there."
+    ) from error
+  finally:
+    if partial.exists():
+      shutil.rmtree(partial)
+
+
+def _cannot_write(target: Path, error: OSError) -> ValueError:
+  return ValueError(
+    f"Target cannot be written: got {error}; expected a folder that may be made in {target.parent}; choose another."
+  )
+
+
+def _refuse_second_adapter(source: Source) -> None:
+  mark = source.config.get("semanticvla_jax") or {}
+  if mark.get("merged") and mark.get("lora") and source.adapter is not None:
+    raise ValueError(
+      f"Adapter on a merged base: got {source.paths[0].parent}, into which adapters {mark['lora']} were folded, and an "
+      "adapter beside it; expected the base that the adapter was trained on; pass that base, or leave the adapter out."
+    )
+
+
+def _statistics(source: Source, need: bool) -> dict:
+  """The entries as they were, after a check that they can be read."""
+  if source.statistics is None:
+    if need and source.kind in VLA:
+      raise ValueError(
+        "No statistics: got neither dataset_statistics.json nor norm_stats in config.json; expected one of them "
+        "(actions cannot be un-normalised without); copy it beside the weights, or pass --no-statistics."
+      )
+    return {}
+  for name, entry in source.statistics.items():
+    statistics.from_openvla(entry, f"{source.statistics_file}: {name}")
+  return source.statistics
+
+
+def _lazy(plan: Plan, source: Source, path: str, dtype: np.dtype | None) -> stream.Lazy:
+  entry = plan.entries[path]
+  dtype = mapping.stored_dtype(plan, source, path) if dtype is None else dtype
+  return stream.Lazy(
+    entry.shape, dtype, entry.stacked, lambda: (x.astype(dtype, copy=False) for x in mapping.pieces(plan, source, path))
+  )
+
+
+@dataclasses.dataclass
+class _Watch:
+  """Counts bytes and non-finite numbers of what is written; says how far it is about every ten seconds."""
+
+  total: int
+  say: Callable[[str], None]
+  every: float = 10.0
+
+  def __post_init__(self):
+    self.done, self.bad, self.begin = 0, Counter(), time.monotonic()
+    self._said = self.begin
+
+  def seen(self, path: str, piece: np.ndarray) -> None:
+    self.done += piece.nbytes
+    if n := not_finite(piece):
+      self.bad[path] += n
+    now = time.monotonic()
+    if now - self._said >= self.every:
+      self._said, rate = now, self.done / (now - self.begin)
+      left = (self.total - self.done) / rate
+      self.say(f"{self.done / self.total:6.1%}  {rate / 1e6:8.1f} MB/s  {left:6.0f} s left  {path}")
+
+
+def not_finite(x: np.ndarray) -> int:
+  """How many NaN and Inf an array has."""
+  flat = x.reshape(-1)
+  if flat.dtype.kind in "iub":
+    return 0
+  exponent = _EXPONENTS.get(str(flat.dtype))
+  if exponent is None:
+    return sum(int((~np.isfinite(flat[i : i + _BLOCK])).sum()) for i in range(0, flat.size, _BLOCK))
+  bits, count = flat.view(np.uint16), 0
+  for i in range(0, bits.size, _BLOCK):  # all exponent bits set: Inf or NaN
+    block = bits[i : i + _BLOCK] & exponent
+    count += int((block == exponent).sum()) if block.max() == exponent else 0
+  return count
+
+
+def _report(source: Source, plan: Plan, leaves: Mapping[str, stream.Lazy], watch: _Watch) -> dict:
+  changes: Counter[str] = Counter()
+  for path, leaf in leaves.items():
+    before = sorted({str(source.tensors[k].dtype) for keys in plan.entries[path].keys for k in keys})
+    if before != [str(leaf.dtype)]:
+      changes[f"{'+'.join(before)} → {leaf.dtype}"] += 1
+  seconds = time.monotonic() - watch.begin
+  return {
+    "kind": source.kind,
+    "converter_version": semanticvla_jax.__version__,
+    "parameters": sum(leaf.size for leaf in leaves.values()),
+    "arrays": len(leaves),
+    "bytes": watch.done,
+    "bytes_per_second": round(watch.done / seconds),
+    "mapped": {path: [source.tensors[k].name for keys in plan.entries[path].keys for k in keys] for path in leaves},
+    "merged_adapters": len(plan.adapters),
+    "unused": plan.skipped | _folded_away(source),
+    "superseded": source.superseded,
+    "dtype_changes": dict(changes),
+    "not_finite": dict(watch.bad),
+    "statistics": sorted(source.statistics or {}),
+    "statistics_file": None if source.statistics_file is None else source.statistics_file.name,
+    "source_config": {key: value for key, value in source.config.items() if key != "norm_stats"},
+    "tensors": {key: [x.file.name, x.name] for key, x in source.tensors.items()},
+  }
+
+
+def _folded_away(source: Source) -> dict[str, str]:
+  return {"lora_adapter/*": "folded into the shards already"} if source.folded else {}
+
+
+def _config(config: Mapping, plan: Plan) -> dict:
+  kept = any(path.endswith("/lora_a") for path in plan.entries)
+  return {**config, "lora": config.get("lora") if kept else None}
+
+
+def _metadata(source: Source, plan: Plan, leaves: Mapping[str, stream.Lazy], params_sha256: str) -> dict:
+  facts: dict[str, Any] = {
+    "package_version": semanticvla_jax.__version__,
+    "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "step": _step(source),
+    "merged": not any(path.endswith("/lora_a") for path in leaves),
+    "parameters": sum(leaf.size for leaf in leaves.values()),
+    "origin": source.kind,
+    "params_sha256": params_sha256,
+  }
+  if source.kind not in VLA:
+    facts["parts"] = [prefix.rstrip("/") for prefix in source.prefixes]
+  if plan.adapter is not None:
+    facts["lora"] = dataclasses.asdict(plan.adapter)
+  elif source.folded:
+    facts["lora"] = {"rank": source.adapter.get("r"), "alpha": source.adapter.get("lora_alpha")}
+  return facts
+
+
+def _step(source: Source) -> int | None:
+  """Of the companions' names, `action_head--150000_checkpoint.pt`."""
+  steps = {path.name.split("--")[1].split("_")[0] for path in source.paths if "--" in path.name}
+  return int(step) if len(steps) == 1 and (step := steps.pop()).isdigit() else None
+
+
+def _tokenizers(given: str | Path | None, sources: Sequence[str | Path]) -> list[Path]:
+  """The `*.model` files of a folder, or of the sources; of two with one name the later."""
+  folders = [Path(p) for p in sources if Path(p).is_dir()] if given is None else [Path(given)]
+  models = {path.name: path for folder in folders for path in sorted(folder.glob("*.model"))}
+  if given is not None and not models:
+    raise ValueError(f"No tokenisers: got {given} without a .model file; expected tokenizer.model; name its folder.")
+  return list(models.values())
+
+
+def sha256(path: Path) -> str:
+  """Of a file, in hex."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def peak_rss() -> int:
+  """Largest resident memory of this process so far, in bytes."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024
+
+
+def table(report: Mapping, most: int = 8) -> list[str]:
+  """The report as lines for the screen."""
+  reasons = Counter(report["unused"].values())
+  lines = [
+    f"{report['kind']}: {report['arrays']} arrays, {report['parameters']:,} parameters, {report['bytes']:,} bytes",
+    f"  {sum(key not in report['unused'] for key in report['tensors'])} tensors mapped, "
+    f"{report['merged_adapters']} adapters folded in",
+    *(f"  {n:5d} unused: {why}" for why, n in reasons.items()),
+    f"  {len(report['superseded'])} superseded by a later file",
+    *(f"  {n:5d} arrays {change}" for change, n in report["dtype_changes"].items()),
+    f"  statistics: {', '.join(report['statistics']) or 'none'}",
+    f"  {report['seconds']} s, {report['bytes_per_second'] / 1e6:.1f} MB/s, peak memory "
+    f"{report['peak_rss_bytes'] / 2**30:.2f} GiB",
+  ]
+  bad = list(report["not_finite"].items())
+  lines += [f"  NOT FINITE: {path}: {n} NaN or Inf" for path, n in bad[:most]]
+  return lines + ([f"  … and {len(bad) - most} more arrays with NaN or Inf"] if len(bad) > most else [])
