@@ -1,0 +1,152 @@
+"""Looks at a dataset: `python -m semanticvla_jax.data inspect|statistics|preview --data_dir DIR --name NAME`.
+
+inspect     features, sizes, instructions and ranges
+statistics  writes dataset_statistics.json (--format openvla) or norm_stats.json (--format openpi)
+preview     writes a contact sheet: frames as stored, evaluated and trained on, with instruction, state and actions
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import logging
+import pathlib
+import sys
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+
+from semanticvla_jax.data import images, mixtures, records, rlds, statistics, trajectories
+
+_TEXT_WIDTH, _MARGIN, _LINE = 640, 8, 12  # pixels
+
+
+def inspect(datasets: list[rlds.Dataset]) -> str:
+  """Describes datasets in plain text: counts, lengths, instructions, and the range of every dimension."""
+  lines = []
+  for dataset in datasets:
+    lengths, chunk = np.bincount(dataset.episodes), dataset.recipe.chunk
+    cut = np.maximum(lengths - chunk + 1, 0).sum()
+    image = images.decode(records.Reader(dataset.index).image(int(dataset.frames[0]), 0))
+    lines += [
+      f"{dataset.name}: {len(lengths)} episodes, {len(dataset.actions)} frames, {len(dataset.index.files)} shards",
+      f"  frames an episode: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}",
+      f"  examples of {chunk} actions: {cut} when cut at the end, {len(dataset.actions)} when padded",
+      f"  views: {', '.join(dataset.recipe.views)}; first image {image.shape[0]} x {image.shape[1]}",
+    ]
+    said = collections.Counter(map(dataset.instruction, np.flatnonzero(np.diff(dataset.episodes, prepend=-1)).tolist()))
+    lines += [f"  {count:5d} x {sentence}" for sentence, count in said.most_common(20)]
+    if len(said) > 20:
+      lines.append(f"  ... and {len(said) - 20} more instructions")
+    for kind in ("action", "proprio"):
+      part = getattr(dataset.statistics, kind)
+      lines.append(f"  {kind:>10}  {'min':>9} {'q01':>9} {'mean':>9} {'q99':>9} {'max':>9}  normalised")
+      rows = zip(part.min, part.q01, part.mean, part.q99, part.max, part.mask, strict=True)
+      lines += [
+        f"  {i:10d}  " + " ".join(f"{x:9.4f}" for x in row[:5]) + f"  {'yes' if row[5] else 'no'}"
+        for i, row in enumerate(rows)
+      ]
+  return "\n".join(lines)
+
+
+def preview(dataset: rlds.Dataset, *, count: int = 6, size: int = 224, seed: int = 0) -> UInt8[np.ndarray, "h w 3"]:
+  """Draws a contact sheet, a row a frame: each view as stored, centre cropped (evaluation) and augmented (training).
+
+  The frames are spread evenly over the dataset. Beside them: instruction, state, and the action before and after
+  standardising and normalising.
+  """
+  reader = records.Reader(dataset.index)
+  rows = []
+  for number, frame in enumerate(np.linspace(0, len(dataset.actions) - 1, count).astype(int).tolist()):
+    tiles = []
+    for view in range(len(dataset.recipe.views)):
+      image = images.decode(reader.image(int(dataset.frames[frame]), view))
+      resized = images.resize(image, size)
+      uniform = images.draws(seed, number, view)[None]
+      tiles += [
+        resized,
+        images.prepare(image, size, crop_area=0.9),
+        images.augment(resized[None], uniform)[0],
+      ]
+    rows.append(np.concatenate([*tiles, _caption(dataset, frame, size)], axis=1))
+  return np.concatenate(rows)
+
+
+def _caption(dataset: rlds.Dataset, frame: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
+  recipe, stats = dataset.recipe, dataset.statistics
+  now = np.array([frame])
+  absolute = np.array(recipe.absolute)
+  chunk, _ = trajectories.windows(dataset.actions, now, dataset.ends[now], recipe.chunk, absolute)
+  lines = [
+    f"{dataset.name}, episode {dataset.episodes[frame]}, frame {frame}: stored | evaluation | training",
+    dataset.instruction(frame),
+    "stored action  " + _numbers(dataset.index.columns["action"][dataset.frames[frame]]),
+    "action         " + _numbers(dataset.actions[frame]),
+    "normalised     " + _numbers(statistics.normalise(chunk, stats.action, mode=recipe.mode)[0, 0]),
+    "state          " + _numbers(dataset.proprio[frame]),
+    "normalised     " + _numbers(statistics.normalise(dataset.proprio[now], stats.proprio, mode=recipe.mode)[0]),
+    f"chunk of {recipe.chunk}, normalised:",
+    *(_numbers(action) for action in statistics.normalise(chunk, stats.action, mode=recipe.mode)[0]),
+  ]
+  page = Image.new("RGB", (_TEXT_WIDTH, height), "white")
+  draw = ImageDraw.Draw(page)
+  for i, line in enumerate(lines):
+    draw.text((_MARGIN, _MARGIN // 2 + i * _LINE), line, fill="black")
+  return np.array(page)
+
+
+def _numbers(values: np.ndarray) -> str:
+  return " ".join(f"{value:+.3f}" for value in values)
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m semanticvla_jax.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("verb", choices=("inspect", "statistics", "preview"))
+  parser.add_argument("--data_dir", required=True, help="folder of <name>/<version>/, local or gs://")
+  parser.add_argument("--name", required=True, help=f"a dataset, or a mixture: {', '.join(mixtures.MIXTURES)}")
+  parser.add_argument("--split", default="train")
+  parser.add_argument("--cache_dir", help="where to keep the index from one run to the next")
+  parser.add_argument("--out", help="file to write (statistics: json; preview: png)")
+  parser.add_argument("--format", choices=("openvla", "openpi"), default="openvla")
+  parser.add_argument("--count", type=int, default=6, help="frames of the preview")
+  parser.add_argument("--size", type=int, default=224, help="pixels of the preview's frames")
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  """Runs one verb; problems with the data end the program with their message."""
+  logging.basicConfig(level=logging.INFO, format="%(message)s")
+  args = _arguments(argv)
+  try:
+    names = [name for name, _ in mixtures.mixture(args.name)]
+    datasets = [rlds.load(args.data_dir, name, split=args.split, cache_dir=args.cache_dir) for name in names]
+    if args.verb == "inspect":
+      print(inspect(datasets))
+    elif args.verb == "statistics":
+      _write_statistics(datasets, args.out, args.format)
+    else:
+      sheet = np.concatenate([preview(dataset, count=args.count, size=args.size) for dataset in datasets])
+      out = pathlib.Path(args.out or f"{args.name}.png")
+      Image.fromarray(sheet).save(out)
+      logging.info("wrote %s", out)
+  except ValueError as error:
+    sys.exit(str(error))
+
+
+def _write_statistics(datasets: list[rlds.Dataset], out: str | None, kind: str) -> None:
+  if kind == "openpi" and len(datasets) > 1:
+    raise ValueError(f"norm_stats.json holds one dataset: got {len(datasets)}; expected 1; name a single dataset.")
+  if kind == "openpi":
+    path = pathlib.Path(out or "norm_stats.json")
+    statistics.save_openpi(path, datasets[0].statistics)
+  else:
+    path = pathlib.Path(out or "dataset_statistics.json")
+    statistics.save_openvla(path, {dataset.name: dataset.statistics for dataset in datasets})
+  logging.info("wrote %s", path)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

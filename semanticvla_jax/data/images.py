@@ -1,0 +1,289 @@
+"""From a stored or rendered frame to the pixels a model sees: one path for training, evaluation and serving.
+
+Everything is numpy on the CPU, float32, without TensorFlow and without a device, so that a robot client, an evaluation
+worker and a training host produce equal bytes from equal frames. Work is done on channel planes f32[n 3 h w]; each of
+the n images comes out as it would alone.
+
+The numbers are those of the released code, which are OpenVLA's: `tf.image.resize(lanczos3, antialias=True)`, then in
+training dlimp's augmentations, in evaluation a centre crop of 0.9 of the area.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+from PIL import Image
+
+_BLOCK = 16  # output rows per matrix product: the band of a block is a few times narrower than the image
+_STREAM = 2  # separates the augmentation draws from the other random streams of the same seed
+
+
+class Augmentation(NamedTuple):
+  """Random changes of a training image, in the order in which they are applied; the defaults are the release's.
+
+  Attributes:
+    crop_area: share of the area that a square-aspect random crop keeps; resized back bilinearly.
+    brightness: largest absolute shift, in units of the full range.
+    contrast, saturation: range of the factor.
+    hue: largest absolute rotation, in turns.
+    diagonal_crop: True copies the release, whose vertical and horizontal offsets share one random number, so that
+      every crop lies on the diagonal; False draws the two independently.
+  """
+
+  crop_area: float = 0.9
+  brightness: float = 0.2
+  contrast: tuple[float, float] = (0.8, 1.2)
+  saturation: tuple[float, float] = (0.8, 1.2)
+  hue: float = 0.05
+  diagonal_crop: bool = False
+
+
+RELEASE = Augmentation()
+
+
+def decode(encoded: bytes, dct: str = "accurate") -> UInt8[np.ndarray, "h w 3"]:
+  """Decodes a JPEG or PNG to RGB.
+
+  `dct` chooses the inverse transform of a JPEG. "accurate" is libjpeg's default and needs pillow only. "fast" is
+  TensorFlow's default and therefore what the released weights were trained and evaluated on; it differs by about one
+  grey level on average (up to 9 in sharp, saturated places) and imports TensorFlow.
+
+  Raises:
+    ValueError: the bytes are no image, or `dct` is unknown.
+  """
+  if dct == "fast":
+    import tensorflow as tf
+
+    try:
+      return tf.io.decode_image(encoded, channels=3, expand_animations=False).numpy()
+    except tf.errors.InvalidArgumentError as error:
+      raise _undecodable(encoded, error) from error
+  if dct != "accurate":
+    raise ValueError(f"Unknown JPEG transform: got dct={dct!r}; expected 'accurate' or 'fast'; fix the config.")
+  try:
+    with Image.open(io.BytesIO(encoded)) as image:
+      return np.array(image.convert("RGB"))
+  except (OSError, SyntaxError) as error:
+    raise _undecodable(encoded, error) from error
+
+
+def _undecodable(encoded: bytes, error: Exception) -> ValueError:
+  return ValueError(
+    f"Image cannot be decoded: got {len(encoded)} bytes starting with {encoded[:4]!r} ({error}); expected a whole JPEG "
+    "or PNG; fetch or write the file again."
+  )
+
+
+def jpeg_round_trip(
+  image: UInt8[np.ndarray, "h w 3"], quality: int = 95, dct: str = "accurate"
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Encodes and decodes a rendered frame, as the stored training frames were (quality 95, 4:2:0 chroma).
+
+  The quantised coefficients equal those of `tf.io.encode_jpeg`; see `decode` for `dct`.
+  """
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+  return decode(buffer.getvalue(), dct)
+
+
+def resize(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
+  """Resizes to `size` × `size` as `tf.image.resize(lanczos3, antialias=True)`, rounded and clipped to 0..255.
+
+  The aspect ratio is not kept, as in the release; an image of that size already is returned as it is.
+  """
+  height, width = image.shape[:2]
+  if (height, width) == (size, size):
+    return image
+  planes = _resample(_planes(image[None]), _lanczos(height, size), _lanczos(width, size))
+  np.rint(planes, out=planes)
+  np.clip(planes, 0, 255, out=planes)
+  return np.ascontiguousarray(planes[0].astype(np.uint8).transpose(1, 2, 0))
+
+
+def center_crop(image: UInt8[np.ndarray, "h w 3"], area: float = 0.9) -> UInt8[np.ndarray, "h w 3"]:
+  """Crops the middle `area` of the image and resizes it back: `tf.image.crop_and_resize`, clip, trunc(x * 255.5)."""
+  side = float(np.sqrt(area))
+  planes = _unit(image[None])
+  _crop(planes[0], (1 - side) / 2, (1 - side) / 2, side)
+  return _to_uint8(planes)[0]
+
+
+def prepare(
+  image: UInt8[np.ndarray, "h w 3"],
+  size: int,
+  *,
+  jpeg_quality: int | None = None,
+  dct: str = "accurate",
+  crop_area: float | None = None,
+) -> UInt8[np.ndarray, "s s 3"]:
+  """Turns one upright RGB frame into the model's `size` × `size` input.
+
+  Training prepares the stored frame and then calls `augment`, whose crop is random. Evaluation of a policy trained
+  that way passes `crop_area=0.9`, and `jpeg_quality=95` where frames come from a renderer and not from a JPEG file.
+  """
+  if jpeg_quality is not None:
+    image = jpeg_round_trip(image, jpeg_quality, dct)
+  image = resize(image, size)
+  return image if crop_area is None else center_crop(image, crop_area)
+
+
+def draws(seed: int, example: int, view: int) -> Float[np.ndarray, "6"]:
+  """Six uniform numbers in [0, 1) for one image: the same for the same arguments, in any order of calls.
+
+  Counter based (Philox), so that a resumed run augments the n-th example exactly as an uninterrupted one.
+  """
+  bits = np.random.Philox(key=[seed, _STREAM], counter=[0, view, example, 0]).random_raw(6)
+  return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def augment(
+  images: UInt8[np.ndarray, "n h w 3"], uniform: Float[np.ndarray, "n 6"], values: Augmentation = RELEASE
+) -> UInt8[np.ndarray, "n h w 3"]:
+  """Applies crop, brightness, contrast, saturation and hue to each image, clipping to [0, 1] after each.
+
+  Args:
+    images: RGB 0..255, at the model's size.
+    uniform: numbers in [0, 1) of each image, see `draws`: top, left, brightness, contrast, saturation, hue.
+    values: ranges the numbers are mapped to.
+
+  Returns:
+    RGB 0..255 of the same size, by trunc(x * 255.5).
+  """
+  top, left, brightness, contrast, saturation, hue = uniform.T
+  side = float(np.sqrt(values.crop_area))
+  left = top if values.diagonal_crop else left
+  planes = _unit(images)
+  for i in range(len(planes)):
+    _crop(planes[i], float(top[i]) * (1 - side), float(left[i]) * (1 - side), side)
+  np.clip(planes, 0, 1, out=planes)
+  planes += _each((2 * brightness - 1) * values.brightness)
+  np.clip(planes, 0, 1, out=planes)
+  _adjust_contrast(planes, _between(values.contrast, contrast))
+  return _to_uint8(_adjust_colour(planes, _between(values.saturation, saturation), (2 * hue - 1) * values.hue))
+
+
+def _planes(images: UInt8[np.ndarray, "n h w 3"]) -> Float32[np.ndarray, "n 3 h w"]:
+  return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32)
+
+
+def _unit(images: UInt8[np.ndarray, "n h w 3"]) -> Float32[np.ndarray, "n 3 h w"]:
+  planes = _planes(images)
+  planes *= np.float32(1 / 255)
+  return planes
+
+
+def _to_uint8(planes: Float32[np.ndarray, "n 3 h w"]) -> UInt8[np.ndarray, "n h w 3"]:
+  """`tf.image.convert_image_dtype(clip(x, 0, 1), uint8)`: truncates x * 255.5."""
+  np.clip(planes, 0, 1, out=planes)
+  planes *= np.float32(255.5)
+  return np.ascontiguousarray(planes.astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+class _Band(NamedTuple):
+  """Rows of a resampling matrix and the inputs [start, stop) they touch: weights f32[rows, stop - start]."""
+
+  start: int
+  stop: int
+  weights: np.ndarray
+
+
+@functools.lru_cache(maxsize=64)
+def _lanczos(n_in: int, n_out: int) -> tuple[_Band, ...]:
+  """Lanczos-3 with antialiasing: the kernel is widened by the shrink factor, weights are renormalised at borders.
+
+  The matrix is banded, so it is kept in blocks of a few rows, each with only the inputs they read.
+  """
+  scale = n_in / n_out
+  stretch = max(scale, 1.0)
+  centre = (np.arange(n_out) + 0.5) * scale
+  taps = min(int(np.ceil(2 * 3 * stretch)) + 1, n_in)
+  first = np.clip(np.ceil(centre - 3 * stretch - 0.5).astype(np.int64), 0, n_in - taps)
+  x = (first[:, None] + np.arange(taps) + 0.5 - centre[:, None]) / stretch
+  weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
+  weights /= weights.sum(axis=1, keepdims=True)
+  bands = []
+  for top in range(0, n_out, _BLOCK):
+    rows = np.arange(top, min(top + _BLOCK, n_out))
+    start, stop = int(first[rows].min()), int(first[rows].max()) + taps
+    block = np.zeros((len(rows), stop - start), np.float32)
+    block[(rows - top)[:, None], (first[rows] - start)[:, None] + np.arange(taps)] = weights[rows]
+    bands.append(_Band(start, stop, block))
+  return tuple(bands)
+
+
+def _resample(
+  planes: Float32[np.ndarray, "n 3 h w"], rows: tuple[_Band, ...], columns: tuple[_Band, ...]
+) -> Float32[np.ndarray, "n 3 r c"]:
+  planes = np.concatenate([band.weights @ planes[:, :, band.start : band.stop] for band in rows], axis=2)
+  return np.concatenate([planes[:, :, :, band.start : band.stop] @ band.weights.T for band in columns], axis=3)
+
+
+def _crop(planes: Float32[np.ndarray, "3 h w"], top: float, left: float, side: float) -> None:
+  """Crops the box [top, top + side] × [left, left + side] (shares of the image) and resizes it back, in place.
+
+  Bilinear, as `tf.image.crop_and_resize`: pixel i of n samples the input at top * (n - 1) + i * side.
+  """
+  _, height, width = planes.shape
+  first, second, fraction = _taps(width, left, side)
+  rows, other = np.take(planes, first, axis=2), np.take(planes, second, axis=2)
+  other -= rows
+  other *= fraction
+  rows += other
+  first, second, fraction = _taps(height, top, side)
+  np.take(rows, first, axis=1, out=planes, mode="clip")
+  np.take(rows, second, axis=1, out=other, mode="clip")
+  other -= planes
+  other *= fraction[:, None]
+  planes += other
+
+
+def _taps(n: int, offset: float, side: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The two inputs each output pixel lies between, i64[n] each, and the share of the second, f32[n]."""
+  at = np.clip(offset * (n - 1) + np.arange(n) * side, 0, n - 1)
+  first = at.astype(np.int64)
+  return first, np.minimum(first + 1, n - 1), (at - first).astype(np.float32)
+
+
+def _between(bounds: tuple[float, float], u: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+  return bounds[0] + u * (bounds[1] - bounds[0])
+
+
+def _each(values: Float[np.ndarray, "n"]) -> Float32[np.ndarray, "n 1 1 1"]:
+  return values.astype(np.float32)[:, None, None, None]
+
+
+def _adjust_contrast(planes: Float32[np.ndarray, "n 3 h w"], factor: Float[np.ndarray, "n"]) -> None:
+  """Scales about the mean of each channel, in place."""
+  mean = planes.mean(axis=(2, 3), keepdims=True)
+  planes *= _each(factor)
+  planes += mean * _each(1 - factor)
+  np.clip(planes, 0, 1, out=planes)
+
+
+def _adjust_colour(
+  planes: Float32[np.ndarray, "n 3 h w"], saturation: Float[np.ndarray, "n"], hue: Float[np.ndarray, "n"]
+) -> Float32[np.ndarray, "n 3 h w"]:
+  """Scales the saturation of HSV (at most to 1) and rotates its hue (in turns), in one pass through hue and chroma."""
+  red, green, blue = (planes[:, channel, None] for channel in range(3))
+  value = np.maximum(np.maximum(red, green), blue)
+  chroma = value - np.minimum(np.minimum(red, green), blue)
+  is_red, is_green = red == value, green == value
+  sixth = np.where(is_red, green - blue, np.where(is_green, blue - red, red - green))
+  sixth /= np.maximum(chroma, np.float32(1e-30))
+  sixth += np.where(is_red, np.float32(6), np.where(is_green, np.float32(2), np.float32(4)))
+  sixth += _each(6 * hue)
+  chroma *= _each(saturation)
+  np.minimum(chroma, value, out=chroma)
+  out = np.empty_like(planes)
+  for channel, corner in enumerate((5, 3, 1)):
+    k = sixth + np.float32(corner)  # hue in sixths of a turn, counted from this channel's corner
+    k -= np.float32(6) * np.floor(k * np.float32(1 / 6))
+    np.minimum(k, np.float32(4) - k, out=k)
+    np.clip(k, 0, 1, out=k)
+    k *= chroma
+    np.subtract(value, k, out=out[:, channel, None])
+  return out

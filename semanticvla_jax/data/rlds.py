@@ -1,0 +1,423 @@
+"""RLDS on disk to training batches: index, order, decode, augment, normalise.
+
+The choice made here: an index of all frames without their images (records.py, about 25 MB for LIBERO's 273,465
+frames), frames drawn in an order that is a pure function of (seed, position) (order.py), and single JPEGs read by
+byte range and decoded when their turn comes. So shuffling is perfect and costs no buffer, the n-th batch is computed
+without the n-1 before it, memory does not grow with the images, and the order does not depend on the number of hosts:
+a host computes its rows of each global batch.
+
+For sets too large or too remote for random reads (tens of millions of frames, gs://), `window` shuffles episodes and
+then the frames of `window` episodes at a time, reading whole episodes into a bounded cache: just as deterministic, at
+the price that every host reads every episode.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import difflib
+import functools
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int, Int32, UInt8
+
+from semanticvla_jax.data import images, order, records, standardise, statistics, text, trajectories
+from semanticvla_jax.types import Batch, Observation
+
+_PIXELS = 1 << 16  # worked on together: small images in groups, so that numpy's calls are worth their overhead
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """One dataset, standardised, in raw units, without its images: `n` frames.
+
+  Attributes:
+    name: of the folder and of the statistics.
+    recipe: how it was read.
+    index: where its images lie.
+    statistics: of actions and proprioception.
+    actions, proprio: f32[n a], f32[n p].
+    frames: i64[n], numbers of these frames in the index.
+    episodes: i64[n], 0, 1, ... in order; ends: i64[n], one past the last frame of the same episode.
+  """
+
+  name: str
+  recipe: standardise.Recipe
+  index: records.Index
+  statistics: statistics.DatasetStatistics
+  actions: Float32[np.ndarray, "n a"]
+  proprio: Float32[np.ndarray, "n p"]
+  frames: Int[np.ndarray, "n"]
+  episodes: Int[np.ndarray, "n"]
+  ends: Int[np.ndarray, "n"]
+
+  def instruction(self, frame: int) -> str:
+    """The instruction of frame `frame` of this dataset."""
+    return self.index.instructions[self.index.instruction[self.frames[frame]]]
+
+  def starts(self, chunk: int, trajectory_end: str) -> Int[np.ndarray, "m"]:
+    """Frames that may start an example, ascending; logs how many episodes have none."""
+    first = np.flatnonzero(np.diff(self.episodes, prepend=-1))
+    lengths = np.diff(np.append(first, len(self.episodes)))
+    parts = [at + trajectories.starts(int(t), chunk, trajectory_end) for at, t in zip(first, lengths, strict=True)]
+    short = sum(len(part) == 0 for part in parts)
+    if short:
+      logging.warning(
+        "%s: %d of %d episodes are shorter than the chunk of %d and are skipped", self.name, short, len(parts), chunk
+      )
+    if short == len(parts):
+      raise ValueError(
+        f"Dataset {self.name!r} has no examples: got episodes of at most {max(lengths, default=0)} frames; expected "
+        f"{chunk} or more; use a shorter chunk or trajectory_end='pad'."
+      )
+    return np.concatenate(parts)
+
+
+def load(
+  data_dir: str,
+  name: str,
+  *,
+  recipe: standardise.Recipe | None = None,
+  split: str = "train",
+  given: statistics.DatasetStatistics | None = None,
+  cache_dir: str | None = None,
+) -> Dataset:
+  """Indexes `<data_dir>/<name>/<version>` (the highest version), standardises it and computes its statistics.
+
+  Episodes without language are dropped, as in the release; their number is logged.
+
+  Args:
+    data_dir: local or gs://.
+    name: of the dataset; also chooses the recipe if none is passed.
+    recipe: how to read it.
+    split: tfds notation over episodes, e.g. "train" or "train[:95%]"; the statistics are those of this split.
+    given: statistics to use instead, e.g. of a checkpoint.
+    cache_dir: local folder in which the index is kept from one run to the next, or None.
+
+  Raises:
+    ValueError: no such dataset or split, a missing feature, a corrupt shard, non-finite numbers, unusable statistics.
+  """
+  import tensorflow_datasets as tfds
+
+  recipe = standardise.recipe(name) if recipe is None else recipe
+  _hide_accelerators()
+  builder = tfds.builder_from_directory(find(data_dir, name))
+  _check_features(builder, recipe, name)
+  if builder.info.file_format.value != "tfrecord":
+    raise ValueError(f"Dataset {name!r}: got {builder.info.file_format.value}; expected tfrecord; convert it.")
+  try:
+    instructions = builder.info.splits[split].file_instructions
+  except (KeyError, ValueError) as error:
+    raise ValueError(
+      f"Dataset {name!r} has no split {split!r}: got {sorted(builder.info.splits)}; expected one of them, or a part "
+      "such as 'train[:95%]'."
+    ) from error
+  parts = [records.Part(one.filename, one.skip, one.take) for one in instructions]
+  return assemble(name, recipe, records.index(parts, recipe.columns, recipe.views, cache_dir, name), given)
+
+
+def find(data_dir: str, name: str) -> str:
+  """Returns the folder of the highest version of a dataset.
+
+  Raises:
+    ValueError: there is none.
+  """
+  from etils import epath
+
+  root = epath.Path(data_dir) / name
+  versions = [path for path in root.iterdir() if (path / "features.json").exists()] if root.exists() else []
+  if not versions:
+    have = sorted(path.name for path in epath.Path(data_dir).iterdir()) if epath.Path(data_dir).exists() else []
+    close = difflib.get_close_matches(name, have, n=1, cutoff=0.0)
+    raise ValueError(
+      f"No dataset {name!r}: got {have[:20]} in {data_dir}; expected {name}/1.0.0/features.json; "
+      + (f"did you mean {close[0]!r}?" if close else "check data_dir.")
+    )
+  return str(max(versions, key=lambda path: [int(part) if part.isdigit() else -1 for part in path.name.split(".")]))
+
+
+def _hide_accelerators() -> None:
+  """Keeps TensorFlow off the devices: it reads files here, and would otherwise take their memory from JAX."""
+  import tensorflow as tf
+
+  try:
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_visible_devices([], "TPU")
+  except RuntimeError:  # already initialised by the caller, who then decides
+    logging.warning("tensorflow was initialised before its devices could be hidden")
+
+
+def _check_features(builder, recipe: standardise.Recipe, name: str) -> None:
+  from tensorflow_datasets.core import utils
+
+  have = utils.flatten_nest_dict(builder.info.features.get_serialized_info())
+  have = {key.removeprefix("steps/"): info for key, info in have.items() if key.startswith("steps/")}
+  needed = {key: (width,) for key, width in recipe.columns.items()}
+  needed |= {f"observation/{view}": () for view in recipe.views} | {"language_instruction": ()}
+  for key, shape in needed.items():
+    if key not in have:
+      close = difflib.get_close_matches(key, have, n=1, cutoff=0.0)
+      raise ValueError(
+        f"Dataset {name!r} lacks the feature {key!r}: got {sorted(have)}; expected it below steps/; pass a Recipe for "
+        f"this dataset{f' (nearest: {close[0]!r})' if close else ''}."
+      )
+    if tuple(have[key].shape[1:]) != shape:
+      raise ValueError(
+        f"Dataset {name!r}, feature {key!r}: got shape {tuple(have[key].shape[1:])} a step; expected {shape}; pass a "
+        "Recipe for this dataset."
+      )
+
+
+def assemble(
+  name: str,
+  recipe: standardise.Recipe,
+  index: records.Index,
+  given: statistics.DatasetStatistics | None = None,
+) -> Dataset:
+  """Standardises the episodes of an index and computes (or takes `given`) and checks their statistics.
+
+  Raises:
+    ValueError: non-finite numbers (naming the shard, episode and frame), no usable episode, unusable statistics.
+  """
+  reader = records.Reader(index)
+  for key, column in index.columns.items():
+    if not np.isfinite(column).all():
+      frame, dimension = np.argwhere(~np.isfinite(column))[0]
+      raise ValueError(
+        f"Dataset {name!r}, {key!r}: got {column[frame, dimension]} in dimension {dimension} of "
+        f"{reader.where(int(frame))}; expected finite numbers; repair the episode or write the dataset without it."
+      )
+  found, silent, first = [], 0, 0
+  spoken = np.array([bool(instruction) for instruction in index.instructions], bool)
+  for length in index.lengths.tolist():
+    part = slice(first, first + length)
+    if spoken[index.instruction[part]].any():
+      trajectory = recipe.standardise({key: column[part] for key, column in index.columns.items()})
+      found.append(trajectory._replace(frames=first + trajectory.frames))
+    else:
+      silent += 1
+    first += length
+  if silent:
+    logging.warning("%s: %d of %d episodes have no instruction and are dropped", name, silent, len(index.lengths))
+  if not found:
+    raise ValueError(f"Dataset {name!r} is empty: got {len(index.lengths)} episodes; expected some with language.")
+  actions, proprio, frames = (np.concatenate(parts) for parts in zip(*found, strict=True))
+  lengths = np.array([len(trajectory.actions) for trajectory in found])
+  if given is None:
+    given = statistics.DatasetStatistics(
+      statistics.compute(actions, recipe.normalised), statistics.compute(proprio), len(actions), len(found)
+    )
+  widths = {"action_dim": len(recipe.normalised), "proprio_dim": recipe.proprio_dim}
+  statistics.check(name, given, mode=recipe.mode, **widths)
+  episodes, ends = np.repeat(np.arange(len(found)), lengths), np.repeat(np.cumsum(lengths), lengths)
+  return Dataset(name, recipe, index, given, actions, proprio, frames, episodes, ends)
+
+
+class _Source(NamedTuple):
+  """A dataset made ready for one chunk length: candidate frames and its instructions as ids."""
+
+  dataset: Dataset
+  reader: records.Reader
+  starts: Int[np.ndarray, "m"]
+  prompt: tuple[Int32[np.ndarray, "i t"], Bool[np.ndarray, "i t"]]
+  instruction: tuple[Int32[np.ndarray, "i s"], Bool[np.ndarray, "i s"]] | None
+
+
+def batches(
+  mixture: Sequence[tuple[Dataset, float]],
+  tokenizers: text.Tokenizers,
+  *,
+  batch_size: int,
+  chunk: int,
+  image_size: int = 224,
+  seed: int = 0,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  rows: Int[np.ndarray, "rows"] | None = None,
+  trajectory_end: str = "cut",
+  augmentation: images.Augmentation | None = None,
+  crop_area: float | None = None,
+  dct: str = "accurate",
+  window: int | None = None,
+  cache_bytes: int = 2 << 30,
+  workers: int | None = None,
+  prefetch: int = 2,
+) -> Iterator[Batch]:
+  """Yields this host's rows of the global batches start_step, start_step + 1, ... without end.
+
+  Batch n is a function of the arguments and n alone: `start_step=n` resumes exactly, and the rows of all hosts, one
+  after the other, are the batch of one host. Changing `batch_size` changes which examples a step holds.
+
+  Args:
+    mixture: datasets and weights; a dataset is drawn in proportion to weight times its number of transitions, so equal
+      weights make every transition equally likely (the release's rule). Each is normalised by its own statistics.
+    tokenizers: of the policy.
+    batch_size: of all hosts together; a multiple of `process_count`.
+    chunk: actions an example predicts.
+    image_size: pixels of a side.
+    seed: of order and augmentation.
+    start_step: number of the first batch.
+    process_index, process_count: which of how many hosts this is.
+    rows: which examples of each global batch this host reads, ascending; None for its equal share, in order. Give them
+      where devices do not hold the batch in the order of their hosts.
+    trajectory_end: "cut" (release) or "pad", see trajectories.starts.
+    augmentation: images.RELEASE for training, None for none.
+    crop_area: centre crop instead, e.g. 0.9 for validation batches.
+    dct: see images.decode.
+    window: None shuffles frames; a number shuffles that many episodes at a time (see the module's docstring). Then
+      `cache_bytes` should hold `window` episodes of every dataset, or episodes are read more than once.
+    cache_bytes: memory for encoded images of each dataset where they are cached, see records.Reader.
+    workers: threads that read, decode and augment; None for one a core, at most 16.
+    prefetch: batches worked on ahead.
+
+  Returns:
+    Batches of numpy arrays, see types.Batch; `instruction` is None if the tokenisers have no SigLIP part.
+
+  Raises:
+    ValueError: at once for bad arguments; while iterating, for an image that cannot be decoded.
+  """
+  _check_batches(mixture, batch_size, process_index, process_count, start_step)
+  whole = window is not None
+  sources = [_source(dataset, tokenizers, chunk, trajectory_end, whole, cache_bytes) for dataset, _ in mixture]
+  weights = [weight * len(dataset.actions) for dataset, weight in mixture]
+  sequence = order.Order([one.dataset.episodes[one.starts] for one in sources], weights, seed, window)
+  prepare = functools.partial(images.prepare, size=image_size, crop_area=crop_area)
+  picture = functools.partial(_pictures, sources, seed=seed, dct=dct, prepare=prepare, augmentation=augmentation)
+  share = batch_size // process_count
+  rows = np.arange(process_index * share, (process_index + 1) * share) if rows is None else np.asarray(rows)
+  firsts = (step * batch_size for step in itertools.count(start_step))
+  workers = min(os.cpu_count() or 1, 16) if workers is None else workers
+  group = max(1, _PIXELS // (image_size**2 * len(mixture[0][0].recipe.views)))
+  return _generate(sources, sequence, firsts, rows, chunk, picture, group, workers, prefetch)
+
+
+def _check_batches(
+  mixture: Sequence[tuple[Dataset, float]], batch_size: int, process_index: int, process_count: int, start_step: int
+) -> None:
+  if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count or start_step < 0:
+    raise ValueError(
+      f"Bad sharding: got batch_size={batch_size}, process {process_index} of {process_count}, start_step "
+      f"{start_step}; expected a batch that divides by the processes; change the batch size."
+    )
+  if not mixture:
+    raise ValueError("Empty mixture: got no datasets; expected at least one; name one in the config.")
+  shapes = {
+    dataset.name: (
+      len(dataset.recipe.views),
+      dataset.actions.shape[1],
+      dataset.proprio.shape[1],
+      dataset.recipe.absolute,
+    )
+    for dataset, _ in mixture
+  }
+  if len(set(shapes.values())) > 1:
+    raise ValueError(
+      f"Datasets do not fit together: got (views, action dims, proprio dims, absolute dims) {shapes}; expected the "
+      "same for all; train on them apart."
+    )
+
+
+def _source(
+  dataset: Dataset, tokenizers: text.Tokenizers, chunk: int, trajectory_end: str, whole: bool, cache_bytes: int
+) -> _Source:
+  sentences = dataset.index.instructions
+  return _Source(
+    dataset,
+    records.Reader(dataset.index, whole_records=whole, cache_bytes=cache_bytes),
+    dataset.starts(chunk, trajectory_end),
+    tokenizers.prompt(sentences),
+    None if tokenizers.siglip is None else tokenizers.instruction(sentences),
+  )
+
+
+def _generate(sources, sequence, firsts, rows, chunk, picture, group, workers, prefetch) -> Iterator[Batch]:
+  pool = concurrent.futures.ThreadPoolExecutor(max(workers, 1), thread_name_prefix="frames")
+  pending = collections.deque()
+  try:
+    for first in firsts:
+      datasets, candidates = (part[rows] for part in sequence.take(first, int(rows[-1]) + 1))
+      drawn = list(zip(datasets.tolist(), candidates.tolist(), (first + rows).tolist()))
+      futures = [pool.submit(picture, drawn[i : i + group]) for i in range(0, len(rows), group)]
+      pending.append((datasets, candidates, futures))
+      if len(pending) > prefetch:
+        datasets, candidates, futures = pending.popleft()
+        yield _batch(sources, datasets, candidates, np.concatenate([future.result() for future in futures]), chunk)
+  finally:
+    for future in itertools.chain.from_iterable(futures for _, _, futures in pending):
+      future.cancel()
+    pool.shutdown(wait=False)
+
+
+def _pictures(
+  sources: Sequence[_Source],
+  drawn: Sequence[tuple[int, int, int]],
+  *,
+  seed: int,
+  dct: str,
+  prepare: Callable[..., np.ndarray],
+  augmentation: images.Augmentation | None,
+) -> UInt8[np.ndarray, "b v h w 3"]:
+  """Reads, decodes and prepares the views of some examples (dataset, candidate, number of the example)."""
+  found, uniform = [], []
+  for dataset, candidate, example in drawn:
+    source = sources[dataset]
+    frame = int(source.dataset.frames[source.starts[candidate]])
+    for view, name in enumerate(source.dataset.recipe.views):
+      try:
+        image = images.decode(source.reader.image(frame, view), dct)
+      except ValueError as error:
+        raise ValueError(
+          f"Dataset {source.dataset.name!r}, {name!r} of {source.reader.where(frame)}: {error}"
+        ) from error
+      found.append(prepare(image))
+      uniform.append(images.draws(seed, example, view))
+  pictures = np.stack(found)
+  if augmentation is not None:
+    pictures = images.augment(pictures, np.stack(uniform), augmentation)
+  return pictures.reshape(len(drawn), -1, *pictures.shape[1:])
+
+
+def _batch(
+  sources: Sequence[_Source],
+  datasets: Int[np.ndarray, "b"],
+  candidates: Int[np.ndarray, "b"],
+  pictures: UInt8[np.ndarray, "b v h w 3"],
+  chunk: int,
+) -> Batch:
+  parts, rows = [], []
+  for number in np.unique(datasets):
+    here = np.flatnonzero(datasets == number)
+    parts.append(_columns(sources[number], candidates[here], chunk))
+    rows.append(here)
+  back = np.argsort(np.concatenate(rows), kind="stable")
+  proprio, actions, inside, prompt, prompt_mask, *instruction = (
+    None if part[0] is None else np.concatenate(part)[back] for part in zip(*parts, strict=True)
+  )
+  observation = Observation(pictures, proprio, prompt, prompt_mask, *instruction)
+  return Batch(observation, actions, inside)
+
+
+def _columns(source: _Source, candidates: Int[np.ndarray, "b"], chunk: int) -> tuple[np.ndarray | None, ...]:
+  """Everything of some examples of one dataset but the images, normalised and tokenised."""
+  dataset, recipe = source.dataset, source.dataset.recipe
+  frames = source.starts[candidates]
+  absolute = np.array(recipe.absolute)
+  actions, inside = trajectories.windows(dataset.actions, frames, dataset.ends[frames], chunk, absolute)
+  said = dataset.index.instruction[dataset.frames[frames]]
+  prompt, prompt_mask = (table[said] for table in source.prompt)
+  instruction = (None, None) if source.instruction is None else tuple(table[said] for table in source.instruction)
+  return (
+    statistics.normalise(dataset.proprio[frames], dataset.statistics.proprio, mode=recipe.mode),
+    statistics.normalise(actions, dataset.statistics.action, mode=recipe.mode),
+    inside,
+    prompt,
+    prompt_mask,
+    *instruction,
+  )

@@ -1,0 +1,139 @@
+"""One function per dataset: from the columns stored on disk to actions and proprioception in one convention.
+
+The convention: 7-d actions are displacements of the end effector and a gripper command with 1 open, 0 closed. A
+`Recipe` says the rest: which images, which dimensions are normalised, how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+Columns = Mapping[str, np.ndarray]
+
+
+class Trajectory(NamedTuple):
+  """One episode in raw units.
+
+  Attributes:
+    actions: f32[t a].
+    proprio: f32[t p].
+    frames: which frames of the stored episode these are, ascending.
+  """
+
+  actions: Float32[np.ndarray, "t a"]
+  proprio: Float32[np.ndarray, "t p"]
+  frames: Int[np.ndarray, "t"]
+
+
+class Recipe(NamedTuple):
+  """How the columns of one kind of dataset are read.
+
+  Attributes:
+    standardise: columns of an episode to a Trajectory.
+    columns: the step features it reads, with their widths.
+    views: image features below `observation/`, primary camera first, then wrists.
+    normalised: per action dimension, False passes it through (a gripper command).
+    absolute: per action dimension, True for a target, False for a displacement (decides what padding repeats).
+    proprio_dim: width of the proprioception.
+    mode: "bounds_q99" or "bounds", see statistics.normalise.
+    chunk: actions predicted at a time in the release.
+  """
+
+  standardise: Callable[[Columns], Trajectory]
+  columns: Mapping[str, int]
+  views: tuple[str, ...]
+  normalised: tuple[bool, ...]
+  absolute: tuple[bool, ...]
+  proprio_dim: int
+  mode: str
+  chunk: int
+
+
+def libero(columns: Columns) -> Trajectory:
+  """LIBERO: the gripper command -1 open, +1 closed becomes 1 open, 0 closed; proprioception is 8-d.
+
+  state [t 8] is end effector position (3, metres), axis-angle (3, radians), two finger positions (2, metres), and is
+  kept as state[:6] + state[-2:]. Released code: `oxe/transforms.py:827-841`.
+  """
+  action, state = columns["action"], columns["observation/state"]
+  gripper = 1 - np.clip(action[:, 6:7], 0, 1)
+  proprio = np.concatenate([state[:, :6], state[:, -2:]], axis=1)
+  return Trajectory(np.concatenate([action[:, :6], gripper], axis=1), proprio, np.arange(len(action)))
+
+
+def tabletop(columns: Columns) -> Trajectory:
+  """The tabletop environment of this package, which writes LIBERO's layout and conventions."""
+  return libero(columns)
+
+
+def aloha(columns: Columns) -> Trajectory:
+  """ALOHA: absolute joint targets and joint positions of two arms, 14-d each, as stored (`oxe/transforms.py:844`)."""
+  action, state = columns["action"], columns["observation/state"]
+  return Trajectory(action, state, np.arange(len(action)))
+
+
+def bridge(columns: Columns) -> Trajectory:
+  """Bridge V2 (project website version), 5 Hz, as OpenVLA reads it.
+
+  The first frame goes (its action is all zero) and so does the last (no action follows): the 6 movement dimensions
+  are replaced by the displacement the arm really made, state[i+1] - state[i] (metres, radians of Euler angles, not
+  wrapped); the gripper is made binary, 1 open. Proprioception is 7-d: pose (6) and gripper (1).
+  Released code: `oxe/transforms.py`, bridge_orig_dataset_transform; state keys of `oxe/configs.py`.
+  """
+  action, state = columns["action"][1:], columns["observation/state"][1:]
+  movement = np.diff(state[:, :6], axis=0)
+  gripper = binary_gripper(action[:, -1])[:-1, None]
+  proprio = np.concatenate([state[:-1, :6], state[:-1, -1:]], axis=1)
+  return Trajectory(np.concatenate([movement, gripper], axis=1), proprio, 1 + np.arange(len(movement)))
+
+
+def binary_gripper(command: Float[np.ndarray, "t"]) -> Float32[np.ndarray, "t"]:
+  """Rounds a gripper command: above 0.95 open (1), below 0.05 closed (0), between: the state reached afterwards.
+
+  Commands that end an episode in between keep the value of the last one.
+  """
+  out = np.empty(len(command), np.float32)
+  carry = command[-1] if len(command) else 0.0
+  for t in reversed(range(len(command))):
+    if not 0.05 <= command[t] <= 0.95:
+      carry = float(command[t] > 0.95)
+    out[t] = carry
+  return out
+
+
+_ARM = {"normalised": (True,) * 6 + (False,), "absolute": (False,) * 6 + (True,), "mode": "bounds_q99"}
+_SEVEN = {"action": 7, "observation/state": 8}
+
+LIBERO = Recipe(libero, _SEVEN, ("image", "wrist_image"), proprio_dim=8, chunk=8, **_ARM)
+TABLETOP = LIBERO._replace(standardise=tabletop)
+BRIDGE = Recipe(bridge, {"action": 7, "observation/state": 7}, ("image_0",), proprio_dim=7, chunk=5, **_ARM)
+ALOHA = Recipe(
+  aloha,
+  {"action": 14, "observation/state": 14},
+  ("image", "left_wrist_image", "right_wrist_image"),
+  normalised=(True,) * 14,
+  absolute=(True,) * 14,
+  proprio_dim=14,
+  mode="bounds",
+  chunk=25,
+)
+
+RECIPES = {"libero": LIBERO, "tabletop": TABLETOP, "aloha": ALOHA, "bridge": BRIDGE}
+
+
+def recipe(name: str) -> Recipe:
+  """Finds the recipe of a dataset whose name starts with one of RECIPES.
+
+  Raises:
+    ValueError: no such recipe.
+  """
+  for prefix, found in RECIPES.items():
+    if name.startswith(prefix):
+      return found
+  raise ValueError(
+    f"No recipe for dataset {name!r}: expected a name starting with one of {sorted(RECIPES)}; pass a Recipe for it."
+  )

@@ -1,0 +1,147 @@
+"""From an instruction to fixed-length ids: the prompt of the language model and the text of the ID-Pruner."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import string
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+PRUNER_TEXTS = ("question", "prompt")
+EMBEDDED = pathlib.Path(__file__).parent / "tokenizers"  # small models for the tabletop environment, no download
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def question(instruction: str) -> str:
+  """The sentence the release gives the ID-Pruner in training (`datasets.py:78`)."""
+  return f"What action should the robot take to {instruction.lower()}?"
+
+
+def prompt(instruction: str) -> str:
+  """The language model's prompt; in evaluation the release gives it to the ID-Pruner too (`openvla_utils.py:800`)."""
+  return f"In: {question(instruction)}\nOut:"
+
+
+def canonical(text: str) -> str:
+  """Lower-cases, strips ASCII punctuation and collapses white space, as SigLIP's tokeniser does."""
+  return re.sub(r"\s+", " ", text.lower().translate(_PUNCTUATION)).strip()
+
+
+class Tokenizers(NamedTuple):
+  """The tokenisers of one policy, with the lengths it was compiled for.
+
+  Attributes:
+    language: SentencePiece model of the language model (Llama: 32,000 pieces).
+    siglip: SentencePiece model of the SigLIP text tower, or None for a policy without an ID-Pruner.
+    prompt_length: t.
+    instruction_length: m; the released text tower has 64 positions.
+    pruner_text: "question" (released training) or "prompt" (released evaluation: also contains the words in and out).
+  """
+
+  language: Any
+  siglip: Any | None
+  prompt_length: int = 64
+  instruction_length: int = 64
+  pruner_text: str = "question"
+
+  @property
+  def pad_id(self) -> int:
+    """The id after the last piece, 32000 for Llama: the model's embedding needs at least pad_id + 1 rows."""
+    return self.language.vocab_size()
+
+  def prompt(self, instructions: Sequence[str]) -> tuple[Int32[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]:
+    """Tokenises prompts: `<s>`, the prompt, the empty token ("▁", 29871 for Llama), then padding, masked False.
+
+    These are the ids the release predicts from, in training and in evaluation (`modeling_prismatic.py:1102-1105`).
+
+    Raises:
+      ValueError: a prompt does not fit.
+    """
+    empty = self.language.piece_to_id("▁")
+    rows = []
+    for instruction in instructions:
+      ids = [self.language.bos_id(), *self.language.encode(prompt(instruction))]
+      rows.append(ids if ids[-1] == empty else [*ids, empty])
+    return _pad(rows, self.prompt_length, self.pad_id, instructions, "prompt")
+
+  def instruction(self, instructions: Sequence[str]) -> tuple[Int32[np.ndarray, "b m"], Bool[np.ndarray, "b m"]]:
+    """Tokenises the ID-Pruner's text: the sentence, `</s>`, padding; mask = ids != `</s>`.
+
+    Padding is `</s>` too (id 1), so the mask leaves out the end of the sentence with the padding, as in the release
+    (`mm_sampler.py:109`).
+
+    Raises:
+      ValueError: a sentence does not fit, or this policy has no SigLIP tokeniser.
+    """
+    if self.siglip is None:
+      raise ValueError(
+        "No SigLIP tokeniser: got an instruction for the ID-Pruner; expected spiece.model in the checkpoint folder; "
+        "copy it there from google/siglip-so400m-patch14-384."
+      )
+    write = question if self.pruner_text == "question" else prompt
+    end = self.siglip.eos_id()
+    rows = [[*self.siglip.encode(canonical(write(instruction))), end] for instruction in instructions]
+    ids, _ = _pad(rows, self.instruction_length, end, instructions, "instruction")
+    return ids, ids != end
+
+
+def load(
+  folder: str | pathlib.Path = EMBEDDED,
+  *,
+  prompt_length: int = 64,
+  instruction_length: int = 64,
+  pruner_text: str = "question",
+) -> Tokenizers:
+  """Loads `tokenizer.model` (language model) and, where there is one, `spiece.model` (SigLIP) from a folder.
+
+  Raises:
+    ValueError: `tokenizer.model` is missing or has no "▁" piece, `spiece.model` has an end-of-sentence id other than 1,
+      or `pruner_text` is unknown.
+  """
+  folder = pathlib.Path(folder)
+  if pruner_text not in PRUNER_TEXTS:
+    raise ValueError(f"Unknown pruner text: got {pruner_text!r}; expected one of {PRUNER_TEXTS}; fix the config.")
+  language = _sentencepiece(folder / "tokenizer.model")
+  if language.is_unknown(language.piece_to_id("▁")) or language.bos_id() < 0:
+    raise ValueError(
+      f"{folder / 'tokenizer.model'} is no Llama tokeniser: got no '▁' piece or no <s>; expected both; copy the file "
+      "from the base checkpoint."
+    )
+  siglip = _sentencepiece(folder / "spiece.model") if (folder / "spiece.model").exists() else None
+  if siglip is not None and siglip.eos_id() != 1:
+    raise ValueError(
+      f"{folder / 'spiece.model'} is no SigLIP tokeniser: got </s> = {siglip.eos_id()}; expected 1; copy the file from "
+      "the SigLIP checkpoint."
+    )
+  return Tokenizers(language, siglip, prompt_length, instruction_length, pruner_text)
+
+
+def _sentencepiece(path: pathlib.Path) -> Any:
+  import sentencepiece
+
+  if not path.exists():
+    found = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else "no such folder"
+    raise ValueError(
+      f"No tokeniser: got {found} in {path.parent}; expected {path.name} (the SentencePiece file, not tokenizer.json); "
+      "copy it from the base checkpoint."
+    )
+  return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def _pad(
+  rows: list[list[int]], length: int, value: int, instructions: Sequence[str], what: str
+) -> tuple[Int32[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
+  ids, mask = np.full((len(rows), length), value, np.int32), np.zeros((len(rows), length), bool)
+  for i, row in enumerate(rows):
+    if len(row) > length:
+      raise ValueError(
+        f"Instruction does not fit: got {len(row)} {what} tokens for {instructions[i]!r}; expected at most {length}; "
+        f"raise {what}_length or shorten the instruction."
+      )
+    ids[i, : len(row)], mask[i, : len(row)] = row, True
+  return ids, mask

@@ -1,0 +1,230 @@
+"""Writes episodes as an RLDS dataset on disk, in exactly the layout of the `libero_*_no_noops` sets."""
+
+from __future__ import annotations
+
+import io
+import logging
+import pathlib
+import shutil
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+_VERSION = "1.0.0"
+
+
+class Encoded:
+  """Frames that are JPEG already; stands for an array u8[t h w 3] in an Episode.
+
+  Args:
+    frames: one file each.
+    height, width: of all of them, pixels.
+  """
+
+  dtype = np.dtype(np.uint8)
+
+  def __init__(self, frames: Sequence[bytes], height: int, width: int):
+    self.frames, self.shape = list(frames), (len(frames), height, width, 3)
+
+  def __len__(self) -> int:
+    return len(self.frames)
+
+  def __getitem__(self, index: int) -> bytes:
+    return self.frames[index]
+
+
+class Episode(NamedTuple):
+  """One episode; row i holds what was seen before action i.
+
+  Attributes:
+    image, wrist_image: RGB, upright, one size for the whole dataset; stored as JPEG of quality 95. Or Encoded ones,
+      which are stored as they are.
+    state: end effector position (3, metres), axis-angle (3, radians), two finger positions (metres).
+    action: displacement (6) and gripper command, -1 open, +1 closed.
+    instruction: what was asked, the same for all steps.
+    joint_state: joint positions, radians; None, for an arm without joints, is stored as zeros.
+    file_path: where the episode comes from.
+  """
+
+  image: UInt8[np.ndarray, "t h w 3"] | Encoded
+  wrist_image: UInt8[np.ndarray, "t h w 3"] | Encoded
+  state: Float32[np.ndarray, "t 8"]
+  action: Float32[np.ndarray, "t 7"]
+  instruction: str
+  joint_state: Float32[np.ndarray, "t 7"] | None = None
+  file_path: str = ""
+
+
+def write(
+  data_dir: str | pathlib.Path, name: str, episodes: Iterable[Episode], *, episodes_per_shard: int = 64
+) -> pathlib.Path:
+  """Writes `<data_dir>/<name>/1.0.0`: features.json, dataset_info.json and tfrecord shards of split "train".
+
+  The last step of an episode has reward 1 and is terminal, as in the LIBERO sets, which hold successes only. Equal
+  episodes give equal bytes. Everything is written to a folder beside it, which is renamed when complete, so that a
+  reader never sees half a dataset. The result is read by `rlds.load` and by `tfds.builder_from_directory`.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ValueError: the folder exists, there are no episodes, or an episode has wrong shapes or non-finite numbers.
+  """
+  folder = pathlib.Path(data_dir) / name / _VERSION
+  if folder.exists():
+    raise ValueError(f"Dataset exists: got {folder}; expected a new folder; remove it or choose another name.")
+  partial = folder.with_name(f".{_VERSION}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  episodes = iter(episodes)
+  first = next(episodes, None)
+  if first is None:
+    partial.rmdir()
+    raise ValueError(f"No episodes for {name!r}: got an empty iterator; expected at least one; check what makes them.")
+  features = _features(first.image.shape[1:], first.wrist_image.shape[1:])
+  counts, num_bytes = _write_shards(partial, name, features, _chain(first, episodes), episodes_per_shard)
+  _write_info(partial, name, features, counts, num_bytes)
+  partial.rename(folder)
+  logging.info("%s: %d episodes in %d shards, %.1f MB", folder, sum(counts), len(counts), num_bytes / 1e6)
+  return folder
+
+
+def _chain(first: Episode, rest: Iterable[Episode]) -> Iterable[Episode]:
+  yield first
+  sizes = first.image.shape[1:], first.wrist_image.shape[1:]
+  for number, episode in enumerate(rest, start=1):
+    if (episode.image.shape[1:], episode.wrist_image.shape[1:]) != sizes:
+      raise ValueError(
+        f"Image size changes in episode {number}: got {episode.image.shape[1:]} and {episode.wrist_image.shape[1:]}; "
+        f"expected {sizes[0]} and {sizes[1]} as in the first; render all episodes at one size."
+      )
+    yield episode
+
+
+def _features(image: tuple[int, ...], wrist_image: tuple[int, ...]) -> Any:
+  import tensorflow_datasets as tfds
+
+  def vector(width: int) -> Any:
+    return tfds.features.Tensor(shape=(width,), dtype=np.float32)
+
+  def picture(shape: tuple[int, ...]) -> Any:
+    return tfds.features.Image(shape=shape, dtype=np.uint8, encoding_format="jpeg")
+
+  observation = {
+    "image": picture(image),
+    "wrist_image": picture(wrist_image),
+    "state": vector(8),
+    "joint_state": vector(7),
+  }
+  step = {
+    "observation": tfds.features.FeaturesDict(observation),
+    "action": vector(7),
+    "discount": tfds.features.Scalar(dtype=np.float32),
+    "reward": tfds.features.Scalar(dtype=np.float32),
+    "is_first": tfds.features.Scalar(dtype=np.bool_),
+    "is_last": tfds.features.Scalar(dtype=np.bool_),
+    "is_terminal": tfds.features.Scalar(dtype=np.bool_),
+    "language_instruction": tfds.features.Text(),
+  }
+  return tfds.features.FeaturesDict(
+    {
+      "steps": tfds.features.Dataset(step),
+      "episode_metadata": tfds.features.FeaturesDict({"file_path": tfds.features.Text()}),
+    }
+  )
+
+
+def _write_shards(
+  folder: pathlib.Path, name: str, features: Any, episodes: Iterable[Episode], episodes_per_shard: int
+) -> tuple[list[int], int]:
+  """Writes the shards and returns their numbers of episodes and the number of bytes of all."""
+  import tensorflow as tf
+  from tensorflow_datasets.core import example_serializer
+
+  serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+  counts, num_bytes, out = [], 0, None
+  for number, episode in enumerate(episodes):
+    example = serializer.get_tf_example(features.encode_example(_example(episode, f"{name}, episode {number}")))
+    record = example.SerializeToString(deterministic=True)  # the order of a proto map is otherwise random
+    if number % episodes_per_shard == 0:
+      if out is not None:
+        out.close()
+      out = tf.io.TFRecordWriter(str(folder / f"{len(counts):05d}"))
+      counts.append(0)
+    out.write(record)
+    counts[-1] += 1
+    num_bytes += len(record)
+  out.close()
+  for shard in range(len(counts)):
+    (folder / f"{shard:05d}").rename(folder / f"{name}-train.tfrecord-{shard:05d}-of-{len(counts):05d}")
+  return counts, num_bytes
+
+
+def _write_info(folder: pathlib.Path, name: str, features: Any, counts: list[int], num_bytes: int) -> None:
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import dataset_info, naming
+
+  identity = dataset_info.DatasetIdentity(name, tfds.core.Version(_VERSION), str(folder), __name__)
+  info = tfds.core.DatasetInfo(builder=identity, features=features)
+  info.set_file_format("tfrecord")
+  template = naming.ShardedFileTemplate(folder, dataset_name=name, split="train", filetype_suffix="tfrecord")
+  split = tfds.core.SplitInfo(name="train", shard_lengths=counts, num_bytes=num_bytes, filename_template=template)
+  info.set_splits(tfds.core.splits.SplitDict([split]))
+  info.write_to_directory(folder)
+
+
+def _example(episode: Episode, where: str) -> dict:
+  joints = np.zeros((len(episode.action), 7), np.float32) if episode.joint_state is None else episode.joint_state
+  columns = {"state": episode.state, "joint_state": joints, "action": episode.action}
+  _check(episode, columns, where)
+  last = len(episode.action) - 1
+  steps = [
+    {
+      "observation": {
+        "image": jpeg(episode.image[t]),
+        "wrist_image": jpeg(episode.wrist_image[t]),
+        "state": episode.state[t],
+        "joint_state": joints[t],
+      },
+      "action": episode.action[t],
+      "discount": 1.0,
+      "reward": float(t == last),
+      "is_first": t == 0,
+      "is_last": t == last,
+      "is_terminal": t == last,
+      "language_instruction": episode.instruction,
+    }
+    for t in range(last + 1)
+  ]
+  return {"steps": steps, "episode_metadata": {"file_path": episode.file_path}}
+
+
+def _check(episode: Episode, columns: dict[str, np.ndarray], where: str) -> None:
+  length = len(episode.action)
+  for key, array in (columns | {"image": episode.image, "wrist_image": episode.wrist_image}).items():
+    kind = np.float32 if key in columns else np.uint8
+    if array.dtype != kind or len(array) != length or length == 0 or array.shape[1:] == ():
+      raise ValueError(
+        f"Bad column {key!r} ({where}): got {array.dtype}{list(array.shape)}; expected {np.dtype(kind)} with "
+        f"{length or 'at least 1'} rows, one an action; fix what makes the episode."
+      )
+  for key, width in (("state", 8), ("joint_state", 7), ("action", 7)):
+    if columns[key].shape[1] != width or not np.isfinite(columns[key]).all():
+      raise ValueError(
+        f"Bad column {key!r} ({where}): got width {columns[key].shape[1]}, finite: "
+        f"{bool(np.isfinite(columns[key]).all())}; expected {width} finite numbers a row; fix what makes the episode."
+      )
+  if not episode.instruction.strip():
+    raise ValueError(f"No instruction ({where}): got {episode.instruction!r}; expected a sentence; name the task.")
+
+
+def jpeg(image: UInt8[np.ndarray, "h w 3"] | bytes) -> bytes:
+  """A frame as it is stored, quality 95; bytes stay what they are."""
+  if isinstance(image, bytes):
+    return image
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, "JPEG", quality=95)
+  return buffer.getvalue()
