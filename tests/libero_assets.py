@@ -1,0 +1,42 @@
+"""Whether the LIBERO simulator can run here: packages, assets, an OpenGL library; tests skip with the reason if not."""
+
+import ctypes.util
+import importlib.util
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from semanticvla_jax.envs import libero
+
+SHARED = Path(__file__).parents[2] / "shared" / "libero"
+DEMONSTRATIONS = SHARED / "demonstrations"
+
+
+def assets() -> str:
+  """The folder of assets: a configured one, or the archive beside the repository, unpacked once."""
+  if importlib.util.find_spec("libero") is None:
+    pytest.skip("LIBERO is not installed: make sim")
+  if ctypes.util.find_library("EGL") is None:
+    pytest.skip("no EGL library: apt-get install libegl1 libgl1-mesa-dri")
+  try:
+    return str(libero.find_assets())
+  except ValueError as error:
+    archive, reason = SHARED / "assets.tar.xz", str(error)
+  if not archive.exists():
+    pytest.skip(reason)
+  folder = Path(tempfile.gettempdir()) / f"libero_assets_{archive.stat().st_size}"
+  if not folder.exists():
+    partial = Path(tempfile.mkdtemp(prefix="libero_assets_"))
+    with tarfile.open(archive) as file:
+      file.extractall(partial, filter="data")
+    partial.rename(folder)
+  return str(folder)
+
+
+def demonstrations() -> Path:
+  """The folder of recorded demonstrations."""
+  if not DEMONSTRATIONS.is_dir():
+    pytest.skip(f"no demonstrations: {DEMONSTRATIONS} does not exist")
+  return DEMONSTRATIONS
