@@ -1,0 +1,415 @@
+"""A policy: an observation dict in, a chunk of actions in the robot's units out.
+
+    policy = Policy.load("runs/place/policy")
+    policy.infer({"observation/image": …, "observation/wrist_image": …, "observation/state": …, "prompt": "pick up …"})
+    {"actions": f32[k a], "policy_timing": {"prepare_ms": …, "infer_ms": …, "total_ms": …}}
+
+Images, text and numbers take the same path here as in training (`data.images`, `data.text`, `data.statistics`).
+Evaluation and serving use nothing else; evaluation on the device uses the same parts inside jit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float, UInt8
+
+from semanticvla_jax import checkpoint
+from semanticvla_jax.data import images, statistics, text
+from semanticvla_jax.models import lora
+from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
+from semanticvla_jax.types import Observation, Statistics
+
+# What a policy reads, and the names under which it finds it: openpi's, then OpenVLA-OFT's, then the bare name.
+ALIASES = {
+  "image": ("observation/image", "full_image", "image"),
+  "wrist_image": ("observation/wrist_image", "wrist_image"),
+  "left_wrist_image": ("observation/left_wrist_image", "left_wrist_image", "left_wrist"),
+  "right_wrist_image": ("observation/right_wrist_image", "right_wrist_image", "right_wrist"),
+  "state": ("observation/state", "state", "proprio"),
+  "instruction": ("prompt", "task_description", "instruction"),
+}
+VIEWS = {1: ("image",), 2: ("image", "wrist_image"), 3: ("image", "left_wrist_image", "right_wrist_image")}
+NORMALISATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bounds"}
+GRIPPERS = ("command", "raw")
+ADAPTERS = ("merge", "keep")
+
+
+def normalise_proprio(values: Float[Array, "*b p"], stats: Statistics, mode: str) -> Float[Array, "*b p"]:
+  """`statistics.normalise` inside jit: raw units to [-1, 1], a dimension that never changes to 0."""
+  low, high = _bounds(stats, mode)
+  scaled = jnp.clip(2 * (values - low) / (high - low + 1e-8) - 1, -1, 1)
+  return jnp.where(stats.min == stats.max, 0.0, jnp.where(stats.mask, scaled, values)).astype(jnp.float32)
+
+
+def unnormalise_actions(values: Float[Array, "*b a"], stats: Statistics, mode: str) -> Float[Array, "*b a"]:
+  """`statistics.unnormalise` inside jit: [-1, 1] to raw units where the mask is True, the rest unchanged."""
+  low, high = _bounds(stats, mode)
+  return jnp.where(stats.mask, 0.5 * (values + 1) * (high - low + 1e-8) + low, values).astype(jnp.float32)
+
+
+def gripper_command(actions: Any, mask: Any) -> Any:
+  """Dimensions outside the statistics' mask, a gripper with 1 open and 0 closed, as commands: -1 opens, +1 closes.
+
+  So LIBERO and the tabletop act on them (released code: `process_action`, binarised at 0.5 and inverted).
+
+  Args:
+    actions: f32[*b a] of numpy or jax, in raw units.
+    mask: bool[a], of their statistics.
+  """
+  mask = mask.astype(np.float32)
+  return actions * mask + (1 - mask) * (1 - 2 * (actions > 0.5))
+
+
+def centre_crop(pictures: UInt8[Array, "*b s s 3"], area: float) -> UInt8[Array, "*b s s 3"]:
+  """`images.center_crop` inside jit: the middle `area` of each picture, resized back (equal but for rounding)."""
+  size, side = pictures.shape[-2], float(np.sqrt(area))
+  at = np.clip((1 - side) / 2 * (size - 1) + np.arange(size) * side, 0, size - 1)
+  first = at.astype(np.int32)
+  second, share = np.minimum(first + 1, size - 1), (at - first).astype(np.float32)
+  x = pictures.astype(jnp.float32) * np.float32(1 / 255)
+  for axis in (-2, -3):
+    low, high = jnp.take(x, first, axis), jnp.take(x, second, axis)
+    x = low + (high - low) * jnp.expand_dims(share, tuple(range(1, -axis)))
+  return (jnp.clip(x, 0, 1) * 255.5).astype(jnp.uint8)
+
+
+def _bounds(stats: Statistics, mode: str) -> tuple[Array, Array]:
+  low, high = statistics.MODES[mode]
+  return jnp.asarray(getattr(stats, low), jnp.float32), jnp.asarray(getattr(stats, high), jnp.float32)
+
+
+class Policy:
+  """Parameters with all they need to act. Compiled for its batch sizes, and warm, when the constructor returns.
+
+  Args:
+    model: of `build`, or that wrapped in LoRA where `params` holds adapters.
+    params: of that model.
+    stats: of the dataset whose units the actions are in.
+    tokenizers: of the policy; their lengths are what it is compiled for.
+    config: {"model": …, "data": …, "lora": …}. Of data this reads normalisation ("q99" or "bounds"), crop_area (share
+      of the image that a policy trained on random crops sees, or None) and jpeg_quality (None: no round trip).
+    batch_sizes: sizes to compile for; () for none, when it only runs inside another program.
+    replay: actions of a chunk to execute before asking again, for those who ask; None for the whole chunk.
+    gripper: "command" gives the gripper as -1 open, +1 closed, "raw" as it was learned: 1 open, 0 closed (what clients
+      of OpenVLA expect, who convert it themselves).
+    metadata: added to `metadata`.
+
+  Raises:
+    ValueError: the parts do not fit together.
+  """
+
+  def __init__(
+    self,
+    model: nn.Module,
+    params: Mapping,
+    stats: statistics.DatasetStatistics,
+    tokenizers: text.Tokenizers,
+    config: Mapping,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    replay: int | None = None,
+    gripper: str = "command",
+    metadata: Mapping | None = None,
+  ):
+    self.model, self.params, self.stats, self.tokenizers, self.config = model, params, stats, tokenizers, config
+    self.bare: SemanticVLA = model.model if isinstance(model, lora.LoRA) else model
+    data = config.get("data") or {}
+    self.mode = _choice("normalisation", data.get("normalisation", "q99"), NORMALISATIONS)
+    self.mode = NORMALISATIONS[self.mode]
+    self.gripper = _choice("gripper", gripper, GRIPPERS)
+    self._picture = dict(size=self.image_size, crop_area=data.get("crop_area"), jpeg_quality=data.get("jpeg_quality"))
+    self.chunk = self.bare.chunk if self.bare.coupler is not None else 1
+    self.replay = self.chunk if replay is None else replay
+    self._extra, self._words = dict(metadata or {}), {}
+    self._check()
+    self._apply = jax.jit(lambda params, observation: model.apply({"params": params}, observation).actions)
+    self._compiled = {b: self._compile(b) for b in sorted(set(batch_sizes))}
+
+  @classmethod
+  def load(
+    cls,
+    folder: str | os.PathLike,
+    *,
+    dataset: str | None = None,
+    adapters: str = "merge",
+    dtype: str | None = None,
+    sharding: jax.sharding.Sharding | Callable[[dict], dict] | None = None,
+    verify: bool = True,
+    **options: Any,
+  ) -> Policy:
+    """Reads a policy folder (see `checkpoint`).
+
+    Args:
+      folder: local or gs://.
+      dataset: whose statistics to use; needed where the policy was trained on several.
+      adapters: "merge" folds LoRA into the kernels, "keep" runs it beside them; of no effect on a merged policy.
+      dtype: of parameters and computation; None for the ones it was trained with.
+      sharding, verify: see `checkpoint.load_policy`.
+      **options: batch_sizes, replay and gripper of the constructor.
+
+    Raises:
+      ValueError: the folder is missing or damaged, or does not say which statistics or tokenisers to use.
+    """
+    files = checkpoint.load_policy(folder, sharding=sharding, dtype=dtype, verify=verify)
+    config = files.config if dtype is None else files.config | {"model": files.config["model"] | {"dtype": dtype}}
+    bare = build(config["model"])
+    model, params = _adapted(bare, files.params, config, _choice("adapters", adapters, ADAPTERS))
+    if files.tokenizers is None:
+      raise ValueError(
+        f"Policy {files.folder} has no tokenisers: got no folder tokenizers/; expected tokenizer.model in it; copy it "
+        "from the base checkpoint (save_policy(tokenizers=…) does so)."
+      )
+    names = [*files.statistics]
+    if dataset is None and len(names) != 1:
+      raise ValueError(
+        f"Policy {files.folder} knows several datasets: got {names}, no choice; expected one of them as `dataset`; "
+        "actions are in its units."
+      )
+    key = names[0] if dataset is None else dataset
+    entries = {name: statistics.from_openvla(one, f"statistics.json: {name}") for name, one in files.statistics.items()}
+    facts = {k: files.metadata.get(k) for k in ("package_version", "created", "step", "merged", "parameters")}
+    facts |= {"policy_hash": checkpoint.policy_hash(folder), "dataset": key, "folder": str(files.folder)}
+    stats, tokenizers = statistics.select(entries, key), _tokenizers(files.tokenizers, config, bare)
+    return cls(model, params, stats, tokenizers, config, metadata=facts, **options)
+
+  def variant(self, **fields: Any) -> Policy:
+    """The same parameters in a model with other values of `config["model"]`, e.g. anchor_rule; compiled as this one."""
+    config = {**self.config, "model": {**self.config["model"], **fields}}
+    model = build(config["model"])
+    if isinstance(self.model, lora.LoRA):
+      model = lora.LoRA(model, self.model.rank, self.model.alpha, self.model.targets)
+    return Policy(
+      model, self.params, self.stats, self.tokenizers, config, batch_sizes=(*self._compiled,), replay=self.replay,
+      gripper=self.gripper, metadata={**self._extra, "variant": fields},
+    )
+
+  @property
+  def image_size(self) -> int:
+    """Pixels of a side of the model's images."""
+    return next(vit.image for vit in (self.bare.dino, self.bare.siglip) if vit is not None)
+
+  @property
+  def metadata(self) -> dict:
+    """What a client or a report needs to know, as JSON values."""
+    return {
+      **self._extra,
+      "image_size": self.image_size,
+      "views": [*VIEWS[self.bare.num_views]],
+      "proprio_dim": self.bare.proprio_dim,
+      "action_dim": len(self.stats.action.mask),
+      "chunk": self.chunk,
+      "replay": self.replay,
+      "gripper": self.gripper,
+      "normalisation": self.mode,
+      "dtype": str(jnp.dtype(self.bare.llm.dtype)),
+      "crop_area": self._picture["crop_area"],
+      "jpeg_quality": self._picture["jpeg_quality"],
+      "batch_sizes": [*self._compiled],
+    }
+
+  def reset(self) -> None:
+    """Begins an episode. A policy remembers nothing from one call to the next."""
+
+  def infer(self, observation: Mapping[str, Any]) -> dict:
+    """One observation → {"actions": f32[k a], "policy_timing": …}.
+
+    Args:
+      observation: u8[h w 3] images, f32[p] state in raw units and the instruction, under any name in ALIASES; other
+        entries are ignored.
+
+    Raises:
+      ValueError: something is missing, ambiguous or of the wrong kind.
+    """
+    return self.infer_batch([observation])[0]
+
+  def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict]:
+    """Several observations at once, padded to a compiled size, in parts where there are more than the largest."""
+    if not self._compiled:
+      raise ValueError("Policy is not compiled: got batch_sizes=(); expected a size to infer with; pass (1,).")
+    largest, results = max(self._compiled), []
+    for first in range(0, len(observations), largest):
+      results += self._infer(observations[first : first + largest])
+    return results
+
+  def observe(self, observations: Sequence[Mapping[str, Any]]) -> Observation:
+    """Observation dicts → what the model reads, numpy arrays of batch len(observations)."""
+    found = [_read(observation, VIEWS[self.bare.num_views], self.bare.proprio_dim) for observation in observations]
+    views = [[images.prepare(image, **self._picture) for image in one["views"]] for one in found]
+    proprio = None
+    if self.bare.proprio_dim is not None:
+      state = np.stack([one["state"] for one in found])
+      proprio = statistics.normalise(state, self.stats.proprio, mode=self.mode)
+    words = self.words([one["instruction"] for one in found])
+    return Observation(np.stack([np.stack(one) for one in views]), proprio, *words)
+
+  def words(self, instructions: Sequence[str]) -> tuple[np.ndarray | None, ...]:
+    """Instructions → (prompt, prompt_mask, instruction, instruction_mask), the last two None without an ID-Pruner."""
+    for sentence in set(instructions) - self._words.keys():
+      pruner = (None, None) if self.bare.text is None else self.tokenizers.instruction([sentence])
+      self._words[sentence] = (*self.tokenizers.prompt([sentence]), *pruner)
+    rows = zip(*(self._words[sentence] for sentence in instructions))
+    return tuple(None if column[0] is None else np.concatenate(column) for column in rows)
+
+  def _infer(self, observations: Sequence[Mapping[str, Any]]) -> list[dict]:
+    n, begin = len(observations), time.perf_counter()
+    size = min(b for b in self._compiled if b >= n)
+    observation = self.observe(observations)
+    padded = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], size - n, axis=0)]), observation)
+    prepared = time.perf_counter()
+    actions = np.asarray(self._compiled[size](self.params, padded))[:n]
+    inferred = time.perf_counter()
+    actions = statistics.unnormalise(actions.astype(np.float32), self.stats.action, mode=self.mode)
+    if self.gripper == "command":
+      actions = gripper_command(actions, self.stats.action.mask).astype(np.float32)
+    timing = {"prepare_ms": prepared - begin, "infer_ms": inferred - prepared, "total_ms": time.perf_counter() - begin}
+    timing = {name: 1e3 * seconds for name, seconds in timing.items()}
+    return [{"actions": chunk, "policy_timing": dict(timing)} for chunk in actions]
+
+  def _compile(self, size: int) -> Callable:
+    observation = dummy_observation(self.bare, size, self.tokenizers.prompt_length)
+    m = self.tokenizers.instruction_length
+    if observation.instruction is not None:
+      observation = observation.replace(
+        instruction=np.zeros((size, m), np.int32), instruction_mask=np.ones((size, m), bool)
+      )
+    observation = jax.tree.map(np.asarray, observation)
+    compiled = self._apply.lower(self.params, observation).compile()
+    jax.block_until_ready(compiled(self.params, observation))
+    return compiled
+
+  def _check(self) -> None:
+    check_params(self.params, _parameter_shapes(self.model))
+    action_dim = self.config["model"].get("action_dim", len(self.stats.action.mask))
+    statistics.check(
+      self._extra.get("dataset", "policy"), self.stats, action_dim=action_dim, proprio_dim=self.bare.proprio_dim,
+      mode=self.mode,
+    )
+    if self.bare.num_views not in VIEWS:
+      raise ValueError(f"Policy: got {self.bare.num_views} views; expected {sorted(VIEWS)}; add their names to VIEWS.")
+    if not 1 <= self.replay <= self.chunk:
+      raise ValueError(f"Policy: got replay={self.replay}; expected 1 to {self.chunk}, the chunk; lower it.")
+    need, have = self.tokenizers.pad_id + 1, self.bare.llm.vocab
+    if need > have:
+      raise ValueError(
+        f"Policy: got a tokeniser of {need} ids with padding; expected at most {have}, the rows of the model's "
+        "embedding; use the tokeniser it was trained with."
+      )
+    if self.bare.text is not None and self.tokenizers.instruction_length > self.bare.text.positions:
+      raise ValueError(
+        f"Policy: got instructions of {self.tokenizers.instruction_length} tokens; expected at most "
+        f"{self.bare.text.positions}, the positions of the text tower; lower instruction_length."
+      )
+    if self.bare.text is not None and self.tokenizers.siglip is None:
+      raise ValueError(
+        "Policy: got no SigLIP tokeniser; expected spiece.model, for this model prunes by the instruction; copy it "
+        "beside tokenizer.model."
+      )
+
+
+@functools.lru_cache(maxsize=16)
+def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+  bare = model.model if isinstance(model, lora.LoRA) else model
+  return {name: x.shape for name, x in flatten_dict(abstract_params(model, dummy_observation(bare)), sep="/").items()}
+
+
+def check_params(params: Mapping, wanted: Mapping[str, tuple[int, ...]]) -> None:
+  """Raises ValueError, with a list of ± lines, unless names and shapes of `params` are the `wanted` ones."""
+  have = {f"{name} {tuple(x.shape)}" for name, x in flatten_dict(params, sep="/").items()}
+  need = {f"{name} {tuple(shape)}" for name, shape in wanted.items()}
+  lines = [f"+ {line}" for line in sorted(need - have)] + [f"- {line}" for line in sorted(have - need)]
+  if lines:
+    listing = "\n  ".join(lines[:12]) + (f"\n  … and {len(lines) - 12} more" if len(lines) > 12 else "")
+    raise ValueError(
+      "Parameters do not fit the model: got those marked -, expected those marked +; use the config they were trained "
+      f"with (adapters need LoRA, or a merge).\n  {listing}"
+    )
+
+
+def _adapted(model: SemanticVLA, params: dict, config: Mapping, adapters: str) -> tuple[nn.Module, dict]:
+  """The model and parameters to run: without adapters, with adapters folded in, or wrapped."""
+  if not any(name.endswith("/lora_a") for name in flatten_dict(params, sep="/")):
+    return model, params
+  settings = config.get("lora")
+  if not settings:
+    raise ValueError(
+      "Policy holds LoRA adapters: got no `lora` in its config; expected rank and alpha; save it with the config of "
+      "its training."
+    )
+  if adapters == "merge":
+    return model, jax.jit(lambda p: lora.merge(p, settings["rank"], settings["alpha"]))(params)
+  targets = settings.get("targets", "release")
+  return lora.LoRA(model, settings["rank"], settings["alpha"], lora.TARGETS.get(targets, targets)), params
+
+
+def _tokenizers(folder: Any, config: Mapping, model: SemanticVLA) -> text.Tokenizers:
+  data = config.get("data") or {}
+  positions = 64 if model.text is None else model.text.positions
+  return text.load(
+    str(folder),
+    prompt_length=data.get("prompt_length") or 64,
+    instruction_length=data.get("instruction_length") or min(64, positions),
+    pruner_text=data.get("pruner_text", "question"),
+  )
+
+
+def _choice(name: str, value: Any, allowed: Sequence | Mapping) -> Any:
+  if value not in allowed:
+    raise ValueError(f"Policy: got {name}={value!r}; expected one of {(*allowed,)}; choose one of them.")
+  return value
+
+
+def _read(observation: Mapping[str, Any], views: Sequence[str], proprio_dim: int | None) -> dict:
+  """One observation dict, checked: {"views": [u8[h w 3], …], "state": f32[p] or None, "instruction": str}."""
+  pictures = [_image(name, _find(observation, name)) for name in views]
+  state = None if proprio_dim is None else _state(_find(observation, "state"), proprio_dim)
+  sentence = _find(observation, "instruction")
+  sentence = sentence.item() if isinstance(sentence, np.ndarray) and sentence.size == 1 else sentence
+  sentence = sentence.decode() if isinstance(sentence, bytes) else sentence
+  if not isinstance(sentence, str) or not sentence.strip():
+    raise ValueError(f"Observation, instruction: got {sentence!r}; expected a sentence; say what to do.")
+  return {"views": pictures, "state": state, "instruction": str(sentence)}
+
+
+def _find(observation: Mapping[str, Any], name: str) -> Any:
+  there = [alias for alias in ALIASES[name] if observation.get(alias) is not None]
+  if len(there) == 1:
+    return observation[there[0]]
+  if there:
+    raise ValueError(f"Observation is ambiguous: got {there}, which all mean {name!r}; expected one; drop the others.")
+  have = sorted(map(str, observation))
+  near = difflib.get_close_matches(ALIASES[name][0], have, 1, 0.75)
+  raise ValueError(
+    f"Observation lacks {name!r}: got {have}; expected one of {[*ALIASES[name]]}"
+    + (f"; did you mean to rename {near[0]!r}?" if near else "; add it.")
+  )
+
+
+def _image(name: str, image: Any) -> np.ndarray:
+  image = np.asarray(image)
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+    raise ValueError(
+      f"Observation, {name}: got {image.dtype}{[*image.shape]}; expected uint8[h w 3], RGB 0..255, upright; convert it "
+      "(channels last, times 255 if it is in [0, 1])."
+    )
+  return image
+
+
+def _state(state: Any, width: int) -> np.ndarray:
+  state = np.asarray(state, np.float32)
+  if state.shape != (width,) or not np.isfinite(state).all():
+    raise ValueError(
+      f"Observation, state: got {state.dtype}{[*state.shape]} {state.reshape(-1)[:16]}; expected {width} finite "
+      "numbers in raw units; pass the robot's state as in the training data."
+    )
+  return state

@@ -1,0 +1,381 @@
+"""python -m semanticvla_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Trains what the config says on all devices there are, resumes from the workdir when it is run again, and leaves a
+policy folder `<workdir>/policy` for evaluation, serving and conversion. On several hosts, start it on each.
+
+    --explain            prints mesh, shardings and bytes per device, and ends
+    --profile_steps=a:b  writes a profiler trace of steps a … b to <workdir>/profile
+
+Exit status: 0 finished; 1 an error, told on stderr; 75 told to stop (SIGTERM), saved, goes on when run again.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import logging
+import statistics as numbers
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
+
+from semanticvla_jax import checkpoint
+from semanticvla_jax.data import statistics, text
+from semanticvla_jax.train import distributed, grounding, init, optimizer, program, sharding
+from semanticvla_jax.train import explain as explaining
+from semanticvla_jax.train import step as stepping
+from semanticvla_jax.train.log import Metrics, Trace
+from semanticvla_jax.train.partition import combine, count, partition
+from semanticvla_jax.types import Batch
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, e.g. configs/libero.py:lite@7b")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the final policy; local or gs://")
+
+
+_EXPLAIN = flags.DEFINE_bool("explain", False, "Print mesh, shardings and bytes per device; allocate nothing; end")
+_EXPLAIN_DEVICES = flags.DEFINE_integer("explain_devices", None, "With --explain: for so many devices, not those here")
+_PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, the steps of a profiler trace")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where several hosts train")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are")
+_PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0")
+_MULTIHOST = flags.DEFINE_enum("multihost", "auto", distributed.METHODS, "Where to find the other hosts")
+_HOST_DEADLINE = flags.DEFINE_float("host_deadline", 300.0, "Seconds that hosts wait for each other")
+
+# Config fields that runs of earlier versions did not store, with the value they had.
+LATER = {"frozen_dtype": None, "optim.ema": None, "data.starts": 0.0}
+
+
+class Diverged(RuntimeError):
+  """The loss jumped."""
+
+
+class NotFinite(Diverged):
+  """Training met a NaN or Inf."""
+
+
+class Preempted(Exception):
+  """Told to stop; everything is saved."""
+
+
+def plain(config: Any) -> dict:
+  """A ConfigDict as JSON values."""
+  return json.loads(config.to_json_best_effort())
+
+
+def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
+  """The tokenisers of the config. Raises ValueError when they are not this model's."""
+  folder = {} if config.data.tokenizers is None else {"folder": config.data.tokenizers}
+  tokenizers = text.load(
+    prompt_length=config.data.prompt_length,
+    instruction_length=config.data.instruction_length,
+    pruner_text=config.data.pruner_text,
+    **folder,
+  )
+  if not bare.llm.vocab - 64 <= tokenizers.pad_id < bare.llm.vocab:
+    raise ValueError(
+      f"config.data.tokenizers={config.data.tokenizers!r}: got {tokenizers.pad_id} pieces, expected nearly "
+      f"{bare.llm.vocab} (the model's embedding rows); name the folder of the base checkpoint's tokenizer.model."
+    )
+  return tokenizers
+
+
+def expert_source(config: Any, bare: Any, tokenizers: text.Tokenizers) -> tuple[Callable, dict]:
+  """step → (Batch, hints) made by the tabletop's expert on the device, and the statistics in JSON form."""
+  from semanticvla_jax.train import expert
+
+  stats = expert.measure(seed=config.seed)
+  vit = bare.siglip or bare.dino
+  batches = expert.make_batches(
+    batch_size=config.data.batch_size,
+    chunk=config.model.chunk,
+    image=vit.image,
+    patch=vit.patch,
+    suites=config.data.suites,
+    starts=config.data.starts,
+    tokenizers=tokenizers,
+    stats=stats,
+    seed=config.seed,
+  )
+  return batches, {config.data.mixture: stats}
+
+
+def rlds_source(
+  config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
+) -> tuple[Iterator, dict]:
+  """`rows` of the batches of the RLDS mixture from global step `start` on, and its statistics by dataset."""
+  from semanticvla_jax.data import images, mixtures, rlds, standardise
+
+  def recipe(name):
+    whole = standardise.recipe(name)
+    return whole._replace(views=whole.views[: bare.num_views])  # OpenVLA looks through the first camera alone
+
+  given = None if base is None or not config.data.keep_statistics else next(iter(base.values()))
+  mixture = [
+    (rlds.load(config.data.dir, name, recipe=recipe(name), given=given), weight)
+    for name, weight in mixtures.mixture(config.data.mixture)
+  ]
+  batches = rlds.batches(
+    mixture,
+    tokenizers,
+    batch_size=config.data.batch_size,
+    chunk=config.model.chunk,
+    image_size=(bare.siglip or bare.dino).image,
+    seed=config.seed,
+    start_step=start,
+    rows=rows,
+    trajectory_end=config.data.trajectory_end,
+    augmentation=images.RELEASE if config.data.augment else None,
+  )
+  return batches, {dataset.name: dataset.statistics for dataset, _ in mixture}
+
+
+def make_source(config: Any, bare: Any, tokenizers: text.Tokenizers, mesh: Any, start: int, base: dict | None):
+  """(step → placed (Batch, hints), statistics by dataset)."""
+  size = config.data.batch_size
+  rows = sharding.host_rows(size, mesh)
+  if config.data.mixture == "expert":
+    batches, stats = expert_source(config, bare, tokenizers)
+    return lambda step: sharding.place_whole(batches(step), mesh), stats
+  iterator, stats = rlds_source(config, bare, tokenizers, rows, start, base)
+  return lambda step: sharding.place_batch((without_unread(next(iterator), bare), None), mesh, size), stats
+
+
+def without_unread(batch: Batch, bare: Any) -> Batch:
+  """The batch without the parts of an observation that the model has no place for."""
+  seen = batch.observation
+  if bare.proprio_dim is None:
+    seen = seen.replace(proprio=None)
+  if bare.text is None:
+    seen = seen.replace(instruction=None, instruction_mask=None)
+  return batch.replace(observation=seen)
+
+
+def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict, dict | None]:
+  """Parameters where they belong, and the statistics of the base they came from (None for a fresh draw)."""
+  overrides = config.mesh.get("overrides", ())
+  wanted = init.shapes(model, bare, config.trainable, config.frozen_dtype)
+  sharding.check(wanted, mesh, overrides)
+  if config.init_from is None:
+    return init.draw(model, bare, config.seed, wanted, sharding.param_sharding(wanted, mesh, overrides)), None
+  base = checkpoint.load_policy(
+    config.init_from,
+    sharding=lambda tree: sharding.param_sharding(tree, mesh, overrides),
+    verify=jax.process_count() == 1,  # hashing would gather every parameter on every host
+  )
+  taken, new = init.take_over(wanted, base.params, config.init_from)
+  drawn = init.draw(model, bare, config.seed, new, sharding.param_sharding(new, mesh, overrides)) if new else {}
+  params = init.cast(combine(drawn, taken), wanted)
+  return params, {name: statistics.from_openvla(entry) for name, entry in base.statistics.items()}
+
+
+def resume(checkpointer: checkpoint.Checkpointer, state: Any, config: dict) -> tuple[Any, int]:
+  """The newest checkpoint of the workdir, or the state as it is. Raises ValueError in the workdir of another config."""
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  restored = checkpointer.restore({"train": abstract})
+  if restored is None:
+    return state, 0
+  saved = restored.json["config"]
+  differing = [key for key in config if key not in ("train", "mesh") and differs(saved, config, key)]
+  if differing:
+    raise ValueError(
+      f"workdir {checkpointer.folder.parent}: its run had another config (fields {differing} differ), expected the "
+      "same; use a new --workdir, or the config it began with."
+    )
+  logging.info("resumed from step %d", restored.step)
+  return restored.trees["train"], restored.step
+
+
+def differs(saved: dict, config: dict, key: str, prefix: str = "") -> bool:
+  """Whether a field has another value than in the saved config; see LATER for fields that it may lack."""
+  path = prefix + key
+  if key not in saved and path not in LATER:
+    return True
+  before, now = saved.get(key, LATER.get(path)), config[key]
+  if isinstance(before, dict) and isinstance(now, dict):
+    return any(differs(before, now, inner, f"{path}.") for inner in now)
+  return before != now
+
+
+def check(recent: list[dict], history: deque, first: int, spike: float | None, trainable: dict) -> None:
+  """Looks at the metrics of updates first, first + 1, … and adds their losses to `history`.
+
+  Raises:
+    NotFinite, Diverged: with the step and the parts of the model that broke, as `error.step` too.
+  """
+  for step, values in enumerate(recent, first):
+    loss, norm = float(values["loss"]), float(values["grad_norm"])
+    norms = {name.partition("/")[2]: float(x) for name, x in values.items() if name.startswith("grad_norm/")}
+    if not (np.isfinite(loss) and np.isfinite(norm)):
+      families = sorted(name for name, x in norms.items() if not np.isfinite(x)) or stepping.bad_families(trainable)
+      error = NotFinite(
+        f"step {step}: loss {loss}, gradient norm {norm}; not finite: {families or 'none yet'}. Expected finite "
+        "numbers. Lower config.optim.lr, set config.optim.clip_norm, or check the statistics for degenerate ranges "
+        "(python -m semanticvla_jax.data statistics). The last checkpoint is untouched."
+      )
+    elif spike is not None and len(history) >= 20 and loss > spike * numbers.median(history):
+      largest = sorted(norms, key=norms.get, reverse=True)[:3]
+      error = Diverged(
+        f"step {step}: loss {loss:.4g} is {loss / numbers.median(history):.1f} times its recent median, expected at "
+        f"most {spike:g} (config.train.spike); largest gradients: {largest}. Look at the batch, lower config.optim.lr, "
+        "or set config.optim.clip_norm. The last checkpoint is untouched."
+      )
+    else:
+      history.append(loss)
+      continue
+    error.step = step
+    raise error
+
+
+def save_batch(batch: Any, folder: Path, step: int) -> Path:
+  """This process's examples of a placed batch as `bad_batch_<step>[_<process>].npz`, arrays named by their fields."""
+
+  def local(x):
+    parts = {part.index[0].start or 0: part.data for part in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+  flat, _ = jax.tree_util.tree_flatten_with_path(batch)
+  named = {"".join(str(key) for key in path).strip("."): local(x) for path, x in flat}
+  process = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
+  path = folder / f"bad_batch_{step}{process}.npz"
+  contents = io.BytesIO()
+  np.savez(contents, **named)
+  path.write_bytes(contents.getvalue())
+  return path
+
+
+def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, deadline: float = 300.0) -> Path:
+  """Runs the config to its end; returns the policy folder.
+
+  Args:
+    config, workdir: see the command. profile: first and last step of a trace. deadline: seconds hosts wait for hosts.
+
+  Raises:
+    ValueError: what a user can put right. NotFinite, Diverged: the loss broke. Preempted: after SIGTERM, all saved.
+  """
+  mesh = sharding.make_mesh(config.mesh)
+  overrides = config.mesh.get("overrides", ())
+  sharding.host_rows(config.data.batch_size, mesh)
+  model, bare = init.make_model(config)
+  tokenizers = load_tokenizers(config, bare)
+  distributed.meet("start", deadline)
+  params, base_statistics = initial_params(config, model, bare, mesh)
+  trainable, frozen = partition(params, config.trainable)
+  transform = optimizer.transform(config.optim)
+  new = functools.partial(stepping.new_state, transform)
+  where = stepping.state_sharding(jax.eval_shape(new, trainable), mesh, overrides)
+  state = jax.jit(new, out_shardings=where)(trainable)
+  del params, trainable
+  logging.info("%s trainable, %s frozen parameters on %s", f"{count(state.trainable):,}", f"{count(frozen):,}", mesh)
+  with checkpoint.Checkpointer(
+    workdir, config.train.keep_last, config.train.save_every, config.train.get("keep_every")
+  ) as checkpointer:
+    state, start = resume(checkpointer, state, plain(config))
+    sources = functools.partial(make_source, config, bare, tokenizers, mesh, base=base_statistics)
+    source, stats = sources(start)
+    step = stepping.make_step(model, transform, optimizer.schedule(config.optim), config.seed, config.train.grounding)
+    meet = functools.partial(distributed.meet, "compiled", deadline) if jax.process_count() > 1 else None
+    run = stepping.compile_step(step, mesh, state, frozen, overrides, meet)
+    distributed.meet("ready to train", deadline)
+    try:
+      state = loop(config, workdir, checkpointer, run, source, state, frozen, start, profile)
+    except Diverged as error:
+      batch, _ = sources(error.step - 1)[0](error.step - 1)
+      raise type(error)(f"{error} Its batch: {save_batch(batch, workdir, error.step)}") from error
+  return write_policy(config, workdir, state, frozen, stats, deadline)
+
+
+def loop(config, workdir: Path, checkpointer, run: Callable, source: Callable, state, frozen, start: int, profile=None):
+  """Steps start … config.train.steps − 1, with metrics and checkpoints."""
+  rates = program.rates(config) if start < config.train.steps else {}
+  metrics = Metrics(workdir, config.train.steps, config.train.log_every, start, config.data.batch_size, **rates)
+  metrics.also_to_wandb(config.train.get("wandb"), plain(config))
+  history: deque = deque(maxlen=200)
+  with distributed.preemption() as preempted, Trace(workdir / "profile", profile) as trace:
+    for step in range(start, config.train.steps):
+      trace.before(step + 1)
+      before = time.perf_counter()
+      batch, hints = source(step)
+      wait = time.perf_counter() - before
+      state, values = run(state, frozen, batch, hints)
+      trace.after(step + 1, values)
+      stop = preempted(step + 1) and step + 1 < config.train.steps
+      save = stop or checkpointer.due(step + 1) or step + 1 == config.train.steps
+      means = metrics.add(step + 1, values, wait, flush=save)
+      if means is not None:
+        recent = metrics.recent
+        check(recent, history, step + 2 - len(recent), config.train.get("spike"), state.trainable)
+      if save:  # only what was found finite is kept
+        checkpointer.save(step + 1, {"train": state}, {"config": plain(config)})
+      if stop:
+        checkpointer.wait()
+        metrics.close()
+        raise Preempted(f"told to stop; saved at step {step + 1} of {config.train.steps}; run it again to go on")
+  metrics.close()
+  return state
+
+
+def write_policy(config: Any, workdir: Path, state: Any, frozen: Any, stats: dict, deadline: float) -> Path:
+  """`<workdir>/policy`: parameters, statistics, config and tokenisers in one folder; replaces the one of this run."""
+  target = workdir / "policy"
+  if jax.process_index() == 0 and target.exists():
+    epath.Path(target).rmtree()
+  distributed.meet("policy", deadline)
+  return type(workdir)(
+    checkpoint.save_policy(
+      target,
+      grounding.strip(combine(optimizer.average_of(state.optimizer, state.trainable), frozen)),
+      config=plain(config),
+      statistics={name: statistics.to_openvla(entry) for name, entry in stats.items()},
+      metadata={"step": int(state.step)},
+      tokenizers=Path(config.data.tokenizers or text.EMBEDDED),
+    )
+  )
+
+
+def parse_steps(text: str | None) -> tuple[int, int] | None:
+  """ "10:12" → (10, 12). Raises ValueError for anything else."""
+  if text is None:
+    return None
+  first, _, last = text.partition(":")
+  if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    raise ValueError(f"--profile_steps: got {text!r}, expected FIRST:LAST with 1 ≤ FIRST ≤ LAST, such as 10:12.")
+  return int(first), int(last)
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  try:
+    profile = parse_steps(_PROFILE.value)
+    if _EXPLAIN.value:
+      print(explaining.explain(_CONFIG.value, _EXPLAIN_DEVICES.value))
+      return
+    if _WORKDIR.value is None:
+      raise ValueError("--workdir: got nothing, expected a folder for checkpoints, metrics and the policy; name one.")
+    distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _MULTIHOST.value, _HOST_DEADLINE.value)
+    distributed.set_up_logging()
+    workdir = epath.Path(_WORKDIR.value) if "://" in _WORKDIR.value else Path(_WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    policy = train(_CONFIG.value, workdir, profile, _HOST_DEADLINE.value)
+  except Preempted as notice:
+    logging.warning("%s", notice)
+    sys.exit(distributed.PREEMPTED)
+  except (ValueError, Diverged) as error:
+    sys.exit(f"error: {error}")
+  if jax.process_index() == 0:
+    print(f"policy: {policy}")
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main)

@@ -1,0 +1,230 @@
+"""Several hosts as one run: who takes part, meeting points with a deadline, and the notice before a preemption.
+
+`jax.distributed` does the work. What it lacks is a message: where a host is missing it ends the program after its
+time-out without saying which one, so the processes call the roll first, over the coordinator's own port.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+from jax.experimental import multihost_utils
+
+PREEMPTED = 75  # exit status of a run that was told to stop, saved, and goes on when started again (EX_TEMPFAIL)
+METHODS = ("auto", "none", "tpu", "slurm")
+# How long XLA's collectives on CPUs wait for another process, and for another device of this one.
+PATIENCE = ("xla_cpu_collective_timeout_seconds", "xla_cpu_collective_call_terminate_timeout_seconds")
+
+
+def initialize(
+  coordinator: str | None = None,
+  processes: int | None = None,
+  process: int | None = None,
+  multihost: str = "auto",
+  deadline: float = 300.0,
+) -> None:
+  """Joins this process to the others, before any other use of jax.
+
+  Args:
+    coordinator, processes, process: "host:port" of process 0, how many there are, which one this is; all or none.
+    multihost: where to find them otherwise. 'tpu': the metadata of a TPU VM or GKE; 'slurm': the job step, one task a
+      device; 'auto': either where the environment names several hosts; 'none': this process alone.
+    deadline: seconds to wait for the others.
+
+  Raises:
+    ValueError: flags that contradict each other, or processes that did not come within the deadline, by number.
+  """
+  given = [x is not None for x in (coordinator, processes, process)]
+  if any(given) and not all(given):
+    raise ValueError(
+      f"distributed: got --coordinator={coordinator} --processes={processes} --process={process}, expected all three "
+      "or none; --process counts from 0."
+    )
+  devices = None
+  if not any(given):
+    if multihost not in METHODS:
+      raise ValueError(f"distributed: got --multihost={multihost}, expected one of {METHODS}.")
+    if multihost == "none" or (multihost == "auto" and not several_hosts(os.environ)):
+      return
+    coordinator, processes, process, devices = detect(multihost, deadline)
+  if processes < 1 or not 0 <= process < processes or ":" not in coordinator:
+    raise ValueError(
+      f"distributed: got process {process} of {processes} with coordinator {coordinator!r}, expected 0 … processes-1 "
+      "and host:port; fix --process, --processes, --coordinator."
+    )
+  call_the_roll(coordinator, processes, process, deadline)
+  be_patient(deadline)
+  jax.distributed.initialize(
+    coordinator, processes, process, local_device_ids=devices, initialization_timeout=int(max(deadline, 1))
+  )
+
+
+def be_patient(deadline: float) -> None:
+  """Lets collectives on CPUs wait `deadline` seconds instead of half a minute (Gloo), where XLA_FLAGS does not say.
+
+  Elsewhere they wait for ever, and flags that a plugin may not know are better left out.
+  """
+  if jax.config.jax_platforms != "cpu":
+    return
+  given = os.environ.get("XLA_FLAGS", "")
+  missing = [f"--{name}={int(max(deadline, 60))}" for name in PATIENCE if name not in given]
+  os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+
+
+def several_hosts(environment: Mapping[str, str]) -> bool:
+  """Whether the environment of a SLURM job step or of a TPU pod names more than one process."""
+  slurm = "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1
+  return (
+    slurm or "," in environment.get("TPU_WORKER_HOSTNAMES", "") or int(environment.get("MEGASCALE_NUM_SLICES", 1)) > 1
+  )
+
+
+def detect(multihost: str, deadline: float) -> tuple[str, int, int, list[int] | None]:
+  """(coordinator, processes, process, local devices) as jax's own detection finds them.
+
+  Raises:
+    ValueError: when it finds none.
+  """
+  from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks; it has no public name
+
+  found, slurm = (None, None, None, None), multihost == "slurm"
+  if not slurm or "SLURM_STEP_NODELIST" in os.environ:
+    seconds, method = int(max(deadline, 1)), "slurm" if slurm else None
+    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, seconds)
+  if None in found[:3]:
+    raise ValueError(
+      f"distributed: got --multihost={multihost}, but no such cluster around this process; expected a TPU VM's "
+      "metadata or a SLURM job step (srun); start it there, or pass --coordinator, --processes and --process."
+    )
+  return found
+
+
+def call_the_roll(coordinator: str, processes: int, process: int, deadline: float) -> None:
+  """Returns when all processes have answered. Raises ValueError with the numbers of those missing at the deadline."""
+  if processes == 1:
+    return
+  host, _, port = coordinator.rpartition(":")
+  end = time.monotonic() + deadline
+  if process == 0:
+    _ask(int(port), processes, end, deadline)
+  else:
+    _answer(host.strip("[]"), int(port), process, end, deadline)
+
+
+def _ask(port: int, processes: int, end: float, deadline: float) -> None:
+  """Process 0's part: hears everybody and tells everybody the outcome."""
+  present: dict[int, tuple[socket.socket, str]] = {}
+  dual = socket.has_dualstack_ipv6()
+  try:
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    server = socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=processes)
+  except OSError as error:
+    raise ValueError(
+      f"distributed: process 0 cannot listen on port {port}: got {error}, expected a free port; choose another one for "
+      "--coordinator, or end the run that holds it."
+    ) from error
+  with server, contextlib.ExitStack() as stack:
+    while len(present) < processes - 1 and (left := end - time.monotonic()) > 0:
+      server.settimeout(left)
+      try:
+        connection, address = server.accept()
+        stack.enter_context(connection)
+        connection.settimeout(10)
+        present[int(json.loads(connection.makefile().readline())["process"])] = (connection, address[0])
+      except (OSError, ValueError, KeyError):
+        continue  # the deadline, or a stranger at the port
+    missing = sorted(set(range(1, processes)) - set(present))
+    for connection, _ in present.values():
+      with contextlib.suppress(OSError):
+        connection.sendall((json.dumps({"missing": missing}) + "\n").encode())
+  if missing:
+    raise ValueError(_missing(missing, processes, deadline))
+
+
+def _answer(host: str, port: int, process: int, end: float, deadline: float) -> None:
+  """The part of every other process."""
+  while True:
+    try:
+      with socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())) as connection:
+        connection.sendall((json.dumps({"process": process}) + "\n").encode())
+        connection.settimeout(max(0.1, end - time.monotonic()) + 10)
+        reply = connection.makefile().readline()
+      if reply:
+        break
+    except OSError:
+      pass
+    if time.monotonic() >= end:
+      raise ValueError(
+        f"distributed: process {process} waited {deadline:g} s for process 0 at {host}:{port}, which is missing; "
+        "expected it there; look at its log, and whether that port is open between the hosts."
+      )
+    time.sleep(min(0.5, max(0.0, end - time.monotonic())))
+  if missing := json.loads(reply)["missing"]:
+    raise ValueError(_missing(missing, None, deadline))
+
+
+def _missing(missing: list[int], processes: int | None, deadline: float) -> str:
+  names = ", ".join(map(str, missing))
+  of = "" if processes is None else f" of {processes}"
+  return (
+    f"distributed: process {names}{of} did not come within {deadline:g} s, expected all of them; look at the logs of "
+    "those hosts, start the command on every host, or give them longer: --host_deadline."
+  )
+
+
+def meet(name: str, deadline: float) -> None:
+  """Waits here for all processes. Raises ValueError naming those that did not come within `deadline` seconds."""
+  if jax.process_count() == 1:
+    return
+  from jax._src import distributed  # the barrier of the coordination service; it has no public name
+
+  try:
+    distributed.global_state.client.wait_at_barrier(name, int(1000 * deadline))
+  except jax.errors.JaxRuntimeError as error:
+    late = sorted({int(task) for task in re.findall(r"/task:(\d+)", str(error).partition("timed out task")[2])})
+    who = f"process {', '.join(map(str, late))}" if late else "another process"
+    raise ValueError(
+      f"distributed: {who} did not come to {name!r} within {deadline:g} s, expected all {jax.process_count()}; look at "
+      f"the logs of those hosts, or give them longer: --host_deadline. ({str(error).splitlines()[0][:200]})"
+    ) from error
+
+
+def set_up_logging() -> None:
+  """Process 0 tells everything, the others their errors, with their number."""
+  index = jax.process_index()
+  name = f"[process {index}] " if jax.process_count() > 1 else ""
+  logging.basicConfig(
+    level=logging.INFO if index == 0 else logging.ERROR, format=f"%(asctime)s {name}%(message)s", datefmt="%H:%M:%S",
+    force=True,
+  )  # fmt: skip
+  logging.getLogger("absl").setLevel(logging.WARNING if index == 0 else logging.ERROR)  # Orbax: a dozen lines a save
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+  """Inside, SIGTERM ends nothing by itself; yields preempted(step): whether to save after `step` and leave.
+
+  All processes get the same answer: the notice of one host reaches the others, and jax picks the step.
+  """
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  received: list[int] = []
+  if threading.current_thread() is not threading.main_thread():  # Python delivers signals there only
+    yield lambda step: False
+    return
+  before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+  try:
+    yield lambda step: bool(received)
+  finally:
+    signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,158 @@
+"""Batches straight from the tabletop's expert, made on the device: no dataset, no TensorFlow, endless variety.
+
+An example is a moment of an episode (the expert under noise, or a random moment from which the task can still be
+done) with the views rendered there, and the undisturbed expert's next actions from that moment as its chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from semanticvla_jax.data import statistics
+from semanticvla_jax.data.text import Tokenizers
+from semanticvla_jax.envs import expert, render, tabletop, tasks
+from semanticvla_jax.train import grounding
+from semanticvla_jax.types import Batch, Observation, Statistics
+
+NOISE = 0.3
+EPISODE = 48  # steps of the noisy expert among which the moment is drawn
+NAMED = tasks.GRASPABLE  # objects that a sentence of suite `pick` may name
+GRIPPER_PASSES = np.array([True] * 6 + [False])
+
+
+def gripper_to_model(actions: Float[Array, "*b 7"]) -> Float[Array, "*b 7"]:
+  """The gripper command −1 open, +1 closed → 1 open, 0 closed (the released LIBERO convention)."""
+  return actions.at[..., 6].set(1 - jnp.clip(actions[..., 6], 0, 1))
+
+
+def moments(
+  key: PRNGKeyArray, suites: Float[Array, "s"], split: str, starts: float | Float[Array, ""] = 0.0
+) -> tasks.State:
+  """One moment of one episode of a suite drawn by `suites` (probabilities), before its success.
+
+  A share `starts` are first moments. An expert that turns at once is aligned in nearly all later ones, from which a
+  model learns to keep the attitude it has.
+  """
+  k_suite, k_reset, k_perturb, k_noise, k_time, k_which = jax.random.split(key, 6)
+  suite = jax.random.choice(k_suite, len(suites), p=suites)
+  state = tasks.reset(k_reset, suite, split)
+  perturbed = expert.perturbed_state(k_perturb, state)
+  start = jax.tree.map(lambda a, b: jnp.where(jax.random.bernoulli(k_which, 0.4), a, b), perturbed, state)
+  episode = expert.rollout_from(start, k_noise, NOISE, EPISODE)
+  at = (jax.random.uniform(k_time) * jnp.minimum(episode.first + 1, EPISODE)).astype(jnp.int32)
+  at = jnp.where(jax.random.bernoulli(jax.random.fold_in(k_time, 1), starts), 0, at)
+  return jax.tree.map(lambda x: x[at], episode.states)
+
+
+def labels(state: tasks.State, chunk: int) -> tuple[Float[Array, "k 7"], Any]:
+  """The undisturbed expert's next `chunk` actions, raw, and which of them come no later than success."""
+  future = expert.rollout_from(state, jax.random.key(0), 0.0, chunk)
+  done_before = jnp.cumsum(future.success) - future.success > 0
+  return gripper_to_model(future.actions), ~done_before
+
+
+def spot(state: tasks.State, index: Int[Array, ""], side: int) -> Float[Array, "2 n"]:
+  """Where an object's centre is in both views: bilinear weights on the nearest patches, zeros where it is not seen."""
+  at = render.project(state, state.centre[index]) * side - 0.5
+  seen = jnp.all((at >= -0.5) & (at < side - 0.5), axis=-1)
+  low = jnp.floor(at)
+  out = jnp.zeros((2, side * side))
+  for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
+    corner = jnp.asarray(corner)
+    row, column = jnp.clip(low + corner, 0, side - 1).astype(jnp.int32).T
+    weight = jnp.prod(jnp.where(corner == 1, at - low, 1 - at + low), axis=-1)
+    out += jax.nn.one_hot(row * side + column, side * side) * weight[:, None]
+  return out * seen[:, None]
+
+
+def hints(state: tasks.State, side: int) -> tuple[Float[Array, "g 2 n"], Int[Array, "g"], Float[Array, "9"]]:
+  """Where the named objects are, for the task's own sentence and for "pick up the …" of every object that can be.
+
+  Returns:
+    Distributions over patches, the indices of the sentences in INSTRUCTIONS, and the displacement (see grounding).
+  """
+  target, puts = state.target[0], (state.verb[0] == tasks.PUT) | (state.verb[0] == tasks.INSERT)
+  destination = jnp.where(puts, state.destination[0], target)
+  own = spot(state, target, side) + spot(state, destination, side)
+  where = jnp.stack([own] + [spot(state, jnp.asarray(i), side) for i in range(NAMED)])
+  where = where / jnp.maximum(where.sum(axis=-1, keepdims=True), 1e-6)
+  kind, colour = state.kind[:NAMED], state.colour[:NAMED]
+  is_named = kind < tasks.PEG  # no sentence of suite `pick` names a peg
+  sentences = jnp.append(state.instruction, jnp.where(is_named, kind * len(tasks.COLOURS) + colour, 0))
+  where = where * jnp.append(True, is_named)[:, None, None]
+  away = jnp.concatenate([state.centre[i] - state.position for i in (target, destination)]) / grounding.UNIT
+  turn = expert.turn_left(state) / grounding.TURN
+  return where, sentences, jnp.append(away, turn)
+
+
+def measure(split: str = "train", episodes: int = 1024, seed: int = 0) -> statistics.DatasetStatistics:
+  """Statistics of actions and proprioception over noisy expert episodes of all suites, up to success."""
+
+  def episode(key, suite):
+    r = expert.rollout(key, suite, split, NOISE, EPISODE)
+    used = jnp.arange(EPISODE) <= r.first
+    return gripper_to_model(r.actions), jax.vmap(tabletop.proprio)(r.states), used
+
+  keys = jax.random.split(jax.random.key(seed), episodes)
+  actions, proprio, used = jax.jit(jax.vmap(episode))(keys, jnp.arange(episodes) % len(tasks.SUITES))
+  used = np.asarray(used)
+  values = [np.asarray(x, np.float32)[used] for x in (actions, proprio)]
+  return statistics.DatasetStatistics(
+    statistics.compute(values[0], GRIPPER_PASSES), statistics.compute(values[1]), len(values[0]), episodes
+  )
+
+
+def scale(x: Float[Array, "*b d"], s: Statistics) -> Float[Array, "*b d"]:
+  """statistics.normalise (quantile bounds) inside jit."""
+  low, high, mask = (jnp.asarray(v) for v in (s.q01, s.q99, s.mask))
+  scaled = jnp.where(mask, jnp.clip(2 * (x - low) / (high - low + 1e-8) - 1, -1, 1), x)
+  return jnp.where(jnp.asarray(s.min == s.max), 0.0, scaled)
+
+
+def make_batches(
+  *,
+  batch_size: int,
+  chunk: int,
+  image: int,
+  patch: int,
+  suites: Sequence[float | int],
+  tokenizers: Tokenizers,
+  stats: statistics.DatasetStatistics,
+  seed: int,
+  split: str = "train",
+  starts: float = 0.0,
+) -> Callable[[Any], tuple[Batch, grounding.Hints]]:
+  """batch(step) → (Batch, Hints), compiled; a function of (seed, step) alone, so a resumed run goes on as it was.
+
+  Args:
+    batch_size, chunk: b and k. image, patch: pixels. suites: weights in the order of tasks.SUITES.
+    tokenizers: of the policy; all instructions are tokenised once. stats: see `measure`.
+    split, starts: see `moments`.
+  """
+  texts = list(tasks.INSTRUCTIONS)
+  prompts, prompt_masks = (jnp.asarray(x) for x in tokenizers.prompt(texts))
+  words, word_masks = (jnp.asarray(x) for x in tokenizers.instruction(texts))
+  weights = jnp.asarray(suites, jnp.float32) / sum(suites)
+
+  def example(key):
+    state = moments(key, weights, split, starts)
+    actions, mask = labels(state, chunk)
+    views, proprio = tabletop.observe(state, image)
+    proprio, actions = scale(proprio, stats.proprio), scale(actions, stats.action)
+    return views, proprio, actions, mask, *hints(state, image // patch)
+
+  @jax.jit
+  def batch(step):
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch_size)
+    views, proprio, actions, mask, where, sentences, away = jax.vmap(example)(keys)
+    index, others = sentences[:, 0], sentences[:, 1:]
+    observation = Observation(views, proprio, prompts[index], prompt_masks[index], words[index], word_masks[index])
+    return Batch(observation, actions, mask), grounding.Hints(where, words[others], word_masks[others], away)
+
+  return batch

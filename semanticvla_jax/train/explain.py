@@ -1,0 +1,106 @@
+"""What `--explain` prints: the mesh, where every family of parameters lies, and what that costs each device."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from semanticvla_jax.train import program, sharding
+
+
+class Family(NamedTuple):
+  """Parameters that differ only in a layer's number and lie alike."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+  trainable: bool
+  spec: str
+
+
+def families(config: Any, mesh: Any) -> Counter:
+  """How many parameters each family has."""
+  step, overrides = program.of(config), config.mesh.get("overrides", ())
+  found: Counter = Counter()
+  for tree, trainable in ((step.state.trainable, True), (step.frozen, False)):
+    for path, x in flatten_dict(tree, sep="/").items():
+      spec = sharding.param_spec(path, tuple(x.shape), mesh, overrides)
+      name = re.sub(r"(encoderblock|layers|block|pair)_\d+", r"\1_*", path)
+      found[Family(name, tuple(x.shape), str(x.dtype), trainable, _show(spec, len(x.shape)))] += 1
+  return found
+
+
+def _show(spec: Any, dims: int) -> str:
+  axes = [*spec, *[None] * (dims - len(spec))]
+  return "copied" if not any(axes) else "·".join(axis or "-" for axis in axes)
+
+
+def local_bytes(tree: Any, mesh: Any, overrides: sharding.Overrides = ()) -> int:
+  """Bytes of a tree of arrays or shapes on each device under the rule."""
+
+  def one(path, x):
+    name = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+    spec = sharding.param_spec(name, tuple(x.shape), mesh, overrides)
+    parts = math.prod(mesh.shape[axis] for axis in spec if axis is not None)
+    return math.prod(x.shape) // parts * jnp.dtype(x.dtype).itemsize
+
+  return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(one, tree)))
+
+
+def table(config: Any, mesh: Any) -> str:
+  """One line a family: how many, shape, type, trainable or frozen, which mesh axis splits each of its axes."""
+  lines = []
+  for family, n in sorted(families(config, mesh).items()):
+    shape = "x".join(map(str, family.shape)) or "scalar"
+    kind = "trainable" if family.trainable else "frozen"
+    lines.append(f"{family.name:<76} {n:>3} × {shape:<18} {family.dtype:<9} {kind:<10} {family.spec}")
+  return "\n".join(lines)
+
+
+def memory(config: Any, mesh: Any) -> dict[str, int]:
+  """Bytes on each device of what lives across steps, and of the gradients; activations come on top (see preflight)."""
+  step, overrides = program.of(config), config.mesh.get("overrides", ())
+  return {
+    "frozen parameters": local_bytes(step.frozen, mesh, overrides),
+    "trainable parameters": local_bytes(step.state.trainable, mesh, overrides),
+    "optimizer": local_bytes(step.state.optimizer, mesh, overrides),
+    "gradients": local_bytes(step.state.trainable, mesh, overrides),
+  }
+
+
+def explain(config: Any, devices: int | None = None) -> str:
+  """The whole text, for the devices present or for so many that need not be.
+
+  Raises:
+    ValueError: a mesh, batch or override that does not fit.
+  """
+  n = len(jax.devices()) if devices is None else devices
+  mesh, step = sharding.abstract_mesh(config.mesh, n), program.of(config)
+  both = flatten_dict(step.frozen) | flatten_dict(step.state.trainable)
+  sharding.check({"/".join(path): x for path, x in both.items()}, mesh, config.mesh.get("overrides", ()))
+  rows = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+  sharding.check_rows(config.data.batch_size, rows)
+  sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  lines = [
+    f"mesh: {sizes} ({n} devices{'' if devices else ', those present'})",
+    f"batch: {config.data.batch_size}, {config.data.batch_size // rows} a device",
+    "",
+    table(config, mesh),
+    "",
+    "on each device:",
+  ]
+  parts = memory(config, mesh)
+  lines += [f"  {name:<22} {size(n)}" for name, n in (parts | {"together": sum(parts.values())}).items()]
+  lines.append("  activations and temporaries come on top: python -m semanticvla_jax.train.preflight")
+  return "\n".join(lines)
+
+
+def size(n: int) -> str:
+  """Bytes as text of fixed width, in GiB, or MiB where that says more."""
+  return f"{n / 2**30:9.3f} GiB" if n >= 2**30 / 100 else f"{n / 2**20:9.3f} MiB"

@@ -1,0 +1,107 @@
+"""The training step as shapes: what `--explain`, the pre-flight and MFU look at without allocating anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from semanticvla_jax.models.semanticvla import SemanticVLA
+from semanticvla_jax.train import expert, flops, grounding, init, optimizer
+from semanticvla_jax.train import step as stepping
+from semanticvla_jax.train.partition import combine, partition
+from semanticvla_jax.types import Batch, Observation
+
+
+class Program(NamedTuple):
+  """A step and its arguments: step(state, frozen, batch, hints). All leaves are ShapeDtypeStructs."""
+
+  step: Callable
+  state: stepping.State
+  frozen: dict
+  batch: Batch
+  hints: Any
+
+
+def of(config: Any) -> Program:
+  """The step that a config trains with. Raises ValueError for a config that does not fit together."""
+  model, bare = init.make_model(config)
+  wanted = init.shapes(model, bare, config.trainable, config.frozen_dtype)
+  trainable, frozen = partition(wanted, config.trainable)
+  transform = optimizer.transform(config.optim)
+  state = jax.eval_shape(lambda trainable: stepping.new_state(transform, trainable), trainable)
+  step = stepping.make_step(model, transform, optimizer.schedule(config.optim), config.seed, config.train.grounding)
+  return Program(step, state, frozen, *abstract_batch(config, bare))
+
+
+def abstract_observation(config: Any, bare: SemanticVLA, size: int) -> Observation:
+  """What the policy of a config sees, as shapes."""
+
+  def shape(dtype, *dims):
+    return jax.ShapeDtypeStruct((size, *dims), dtype)
+
+  pixels, words = (bare.siglip or bare.dino).image, config.data.instruction_length
+  return Observation(
+    images=shape(jnp.uint8, bare.num_views, pixels, pixels, 3),
+    proprio=None if bare.proprio_dim is None else shape(jnp.float32, bare.proprio_dim),
+    prompt=shape(jnp.int32, config.data.prompt_length),
+    prompt_mask=shape(jnp.bool_, config.data.prompt_length),
+    instruction=None if bare.text is None else shape(jnp.int32, words),
+    instruction_mask=None if bare.text is None else shape(jnp.bool_, words),
+  )
+
+
+def abstract_batch(config: Any, bare: SemanticVLA) -> tuple[Batch, grounding.Hints | None]:
+  """A global batch and its hints, as shapes."""
+  size, chunk = config.data.batch_size, config.model.chunk
+  batch = Batch(
+    abstract_observation(config, bare, size),
+    jax.ShapeDtypeStruct((size, chunk, config.model.action_dim), jnp.float32),
+    jax.ShapeDtypeStruct((size, chunk), jnp.bool_),
+  )
+  if config.train.grounding is None:
+    return batch, None
+  sentences, words = 1 + expert.NAMED, (config.data.instruction_length,)
+  return batch, grounding.Hints(
+    jax.ShapeDtypeStruct((size, sentences, bare.num_views, bare.siglip.num_patches), jnp.float32),
+    jax.ShapeDtypeStruct((size, expert.NAMED, *words), jnp.int32),
+    jax.ShapeDtypeStruct((size, expert.NAMED, *words), jnp.bool_),
+    jax.ShapeDtypeStruct((size, 9), jnp.float32),
+  )
+
+
+def changed(config: Any, **values: Any) -> Any:
+  """A copy of a config with flattened fields replaced ("data.batch_size")."""
+  copy = config.copy_and_resolve_references()
+  with copy.unlocked():
+    for path, value in values.items():
+      *folders, name = path.split(".")
+      node = copy
+      for folder in folders:
+        node = node[folder]
+      node[name] = value
+  return copy
+
+
+def example_flops(config: Any) -> int:
+  """FLOPs of one example, forward and backward, as the mathematics asks for them: nothing recomputed, no optimizer.
+
+  The backward pass computes gradients of activations everywhere they are needed, of weights for trainable ones only, so
+  with a frozen base it is about as much again as the forward pass, not twice as much.
+  """
+  one = changed(config, **{"data.batch_size": 1, "model.remat": None})
+  model, _ = init.make_model(one)
+  program = of(one)
+
+  def loss(trainable, frozen, batch, hints):
+    return stepping.loss_fn(model, combine(trainable, frozen), batch, jax.random.key(0), hints, one.train.grounding)[0]
+
+  return flops.count(jax.value_and_grad(loss), program.state.trainable, program.frozen, program.batch, program.hints)
+
+
+def rates(config: Any) -> dict:
+  """What MFU needs, for `log.Metrics`: FLOPs of an example and the peak of all devices; {} where that is not known."""
+  peak = flops.peak(jax.devices()[0].device_kind)
+  return {} if peak is None else {"flops": example_flops(config), "peak": peak * jax.device_count()}

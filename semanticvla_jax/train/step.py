@@ -1,0 +1,176 @@
+"""One training step: a pure function of (state, batch), compiled once over the mesh."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from semanticvla_jax.models.coupler import actions_to_tokens, tokens_to_actions
+from semanticvla_jax.models.lora import LoRA
+from semanticvla_jax.models.semanticvla import STOP
+from semanticvla_jax.train import grounding, losses, sharding
+from semanticvla_jax.train.partition import combine
+from semanticvla_jax.types import Batch
+
+
+@flax.struct.dataclass
+class State:
+  """What a step changes.
+
+  Attributes:
+    step: i32[], updates made. trainable: parameters with gradients; optimizer: its state.
+  """
+
+  step: Any
+  trainable: Any
+  optimizer: Any
+
+
+def loss_fn(model: nn.Module, params: dict, batch: Batch, key: jax.Array, hints: grounding.Hints | None, weights: Any):
+  """Loss and metrics of one batch: L1 over the chunk, plus what the hints teach (see grounding) where there are any.
+
+  A model without a coupler learns action tokens instead, see `token_loss`.
+  """
+  if getattr(model, "model", model).coupler is None:
+    return token_loss(model, params, batch)
+  out = model.apply({"params": params}, batch.observation, train=True, rngs={"noise": key})
+  loss, metrics = losses.l1(out.actions, batch.actions, batch.action_mask)
+  metrics["l1"] = loss
+  metrics["tokens"] = out.intermediates["valid"].sum(dtype=jnp.float32)  # of the language model, without padding
+  if hints is not None:
+    taught, parts = grounding.loss(model, params, out, hints, weights)
+    loss, metrics = loss + taught, metrics | parts
+  return loss, metrics
+
+
+def token_loss(model: nn.Module, params: dict, batch: Batch):
+  """Cross entropy of the action tokens and </s> behind each prompt (OpenVLA), in float32, and its metrics.
+
+  `accuracy` is the share of action tokens that are most likely given those before them, `l1…` the distance of the
+  actions they stand for.
+  """
+  bare = getattr(model, "model", model)
+  n, vocab = batch.actions.shape[-1], bare.spoken_vocab
+  spoken = actions_to_tokens(batch.actions[:, 0], vocab)
+  tokens = jnp.pad(spoken, ((0, 0), (0, 1)), constant_values=STOP)
+  observation = batch.observation
+  ids, real, number = losses.append(observation.prompt, observation.prompt_mask, tokens)
+  observation = observation.replace(prompt=ids, prompt_mask=real)
+  how = {"call": "logits"} if isinstance(model, LoRA) else {"method": "logits"}
+  logits, seen = model.apply({"params": params}, observation, **how)
+  loss = losses.next_token(logits, ids, (number >= 0) & (number <= n) & batch.action_mask[:, :1])
+  before = batch.observation.prompt_mask.sum(axis=-1)[:, None] - 1 + jnp.arange(n)  # where token 0, 1, … is predicted
+  likely = jnp.take_along_axis(jnp.argmax(logits, axis=-1), before, axis=1)
+  actions = tokens_to_actions(likely, vocab)[:, None]
+  distance, metrics = losses.l1(actions, batch.actions, batch.action_mask)
+  hits = (likely == spoken) & batch.action_mask[:, :1]
+  metrics["accuracy"] = hits.sum(dtype=jnp.float32) / jnp.maximum(n * batch.action_mask.sum(dtype=jnp.float32), 1.0)
+  metrics["l1"], metrics["tokens"] = distance, seen["valid"].sum(dtype=jnp.float32)
+  return loss, metrics
+
+
+def make_step(
+  model: nn.Module,
+  transform: optax.GradientTransformation,
+  rate: optax.Schedule,
+  seed: int,
+  weights: Any = None,
+) -> Callable:
+  """step(state, frozen, batch, hints) → (state, metrics). The noise of step n depends on (seed, n) alone.
+
+  `weights` are those of the grounding losses, for batches that come with hints.
+  """
+
+  def step(state: State, frozen: dict, batch: Batch, hints: Any):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+    def loss(trainable):
+      return loss_fn(model, combine(trainable, frozen), batch, key, hints, weights)
+
+    (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+    updates, optimizer = transform.update(gradients, state.optimizer, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics |= dict(
+      loss=value,
+      grad_norm=optax.global_norm(gradients),
+      update_norm=optax.global_norm(updates),
+      lr=jnp.asarray(rate(state.step), jnp.float32),
+    )
+    metrics |= {f"grad_norm/{name}": optax.global_norm(part) for name, part in gradients.items()}
+    return State(state.step + 1, trainable, optimizer), metrics
+
+  return step
+
+
+def new_state(transform: optax.GradientTransformation, trainable: dict) -> State:
+  """The state before the first update (inside jit, or under eval_shape for its shapes)."""
+  return State(jnp.zeros((), jnp.int32), trainable, transform.init(trainable))
+
+
+def state_sharding(state: Any, mesh: Mesh, overrides: sharding.Overrides = ()) -> State:
+  """Where the state lives: parameters and moments by the one rule, counters everywhere."""
+  return State(
+    NamedSharding(mesh, P()),
+    sharding.param_sharding(state.trainable, mesh, overrides),
+    sharding.param_sharding(state.optimizer, mesh, overrides),
+  )
+
+
+def jit_step(step: Callable, mesh: Mesh, state: Any, frozen: Any, overrides: sharding.Overrides = ()) -> Callable:
+  """The step under jit with its shardings; the state is donated. Call or lower it inside `over(mesh)`."""
+  batch = sharding.batch_sharding(mesh)
+  where = state_sharding(state, mesh, overrides)
+  return jax.jit(
+    step,
+    in_shardings=(where, sharding.param_sharding(frozen, mesh, overrides), batch, batch),
+    out_shardings=(where, NamedSharding(mesh, P())),
+    donate_argnums=0,
+  )
+
+
+@contextlib.contextmanager
+def over(mesh: Mesh) -> Iterator[None]:
+  """Gives the models' logical axes their meaning on `mesh` (`with mesh:` would drop them silently)."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.ACTIVATIONS):
+    yield
+
+
+def compile_step(
+  step: Callable,
+  mesh: Mesh,
+  state: Any,
+  frozen: Any,
+  overrides: sharding.Overrides = (),
+  meet: Callable[[], None] | None = None,
+) -> Callable:
+  """The step as one program over `mesh`.
+
+  Several processes pass `meet`, where each waits for the others once it has compiled: whoever runs first would give up
+  on the others' part of a collective after half a minute (Gloo, on CPUs).
+  """
+  jitted = jit_step(step, mesh, state, frozen, overrides)
+  compiled: list[Callable] = [] if meet is not None else [jitted]
+
+  def run(*args):
+    with over(mesh):
+      if not compiled:
+        compiled.append(jitted.lower(*args).compile())
+        meet()
+      return compiled[0](*args)
+
+  return run
+
+
+def bad_families(trainable: Any) -> list[str]:
+  """Top-level parts that hold a NaN or Inf."""
+  finite = jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), trainable)
+  return sorted(name for name, part in finite.items() if not all(jax.tree.leaves(part)))

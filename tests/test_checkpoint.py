@@ -1,0 +1,233 @@
+"""Policy folders are whole and name their own damage; training resumes from the newest checkpoint that can be read."""
+
+import json
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from semanticvla_jax import checkpoint
+
+CONFIG = {"model": {"variant": "tiny", "encoders": ("dino", "siglip")}, "lora": None, "data": {"normalisation": "q99"}}
+STATISTICS = {"tabletop": {"action": {"q01": [0.0, 1.0]}}}
+
+# Orbax leaves the other reads behind when one fails.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def params(seed=0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  return {
+    "llm": {"embed": jax.random.normal(keys[0], (64, 16)), "norm": jax.random.normal(keys[1], (16,), jnp.bfloat16)},
+    "coupler": {"kernel": jax.random.normal(keys[2], (16, 8))},
+  }
+
+
+def words(x):
+  return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  a, b = jax.tree.map(words, (a, b))
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+  assert [x.dtype for x in jax.tree.leaves(a)] == [x.dtype for x in jax.tree.leaves(b)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  root = tmp_path_factory.mktemp("policies")
+  words = root / "words"
+  words.mkdir()
+  (words / "tokenizer.model").write_bytes(b"pieces")
+  (words / "notes.txt").write_text("stays behind")
+  return checkpoint.save_policy(
+    root / "policy", params(), config=CONFIG, statistics=STATISTICS, metadata={"step": 7}, tokenizers=words
+  )
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+  shutil.copytree(saved, tmp_path / "policy")
+  return tmp_path / "policy"
+
+
+def test_a_policy_comes_back_as_it_was(saved):
+  files = checkpoint.load_policy(saved)
+  assert_same(files.params, params())
+  assert files.config["model"] == {"variant": "tiny", "encoders": ["dino", "siglip"]}
+  assert files.statistics == STATISTICS
+  assert files.metadata["step"] == 7 and files.metadata["merged"] and files.metadata["parameters"] == 64 * 16 + 16 + 128
+  assert [path.name for path in files.tokenizers.iterdir()] == ["tokenizer.model"]
+  assert [path.name for path in saved.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_adapters_are_seen_and_said(tmp_path):
+  tree = params() | {"layer": {"kernel": jnp.ones((2, 2)), "lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}}
+  folder = checkpoint.save_policy(tmp_path / "adapted", tree, config=CONFIG, statistics=STATISTICS)
+  assert checkpoint.load_policy(folder).metadata["merged"] is False
+
+
+def test_parameters_land_where_and_as_what_they_are_wanted(saved):
+  mesh = jax.make_mesh((4,), ("fsdp",))
+
+  def spread(tree):
+    return jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec("fsdp" if x.ndim == 2 else None)), tree)
+
+  files = checkpoint.load_policy(saved, sharding=spread, dtype=jnp.float16)
+  embed = files.params["llm"]["embed"]
+  assert embed.dtype == jnp.float16 and len(embed.sharding.device_set) == 4
+  assert embed.addressable_shards[0].data.shape == (16, 16)
+  np.testing.assert_array_equal(embed, params()["llm"]["embed"].astype(jnp.float16))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  assert_same(checkpoint.load_policy(saved, sharding=everywhere).params, params())
+
+
+def test_a_hash_names_parameters_config_and_statistics(saved, copy, tmp_path):
+  assert checkpoint.policy_hash(saved) == checkpoint.policy_hash(copy)
+  others = [
+    dict(params=params(1), config=CONFIG, statistics=STATISTICS),
+    dict(params=params(), config=CONFIG | {"lora": {"rank": 1}}, statistics=STATISTICS),
+    dict(params=params(), config=CONFIG, statistics={}),
+  ]
+  for i, other in enumerate(others):
+    tree = other.pop("params")
+    folder = checkpoint.save_policy(tmp_path / f"other{i}", tree, **other, metadata={"step": 7})
+    assert checkpoint.policy_hash(folder) != checkpoint.policy_hash(saved)
+  swapped = {"a": params()["llm"]["norm"], "b": params()["coupler"]["kernel"]}
+  assert checkpoint.params_hash(swapped) != checkpoint.params_hash({"a": swapped["b"], "b": swapped["a"]})
+
+
+def test_nothing_is_overwritten(saved):
+  before = checkpoint.policy_hash(saved)
+  with pytest.raises(ValueError, match="Policy folder exists"):
+    checkpoint.save_policy(saved, params(1), config=CONFIG, statistics=STATISTICS)
+  assert checkpoint.policy_hash(saved) == before
+  with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+    checkpoint.save_policy(saved.parent / "bad", params(), config={"model": object()}, statistics={})
+  assert not (saved.parent / "bad").exists()
+
+
+def test_damage_says_what_and_what_to_do(saved, copy, tmp_path):
+  with pytest.raises(ValueError, match=r"does not exist; expected a policy folder; nearby are .*policy"):
+    checkpoint.load_policy(saved.parent / "polcy")
+  with pytest.raises(ValueError, match=r"not complete.*did you mean .*policy\?"):
+    checkpoint.load_policy(copy.parent)
+  (copy / "metadata.json").rename(tmp_path / "kept")
+  with pytest.raises(ValueError, match=r"not complete.*expected metadata\.json"):
+    checkpoint.load_policy(copy)
+  metadata = json.loads((tmp_path / "kept").read_text())
+  (copy / "metadata.json").write_text('{"step": ')
+  with pytest.raises(ValueError, match=r"metadata\.json is corrupt.*expected JSON"):
+    checkpoint.policy_hash(copy)
+  (copy / "metadata.json").write_text(json.dumps(metadata | {"params_sha256": "0" * 64}))
+  with pytest.raises(ValueError, match="not what was saved"):
+    checkpoint.load_policy(copy)
+  assert_same(checkpoint.load_policy(copy, verify=False).params, params())
+  (copy / "params" / "manifest.ocdbt").write_bytes(b"")
+  with pytest.raises(ValueError, match="cannot be read.*copy the folder again"):
+    checkpoint.load_policy(copy)
+
+
+def training(seed=0):
+  tree = params(seed)
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 100)))
+  train = {"opt": optimizer.init(tree["coupler"]), "count": jnp.asarray(seed), "rng": jax.random.key(seed), "ema": None}
+  return {"params": tree, "train": train}
+
+
+def abstract(trees, sharding=None):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), trees)
+
+
+def run(workdir, steps=(10, 20, 30), **kwargs):
+  with checkpoint.Checkpointer(workdir, **kwargs) as checkpointer:
+    for step in steps:
+      assert checkpointer.save(step, training(step), {"position": {"step": step}})
+  return workdir
+
+
+def test_a_run_resumes_from_its_newest_checkpoint(tmp_path):
+  run(tmp_path, keep_last=2, save_every=10)
+  with checkpoint.Checkpointer(tmp_path, keep_last=2, save_every=10) as checkpointer:
+    assert checkpointer.steps == [20, 30]
+    assert [step for step in range(25) if checkpointer.due(step)] == [10, 20]
+    step, trees, values = checkpointer.restore(abstract(training()))
+    assert step == 30 and values == {"position": {"step": 30}}
+    assert_same(trees, training(30))
+    assert checkpointer.restore({"params": abstract(params())}, step=20).trees.keys() == {"params"}
+    assert checkpointer.save(30, training(0)) is False
+    with pytest.raises(ValueError, match=r"No checkpoint of step 10: got steps \[20, 30\]"):
+      checkpointer.restore(abstract(training()), step=10)
+
+
+def test_checkpoints_at_multiples_of_keep_every_stay(tmp_path):
+  run(tmp_path, steps=(10, 20, 30, 40, 50), keep_last=1, keep_every=20)
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.steps == [20, 40, 50]
+
+
+def test_a_new_run_has_nothing_to_restore(tmp_path):
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.restore(abstract(training())) is None
+
+
+def test_another_number_of_devices_restores_the_same(tmp_path):
+  run(tmp_path, steps=(10,))
+  mesh = jax.make_mesh((8,), ("fsdp",))
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    found = checkpointer.restore(abstract(training(), NamedSharding(mesh, PartitionSpec())))
+  assert len(found.trees["params"]["llm"]["embed"].sharding.device_set) == 8
+  assert_same(found.trees, training(10))
+
+
+def test_a_corrupt_checkpoint_is_reported_and_set_aside(tmp_path, caplog):
+  run(tmp_path)
+  (tmp_path / "checkpoints" / "30" / "train" / "manifest.ocdbt").write_bytes(b"")
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    with caplog.at_level(logging.ERROR):
+      step, trees, _ = checkpointer.restore(abstract(training()))
+    assert step == 20 and "CORRUPT CHECKPOINT" in caplog.text
+    assert_same(trees, training(20))
+    assert checkpointer.steps == [10, 20]
+    assert [path.name.partition("-")[0] for path in (tmp_path / "checkpoints_corrupt").iterdir()] == ["30"]
+    assert checkpointer.save(30, training(31))
+    assert_same(checkpointer.restore(abstract(training())).trees, training(31))
+
+
+def test_when_all_are_corrupt_nothing_moves(tmp_path):
+  run(tmp_path)
+  for step in (10, 20, 30):
+    (tmp_path / "checkpoints" / str(step) / "params" / "manifest.ocdbt").write_bytes(b"")
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    with pytest.raises(ValueError, match="No checkpoint in .* can be read"):
+      checkpointer.restore(abstract(training()))
+    assert checkpointer.steps == [10, 20, 30]
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path):
+  run(tmp_path, steps=(10, 20))
+  wanted = abstract(training())
+  wanted["params"]["coupler"] = {"kernel": jax.ShapeDtypeStruct((16, 9), jnp.float32)}
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    with pytest.raises(ValueError, match=r"another config(.|\n)*\+ params/coupler/kernel \(16, 9\)\n  - .*\(16, 8\)"):
+      checkpointer.restore(wanted)
+    with pytest.raises(ValueError, match=r"another config(.|\n)*\+ ema/"):
+      checkpointer.restore({"ema": abstract(params())})
+    assert checkpointer.steps == [10, 20]
+
+
+def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
+  tree = {"params": {"w": jnp.arange(1 << 20, dtype=jnp.float32)}}
+  expected = np.array(tree["params"]["w"])
+  overwrite = jax.jit(lambda x: jax.tree.map(lambda y: y * 0 - 1, x), donate_argnums=0)
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, tree)
+    tree = jax.block_until_ready(overwrite(tree))
+    found = checkpointer.restore(abstract(tree))
+  np.testing.assert_array_equal(found.trees["params"]["w"], expected)

@@ -1,0 +1,93 @@
+"""Batches made on the device by the tabletop's expert."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from semanticvla_jax.data import text
+from semanticvla_jax.envs import render, tabletop, tasks
+from semanticvla_jax.train import expert, grounding
+
+IMAGE, PATCH = 48, 8
+
+
+@pytest.fixture(scope="module")
+def batch():
+  tokenizers = text.load(prompt_length=32, instruction_length=24)
+  stats = expert.measure(episodes=64)
+  make = expert.make_batches(
+    batch_size=64, chunk=4, image=IMAGE, patch=PATCH, suites=(1, 1, 0, 0, 0, 0), tokenizers=tokenizers,
+    stats=stats, seed=0,
+  )
+  return make, make(3), tokenizers
+
+
+def test_shapes_ranges_and_determinism(batch):
+  make, (b, hints), _ = batch
+  assert b.observation.images.shape == (64, 2, IMAGE, IMAGE, 3) and b.observation.images.dtype == jnp.uint8
+  assert b.actions.shape == (64, 4, 7) and b.action_mask.shape == (64, 4)
+  assert np.abs(b.observation.proprio).max() <= 1 and np.abs(b.actions).max() <= 1
+  assert set(np.unique(b.actions[..., 6])) <= {0.0, 1.0}  # 1 open, 0 closed, not normalised
+  assert b.action_mask[:, 0].all() and not b.action_mask.all()  # moments lie before success, chunks may pass it
+  again, other = make(3)[0], make(4)[0]
+  jax.tree.map(np.testing.assert_array_equal, again, b)
+  assert (np.asarray(other.observation.images) != np.asarray(b.observation.images)).any()
+  totals = np.asarray(hints.where.sum(axis=-1))  # [b g v]
+  assert totals.shape == (64, 4, 2) and np.all(np.isclose(totals, 1) | np.isclose(totals, 0))
+  assert totals[:, :, 0].mean() > 0.9  # the agent sees nearly all
+  assert hints.words.shape == (64, 3, 24) and np.abs(hints.displacement).max() < 6
+
+
+def test_prompts_are_those_of_the_instructions(batch):
+  _, (b, _), tokenizers = batch
+  known = {tuple(ids) for ids in tokenizers.prompt(tasks.instructions("pick") + tasks.instructions("place"))[0]}
+  assert {tuple(ids) for ids in np.asarray(b.observation.prompt)} <= known
+
+
+def test_projection_lands_on_the_object():
+  """In the agent's view, the pixel where the target should be has the target's hue in most scenes."""
+  keys = jax.vmap(lambda i: tabletop.seed_key(i, "heldout"))(jnp.arange(64))
+  states = jax.jit(jax.vmap(lambda key: tasks.reset(key, tasks.PICK, "heldout")))(keys)
+  views = jax.jit(jax.vmap(lambda s: render.views(s, 96)))(states)
+  at = jax.vmap(lambda s: render.project(s, s.centre[s.target[0]]))(states)[:, 0]
+  row, column = np.floor(np.asarray(at) * 96).astype(int).T
+  pixels = np.asarray(views)[np.arange(64), 0, row, column].astype(float)
+  colours = render.PALETTE[np.asarray(states.colour)[np.arange(64), np.asarray(states.target[:, 0])]]
+  cosine = (pixels * colours).sum(-1) / np.linalg.norm(pixels, axis=-1) / np.linalg.norm(colours, axis=-1)
+  assert (cosine > 0.97).mean() > 0.85
+
+
+def test_hints_name_what_lies_where_they_say():
+  states = jax.vmap(lambda i: tasks.reset(tabletop.seed_key(i), tasks.PLACE))(jnp.arange(16))
+  where, sentences, away = (np.asarray(x) for x in jax.vmap(lambda s: expert.hints(s, IMAGE // PATCH))(states))
+  for i in range(16):
+    state = jax.tree.map(lambda x: x[i], states)  # noqa: B023
+    for j in range(3):
+      shape, colour = tasks.SHAPES[states.kind[i, j]], tasks.COLOURS[states.colour[i, j]]
+      assert tasks.INSTRUCTIONS[sentences[i, 1 + j]] == f"pick up the {colour} {shape}"
+    assert tasks.INSTRUCTIONS[sentences[i, 0]] == tasks.INSTRUCTIONS[states.instruction[i]]
+    row, column = np.divmod(np.arange(36), 6)
+    for j in range(3):  # the mean of a distribution is where the object is, to within the picture's border
+      at = np.asarray(render.project(state, state.centre[j]))[0] * 6 - 0.5
+      if (at > 0).all() and (at < 5).all():
+        np.testing.assert_allclose([where[i, 1 + j, 0] @ row, where[i, 1 + j, 0] @ column], at, atol=1e-4)
+  reach = np.asarray(states.centre[:, 3] - states.position) / 0.1  # the bowl
+  np.testing.assert_allclose(away[:, 3:6], reach, atol=1e-5)
+  turn = jnp.asarray(away[0, 6:] * grounding.TURN)
+  turned = tabletop.compose(turn, states.rotation[0])  # where the expert will have turned
+  assert np.abs(turned[:2]).max() < 1e-5 and abs(turned[2]) < np.pi / 2
+
+
+def test_out_of_sight_is_outside():
+  state = tasks.reset(tabletop.seed_key(0), tasks.PICK)
+  behind = render.project(state, jnp.array([0.0, -2.0, 0.6]))
+  assert (np.asarray(behind[0]) < 0).all()
+
+
+def test_a_share_of_first_moments():
+  """`reset` lets the gripper hang straight, and noise turns it at every step; two of five starts are perturbed."""
+  keys, suites = jax.random.split(jax.random.key(0), 128), jnp.array([1.0, 0, 0, 0, 0, 0])
+  make = jax.jit(jax.vmap(lambda key, starts: expert.moments(key, suites, "train", starts), in_axes=(0, None)))
+  straight = [float(jnp.all(make(keys, share).rotation == 0, axis=-1).mean()) for share in (0.0, 1.0)]
+  assert straight[0] < 0.2 and 0.45 < straight[1] < 0.75

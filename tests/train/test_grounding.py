@@ -1,0 +1,70 @@
+"""What a model that learns from scratch is told beside the actions: three losses that leave the model as it is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from helpers import random_observation, random_params, tiny
+
+from configs import common
+from semanticvla_jax.train import grounding, init
+
+B, G, V, N, M = 2, 3, 2, 64, 32
+WEIGHTS = dict(alignment=0.1, naming=0.2, displacement=0.3)
+
+
+@pytest.fixture(scope="module")
+def parts():
+  model = grounding.Grounded(tiny().clone())
+  params = random_params(tiny())
+  params[grounding.PROBE] = {"kernel": jnp.zeros((3 * 32, 9)), "bias": jnp.full(9, 0.5)}
+  rng = np.random.default_rng(0)
+  where = jax.nn.one_hot(rng.integers(0, N, (B, 1 + G, V)), N)
+  words = jnp.asarray(rng.integers(3, 200, (B, G, M)))
+  hints = grounding.Hints(where, words, jnp.arange(M)[None, None] < jnp.full((B, G, 1), 5), jnp.zeros((B, 9)))
+  return model, params, random_observation(tiny(), B), hints
+
+
+def test_the_probe_is_all_that_is_added(parts):
+  model, params, observation, _ = parts
+  names = set(flatten_dict(jax.eval_shape(model.init, jax.random.key(0), observation)["params"], sep="/"))
+  assert names - set(flatten_dict(random_params(tiny()), sep="/")) == {"probe/kernel", "probe/bias"}
+  out = jax.jit(model.apply)({"params": params}, observation)
+  bare = jax.jit(tiny().apply)({"params": grounding.strip(params)}, observation)
+  np.testing.assert_allclose(out.actions, bare.actions, atol=1e-5)
+  assert "probe" not in grounding.strip(params) and "llm" in grounding.strip(params)
+
+
+def test_the_three_losses_and_what_they_teach(parts):
+  model, params, observation, hints = parts
+
+  @jax.jit
+  def losses(params):
+    out = model.apply({"params": params}, observation)
+    return grounding.loss(model, params, out, hints, WEIGHTS)
+
+  total, each = losses(params)
+  assert float(each["displacement"]) == pytest.approx(0.5)  # the probe says 0.5, the truth is 0
+  assert float(total) == pytest.approx(sum(WEIGHTS[name] * float(x) for name, x in each.items()), rel=1e-5)
+  gradients = jax.jit(jax.grad(lambda p: losses(p)[0]))(params)
+  moved = {name for name, part in gradients.items() if any(np.abs(x).max() > 0 for x in jax.tree.leaves(part))}
+  assert {"siglip", "text", "siglip_id_pruner", "probe"} <= moved
+  assert "coupler" not in moved
+
+
+def test_naming_scores_the_same_images_for_each_sentence(parts):
+  model, params, _, hints = parts
+  patches = jax.random.normal(jax.random.key(0), (B * V, N, 24))
+  scores = model.apply({"params": params}, patches, hints.words, hints.word_mask, method="score")
+  assert scores.shape == (B * G * V, N, M)
+  alone = model.apply({"params": params}, patches, hints.words[:, 1:2], hints.word_mask[:, 1:2], method="score")
+  np.testing.assert_allclose(scores.reshape(B, G, V, N, M)[:, 1], alone.reshape(B, V, N, M), atol=1e-5)
+
+
+def test_only_for_training_from_scratch_on_the_experts_states():
+  config = common.get_config("tiny")
+  with config.unlocked():
+    config.train.grounding = WEIGHTS
+  with pytest.raises(ValueError, match="expected training from scratch on the expert's own states"):
+    init.make_model(config)

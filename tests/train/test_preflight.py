@@ -1,0 +1,154 @@
+"""The pre-flight: on the devices present, on made-up program texts, and (make aot) on TPU slices that are not there."""
+
+import math
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import common, libero
+from semanticvla_jax.train import preflight, sharding
+
+HLO = """
+HloModule jit_step
+%fused_computation.1 (p: f32[8]) -> f32[8] {
+  %big.9 = f32[4096,4096]{1,0} add(%p, %p), metadata={op_name="jit(step)/inside"}
+}
+ENTRY %main (a: bf16[16,128]) -> bf16[16,128] {
+  %a = bf16[16,128]{1,0} parameter(0)
+  %gathered.1 = bf16[256,128]{1,0:T(8,128)} all-gather(%a), dimensions={0}, metadata={op_name="jit(step)/mlp/gather"}
+  %start = (bf16[16,128]{1,0}, bf16[256,128]{1,0}) all-gather-start(%a), dimensions={0}
+  %done = bf16[256,128]{1,0} all-gather-done(%start)
+  ROOT %sum = f32[16,128]{1,0} all-reduce(%x), to_apply=%add, metadata={op_name="jit(step)/loss"}
+}
+"""
+
+
+def config(**values):
+  c = common.get_config("tiny")
+  c.lora.update(rank=2, alpha=4.0)
+  c.model.cues = 3
+  c.update_from_flattened_dict({"data.prompt_length": 12, "data.instruction_length": 8, "data.batch_size": 8} | values)
+  return c
+
+
+def test_collectives_are_counted_with_their_bytes():
+  assert preflight.collectives(HLO) == [("all-gather", 2, 2 * 256 * 128 * 2), ("all-reduce", 1, 16 * 128 * 4)]
+
+
+def test_largest_arrays_leave_out_fusions_and_arguments():
+  found = preflight.largest(HLO)
+  assert found[0] == (256 * 128 * 2, "bf16[256,128] jit(step)/mlp/gather")
+  assert not any("inside" in what for _, what in found)
+
+
+def test_training_step_on_the_devices_present():
+  c = config()
+  mesh = sharding.make_mesh(c.mesh)
+  report = preflight.fly(c, mesh)
+  assert report.problem is None and report.peak > 0 and report.collectives
+  text = preflight.describe(report, c, mesh)
+  for part in ("train: batch 8 on 8 × cpu (fsdp 8)", "frozen parameters", "activations, gradients", "TFLOP a step"):
+    assert part in text
+  assert "memory of this device is not known" in text
+
+
+def test_policy_on_the_devices_present():
+  c = config(**{"data.batch_size": 1})
+  mesh = sharding.make_mesh({"tensor": 2}, jax.devices()[:2])
+  report = preflight.fly(c, mesh, "policy")
+  assert report.problem is None and "parameters, observation" in preflight.describe(report, c, mesh, "policy")
+
+
+def test_what_does_not_fit_says_the_number_and_what_would_help():
+  c = config()
+  mesh = sharding.make_mesh({"data": 4, "fsdp": 1}, jax.devices()[:4])
+  message = "Used 24.15G of 15.75G hbm. Exceeded hbm capacity by 8.40G"
+  report = preflight.Report(8, 1.0, {}, message, [], [], None)
+  text = preflight.describe(report, c, mesh)
+  assert not report.fits and f"DOES NOT FIT: {message}" in text
+  for remedy in ("--config.model.remat=full", "--batch=4 with --config.optim.accumulate=2", "--config.mesh.fsdp=-1"):
+    assert remedy in text
+  short = preflight._shorten(
+    f"RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory. {message}.\n\nmore"
+  )
+  assert short == message
+
+
+def test_sweep_finds_the_largest_batch(monkeypatch):
+  mesh = sharding.make_mesh({"fsdp": 8})
+  tried = []
+
+  def fly(c, mesh, which):
+    tried.append(c.data.batch_size)
+    return preflight.Report(c.data.batch_size, 0.0, {"peak": c.data.batch_size}, None, [], [], 100)
+
+  monkeypatch.setattr(preflight, "fly", fly)
+  assert preflight.sweep(config(), mesh, lambda report: None) == 96
+  assert len(tried) <= 8 and all(n % 8 == 0 for n in tried)
+
+
+def test_without_libtpu_it_says_how(monkeypatch):
+  monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+  monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"--topology: got 'v5e:4x4' without libtpu"):
+    preflight.slice_devices("v5e:4x4")
+
+
+SLICES = {"v5e:2x2": 4, "v6e:2x4": 8, "v5p:2x2x1": 4, "v4:2x2x1": 4}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", SLICES)
+def test_toy_step_compiles_for_every_generation(topology):
+  pytest.importorskip("libtpu")
+  devices = preflight.slice_devices(topology)
+  assert len(devices) == SLICES[topology]
+  c = config()
+  mesh = sharding.make_mesh(dict(fsdp=-1), devices)
+  report = preflight.fly(c, mesh)
+  assert report.fits and 0 < report.peak < 2**30 and report.largest
+  assert "TPU" in preflight.describe(report, c, mesh)
+
+
+@pytest.mark.aot
+def test_unknown_slice():
+  pytest.importorskip("libtpu")
+  with pytest.raises(ValueError, match="--topology: got 'v5e-16', expected a slice that libtpu knows"):
+    preflight.slice_devices("v5e-16")
+
+
+def command(*arguments):
+  run = [sys.executable, "-m", "semanticvla_jax.train.preflight", "--config=configs/libero.py:full@7b", *arguments]
+  return subprocess.run(run, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_the_released_7b_step_fits_sixteen_v5e():
+  done = command("--topology=v5e:4x4", "--batch=128")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "fits: " in done.stdout and "TPU v5" in done.stdout
+  peak = float(done.stdout.split("fits: ")[1].split()[0])
+  assert math.isfinite(peak) and peak < 15.75
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_too_large_a_batch_is_refused_with_the_number():
+  done = command("--topology=v5e:4x4", "--batch=8192")
+  assert done.returncode == 3, done.stdout + done.stderr
+  assert "DOES NOT FIT" in done.stdout and "what would help:" in done.stdout and "--batch=4096" in done.stdout
+
+
+@pytest.mark.aot
+def test_layout_of_a_slice_is_a_mesh_of_its_chips():
+  pytest.importorskip("libtpu")
+  c = libero.get_config("full@7b")
+  mesh = sharding.make_mesh(c.mesh, preflight.slice_devices("v5e:4x4"))
+  assert dict(mesh.shape) == {"replica": 1, "data": 1, "fsdp": 16, "tensor": 1}
+  two = sharding.make_mesh({"replica": 2, "fsdp": -1}, preflight.slice_devices("v5e:2x2", slices=2))
+  assert [len({d.slice_index for d in half.flat}) for half in two.devices] == [1, 1]
+  with pytest.raises(ValueError, match="got replica 1 on 2 slices"):
+    sharding.make_mesh({"fsdp": -1}, preflight.slice_devices("v5e:2x2", slices=2))

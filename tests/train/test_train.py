@@ -1,0 +1,197 @@
+"""The command as a user runs it, at tiny size, on a small RLDS dataset written here."""
+
+import json
+import shutil
+from collections import deque
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from helpers import random_observation
+from small_runs import CHANGES, losses_of, make_config, write_data
+
+from configs import common, openvla
+from semanticvla_jax import checkpoint
+from semanticvla_jax.train import __main__ as command
+from semanticvla_jax.train import optimizer
+from semanticvla_jax.train import step as stepping
+from semanticvla_jax.train.partition import partition
+from semanticvla_jax.types import Batch
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("straight")
+  return workdir, command.train(make_config(data), workdir)
+
+
+def test_writes_a_complete_policy_and_metrics(straight, data):
+  workdir, policy = straight
+  files = checkpoint.load_policy(policy)
+  assert files.metadata["step"] == 4 and files.metadata["merged"] is False
+  assert files.config["model"]["keep"] == make_config(data).model.keep
+  assert len(files.statistics["tabletop_test"]["action"]["q01"]) == 7
+  assert sorted(losses_of(workdir)) == [1, 2, 3, 4]
+  assert list((workdir / "tensorboard").iterdir())
+
+
+def test_trains_every_trainable_and_no_frozen_parameter(straight, data):
+  config = make_config(data)
+  model, bare = command.init.make_model(config)
+  wanted = command.init.shapes(model, bare, config.trainable, config.frozen_dtype)
+  before = command.init.draw(model, bare, config.seed, wanted, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  after = checkpoint.load_policy(straight[1]).params
+  trainable, frozen = (flatten_dict(tree, sep="/") for tree in partition(before, config.trainable))
+  after = flatten_dict(after, sep="/")
+  assert all(np.array_equal(after[k], x) for k, x in frozen.items())
+  assert [k for k, x in trainable.items() if np.array_equal(after[k], x)] == []
+
+
+def test_resumed_run_equals_the_uninterrupted_one(straight, data, tmp_path):
+  half = make_config(data, steps=2)
+  command.train(half, tmp_path)
+  policy = command.train(make_config(data), tmp_path)
+  assert losses_of(tmp_path) == losses_of(straight[0])
+  ours, theirs = (checkpoint.load_policy(p).params for p in (policy, straight[1]))
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(straight, data, tmp_path, caplog):
+  command.train(make_config(data, steps=4, save_every=1), tmp_path)
+  shutil.rmtree(tmp_path / "policy")
+  for path in (tmp_path / "checkpoints" / "4" / "train").rglob("d/*"):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  policy = command.train(make_config(data), tmp_path)
+  assert "CORRUPT CHECKPOINT" in caplog.text and "going on from the one before" in caplog.text
+  assert losses_of(tmp_path) == losses_of(straight[0])
+  ours, theirs = (checkpoint.load_policy(p).params for p in (policy, straight[1]))
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_one_device_gives_the_losses_of_eight(straight, data, tmp_path, monkeypatch):
+  devices = jax.devices()
+  monkeypatch.setattr(command.sharding.jax, "devices", lambda: devices[:1])
+  command.train(make_config(data), tmp_path)
+  ours, theirs = losses_of(tmp_path), losses_of(straight[0])
+  assert [ours[k] for k in (1, 2, 3, 4)] == pytest.approx([theirs[k] for k in (1, 2, 3, 4)], rel=2e-4)
+
+
+def test_workdir_of_another_config_is_refused(straight, data):
+  config = make_config(data)
+  config.optim.lr = 5e-3
+  before = sorted(p.name for p in (straight[0] / "checkpoints").iterdir())
+  with pytest.raises(ValueError, match=r"its run had another config \(fields \['optim'\] differ\)"):
+    command.train(config, straight[0])
+  assert sorted(p.name for p in (straight[0] / "checkpoints").iterdir()) == before
+
+
+def test_a_later_version_resumes_an_earlier_run():
+  config = command.plain(common.get_config("tiny"))
+  older = command.json.loads(json.dumps(config))
+  del older["frozen_dtype"], older["optim"]["ema"]
+  assert not any(command.differs(older, config, key) for key in config if key not in ("train", "mesh"))
+  config["optim"]["ema"] = 0.99
+  assert command.differs(older, config, "optim")
+  config["seed"] += 1
+  assert command.differs(older, config, "seed")
+
+
+def values(loss, **norms):
+  return {"loss": loss, "grad_norm": 1.0} | {f"grad_norm/{name}": x for name, x in norms.items()}
+
+
+def test_spike_stops_with_step_and_family():
+  history = deque([1.0] * 30, maxlen=200)
+  command.check([values(1.2), values(4.0)], history, 31, None, {})  # not asked for
+  with pytest.raises(command.Diverged, match=r"step 42: loss 9 is 9.0 times .*largest gradients: \['coupler', 'llm'\]"):
+    command.check([values(1.0), values(9.0, llm=1.0, coupler=7.0)], history, 41, 5.0, {})
+  short = deque([1.0] * 5, maxlen=200)
+  command.check([values(9.0)], short, 6, 5.0, {})  # too early to tell
+
+
+def test_nan_names_the_first_step_and_the_gradients_that_broke():
+  bad = values(float("nan"), llm=1.0, coupler=float("nan"))
+  with pytest.raises(command.NotFinite, match=r"step 8: loss nan.*not finite: \['coupler'\]") as caught:
+    command.check([values(1.0), bad, bad], deque(), 7, None, {})
+  assert caught.value.step == 8
+
+
+def test_profile_steps():
+  assert command.parse_steps(None) is None and command.parse_steps("3:5") == (3, 5)
+  for wrong in ("3", "5:3", "0:2", "a:b"):
+    with pytest.raises(ValueError, match="expected FIRST:LAST"):
+      command.parse_steps(wrong)
+
+
+def test_nan_stops_with_step_and_family(data, tmp_path):
+  config = make_config(data)
+  config.optim.lr = float("inf")
+  with pytest.raises(command.NotFinite, match=r"step \d: .*not finite: \[.*'coupler'"):
+    command.train(config, tmp_path)
+  assert not (tmp_path / "policy").exists()
+  (saved,) = tmp_path.glob("bad_batch_*.npz")
+  batch = np.load(saved)
+  assert batch["actions"].shape == (8, config.model.chunk, 7)
+  assert batch["observation.images"].dtype == np.uint8
+
+
+def test_tokenisers_of_another_model_are_refused(data):
+  config = make_config(data)
+  _, bare = command.init.make_model(common.get_config("7b"))
+  with pytest.raises(ValueError, match="got 499 pieces, expected nearly 32064.*tokenizer.model"):
+    command.load_tokenizers(config, bare)
+
+
+def token_config(**values):
+  config = openvla.get_config("@tiny")
+  config.update_from_flattened_dict({"optim.lr": 3e-3, "data.prompt_length": 12} | values)
+  return config
+
+
+def test_action_tokens_are_one_action_of_seven_dimensions():
+  with pytest.raises(ValueError, match=r"chunk, action_dim = \(8, 7\).*expected \(1, 7\).*model.coupler='single'"):
+    command.init.make_model(token_config(**{"model.chunk": 8}))
+
+
+def test_action_tokens_learned_are_those_that_are_spoken():
+  config = token_config(trainable=".*")
+  config.lora = None
+  model, bare = command.init.make_model(config)
+  observation = random_observation(bare, 2, 12, lengths=np.array([12, 9]))
+  actions = np.array([[[-1, -0.7, -0.2, 0, 0.3, 0.8, 1]], [[1, 0.5, 0.1, 0, -0.4, -0.9, 0]]], np.float32)
+  batch = Batch(observation, jnp.asarray(actions), jnp.ones((2, 1), bool))
+  transform = optimizer.transform(config.optim)
+  params = jax.jit(model.init)(jax.random.key(0), observation)["params"]
+  state, before = stepping.new_state(transform, params), params
+  step = jax.jit(stepping.make_step(model, transform, optimizer.schedule(config.optim), 0))
+  losses = []
+  for _ in range(150):
+    state, metrics = step(state, {}, batch, None)
+    losses.append(float(metrics["loss"]))
+  assert losses[0] == pytest.approx(np.log(512), rel=0.1) and losses[-1] < 0.1 and metrics["accuracy"] == 1
+  spoken = jax.jit(model.apply)({"params": state.trainable}, observation).actions
+  np.testing.assert_allclose(spoken, actions, atol=1 / 255 + 1e-6)
+  assert float(metrics["l1"]) == pytest.approx(float(np.abs(spoken - actions).mean()), rel=1e-4)
+  assert not np.array_equal(before["llm"]["lm_head"]["kernel"], state.trainable["llm"]["lm_head"]["kernel"])
+
+
+def test_action_tokens_with_adapters_from_the_command(data, tmp_path):
+  config = token_config(**{k: v for k, v in CHANGES.items() if not k.startswith("model")})
+  config.data.dir, config.data.batch_size = str(data), 8
+  policy = command.train(config, tmp_path)
+  assert sorted(losses_of(tmp_path)) == [1, 2, 3, 4]
+  files = checkpoint.load_policy(policy)
+  assert "lora_a" in files.params["llm"]["lm_head"]
+
+
+def test_base_of_another_size_is_refused(straight):
+  fresh = {"llm": {"kernel": np.zeros((3, 3))}}
+  with pytest.raises(ValueError, match=r"init_from base: got 1 parameters the model does not have.*1 of another shape"):
+    command.init.take_over(fresh, {"llm": {"kernel": np.zeros((3, 4)), "bias": np.zeros(3)}}, "base")
