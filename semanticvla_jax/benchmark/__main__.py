@@ -1,0 +1,61 @@
+"""Measures speed on the machine at hand; every figure comes with its peer, measured in the same run.
+
+    python -m semanticvla_jax.benchmark evaluation --policy=checkpoints/tabletop_small
+
+evaluation: closed-loop episodes a second on the device against a Python loop over the same policy and environment.
+simulators: episodes a second in the LIBERO simulator, two workers against one (needs make sim, assets, demonstrations).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from semanticvla_jax.benchmark import evaluation, simulators
+from semanticvla_jax.envs.process import BrokenEnvironment
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m semanticvla_jax.benchmark", description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  verbs = parser.add_subparsers(dest="verb", required=True)
+  verb = verbs.add_parser("evaluation", help="episodes a second on the device and in a Python loop")
+  verb.add_argument("--policy", type=Path, default=Path("checkpoints/tabletop_small"), help="policy folder")
+  verb.add_argument("--suite", default="place", help="of the tabletop (default: place)")
+  verb.add_argument("--batch", type=int, default=64, help="episodes together on the device (default: 64)")
+  verb.add_argument("--host-episodes", type=int, default=16, help="episodes in the Python loop (default: 16)")
+  verb = verbs.add_parser("simulators", help="LIBERO episodes a second with several simulators and with one")
+  verb.add_argument("--recorded", required=True, metavar="DIR", help="HDF5 demonstrations, whose actions are sent")
+  verb.add_argument("--suite", default="libero_object", help="of LIBERO (default: libero_object)")
+  verb.add_argument("--task", type=int, default=0, help="its number (default: 0)")
+  verb.add_argument("--trials", type=int, default=8, help="episodes (default: 8)")
+  verb.add_argument("--workers", type=int, default=2, help="simulators at once, against one (default: 2)")
+  return parser.parse_args(argv)
+
+
+def _measure(args: argparse.Namespace) -> dict:
+  if args.verb == "simulators":
+    return simulators.measure(args.recorded, args.suite, args.task, args.trials, (1, args.workers))
+  return evaluation.measure(args.policy, args.suite, args.batch, args.host_episodes)
+
+
+def main(argv: list[str]) -> None:
+  """Measures and prints a table, then the same as one line of JSON."""
+  logging.basicConfig(level=logging.WARNING, format="%(message)s")
+  args = _arguments(argv)
+  try:
+    found = _measure(args)
+  except (ValueError, BrokenEnvironment) as error:
+    sys.exit(str(error))
+  for name, value in found.items():
+    print(f"{name:26}{value:.2f}" if isinstance(value, float) else f"{name:26}{value}")
+  print(json.dumps(found))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

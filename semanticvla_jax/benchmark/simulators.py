@@ -1,0 +1,46 @@
+"""Closed-loop episodes a second in the LIBERO simulator: several workers against one, on recorded actions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from semanticvla_jax.envs import libero
+from semanticvla_jax.evaluate.recorded import Recorded
+from semanticvla_jax.evaluate.simulators import OnSimulators
+
+
+def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[int]) -> dict[str, Any]:
+  """Times the same episodes of one task with each number of workers, simulators started and warm.
+
+  Args:
+    folder: LIBERO's HDF5 demonstrations; the policy costs nothing, so that simulators are what is measured.
+    suite, task: of LIBERO. trials: episodes.
+    workers: numbers of simulators, the first is what the others are compared with.
+
+  Returns:
+    Episodes a second of each, their ratio to the first, actions a second, and successes.
+  """
+  found: dict[str, Any] = {"suite": suite, "task": task, "episodes": trials}
+  seeds = [libero.EPISODES * task + trial for trial in range(trials)]
+  policy, first = Recorded(folder, suite, seeds), None
+  for count in workers:
+    runner = OnSimulators(
+      policy, lambda: libero.start(libero.Settings(suite), policy.states), workers=count, jpeg_quality=95
+    )
+    try:
+      runner.run(seeds[:count])  # starts all of them
+      begin = time.perf_counter()
+      result = runner.run(seeds)
+      rate = trials / (time.perf_counter() - begin)
+    finally:
+      runner.close()
+    first = rate if first is None else first
+    found |= {
+      f"{count} workers, episodes/min": 60 * rate,
+      f"{count} workers, actions/s": float(result.steps.sum()) * rate / trials,
+      f"{count} workers, ratio": rate / first,
+      f"{count} workers, succeeded": f"{result.successes} of {result.valid}",
+    }
+  return found

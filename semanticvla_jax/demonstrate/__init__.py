@@ -1,0 +1,1 @@
+"""Demonstrations as RLDS datasets on disk."""

@@ -1,0 +1,251 @@
+"""LIBERO's recorded demonstrations, replayed in the simulator, as an RLDS dataset with images.
+
+By the rules of the release's `regenerate_libero_dataset.py`: reset, the demonstration's first state, ten steps of
+waiting (without them the controller starts from a stale goal), then its actions without no-ops; what is seen before
+each action is recorded, and a demonstration whose last step does not fulfil the task is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from semanticvla_jax.data import hdf5, writer
+from semanticvla_jax.demonstrate import numbers
+from semanticvla_jax.envs import libero
+from semanticvla_jax.envs.process import BrokenEnvironment, Moment, Process
+
+_TRIES = 3
+_VIEWS = ("observation/image", "observation/wrist_image")
+
+
+class Recipe(NamedTuple):
+  """What is replayed, and how.
+
+  Attributes:
+    folder: of `<task>_demo.hdf5` files, or the one above it.
+    suite: of LIBERO.
+    settings: of the simulator.
+    tasks: their numbers; None for all.
+    episodes: demonstrations of each task, the first ones; None for all.
+    workers: simulators at once.
+  """
+
+  folder: str
+  suite: str
+  settings: libero.Settings
+  tasks: tuple[int, ...] | None = None
+  episodes: int | None = None
+  workers: int = 2
+
+
+class Report(NamedTuple):
+  """What came of it: demonstrations tried, kept, the names of those dropped by task, frames, the folder."""
+
+  tried: int
+  kept: int
+  dropped: dict[str, list[str]]
+  frames: int
+  folder: pathlib.Path
+
+
+def write(
+  recipe: Recipe, out: str | pathlib.Path, name: str, progress: Callable[[int, int, int], None] | None = None
+) -> Report:
+  """Writes `<out>/<name>/1.0.0`, its statistics and demonstrations.json; goes on where an earlier call was interrupted.
+
+  Args:
+    recipe: see there.
+    out: folder of datasets; replays that are done wait in `<out>/.<name>.parts`.
+    name: of the dataset; `libero_object_no_noops` is what configs expect.
+    progress: called with (done, kept, of how many).
+
+  Raises:
+    ValueError: the dataset exists, or files, packages or assets are missing.
+    BrokenEnvironment: the same replay broke every time.
+  """
+  folder, parts = pathlib.Path(out) / name / "1.0.0", pathlib.Path(out) / f".{name}.parts"
+  if folder.exists():
+    raise ValueError(f"Dataset exists: got {folder}; expected a new folder; remove it or choose another name.")
+  if not name.startswith("libero"):
+    raise ValueError(f"Dataset name {name!r} would be read by another recipe; expected one that starts with 'libero'.")
+  demonstrations = collect(recipe)
+  facts = _facts(recipe)
+  _claim(parts, facts)
+  _Replays(recipe, demonstrations, parts, progress).run()
+  return _assemble(recipe, demonstrations, parts, folder, name, facts)
+
+
+def collect(recipe: Recipe) -> dict[int, hdf5.Demonstration]:
+  """The demonstrations by episode number: the i-th of task k is number 50 k + i, as first states are."""
+  folder, every = hdf5.folder(recipe.folder, recipe.suite), libero.tasks(recipe.suite)
+  chosen = range(len(every)) if recipe.tasks is None else recipe.tasks
+  found = {}
+  for task in chosen:
+    if not 0 <= task < len(every):
+      raise ValueError(f"Demonstrations: got task {task}; expected 0 to {len(every) - 1} of {recipe.suite}.")
+    rows = hdf5.read(folder / f"{every[task].name}_demo.hdf5")[: recipe.episodes]
+    found |= {libero.EPISODES * task + i: row for i, row in enumerate(rows[: libero.EPISODES])}
+  return found
+
+
+def _facts(recipe: Recipe) -> dict:
+  """What the frames depend on, as JSON values."""
+  settings = recipe.settings._asdict() | {"assets": libero.assets_hash(str(libero.find_assets(recipe.settings.assets)))}
+  return {"suite": recipe.suite, "simulator": settings, "versions": libero.versions()}
+
+
+def _claim(parts: pathlib.Path, facts: dict) -> None:
+  """Makes the folder of finished replays, or checks that those in it were made alike."""
+  parts.mkdir(parents=True, exist_ok=True)
+  path = parts / "facts.json"
+  if path.exists() and (before := json.loads(path.read_text())) != facts:
+    unlike = [key for key in facts if before.get(key) != facts[key]]
+    raise ValueError(
+      f"Replays in {parts} were made otherwise: got {[(key, before.get(key), facts[key]) for key in unlike]}; expected "
+      "the same; remove that folder to begin anew."
+    )
+  path.write_text(json.dumps(facts))
+
+
+class _Replays:
+  """Simulators, a thread each, that take the next demonstration until none is left."""
+
+  def __init__(self, recipe: Recipe, demonstrations: dict[int, hdf5.Demonstration], parts: pathlib.Path, progress):
+    self.recipe, self.demonstrations, self.parts, self.progress = recipe, demonstrations, parts, progress
+    self.waiting = collections.deque(seed for seed in demonstrations if not _part(parts, seed).exists())
+    self.done = len(demonstrations) - len(self.waiting)
+    self.kept = sum(_read(_part(parts, seed)) is not None for seed in demonstrations if _part(parts, seed).exists())
+    self.lock, self.error = threading.Lock(), None
+
+  def run(self) -> None:
+    count = min(self.recipe.workers, len(self.waiting))
+    threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+    if self.error is not None:
+      raise self.error
+
+  def _work(self) -> None:
+    process = None
+    try:
+      states = {seed: one.first for seed, one in self.demonstrations.items()}
+      process = libero.start(self.recipe.settings, states)
+      task = None
+      while (seed := self._next(task)) is not None and self.error is None:
+        task = seed // libero.EPISODES
+        _store(_part(self.parts, seed), self.demonstrations[seed], *self._replay(process, seed))
+        self._tell(seed)
+    except Exception as error:  # raised where the threads are joined
+      self.error = self.error or error
+    finally:
+      if process is not None:
+        process.close()
+
+  def _next(self, task: int | None) -> int | None:
+    """The next of the same task, else of the task with most to do, so that simulators rarely change tasks."""
+    with self.lock:
+      if not self.waiting:
+        return None
+      counts = collections.Counter(seed // libero.EPISODES for seed in self.waiting)
+      task = task if counts[task] else counts.most_common(1)[0][0]
+      seed = next(seed for seed in self.waiting if seed // libero.EPISODES == task)
+      self.waiting.remove(seed)
+      return seed
+
+  def _replay(self, process: Process, seed: int) -> tuple[list[dict], Moment]:
+    """All observations of one replay, and how it ended."""
+    for left in reversed(range(_TRIES)):
+      try:
+        process.begin(seed)
+        first = process.receive().observations
+        process.act(self.demonstrations[seed].moving, every=True, on=True)
+        moment = process.receive()
+        return first + moment.observations, moment
+      except BrokenEnvironment as error:
+        logging.warning("Replay %d broke, %d tries left:\n%s", seed, left, error)
+        if not left:
+          raise
+        process.restart()
+    raise AssertionError("unreachable")
+
+  def _tell(self, seed: int) -> None:
+    with self.lock:
+      self.done += 1
+      self.kept += _read(_part(self.parts, seed)) is not None
+      if self.progress is not None:
+        self.progress(self.done, self.kept, len(self.demonstrations))
+
+
+def _part(parts: pathlib.Path, seed: int) -> pathlib.Path:
+  return parts / f"{seed:05d}.npz"
+
+
+def _store(path: pathlib.Path, demonstration: hdf5.Demonstration, seen: list[dict], end: Moment) -> None:
+  """One replay on disk, frames as JPEG; an empty one where it did not end in success."""
+  arrays = {}
+  if end.success:
+    rows = seen[: end.steps]
+    arrays = {name: np.stack([row[f"observation/{name}"] for row in rows]) for name in ("state", "joint_state")}
+    arrays["action"] = demonstration.moving.astype(np.float32)
+    for name in _VIEWS:
+      frames = [writer.jpeg(row[name]) for row in rows]
+      arrays[name.split("/")[1]] = np.frombuffer(b"".join(frames), np.uint8)
+      arrays[name.split("/")[1] + "_sizes"] = np.array([*map(len, frames)])
+    arrays["shape"] = np.array(seen[0][_VIEWS[0]].shape)
+  partial = path.with_suffix(".partial")
+  with partial.open("wb") as file:
+    np.savez(file, **arrays)
+  partial.rename(path)
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+  """One replay as stored; None for a failed one."""
+  with np.load(path) as file:
+    return {name: file[name] for name in file.files} or None
+
+
+def _frames(part: dict[str, np.ndarray], name: str) -> writer.Encoded:
+  ends = np.cumsum(part[f"{name}_sizes"])
+  whole = part[name].tobytes()
+  frames = [whole[end - size : end] for end, size in zip(ends.tolist(), part[f"{name}_sizes"].tolist())]
+  return writer.Encoded(frames, *part["shape"][:2].tolist())
+
+
+def _assemble(
+  recipe: Recipe, demonstrations: dict[int, hdf5.Demonstration], parts: pathlib.Path, folder: pathlib.Path, name: str,
+  facts: dict,
+) -> Report:
+  """Writes the dataset from the finished replays, in the order of tasks and demonstrations, and removes them."""
+  every = libero.tasks(recipe.suite)
+  kept, dropped = [], collections.defaultdict(list)
+
+  def episodes() -> Iterator[writer.Episode]:
+    for seed, demonstration in demonstrations.items():
+      task, part = every[seed // libero.EPISODES], _read(_part(parts, seed))
+      if part is None:
+        dropped[task.name].append(demonstration.name)
+        continue
+      kept.append((part["action"], part["state"]))
+      yield writer.Episode(
+        _frames(part, "image"), _frames(part, "wrist_image"), part["state"], part["action"], task.instruction,
+        part["joint_state"], f"{recipe.suite}/{demonstration.path.name}/{demonstration.name}",
+      )  # fmt: skip
+
+  out = writer.write(folder.parent.parent, name, episodes())
+  numbers.write(out, name, kept)
+  report = Report(len(demonstrations), len(kept), dict(dropped), sum(len(action) for action, _ in kept), out)
+  facts = facts | {"tried": report.tried, "kept": report.kept, "dropped": report.dropped, "frames": report.frames}
+  (out / "demonstrations.json").write_text(json.dumps(facts, indent=2) + "\n")
+  shutil.rmtree(parts)
+  return report

@@ -1,0 +1,160 @@
+"""The tabletop's expert as demonstrations: rolled out and rendered on the device, cut at success, successes only."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from semanticvla_jax.data import writer
+from semanticvla_jax.demonstrate import numbers
+from semanticvla_jax.envs import expert, tabletop, tasks
+
+NOISE = 0.3  # moderate: about every other episode shows a recovery, and nearly all succeed
+_CHUNK = 32  # episodes rolled out together
+_FRAMES = 64  # frames rendered together
+LABELS = ("intended", "executed")
+
+
+class Recipe(NamedTuple):
+  """What is demonstrated.
+
+  Attributes:
+    suite, split: of the tabletop; seeds count from `seed` within the split.
+    episodes: successful ones wanted.
+    seed: the first episode's.
+    size: pixels of a side of both views.
+    noise: of the executed actions, see expert.disturb.
+    label: "intended" records what the expert would do in each state it got into (so recovery is taught and noise is
+      not), "executed" what was done, noise included (a replay of the actions then gives the same states).
+  """
+
+  suite: str
+  split: str = "train"
+  episodes: int = 200
+  seed: int = 0
+  size: int = 64
+  noise: float = NOISE
+  label: str = "intended"
+
+
+class Report(NamedTuple):
+  """What came of it: episodes tried and kept, the seeds of those dropped, frames written, and the folder."""
+
+  tried: int
+  kept: int
+  dropped: list[int]
+  frames: int
+  folder: pathlib.Path
+
+
+def write(recipe: Recipe, out: str | pathlib.Path, name: str, progress: Callable[[int], None] | None = None) -> Report:
+  """Writes `<out>/<name>/1.0.0` in the layout of `libero_*_no_noops`, and dataset_statistics.json beside the shards.
+
+  The same recipe gives the same bytes. Failed episodes are dropped and counted, and their places taken by the next
+  seeds. `<name>` decides how the data is read, so it starts with "tabletop".
+
+  Raises:
+    ValueError: the dataset exists, a name is unknown, or the expert fails too often.
+  """
+  _check(recipe, name)
+  dropped, lengths, kept = [], [], []
+
+  def episodes() -> Iterator[writer.Episode]:
+    for seed, episode in demonstrations(recipe):
+      if episode is None:
+        dropped.append(seed)
+        _check_failures(recipe, len(dropped), len(lengths))
+        continue
+      kept.append((episode.action, episode.state))
+      lengths.append(len(episode.action))
+      yield episode
+      if progress is not None:
+        progress(len(lengths))
+      if len(lengths) == recipe.episodes:
+        return
+
+  folder = writer.write(out, name, episodes())
+  numbers.write(folder, name, kept)
+  facts = recipe._asdict() | {"tried": len(lengths) + len(dropped), "dropped_seeds": dropped, "frames": sum(lengths)}
+  (folder / "demonstrations.json").write_text(json.dumps(facts, indent=2) + "\n")
+  logging.info("%s: %d episodes kept, %d dropped (seeds %s)", name, len(lengths), len(dropped), dropped[:10])
+  return Report(len(lengths) + len(dropped), len(lengths), dropped, sum(lengths), folder)
+
+
+def demonstrations(recipe: Recipe) -> Iterator[tuple[int, writer.Episode | None]]:
+  """Yields (seed, episode) without end, in the order of the seeds; None for an episode without success."""
+  steps = tasks.max_steps(recipe.suite)
+  first = recipe.seed
+  while True:
+    seeds = np.arange(first, first + _CHUNK)
+    rollouts = _rollouts(jnp.asarray(seeds), recipe.noise, recipe.suite, recipe.split, steps)
+    rollouts = jax.tree.map(np.asarray, rollouts)
+    for i, seed in enumerate(seeds.tolist()):
+      yield seed, _episode(recipe, seed, jax.tree.map(lambda x: x[i], rollouts), steps)  # noqa: B023
+    first += _CHUNK
+
+
+@functools.partial(jax.jit, static_argnames=("suite", "split", "steps"))
+def _rollouts(seeds: Int[Array, "n"], noise: float | Array, suite: str, split: str, steps: int) -> expert.Rollout:
+  return jax.vmap(lambda seed: expert.rollout(tabletop.seed_key(seed, split), suite, split, noise, steps))(seeds)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _observe(states: tasks.State, size: int) -> tuple[Array, Array]:
+  return jax.vmap(lambda state: tabletop.observe(state, size))(states)
+
+
+def _episode(recipe: Recipe, seed: int, rollout: expert.Rollout, steps: int) -> writer.Episode | None:
+  """One episode cut at success (its last action is the one that succeeds), rendered; None if it never succeeds."""
+  length = int(rollout.first) + 1
+  if length > steps:
+    return None
+  images, states = [], []
+  for begin in range(0, length, _FRAMES):
+    index = np.minimum(np.arange(begin, begin + _FRAMES), length - 1)  # one compiled size; the rest is cut off
+    pictures, state = _observe(jax.tree.map(lambda x: x[index], rollout.states), recipe.size)  # noqa: B023
+    images.append(np.asarray(pictures)[: length - begin])
+    states.append(np.asarray(state)[: length - begin])
+  views = np.concatenate(images)
+  return writer.Episode(
+    image=np.ascontiguousarray(views[:, 0]),
+    wrist_image=np.ascontiguousarray(views[:, 1]),
+    state=np.concatenate(states).astype(np.float32),
+    action=(rollout.actions if recipe.label == "intended" else rollout.executed)[:length].astype(np.float32),
+    instruction=tasks.INSTRUCTIONS[int(rollout.states.instruction[0])],
+    file_path=f"tabletop/{recipe.suite}/{recipe.split}/{seed}",
+  )
+
+
+def _check(recipe: Recipe, name: str) -> None:
+  tasks.suite_index(recipe.suite)
+  tasks.check_split(recipe.split)
+  if not name.startswith("tabletop"):
+    raise ValueError(
+      f"Dataset name {name!r} would be read by another recipe; expected one that starts with 'tabletop'; "
+      f"call it tabletop_{recipe.suite}."
+    )
+  if recipe.episodes < 1 or recipe.size < 8 or not 0 <= recipe.noise <= 1:
+    raise ValueError(
+      f"Demonstrations: got episodes={recipe.episodes}, size={recipe.size}, noise={recipe.noise}; expected at least 1 "
+      "episode, 8 pixels, and noise from 0 to 1."
+    )
+  if recipe.label not in LABELS:
+    raise ValueError(f"Demonstrations: got label={recipe.label!r}; expected one of {LABELS}; choose one of them.")
+
+
+def _check_failures(recipe: Recipe, dropped: int, kept: int) -> None:
+  if dropped >= 16 and dropped > kept:
+    raise ValueError(
+      f"The expert fails: got {dropped} failures and {kept} successes in suite {recipe.suite!r} at noise "
+      f"{recipe.noise}; expected mostly successes; lower the noise."
+    )

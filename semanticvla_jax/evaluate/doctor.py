@@ -1,0 +1,217 @@
+"""Looks for the traps that make LIBERO results irreproducible, in the installation and in a policy folder.
+
+    python -m semanticvla_jax.evaluate doctor --policy=DIR --suite=libero_object [--data_dir=DIR]
+
+prints a line for each: whether it applies, what was seen, what it is known to cost, and the remedy; ends with status 1
+if one does. With --data_dir the simulator's first frame is compared with the training data's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes.util
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from semanticvla_jax import checkpoint
+from semanticvla_jax.data import images, statistics
+from semanticvla_jax.envs import libero
+from semanticvla_jax.envs.process import BrokenEnvironment
+from semanticvla_jax.models import masks
+from semanticvla_jax.types import Statistics
+
+_MARKS = {True: "APPLIES", False: "ok     ", None: "unknown"}
+
+
+class Finding(NamedTuple):
+  """One trap: whether it applies (None: cannot be told), what was seen, its known effect, what to do."""
+
+  trap: str
+  applies: bool | None
+  seen: str
+  effect: str
+  remedy: str
+
+
+def quaternion(proprio: Statistics | None, convention: str = "robosuite") -> Finding:
+  """Whether the training data's axis-angle has another convention than the simulator's."""
+  effect = "an antipodal flip cost 14 points on Goal (97.4 to 83.4) and 40 on Long (95.4 to 55.8)"
+  remedy = "evaluate with --quaternion=robosuite or positive_w, whichever the data has"
+  if proprio is None or len(proprio.min) != 8:
+    return Finding("quaternion convention", None, "no 8-d proprioception in the statistics", effect, remedy)
+  low, high = float(proprio.min[3]), float(proprio.max[3])
+  seen = f"rotation about x from {low:.2f} to {high:.2f} rad in the data, {convention} in the simulator"
+  made = "robosuite" if high > math.pi + 1e-3 else "positive_w" if low < -2 and high > 2 else None
+  return Finding("quaternion convention", None if made is None else made != convention, seen, effect, remedy)
+
+
+def crop(config: Mapping) -> Finding:
+  """Whether a policy trained on random crops is shown whole images."""
+  data = config.get("data") or {}
+  augmented, area, trained = data.get("augment"), data.get("crop_area"), images.RELEASE.crop_area
+  seen = f"augment={augmented}, crop_area={area}"
+  applies = None if augmented is None else bool(augmented) != (area is not None) or (augmented and area != trained)
+  remedy = f"set data.crop_area of the policy's config.json to {trained} if it was trained on crops, else to null"
+  return Finding("centre crop", applies, seen, "a missing crop cost about 3 points", remedy)
+
+
+def bounds(config: Mapping, action: Statistics) -> Finding:
+  """Whether actions are un-normalised with extremes where quantiles were trained on."""
+  mode = (config.get("data") or {}).get("normalisation", "q99")
+  masked = np.asarray(action.mask, bool)
+  copies = bool(np.all(action.q01[masked] == action.min[masked]) and np.all(action.q99[masked] == action.max[masked]))
+  seen = f"normalisation={mode!r}" + (", q01 and q99 are the extremes in all dimensions" if copies else "")
+  remedy = "use the statistics of the training run, with q01 and q99 (data.normalisation='bounds_q99')"
+  return Finding("statistics", mode == "bounds" or copies, seen, "min/max instead of q01/q99: 0 % success", remedy)
+
+
+def action_block(config: Mapping) -> Finding:
+  """Whether the action placeholders see one another."""
+  model = config["model"]
+  kind, effect = model.get("mask", "block"), "causal placeholders: 98.1 to 60.2 points"
+  if model.get("coupler", "grouped") is None:
+    return Finding("mask of the action block", False, "actions are generated one by one", effect, "none is needed")
+  valid, block = jnp.ones((1, 6), bool), jnp.arange(6) >= 2
+  allowed = np.asarray(masks.attention_mask(valid, block, kind))[0]
+  seen = f"model.mask={kind!r}: the first action {'sees' if allowed[2, 5] else 'does not see'} the last"
+  return Finding("mask of the action block", not allowed[2, 5], seen, effect, "set model.mask to 'block', and retrain")
+
+
+def gripper(action: Statistics) -> Finding:
+  """Whether the gripper is normalised, or stored as -1 and 1 where 0 and 1 are expected."""
+  low, high, masked = float(action.min[-1]), float(action.max[-1]), bool(action.mask[-1])
+  seen = f"gripper from {low:g} to {high:g}, {'normalised' if masked else 'passed through'}"
+  remedy = "read the data with its LIBERO recipe: 1 open, 0 closed, not normalised"
+  return Finding("gripper", masked or low < -1e-6 or high > 1 + 1e-6, seen, "it closes where it is to open", remedy)
+
+
+def key(names: Sequence[str], suite: str) -> Finding:
+  """Whether the policy's statistics are of another suite."""
+  fits = [name for name in names if name in (suite, f"{suite}_no_noops") or name.startswith("libero_4_task")]
+  remedy = "choose with --dataset, or evaluate the suite that it was trained on"
+  return Finding("statistics key", not fits, f"{[*names]} for {suite}", "actions in another suite's units", remedy)
+
+
+def simulator(versions: Mapping[str, str | None]) -> list[Finding]:
+  """Whether the installed versions are those that results are known to hold with."""
+  mujoco, robosuite = versions.get("mujoco"), versions.get("robosuite")
+  newer = None if mujoco is None else [int(x) for x in mujoco.split(".")[:2]] >= [3, 9]
+  other = None if robosuite is None else not robosuite.startswith("1.4.")
+  return [
+    Finding("MuJoCo's version", newer, f"mujoco {mujoco}; the reference pins 3.2.3",
+            "98.1 at 3.1.0, about 91 at 3.9.0", "make sim installs one below 3.9"),
+    Finding("robosuite's version", other, f"robosuite {robosuite}; the reference pins 1.4.1",
+            "1.5 has other controllers", "make sim installs 1.4"),
+  ]  # fmt: skip
+
+
+def libraries(assets: str | None, renderer: str = "egl") -> list[Finding]:
+  """Whether the simulator can run at all: its assets and an OpenGL library."""
+  try:
+    folder = str(libero.find_assets(assets))
+    found = Finding("assets", False, f"{folder}, hash {libero.assets_hash(folder)}", "", "")
+  except ValueError as error:
+    found = Finding("assets", True, str(error), "nothing runs", "see there")
+  name = {"egl": "EGL", "osmesa": "OSMesa"}[renderer]
+  drawn = ctypes.util.find_library(name)
+  package = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}[renderer]
+  return [
+    found, Finding("OpenGL", drawn is None, f"{name}: {drawn}", "nothing is drawn", f"apt-get install {package}"),
+  ]  # fmt: skip
+
+
+def rotation(stored: Sequence[UInt8[np.ndarray, "h w 3"]], rendered: UInt8[np.ndarray, "h w 3"]) -> Finding:
+  """Whether the simulator's first frame stands otherwise than the data's.
+
+  Args:
+    stored: first frames of episodes, of the front camera.
+    rendered: the simulator's.
+  """
+  mean = np.mean([images.resize(one, 64).astype(np.float32) for one in stored], axis=0)
+  ways = {"as it is": (1, 1), "turned by 180°": (-1, -1), "upside down": (-1, 1), "mirrored": (1, -1)}
+  small = images.resize(rendered, 64).astype(np.float32)
+  apart = {name: float(np.abs(small[::y, ::x] - mean).mean()) for name, (y, x) in ways.items()}
+  best = min(apart, key=apart.get)
+  seen = "mean difference to the data " + ", ".join(f"{name} {value:.0f}" for name, value in apart.items())
+  remedy = "evaluate with --rotation=0 (data from raw HDF5 images) or 180 (the *_no_noops sets)"
+  return Finding("rotation", best != "as it is", seen, "the policy sees what it never saw: about 0 %", remedy)
+
+
+def policy(folder: str, suite: str, dataset: str | None = None, convention: str = "robosuite") -> list[Finding]:
+  """All that a policy folder tells.
+
+  Raises:
+    ValueError: it is no policy folder.
+  """
+  config, entries, _ = checkpoint.read_policy_json(folder)
+  names = [dataset] if dataset else [*entries]
+  found = [key(names, suite), crop(config), action_block(config)]
+  for name in names:
+    if name not in entries:
+      raise ValueError(f"Doctor: got dataset={name!r}; expected one of {[*entries]}; choose one of them.")
+    stats = statistics.from_openvla(entries[name], f"statistics.json: {name}")
+    found += [quaternion(stats.proprio, convention), bounds(config, stats.action), gripper(stats.action)]
+  return found
+
+
+def first_frames(data_dir: str, name: str, count: int = 10) -> list[np.ndarray]:
+  """First frames of the front camera, of episodes spread over a dataset."""
+  from semanticvla_jax.data import records, rlds
+
+  dataset = rlds.load(data_dir, name)
+  reader = records.Reader(dataset.index)
+  starts = np.flatnonzero(np.diff(dataset.episodes, prepend=-1))
+  chosen = starts[np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int)]
+  return [images.decode(reader.image(int(dataset.frames[frame]), 0)) for frame in chosen]
+
+
+def _rotation(args: argparse.Namespace) -> Finding:
+  if args.data_dir is None:
+    return Finding("rotation", None, "no data to compare with", "about 0 %", "pass --data_dir")
+  process = libero.start(libero.Settings(args.suite, args.assets, rotation=args.rotation))
+  try:
+    rendered = process.reset(0)["observation/image"]
+  finally:
+    process.close()
+  return rotation(first_frames(args.data_dir, f"{args.suite}_no_noops"), rendered)
+
+
+def show(findings: Sequence[Finding]) -> str:
+  """A line or three for each."""
+  lines = []
+  for one in findings:
+    lines.append(f"{_MARKS[one.applies]}  {one.trap}: {one.seen}")
+    if one.applies is not False:
+      lines += [f"           known effect: {one.effect}", f"           remedy: {one.remedy}"]
+  return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints what was found; ends with status 1 where a trap applies."""
+  parser = argparse.ArgumentParser(
+    prog="python -m semanticvla_jax.evaluate doctor", description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--policy", required=True, help="policy folder")
+  parser.add_argument("--suite", required=True, help=f"one of {', '.join(libero.SUITES)}")
+  parser.add_argument("--dataset", help="whose statistics, where the policy knows several")
+  parser.add_argument("--data_dir", help="folder with <suite>_no_noops, to compare frames with")
+  parser.add_argument("--assets", help=f"folder (default: ${libero.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
+  parser.add_argument("--quaternion", choices=libero.QUATERNIONS, default="robosuite", help="of the simulator")
+  parser.add_argument("--rotation", type=int, default=180, help="of the simulator's frames")
+  args = parser.parse_args(argv)
+  try:
+    libero.check(libero.Settings(args.suite, rotation=args.rotation))
+    findings = policy(args.policy, args.suite, args.dataset, args.quaternion)
+    findings += simulator(libero.versions()) + libraries(args.assets) + [_rotation(args)]
+  except (ValueError, BrokenEnvironment) as error:
+    sys.exit(str(error))
+  print(show(findings))
+  if any(one.applies for one in findings):
+    sys.exit(1)

@@ -1,0 +1,49 @@
+"""A policy that plays recorded actions back: what proves that nothing between a policy and its simulator is amiss.
+
+Sent through the whole evaluation, it must succeed where a plain replay of the same actions does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from semanticvla_jax.data import hdf5
+from semanticvla_jax.envs import libero
+
+
+class Recorded:
+  """Answers with the actions of demonstrations, without no-ops; none when they are used up, which ends the episode.
+
+  Args:
+    folder: of `<task>_demo.hdf5` files, or the one above it.
+    suite: of LIBERO.
+    seeds: episode numbers, 50 k + i is the i-th demonstration of task k.
+    replay: actions at a time.
+
+  Raises:
+    ValueError: there is no such demonstration.
+  """
+
+  def __init__(self, folder: str, suite: str, seeds: Sequence[int], replay: int = 8):
+    self.replay = replay
+    found, tasks = hdf5.folder(folder, suite), libero.tasks(suite)
+    self._actions: dict[int, np.ndarray] = {}
+    self.states: dict[int, np.ndarray] = {}
+    for task in sorted({seed // libero.EPISODES for seed in seeds}):
+      rows = hdf5.read(found / f"{tasks[task].name}_demo.hdf5")
+      for seed in (seed for seed in seeds if seed // libero.EPISODES == task):
+        if seed % libero.EPISODES >= len(rows):
+          raise ValueError(
+            f"Recorded actions: got trial {seed % libero.EPISODES} of task {task}; expected 0 to {len(rows) - 1}, the "
+            "demonstrations there are; lower --trials."
+          )
+        row = rows[seed % libero.EPISODES]
+        self._actions[seed], self.states[seed] = row.moving, row.first
+    self.metadata = {"folder": f"recorded actions of {suite}", "chunk": replay, "replay": replay, "jpeg_quality": None}
+
+  def infer_batch(self, observations: Sequence[Mapping]) -> list[dict]:
+    """The next actions of each episode, by its number and the steps taken: [{"actions": f64[<=replay 7]}, …]."""
+    rows = [(self._actions[one["episode"]], one["step"]) for one in observations]
+    return [{"actions": actions[step : step + self.replay]} for actions, step in rows]

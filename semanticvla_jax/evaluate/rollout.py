@@ -1,0 +1,315 @@
+"""Runs a policy in closed loop: wholly on the device (`OnDevice`), or step by step on the host (`OnHost`).
+
+Both ask the policy for a chunk, execute `replay` of its actions, and ask again; an episode ends with success, after
+`max_steps` actions, or at an action that is not finite (an error, which is no failure of the task). Views are rendered
+only when the policy looks. The two give the same successes; the first is one compiled program a batch of episodes, the
+second works with any `envs.base.Environment`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from semanticvla_jax.envs import tabletop, tasks
+from semanticvla_jax.policy import Policy, centre_crop, gripper_command, normalise_proprio, unnormalise_actions
+from semanticvla_jax.types import Observation, Statistics
+
+Query = Callable[[tasks.State, Array], Array]  # states [b], told i32[b] -> actions f32[b k 7]
+Progress = Callable[[int, int], None]  # episodes done, successes among them
+
+
+class Episodes(NamedTuple):
+  """What came of n episodes.
+
+  Attributes:
+    seeds: i64[n].
+    success: bool[n].
+    steps: i32[n], actions taken, those that led to success included.
+    error: bool[n], True where the policy gave an action that is not finite, or the simulator broke.
+    instruction: n sentences, what success means.
+    told: n sentences, what the policy was told.
+    states: every state before an action and the last one, State with leading axes [t + 1, n]; None unless asked for.
+  """
+
+  seeds: np.ndarray
+  success: np.ndarray
+  steps: np.ndarray
+  error: np.ndarray
+  instruction: list[str]
+  told: list[str]
+  states: tasks.State | None = None
+
+  @property
+  def successes(self) -> int:
+    return int(self.success.sum())
+
+  @property
+  def valid(self) -> int:
+    """Episodes without an error: what a success rate is a share of."""
+    return int((~self.error).sum())
+
+
+class Ended(NamedTuple):
+  """The running record of a batch: success bool[b], error bool[b], steps i32[b]."""
+
+  success: Bool[Array, "b"]
+  error: Bool[Array, "b"]
+  steps: Int[Array, "b"]
+
+
+def simulate(
+  query: Query, states: tasks.State, told: Int[Array, "b"], *, max_steps: int, replay: int, keep_states: bool = False
+) -> tuple[Ended, tasks.State | None]:
+  """Runs b episodes as one `lax.scan` over queries, each with an inner scan over `replay` actions; pure, for jit.
+
+  Args:
+    query: states and what they were told → actions; asked for all b at once, until the last episode has ended.
+    states: first states, batched.
+    told: indices of sentences, passed to `query`.
+    max_steps, replay: static.
+    keep_states: True returns all states too, [t + 1, b].
+  """
+  b = told.shape[0]
+
+  def act(carry, actions):
+    states, ended = carry
+    running = ~ended.success & ~ended.error & (ended.steps < max_steps)
+    broken = running & ~jnp.isfinite(actions).all(axis=-1)
+    moves = running & ~broken
+    after = jax.vmap(tabletop.step)(states, jnp.where(moves[:, None], actions, 0.0))
+    states = jax.tree.map(lambda new, old: jnp.where(_like(moves, new), new, old), after, states)
+    success = ended.success | (moves & jax.vmap(tabletop.success)(states))
+    ended = Ended(success, ended.error | broken, ended.steps + moves)
+    return (states, ended), states if keep_states else None
+
+  def ask(carry):
+    actions = query(carry[0], told)[:, :replay]
+    return jax.lax.scan(act, carry, actions.swapaxes(0, 1))
+
+  def rest(carry):
+    repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (replay, *x.shape)), carry[0]) if keep_states else None
+    return carry, repeated
+
+  def advance(carry, _):
+    states, ended = carry
+    over = ended.success | ended.error | (ended.steps >= max_steps)
+    return jax.lax.cond(over.all(), rest, ask, (states, ended))
+
+  start = (states, Ended(jnp.zeros(b, bool), jnp.zeros(b, bool), jnp.zeros(b, jnp.int32)))
+  (_, ended), seen = jax.lax.scan(advance, start, length=-(-max_steps // replay))
+  if not keep_states:
+    return ended, None
+  return ended, jax.tree.map(lambda first, x: jnp.concatenate([first[None], x.reshape(-1, *x.shape[2:])]), states, seen)
+
+
+def _like(flags: Bool[Array, "b"], x: Array) -> Array:
+  return flags.reshape(flags.shape + (1,) * (x.ndim - 1))
+
+
+class Setup(NamedTuple):
+  """What is compiled into a program, apart from the model: all static.
+
+  Attributes:
+    image_size, views, crop_area, mode: of the policy: pixels, how many, what is cropped, and which bounds normalise.
+    suite, split: of the tabletop.
+    replay, max_steps, keep_states: see `simulate`.
+  """
+
+  image_size: int
+  views: int
+  crop_area: float | None
+  mode: str
+  suite: str
+  split: str
+  replay: int
+  max_steps: int
+  keep_states: bool
+
+
+class Inputs(NamedTuple):
+  """What a program is given: parameters, statistics (action, proprio), and tables of words, a row a sentence.
+
+  As arguments, so that another policy of the same model runs in the same program.
+  """
+
+  params: Any
+  stats: tuple[Statistics, Statistics | None]
+  words: tuple
+
+
+def policy_query(model: nn.Module, setup: Setup, inputs: Inputs) -> Query:
+  """Asks a policy inside jit: render, read the gripper, gather the words, run the model, un-normalise."""
+  action, proprio = inputs.stats
+  look = jax.vmap(functools.partial(tabletop.observe, size=setup.image_size))
+
+  def query(states: tasks.State, told: Int[Array, "b"]) -> Float[Array, "b k 7"]:
+    images, state = look(states)
+    read = None if proprio is None else normalise_proprio(state, proprio, setup.mode)
+    tokens = (None if table is None else table[told] for table in inputs.words)
+    images = images[:, : setup.views]
+    images = images if setup.crop_area is None else centre_crop(images, setup.crop_area)
+    output = model.apply({"params": inputs.params}, Observation(images, read, *tokens))
+    return gripper_command(unnormalise_actions(output.actions, action, setup.mode), action.mask)
+
+  return query
+
+
+@functools.partial(jax.jit, static_argnames=("model", "setup"))
+def _program(
+  inputs: Inputs, seeds: Int[Array, "b"], told: Int[Array, "b"], *, model: nn.Module, setup: Setup
+) -> tuple[Ended, Int[Array, "b"], tasks.State | None]:
+  """One batch: outcomes, each episode's own sentence (an index into the suite's), and its states."""
+  keys = jax.vmap(lambda seed: tasks.seed_key(seed, setup.split))(seeds)
+  states = jax.vmap(lambda key: tasks.reset(key, setup.suite, setup.split))(keys)
+  own = states.instruction - tasks.INSTRUCTIONS.index(tasks.instructions(setup.suite)[0])
+  limits = dict(max_steps=setup.max_steps, replay=setup.replay, keep_states=setup.keep_states)
+  ended, seen = simulate(policy_query(model, setup, inputs), states, jnp.where(told < 0, own, told), **limits)
+  return ended, own, seen
+
+
+class OnDevice:
+  """Tabletop episodes wholly on the device, `batch` at a time; compiled at the first `run`, once for equal models.
+
+  Args:
+    policy: of two views (or one: the agent's), with the tabletop's actions and proprioception.
+    suite, split: of the tabletop.
+    replay: actions executed before asking again; None for the policy's own.
+    batch: episodes in one program.
+    keep_states: True keeps every state, to render them afterwards.
+
+  Raises:
+    ValueError: the suite or split does not exist, or the policy is of another robot.
+  """
+
+  def __init__(
+    self, policy: Policy, suite: str, split: str = "heldout", *, replay: int | None = None, batch: int = 64,
+    keep_states: bool = False,
+  ):
+    tasks.check_split(split)
+    self.max_steps = tasks.max_steps(suite)
+    self.policy, self.batch = policy, batch
+    self.replay = policy.replay if replay is None else replay
+    _check(policy, self.replay)
+    self._sentences = tasks.instructions(suite)
+    self._setup = Setup(
+      policy.image_size, policy.bare.num_views, policy.metadata["crop_area"], policy.mode, suite, split, self.replay,
+      self.max_steps, keep_states,
+    )
+    words = jax.tree.map(jnp.asarray, policy.words(self._sentences))
+    stats = (policy.stats.action, None if policy.bare.proprio_dim is None else policy.stats.proprio)
+    self._inputs = Inputs(policy.params, jax.tree.map(jnp.asarray, stats), words)
+
+  def run(
+    self, seeds: Sequence[int] | np.ndarray, told: Sequence[str] | None = None, progress: Progress | None = None
+  ) -> Episodes:
+    """Runs one episode a seed.
+
+    Args:
+      seeds: of the split, counted from 0.
+      told: a sentence of the suite for each episode, instead of its own instruction.
+      progress: called after each batch.
+    """
+    seeds = np.asarray(seeds, np.int64)
+    index = np.full(len(seeds), -1) if told is None else np.array([self._index(sentence) for sentence in told])
+    parts, successes = [], 0
+    for first in range(0, len(seeds), self.batch):
+      part = slice(first, first + self.batch)
+      count = len(seeds[part])
+      inputs = [np.resize(x[part], self.batch).astype(np.int32) for x in (seeds, index)]  # a short batch repeats itself
+      ended, own, states = _program(self._inputs, *inputs, model=self.policy.model, setup=self._setup)
+      ended, own = Ended(*(np.asarray(x)[:count] for x in ended)), np.asarray(own)[:count]
+      states = jax.tree.map(lambda x: np.asarray(x)[:, :count], states)  # noqa: B023
+      parts.append((ended, own, states))
+      successes += int(ended.success.sum())
+      if progress is not None:
+        progress(first + count, successes)
+    return self._episodes(seeds, parts, told)
+
+  def _episodes(self, seeds: np.ndarray, parts: list, told: Sequence[str] | None) -> Episodes:
+    ended = Ended(*(np.concatenate(column) for column in zip(*(part[0] for part in parts))))
+    instruction = [self._sentences[i] for part in parts for i in part[1]]
+    states = None
+    if self._setup.keep_states:
+      states = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *(part[2] for part in parts))
+    told = instruction if told is None else list(told)
+    return Episodes(seeds, ended.success, ended.steps, ended.error, instruction, told, states)
+
+  def _index(self, sentence: str) -> int:
+    if sentence not in self._sentences:
+      raise ValueError(
+        f"Told {sentence!r}: got a sentence of another suite; expected one of {self._setup.suite!r} "
+        "(tasks.instructions); use OnHost to say anything."
+      )
+    return self._sentences.index(sentence)
+
+
+class OnHost:
+  """Episodes of any `envs.base.Environment`, one at a time, through `Policy.infer`.
+
+  Args:
+    policy: anything with infer, reset and replay.
+    environment: an `envs.base.Environment`.
+    replay: actions executed before asking again; None for the policy's own.
+  """
+
+  def __init__(self, policy: Any, environment: Any, *, replay: int | None = None):
+    self.policy, self.environment = policy, environment
+    self.replay = policy.replay if replay is None else replay
+    self.max_steps = environment.max_steps
+
+  def run(
+    self, seeds: Sequence[int] | np.ndarray, told: Sequence[str] | None = None, progress: Progress | None = None
+  ) -> Episodes:
+    """As `OnDevice.run`; any sentence may be told."""
+    rows = []
+    for i, seed in enumerate(seeds):
+      rows.append(self._episode(int(seed), None if told is None else told[i]))
+      if progress is not None:
+        progress(i + 1, sum(row[0] for row in rows))
+    success, steps, error, instruction, said = zip(*rows)
+    flags = (np.array(success, bool), np.array(steps, np.int32), np.array(error, bool))
+    return Episodes(np.asarray(seeds, np.int64), *flags, list(instruction), list(said))
+
+  def _episode(self, seed: int, told: str | None) -> tuple[bool, int, bool, str, str]:
+    observation = self.environment.reset(seed)
+    self.policy.reset()
+    instruction = self.environment.instruction
+    told = instruction if told is None else told
+    steps, done, error = 0, False, False
+    while not done and not error:
+      actions = self.policy.infer({**observation, "prompt": told})["actions"][: self.replay]
+      for i, action in enumerate(actions):
+        if not np.isfinite(action).all():
+          logging.error("episode %d: the policy gave %s after %d steps", seed, action, steps)
+          error = True
+          break
+        observation, done = self.environment.step(action, observe=i == len(actions) - 1)
+        steps += 1
+        if done:
+          break
+    return self.environment.success and not error, steps, error, instruction, told
+
+
+def _check(policy: Policy, replay: int) -> None:
+  views, width, actions = policy.bare.num_views, policy.bare.proprio_dim, policy.metadata["action_dim"]
+  if views > 2 or width not in (None, 8) or actions != 7 or policy.gripper != "command":
+    raise ValueError(
+      f"Policy is of another robot: got {views} views, proprioception of width {width}, {actions} action dimensions, "
+      f"gripper={policy.gripper!r}; expected 1 or 2, 8, 7 and 'command'; evaluate a policy trained on the tabletop."
+    )
+  if policy.metadata["jpeg_quality"] is not None:
+    raise ValueError(
+      f"Policy sees JPEGs: got jpeg_quality={policy.metadata['jpeg_quality']}; expected None on the device, where "
+      "nothing is encoded; evaluate it with OnHost (--host)."
+    )
+  if not 1 <= replay <= policy.chunk:
+    raise ValueError(f"Evaluation: got replay={replay}; expected 1 to {policy.chunk}, the policy's chunk; lower it.")

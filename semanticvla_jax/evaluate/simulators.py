@@ -1,0 +1,292 @@
+"""Runs a policy in simulators that live in processes of their own: several at once, one batched policy.
+
+Each simulator executes a chunk on its own while the policy answers another, and renders only what the policy is going
+to see. A simulator that breaks costs the retry of its episode; an episode that breaks every time is an error with a
+traceback, which is no failure of the task. What is finished is saved at once, so that an interrupted evaluation goes on
+at the next episode.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from semanticvla_jax.data import images
+from semanticvla_jax.envs.process import BrokenEnvironment, Moment, Process
+from semanticvla_jax.evaluate.rollout import Episodes
+
+_PICTURES = ("observation/image", "observation/wrist_image")
+
+
+class Record(NamedTuple):
+  """One finished episode.
+
+  Attributes:
+    seed: its number.
+    success: whether the task was done at any step.
+    steps: actions taken.
+    error: the traceback of an episode that broke each time it was tried; None for all others.
+    instruction, told: what success means, what the policy was told.
+    retries: how often it broke and was begun again.
+    seconds: from its (last) beginning to its end.
+  """
+
+  seed: int
+  success: bool
+  steps: int
+  error: str | None
+  instruction: str
+  told: str
+  retries: int
+  seconds: float
+
+
+class Records:
+  """Finished episodes as lines of JSON, each on disk before the next is begun.
+
+  Args:
+    path: of the file; its folder exists. Lines that are there already are read; a last one that was cut off is
+      dropped, and its episode run again.
+
+  Raises:
+    ValueError: another line is damaged.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path)
+    lines = self.path.read_text().split("\n") if self.path.exists() else [""]
+    if lines[-1]:
+      self.path.write_text("".join(line + "\n" for line in lines[:-1]))
+    self.found = {record.seed: record for record in map(self._read, lines[:-1])}
+
+  def add(self, record: Record) -> None:
+    """Appends one episode."""
+    with self.path.open("a") as file:
+      file.write(json.dumps(record._asdict()) + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+    self.found[record.seed] = record
+
+  def _read(self, line: str) -> Record:
+    try:
+      return Record(**json.loads(line))
+    except (json.JSONDecodeError, TypeError) as error:
+      raise ValueError(
+        f"{self.path}: got the line {line[:80]!r}; expected an episode; remove the line, and it is run again."
+      ) from error
+
+
+class _Running:
+  """One simulator and the episode it is in; idle while `seed` is None."""
+
+  def __init__(self, process: Process):
+    self.process = process
+    self.group: Any = None
+    self.idle()
+
+  def idle(self) -> None:
+    self.seed: int | None = None
+    self.moment: Moment | None = None
+    self.seen: list[dict] = []
+
+  def begin(self, seed: int, group: Any) -> None:
+    self.seed, self.group, self.moment, self.seen = seed, group, None, []
+    self.began = self.heard = time.monotonic()
+    self.process.begin(seed)
+
+
+class OnSimulators:
+  """Episodes in several simulators at once.
+
+  Args:
+    policy: anything with infer_batch and replay. An observation also holds "episode", its number, and "step". Fewer
+      actions than `replay` are executed as they are; none at all ends the episode.
+    make: starts one simulator, which knows `max_steps` itself.
+    workers: how many of them. They start at the first `run` and stay until `close`.
+    replay: actions executed before asking again; None for the policy's own.
+    group: of an episode number, e.g. its task: a simulator stays in a group while it can.
+    instruction: of an episode number; what a record says of an episode that broke before it could tell itself.
+    jpeg_quality: frames go through a JPEG of this quality before the policy sees them, as stored training frames did;
+      None leaves them as rendered.
+    retries: how often an episode that breaks is begun again.
+    seen: called at the end of each episode with its record and the observations that the policy had, and the last one.
+  """
+
+  def __init__(
+    self, policy: Any, make: Callable[[], Process], *, workers: int = 1, replay: int | None = None,
+    group: Callable[[int], Any] = lambda seed: 0, instruction: Callable[[int], str] = lambda seed: "",
+    jpeg_quality: int | None = None, retries: int = 2, seen: Callable[[Record, list[dict]], None] | None = None,
+  ):  # fmt: skip
+    if workers < 1 or retries < 0:
+      raise ValueError(f"Simulators: got workers={workers}, retries={retries}; expected at least 1 and 0.")
+    self.policy, self.workers, self.retries, self.seen = policy, workers, retries, seen
+    self.replay = policy.replay if replay is None else replay
+    self._make, self._group, self._instruction, self._jpeg = make, group, instruction, jpeg_quality
+    self._pool: list[_Running] = []
+
+  def first(self) -> Process:
+    """One of the simulators, started if it has to be."""
+    self._start(1)
+    return self._pool[0].process
+
+  def close(self) -> None:
+    """Ends all simulators."""
+    for running in self._pool:
+      running.process.close()
+    self._pool = []
+
+  def run(
+    self,
+    seeds: Sequence[int] | np.ndarray,
+    told: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    records: Records | None = None,
+  ) -> Episodes:
+    """Runs the episodes that `records` does not hold yet, and returns all of them in the order of `seeds`.
+
+    Args:
+      seeds: episode numbers.
+      told: a sentence for each, instead of its own instruction.
+      progress: called after each episode with (done, successes), those found in `records` included.
+      records: finished episodes, read before and added to.
+
+    Raises:
+      BrokenEnvironment: the first episodes broke, every one of them.
+    """
+    seeds = [int(seed) for seed in seeds]
+    done = {} if records is None else {seed: records.found[seed] for seed in seeds if seed in records.found}
+    self._told = {} if told is None else dict(zip(seeds, told))
+    self._waiting = [seed for seed in seeds if seed not in done]
+    self._tries: dict[int, int] = {}
+    if self._waiting:
+      self._start(min(self.workers, len(self._waiting)))
+      for record in self._episodes():
+        done[record.seed] = record
+        if records is not None:
+          records.add(record)
+        self._give_up_if_all_broke(done)
+        if progress is not None:
+          progress(len(done), sum(one.success for one in done.values()))
+    return episodes([done[seed] for seed in seeds])
+
+  def _start(self, count: int) -> None:
+    while len(self._pool) < count:
+      self._pool.append(_Running(self._make()))
+
+  def _episodes(self):
+    """Yields a record whenever an episode ends."""
+    try:
+      while self._waiting or any(one.seed is not None for one in self._pool):
+        for one in self._pool:
+          if one.seed is None and self._waiting:
+            seed = self._next(one)
+            one.begin(seed, self._group(seed))
+        ended = [record for one in self._arrived() if (record := self._hear(one)) is not None]
+        ended += self._ask([one for one in self._pool if one.moment is not None])
+        yield from ended
+    except BaseException:  # an interruption leaves no simulator in the middle of an episode
+      self.close()
+      raise
+
+  def _next(self, one: _Running) -> int:
+    """The next episode for a simulator: of its own group, else of one that nobody is in, else any."""
+    taken = {other.group for other in self._pool if other is not one and other.seed is not None}
+    own = [i for i, seed in enumerate(self._waiting) if self._group(seed) == one.group]
+    free = [i for i, seed in enumerate(self._waiting) if self._group(seed) not in taken]
+    return self._waiting.pop((own or free or [0])[0])
+
+  def _arrived(self) -> list[_Running]:
+    """The simulators that answered; waits for one, and takes those that took too long along."""
+    busy = {one.process.connection: one for one in self._pool if one.seed is not None}
+    now = time.monotonic()
+    left = min(one.heard + one.process.timeout - now for one in busy.values())
+    ready = [busy[each] for each in connection.wait([*busy], max(0.0, left))]
+    now = time.monotonic()
+    late = [one for one in busy.values() if one not in ready and now > one.heard + one.process.timeout]
+    for one in ready:
+      one.heard = now
+    return ready + late
+
+  def _hear(self, one: _Running) -> Record | None:
+    """Takes a simulator's answer; returns a record if the episode is over."""
+    try:
+      if time.monotonic() > one.heard + one.process.timeout:
+        raise BrokenEnvironment(f"No answer from the environment within {one.process.timeout:g} s.")
+      one.moment = one.process.receive()
+    except BrokenEnvironment as error:
+      return self._broke(one, str(error))
+    one.seen += one.moment.observations
+    return self._end(one) if one.moment.done else None
+
+  def _ask(self, asking: list[_Running]) -> list[Record]:
+    """Asks the policy for all simulators that wait for actions, and sends them on; returns what ended thereby."""
+    if not asking:
+      return []
+    results = self.policy.infer_batch([self._observation(one) for one in asking])
+    ended = []
+    for one, result in zip(asking, results):
+      actions = np.asarray(result["actions"])[: self.replay]
+      if not len(actions):
+        ended.append(self._end(one))
+      elif not np.isfinite(actions).all():
+        ended.append(self._end(one, f"The policy gave {actions} after {one.moment.steps} steps."))
+      else:
+        one.moment, one.heard = None, time.monotonic()
+        one.process.act(actions)
+    return ended
+
+  def _observation(self, one: _Running) -> dict:
+    observation = one.moment.observations[-1]
+    if self._jpeg is not None:
+      observation = observation | {name: images.jpeg_round_trip(observation[name], self._jpeg) for name in _PICTURES}
+    sentence = self._told.get(one.seed, one.moment.instruction)
+    return observation | {"prompt": sentence, "episode": one.seed, "step": one.moment.steps}
+
+  def _end(self, one: _Running, error: str | None = None) -> Record:
+    moment, told = one.moment, self._told.get(one.seed, one.moment.instruction)
+    seconds = round(time.monotonic() - one.began, 3)
+    record = Record(
+      one.seed, moment.success and error is None, moment.steps, error, moment.instruction, told,
+      self._tries.get(one.seed, 0), seconds,
+    )  # fmt: skip
+    if self.seen is not None:
+      self.seen(record, one.seen)
+    one.idle()
+    return record
+
+  def _broke(self, one: _Running, error: str) -> Record | None:
+    """Starts the simulator again; the episode waits for another try, unless it had enough of them."""
+    seed, tries = one.seed, self._tries.get(one.seed, 0)
+    logging.warning("Episode %d broke (try %d of %d):\n%s", seed, tries + 1, self.retries + 1, error)
+    seconds = round(time.monotonic() - one.began, 3)
+    one.process.restart()
+    one.idle()
+    if tries < self.retries:
+      self._tries[seed] = tries + 1
+      self._waiting.insert(0, seed)
+      return None
+    sentence = self._instruction(seed)
+    return Record(seed, False, 0, error, sentence, self._told.get(seed, sentence), tries, seconds)
+
+  def _give_up_if_all_broke(self, done: Mapping[int, Record]) -> None:
+    errors = [record.error for record in done.values() if record.error is not None]
+    if len(errors) == len(done) and len(errors) > self.workers:
+      raise BrokenEnvironment(f"All of the first {len(errors)} episodes broke. The last one:\n{errors[-1]}")
+
+
+def episodes(records: Sequence[Record]) -> Episodes:
+  """Finished episodes as arrays, in their order."""
+  columns = list(zip(*records)) or [()] * len(Record._fields)
+  seed, success, steps, error, instruction, told = columns[:6]
+  broken = np.array([one is not None for one in error], bool)
+  return Episodes(
+    np.array(seed, np.int64), np.array(success, bool), np.array(steps, np.int32), broken, [*instruction], [*told]
+  )

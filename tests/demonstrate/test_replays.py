@@ -1,0 +1,102 @@
+"""LIBERO's demonstrations as RLDS: what is kept, in which layout, and that an interruption costs nothing."""
+
+import importlib.util
+import json
+import pathlib
+
+import libero_assets
+import numpy as np
+import pytest
+
+from semanticvla_jax.data import hdf5, images, records, rlds
+from semanticvla_jax.demonstrate import libero as replays
+from semanticvla_jax.demonstrate.__main__ import main
+from semanticvla_jax.envs import libero
+from semanticvla_jax.envs.process import Moment
+
+installed = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed: make sim")
+NAME = "libero_object_no_noops"
+
+
+def demonstration(seed, length=12):
+  rng = np.random.default_rng(seed)
+  actions = rng.uniform(-1, 1, (length, 7))
+  actions[:, 6] = np.where(np.arange(length) < 6, -1, 1)
+  actions[3, :6] = 0  # a no-op
+  return hdf5.Demonstration(f"demo_{seed}", actions, np.zeros(4), pathlib.Path("lift_demo.hdf5"))
+
+
+def seen(seed, count):
+  rng = np.random.default_rng(seed)
+  shapes = {"observation/state": 8, "observation/joint_state": 7}
+  pictures = {name: np.full((32, 32, 3), seed * 20, np.uint8) for name in replays._VIEWS}
+  return [
+    {name: rng.normal(size=width).astype(np.float32) for name, width in shapes.items()} | pictures for _ in range(count)
+  ]
+
+
+@installed
+def test_the_dataset_of_finished_replays(tmp_path):
+  recipe = replays.Recipe("unused", "libero_object", libero.Settings("libero_object"))
+  rows, parts = {seed: demonstration(seed) for seed in (0, 1, 2)}, tmp_path / "parts"
+  replays._claim(parts, {"size": 32})
+  for seed, row in rows.items():
+    success = seed != 1
+    replays._store(replays._part(parts, seed), row, seen(seed, 12), Moment([], 11, success, success, "lift"))
+  report = replays._assemble(recipe, rows, parts, tmp_path / NAME / "1.0.0", NAME, {"size": 32})
+  task = libero.tasks("libero_object")[0]
+  assert (report.tried, report.kept, report.frames, report.dropped) == (3, 2, 22, {task.name: ["demo_1"]})
+  assert not parts.exists()
+  facts = json.loads((report.folder / "demonstrations.json").read_text())
+  assert facts["dropped"] == report.dropped and facts["size"] == 32
+  dataset = rlds.load(str(tmp_path), NAME)
+  assert np.bincount(dataset.episodes).tolist() == [11, 11] and dataset.instruction(0) == task.instruction
+  np.testing.assert_array_equal(dataset.actions[11:, :6], rows[2].moving[:, :6].astype(np.float32))
+  assert set(dataset.actions[:, 6]) == {0.0, 1.0}
+  np.testing.assert_array_equal(dataset.proprio[12], seen(2, 12)[1]["observation/state"])
+  picture = images.decode(records.Reader(dataset.index).image(int(dataset.frames[11]), 1))
+  assert picture.shape == (32, 32, 3) and abs(int(picture.mean()) - 40) <= 1
+
+
+def test_replays_made_otherwise_are_not_mixed(tmp_path):
+  replays._claim(tmp_path / "parts", {"assets": "a"})
+  replays._claim(tmp_path / "parts", {"assets": "a"})
+  with pytest.raises(ValueError, match="remove that folder"):
+    replays._claim(tmp_path / "parts", {"assets": "b"})
+
+
+def test_names_that_would_be_read_otherwise_and_finished_datasets_are_refused(tmp_path):
+  recipe = replays.Recipe("unused", "libero_object", libero.Settings("libero_object"))
+  with pytest.raises(ValueError, match="starts with 'libero'"):
+    replays.write(recipe, tmp_path, "tabletop_place")
+  (tmp_path / NAME / "1.0.0").mkdir(parents=True)
+  with pytest.raises(ValueError, match="Dataset exists"):
+    replays.write(recipe, tmp_path, NAME)
+  with pytest.raises(SystemExit, match="suite='pick'"):
+    main(["--from-hdf5=x", "--suite=pick", f"--out={tmp_path}"])
+
+
+@pytest.mark.sim
+def test_a_recorded_episode_is_replayed_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("LIBERO_ASSETS", libero_assets.assets())
+  folder, told = libero_assets.demonstrations(), []
+  settings = libero.Settings("libero_object", size=64, max_steps=1000)
+  recipe = replays.Recipe(str(folder), "libero_object", settings, tasks=(4,), episodes=2, workers=1)
+
+  def stop(done, kept, total):
+    told.append((done, kept, total))
+    if done == 1:
+      raise InterruptedError
+
+  with pytest.raises(InterruptedError):
+    replays.write(recipe, tmp_path, NAME, stop)
+  assert [path.name for path in (tmp_path / f".{NAME}.parts").glob("*.npz")] == ["00200.npz"]
+  report = replays.write(recipe, tmp_path, NAME, stop)
+  assert told == [(1, 1, 2), (2, 2, 2)] and (report.tried, report.kept) == (2, 2)
+  rows = replays.collect(recipe)
+  dataset = rlds.load(str(tmp_path), NAME)
+  assert np.bincount(dataset.episodes).tolist() == [len(row.moving) for row in rows.values()]
+  assert dataset.instruction(0) == libero.tasks("libero_object")[4].instruction
+  for i, row in enumerate(rows.values()):  # the first state is that of the recording, after waiting
+    start = int(np.flatnonzero(dataset.episodes == i)[0])
+    assert np.abs(dataset.proprio[start][:3] - [-0.2, 0, 0.25]).max() < 0.1, row.name

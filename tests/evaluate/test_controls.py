@@ -1,0 +1,65 @@
+"""Controls change one thing and nothing else."""
+
+import collections
+
+import numpy as np
+import policies
+import pytest
+
+from semanticvla_jax.evaluate import controls
+from semanticvla_jax.evaluate.rollout import Episodes
+
+SAID = ["a", "a", "a", "b", "b", "c", "d", "e"]
+
+
+class Runner:
+  """Remembers what it was asked; every episode succeeds."""
+
+  def __init__(self, policy, log):
+    self.policy, self.log = policy, log
+
+  def run(self, seeds, told=None):
+    self.log.append((self.policy.config["model"].get("anchor_rule"), list(seeds), told))
+    n = len(seeds)
+    return Episodes(np.array(seeds), np.ones(n, bool), np.ones(n, np.int32), np.zeros(n, bool), SAID, told or SAID)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nobody_keeps_its_own_sentence(seed):
+  told = controls.shuffle(SAID, seed)
+  assert collections.Counter(told) == collections.Counter(SAID)
+  assert not any(a == b for a, b in zip(told, SAID))
+  assert told == controls.shuffle(SAID, seed)
+
+
+def test_shuffles_differ_and_hard_ones_work_and_impossible_ones_are_refused():
+  assert len({tuple(controls.shuffle(SAID, seed)) for seed in range(8)}) > 3
+  assert controls.shuffle(["a"] * 4 + ["b"] * 4) == ["b"] * 4 + ["a"] * 4
+  with pytest.raises(ValueError, match="'a' in 3 of 4 episodes"):
+    controls.shuffle(["a", "a", "a", "b"])
+
+
+def test_each_control_runs_the_same_episodes():
+  policy, log = policies.policy(), []
+  runner = Runner(policy, log)
+  result = runner.run(range(20, 28))
+  log.clear()
+  found = controls.run(policy, runner, result, lambda other: Runner(other, log))
+  assert [*found] == [*controls.NAMES.values()]
+  assert [seeds for _, seeds, _ in log] == [list(range(20, 28))] * 4
+  assert [rule for rule, _, _ in log] == [None, "random", "uniform", "centre"]
+  assert [told is None for _, _, told in log] == [False, True, True, True]
+  changes = [change for _, change in found.values()]
+  assert changes == [{}, *({"anchor_rule": rule} for rule in ("random", "uniform", "centre"))]
+  with pytest.raises(ValueError, match=r"got \['middle'\]"):
+    controls.run(policy, runner, result, lambda other: Runner(other, log), names=("middle",))
+
+
+def test_pruning_controls_are_left_out_where_they_change_nothing():
+  log = []
+  no_pruner = policies.policy(config={**policies.CONFIG, "model": {
+    **policies.CONFIG["model"], "siglip_pruner": None, "dino_pruner": None, "film": (), "dense_fuser": None,
+  }})  # fmt: skip
+  runner = Runner(no_pruner, log)
+  found = controls.run(no_pruner, runner, runner.run(range(8)), lambda other: Runner(other, log))
+  assert [*found] == [controls.NAMES["shuffled"]]

@@ -1,0 +1,138 @@
+"""The known traps, each planted and found."""
+
+from pathlib import Path
+
+import numpy as np
+import policies
+import pytest
+
+from semanticvla_jax import checkpoint
+from semanticvla_jax.data import statistics
+from semanticvla_jax.envs import libero
+from semanticvla_jax.evaluate import doctor
+from semanticvla_jax.evaluate.__main__ import main
+
+DATA = policies.DATA | {"augment": True, "crop_area": 0.9, "normalisation": "bounds_q99"}
+HEALTHY = policies.CONFIG | {"data": DATA}
+
+
+def proprio(rotation):
+  """Statistics of a gripper that points down and turns about x between the two angles."""
+  rng = np.random.default_rng(0)
+  rows = rng.normal(0, 0.1, (400, 8)).astype(np.float32)
+  rows[:, 3] = np.resize(rotation, 400)
+  return statistics.compute(rows)
+
+
+DOWN = proprio([3.0, 3.1, 3.3])  # past half a turn: no flip
+FLIPPED = proprio([3.0, 3.1, 3.3 - 2 * np.pi])
+
+
+@pytest.mark.parametrize("stats, convention, applies", [
+  (DOWN, "robosuite", False), (DOWN, "positive_w", True), (FLIPPED, "robosuite", True),
+  (FLIPPED, "positive_w", False), (proprio([1.0, 2.0]), "robosuite", None), (None, "robosuite", None),
+])
+def test_quaternion_convention(stats, convention, applies):
+  assert doctor.quaternion(stats, convention).applies is applies
+
+
+@pytest.mark.parametrize("changes, applies", [
+  ({}, False), ({"crop_area": None}, True), ({"crop_area": 0.8}, True), ({"augment": False}, True),
+  ({"augment": False, "crop_area": None}, False), ({"augment": None}, None),
+])
+def test_missing_crop(changes, applies):
+  assert doctor.crop({"data": DATA | changes}).applies is applies
+
+
+def test_extremes_for_quantiles():
+  action = policies.stats().action
+  assert doctor.bounds(HEALTHY, action).applies is False
+  assert doctor.bounds({"data": DATA | {"normalisation": "bounds"}}, action).applies
+  copied = action.replace(q01=action.min, q99=action.max)
+  assert doctor.bounds(HEALTHY, copied).applies
+
+
+@pytest.mark.parametrize("model, applies", [
+  ({}, False), ({"mask": "full"}, False), ({"mask": "causal"}, True), ({"mask": "causal", "coupler": None}, False),
+])
+def test_unmasked_action_block(model, applies):
+  assert doctor.action_block({"model": model}).applies == applies
+
+
+def test_a_gripper_that_was_not_converted():
+  action = policies.stats().action
+  assert doctor.gripper(action).applies is False
+  low = np.array(action.min)
+  low[-1] = -1
+  assert doctor.gripper(action.replace(min=low)).applies
+  assert doctor.gripper(action.replace(mask=np.ones(7, bool))).applies
+
+
+@pytest.mark.parametrize("names, applies", [
+  (["libero_goal_no_noops"], False), (["libero_goal"], False), (["libero_4_task_suites_no_noops"], False),
+  (["libero_object_no_noops", "libero_goal_no_noops"], False), (["libero_object_no_noops"], True),
+])
+def test_statistics_of_another_suite(names, applies):
+  assert doctor.key(names, "libero_goal").applies == applies
+
+
+@pytest.mark.parametrize("mujoco, robosuite, applies", [
+  ("3.2.3", "1.4.1", (False, False)), ("3.8.1", "1.4.0", (False, False)), ("3.9.0", "1.5.1", (True, True)),
+  ("3.10.0", None, (True, None)),
+])
+def test_versions(mujoco, robosuite, applies):
+  found = doctor.simulator({"mujoco": mujoco, "robosuite": robosuite})
+  assert tuple(one.applies for one in found) == applies
+
+
+@pytest.mark.parametrize("turn, applies, best", [
+  ((1, 1), False, "as it is 0"), ((-1, -1), True, "180° 0"), ((-1, 1), True, "upside down 0"),
+  ((1, -1), True, "mirrored 0"),
+])
+def test_rotation(turn, applies, best):
+  rng = np.random.default_rng(0)
+  frame = np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+  found = doctor.rotation([frame, frame], np.ascontiguousarray(frame[:: turn[0], :: turn[1]]))
+  assert found.applies == applies and best in found.seen
+
+
+def test_nothing_to_run_with_says_how_to_get_it(tmp_path):
+  assets, _ = doctor.libraries(str(tmp_path))
+  assert assets.applies and "hf download" in assets.seen
+
+
+@pytest.fixture
+def folder(tmp_path):
+  def save(config=HEALTHY, name="libero_goal_no_noops", rotation=DOWN):
+    stats = policies.stats()._replace(proprio=rotation)
+    return str(checkpoint.save_policy(
+      tmp_path / "policy", {"x": np.zeros(1, np.float32)}, config=config,
+      statistics={name: statistics.to_openvla(stats)},
+    ))
+
+  return save
+
+
+def test_a_healthy_folder_has_no_trap(folder):
+  assert not [one for one in doctor.policy(folder(), "libero_goal") if one.applies is not False]
+
+
+def test_every_planted_trap_of_a_folder_is_found_by_the_command(folder, capsys, monkeypatch):
+  monkeypatch.setattr(libero, "find_assets", lambda given: Path(__file__).parent / "none")
+  planted = HEALTHY | {"model": policies.TINY | {"mask": "causal"}, "data": DATA | {"crop_area": None,
+                                                                                    "normalisation": "bounds"}}
+  path = folder(planted, "libero_spatial_no_noops", FLIPPED)
+  with pytest.raises(SystemExit) as ended:
+    main(["doctor", f"--policy={path}", "--suite=libero_goal"])
+  lines = capsys.readouterr().out.splitlines()
+  applies = {line.split("  ", 1)[1].split(":")[0] for line in lines if line.startswith("APPLIES")}
+  wanted = {"statistics key", "centre crop", "mask of the action block", "quaternion convention", "statistics"}
+  assert ended.value.code == 1 and wanted <= applies and "gripper" not in applies
+  assert any(line.startswith("unknown  rotation") for line in lines)
+
+
+def test_what_is_no_policy_is_refused(tmp_path):
+  with pytest.raises(SystemExit, match="No policy"):
+    main(["doctor", f"--policy={tmp_path / 'none'}", "--suite=libero_goal"])
+  with pytest.raises(SystemExit, match="suite='goal'"):
+    main(["doctor", "--policy=x", "--suite=goal"])

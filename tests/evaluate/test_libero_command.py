@@ -1,0 +1,117 @@
+"""The command for LIBERO: its flags, what it keeps, what it refuses; and the harness proven in the real simulator."""
+
+import importlib.util
+import json
+
+import libero_assets
+import numpy as np
+import policies
+import pytest
+
+from semanticvla_jax.data import hdf5
+from semanticvla_jax.evaluate import compare, libero
+from semanticvla_jax.evaluate.__main__ import main
+from semanticvla_jax.evaluate.simulators import Record, Records
+
+installed = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed: make sim")
+
+
+def arguments(*more):
+  return libero.arguments(["--policy=x", "--suite=libero_goal", "--out=x", *more])
+
+
+@installed
+def test_episodes_by_task_and_trial():
+  assert libero.seeds(arguments("--tasks=3,1", "--trials=2"), "libero_goal") == [150, 151, 50, 51]
+  assert len(libero.seeds(arguments(), "libero_90")) == 90 * 50
+  for wrong in ("--tasks=10", "--trials=51", "--trials=0"):
+    with pytest.raises(ValueError, match="expected tasks 0 to 9 of libero_goal and 1 to 50"):
+      libero.seeds(arguments(wrong), "libero_goal")
+
+
+def test_protocols_choose_the_seed_and_flags_the_rest():
+  one = libero.settings(arguments("--protocol=openpi", "--seeding=environment", "--max_steps=9"), "libero_goal")
+  assert (one.seed, one.seeding, one.max_steps, one.rotation) == (7, "environment", 9, 180)
+  with pytest.raises(ValueError, match="rotation=90"):
+    libero.settings(arguments("--rotation=90"), "libero_goal")
+
+
+def test_a_policy_or_recorded_actions_but_not_both(capsys):
+  for words in (["--policy=x", "--recorded=y"], []):
+    with pytest.raises(SystemExit):
+      libero.arguments(["--suite=libero_goal", "--out=x", *words])
+  assert "one of --policy and --recorded" in capsys.readouterr().err
+
+
+def test_statistics_of_the_suite_are_chosen(tmp_path):
+  def names(*found):
+    (tmp_path / "statistics.json").write_text(json.dumps(dict.fromkeys(found)))
+    return libero._dataset(tmp_path, "libero_goal")
+
+  assert names("libero_object_no_noops", "libero_goal_no_noops") == "libero_goal_no_noops"
+  assert names("libero_goal", "other") == "libero_goal" and names("only") is None and names("a", "b") is None
+
+
+def seen(count):
+  return [policies.observation(i, 32, "pick up the red cube") for i in range(count)]
+
+
+def test_films_of_either_outcome_and_moments_survive_an_interruption(tmp_path):
+  def record(seed, success, error=None):
+    return Record(seed, success, 20, error, "pick up the red cube", "pick up the red cube", 0, 1.0)
+
+  watch = libero.Watch(tmp_path, "libero_goal", 2, 8)
+  watch(record(0, False), seen(4))
+  watch(record(1, False), seen(4))  # one failure is enough of two films
+  watch(record(2, False, "it broke"), seen(4))
+  again = libero.Watch(tmp_path, "libero_goal", 2, 8)
+  again(record(3, True), seen(3))
+  shown = [(film.seed, film.success, film.path.exists()) for film in again.shown()]
+  assert shown == [(3, True, True), (0, False, True)]
+  scenes = again.looked(policies.policy(), ["pick up the red cube", "push the bowl"])
+  assert [scene.moment for scene in scenes] == ["episode 3, first frame", "episode 3, half way"]
+  assert [told for told, _, _ in scenes[0].looks] == ["pick up the red cube", "push the bowl"]
+
+
+def test_tracebacks_of_what_broke_are_kept(tmp_path):
+  records = Records(tmp_path / "libero_goal_policy.jsonl")
+  for seed, error in ((1, None), (2, "ArithmeticError: the physics exploded")):
+    records.add(Record(seed, False, 20, error, "do it", "do it", 2, 1.0))
+  Records(tmp_path / "libero_goal_shuffled.jsonl").add(Record(1, True, 20, None, "do it", "sit", 0, 1.0))
+  assert libero.broken(tmp_path) == {"libero_goal_policy": {2: "ArithmeticError: the physics exploded"}}
+
+
+def test_what_was_measured_otherwise_is_not_gone_on_with(tmp_path):
+  one = libero.Evaluation.__new__(libero.Evaluation)
+  one.out, one.suite = tmp_path, "libero_goal"
+  one._claim({"replay": 8, "simulator": {"mujoco": "3.8.1"}, "seeds": (1, 2)})
+  one._claim({"replay": 8, "simulator": {"mujoco": "3.8.1"}, "seeds": (1, 2)})
+  with pytest.raises(ValueError, match="simulator.mujoco: 3.8.1 against 3.2.3"):
+    one._claim({"replay": 8, "simulator": {"mujoco": "3.2.3"}, "seeds": (1, 2)})
+
+
+@pytest.mark.sim
+def test_recorded_actions_do_through_the_whole_command_what_they_did_when_recorded(tmp_path, monkeypatch, capsys):
+  """Two tasks at once, interrupted and gone on with; then the result is compared with itself, and with another."""
+  monkeypatch.setenv("LIBERO_ASSETS", libero_assets.assets())
+  folder = libero_assets.demonstrations()
+  words = [f"--recorded={folder}", "--suite=libero_object", "--tasks=0,1", "--trials=1", "--workers=2", "--films=1"]
+  main([*words, f"--out={tmp_path / 'a'}"])
+  result = json.loads((tmp_path / "a" / "results.json").read_text())["results"][0]
+  assert result["successes"] == result["episodes"] == 2 and result["errors"] == 0
+  lengths = [len(hdf5.read(next(folder.rglob(f"{name}_demo.hdf5")))[0].moving) for name in (
+    "pick_up_the_alphabet_soup_and_place_it_in_the_basket", "pick_up_the_cream_cheese_and_place_it_in_the_basket")]
+  assert np.abs(np.array([one["steps"] for one in result["per_episode"]]) - lengths).max() <= 1
+  assert result["fingerprint"]["renderer"].startswith("egl") and len(result["fingerprint"]["assets"]) == 16
+  assert (tmp_path / "a" / "report.html").stat().st_size > 20_000 and [*(tmp_path / "a").glob("*.mp4")]
+  (tmp_path / "a" / "results.json").rename(tmp_path / "whole.json")
+  lines = (tmp_path / "a" / "libero_object_policy.jsonl").read_text().splitlines()
+  (tmp_path / "a" / "libero_object_policy.jsonl").write_text(lines[0] + "\n")
+  main([*words, f"--out={tmp_path / 'a'}"])
+  again = json.loads((tmp_path / "a" / "results.json").read_text())["results"][0]
+  assert again["per_episode"] == result["per_episode"] and again["fingerprint"] == result["fingerprint"]
+  assert "2/2, 2 succeeded" in capsys.readouterr().out
+  other = dict(result, fingerprint=result["fingerprint"] | {"quaternion": "positive_w"})
+  assert any("A − B" in line for line in compare.compare(result, again))
+  with pytest.raises(ValueError, match="quaternion: robosuite against positive_w"):
+    compare.compare(result, other)

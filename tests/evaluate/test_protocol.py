@@ -1,0 +1,72 @@
+"""Intervals, fingerprints and summaries."""
+
+import functools
+import json
+import types
+
+import numpy as np
+import policies
+import pytest
+
+from semanticvla_jax.evaluate import protocol
+from semanticvla_jax.evaluate.rollout import Episodes
+
+
+def episodes(success, error=None) -> Episodes:
+  n = len(success)
+  error = np.zeros(n, bool) if error is None else np.array(error, bool)
+  said = [f"pick up the {('red', 'blue')[i % 2]} {('cube', 'ball')[i % 2]}" for i in range(n)]
+  return Episodes(np.arange(n), np.array(success, bool), np.arange(n, dtype=np.int32) + 10, error, said, said)
+
+
+@pytest.mark.parametrize("successes, n, low, high", [
+  (93, 100, 0.8625, 0.9657), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (0, 0, 0, 1),
+])
+def test_wilson(successes, n, low, high):
+  np.testing.assert_allclose(protocol.wilson(successes, n), (low, high), atol=1e-4)
+
+
+def test_wilson_narrows_with_confidence_and_refuses_nonsense():
+  wide, narrow = protocol.wilson(5, 10, 0.99), protocol.wilson(5, 10, 0.8)
+  assert wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1]
+  with pytest.raises(ValueError, match="got 11 of 10"):
+    protocol.wilson(11, 10)
+
+
+def test_a_summary_counts_errors_apart():
+  found = protocol.summary(episodes([1, 0, 1, 1], [0, 0, 0, 0]), lambda sentence: sentence.split()[-1])
+  assert (found["successes"], found["episodes"], found["errors"], found["rate"]) == (3, 4, 0, 0.75)
+  assert found["mean_steps_to_success"] == pytest.approx((10 + 12 + 13) / 3)
+  tasks = {name: (x["successes"], x["episodes"]) for name, x in found["tasks"].items()}
+  assert tasks == {"cube": (2, 2), "ball": (1, 2)}
+  broken = protocol.summary(episodes([1, 0, 0, 0], [0, 0, 1, 1]))
+  assert (broken["successes"], broken["episodes"], broken["errors"], broken["rate"]) == (1, 2, 2, 0.5)
+  assert protocol.summary(episodes([0, 0], [1, 1]))["rate"] is None
+
+
+@functools.cache
+def facts() -> dict:
+  return policies.policy().metadata
+
+
+def mark(**changes):
+  policy = types.SimpleNamespace(metadata=facts() | {"policy_hash": changes.pop("hash", "abc")})
+  common = dict(environment="tabletop", suite="pick", split="heldout", seeds=range(5, 15), max_steps=40, replay=8)
+  return protocol.fingerprint(policy, **({"loop": "device"} | common | changes))
+
+
+def test_a_fingerprint_says_what_a_number_depends_on():
+  found = mark()
+  json.dumps(found)
+  assert found["seeds"] == "5..14" and found["episodes"] == 10
+  assert found["policy"]["policy_hash"] == "abc" and found["preprocessing"]["image_size"] == 32
+  assert found["versions"]["jax"] and found["device"].startswith("cpu")
+  assert mark(seeds=[3, 1, 2])["seeds"] == [3, 1, 2]
+
+
+def test_only_like_results_are_compared():
+  protocol.require_alike(mark(), mark(hash="def"))
+  protocol.require_alike(mark(), mark(told="another's", model_changes={"anchor_rule": "random"}))
+  for change in (dict(suite="place"), dict(seeds=range(10)), dict(replay=4), dict(loop="host"), dict(mujoco="3.1")):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}: .* against"):
+      protocol.require_alike(mark(), mark(**change))

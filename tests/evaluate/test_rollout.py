@@ -1,0 +1,168 @@
+"""Episodes on the device and on the host are the same episodes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import policies
+import pytest
+
+from semanticvla_jax.envs import tabletop, tasks
+from semanticvla_jax.evaluate.rollout import OnDevice, OnHost, simulate
+
+REPLAY, MAX_STEPS, SEEDS = 2, 40, range(12)
+
+
+def pick(state: tasks.State) -> jax.Array:
+  """Over the target, down, close, up: the expert in six lines (and quick to compile)."""
+  target, held = state.centre[0], state.held == 0
+  over = jnp.linalg.norm(target[:2] - state.position[:2]) < 0.008
+  goal = target.at[2].set(jnp.where(held, 0.2, jnp.where(over, target[2], 0.12)))
+  close = held | (over & (jnp.abs(state.position[2] - target[2]) < 0.008))
+  move = jnp.clip((goal - state.position) / tabletop.TRANSLATION, -1, 1)
+  turn = jnp.where(held, 0.0, jnp.clip((state.yaw[0] - state.rotation[2]) / tabletop.ROTATION, -1, 1))
+  return jnp.concatenate([move, jnp.stack([0 * turn, 0 * turn, turn, jnp.where(close, 1.0, -1.0)])])
+
+
+def scripted(states: tasks.State, told: jax.Array) -> jax.Array:
+  """Told 0: pick, then hold still; told 1: nothing; told 2: a broken second action. f32[b 3 7]."""
+  actions = jax.vmap(pick)(states)[:, None] * jnp.array([1.0, 0.0, 0.0])[:, None]
+  actions = actions.at[:, 1:, 6].set(actions[:, :1, 6])
+  actions = jnp.where(told[:, None, None] == 1, 0.0, actions)
+  return jnp.where((told[:, None, None] == 2) & (jnp.arange(3) >= 1)[:, None], jnp.nan, actions)
+
+
+@functools.cache
+def on_device() -> tuple:
+  told = jnp.array(SEEDS) % 3
+
+  @jax.jit
+  def run(seeds):
+    states = jax.vmap(lambda seed: tasks.reset(tasks.seed_key(seed, "heldout"), "pick", "heldout"))(seeds)
+    return simulate(scripted, states, told, max_steps=MAX_STEPS, replay=REPLAY, keep_states=True)
+
+  return jax.tree.map(np.asarray, run(jnp.array(SEEDS)))
+
+
+class Scripted:
+  """The same on the host; it looks at the environment's state."""
+
+  replay = REPLAY
+
+  def __init__(self, environment):
+    self.environment = environment
+    self.resets, self.asked = 0, 0
+    self._plan = jax.jit(lambda state, told: scripted(jax.tree.map(lambda x: x[None], state), told)[0])
+
+  def reset(self):
+    self.resets += 1
+
+  def infer(self, observation):
+    assert {"observation/image", "observation/state"} <= observation.keys()
+    self.asked += 1
+    return {"actions": np.asarray(self._plan(self.environment.state, jnp.array([int(observation["prompt"])])))}
+
+
+@pytest.fixture(scope="module")
+def environment():
+  return tabletop.TabletopEnvironment("pick", split="heldout", size=32)
+
+
+def test_an_episode_ends_with_success_or_at_the_last_step_or_at_a_broken_action():
+  ended, _ = on_device()
+  kind = np.array(SEEDS) % 3
+  assert ended.success[kind == 0].all() and not ended.success[kind != 0].any()
+  assert (ended.steps[kind == 1] == MAX_STEPS).all() and (ended.steps[kind == 0] < MAX_STEPS).all()
+  assert (ended.steps[kind == 2] == 1).all() and ended.error.tolist() == (kind == 2).tolist()
+
+
+def test_the_host_loop_gives_the_same_episodes(environment):
+  ended, _ = on_device()
+  policy = Scripted(environment)
+  assert environment.max_steps == MAX_STEPS
+  episodes = OnHost(policy, environment).run(SEEDS, [str(i % 3) for i in SEEDS])
+  np.testing.assert_array_equal(episodes.success, ended.success)
+  np.testing.assert_array_equal(episodes.steps, ended.steps)
+  np.testing.assert_array_equal(episodes.error, ended.error)
+  assert policy.resets == len(SEEDS)
+  assert policy.asked == sum(-(-(int(steps) + error) // REPLAY) for steps, error in zip(ended.steps, ended.error))
+  assert episodes.told == [str(i % 3) for i in SEEDS] and episodes.instruction[0].startswith("pick up the ")
+  assert (episodes.successes, episodes.valid) == (4, 8)
+
+
+def test_kept_states_are_the_episode():
+  ended, states = on_device()
+  assert states.time.shape == (MAX_STEPS + 1, len(SEEDS))
+  np.testing.assert_array_equal(states.time[-1], ended.steps)
+  i, steps = 0, int(ended.steps[0])
+  around = jax.tree.map(lambda x: x[steps - 1 : steps + 1, i], states)
+  assert jax.jit(jax.vmap(tabletop.success))(around).tolist() == [False, True]
+  np.testing.assert_array_equal(states.centre[steps, i], states.centre[-1, i])
+
+
+class Recorder:
+  """An environment that remembers its states."""
+
+  def __init__(self, environment):
+    self.environment, self.max_steps, self.states = environment, environment.max_steps, []
+
+  def __getattr__(self, name):
+    return getattr(self.environment, name)
+
+  def reset(self, seed):
+    observation = self.environment.reset(seed)
+    self.states = [self.environment.state]
+    return observation
+
+  def step(self, action, observe=True):
+    result = self.environment.step(action, observe)
+    self.states.append(self.environment.state)
+    return result
+
+
+@pytest.fixture(scope="module")
+def device():
+  return OnDevice(policies.policy(config=policies.CROPPING), "pick", "heldout", batch=4, keep_states=True)
+
+
+def test_a_policy_acts_the_same_on_device_and_host(device, environment):
+  seeds = range(6)  # more than a batch
+  calls = []
+  episodes = device.run(seeds, progress=lambda *numbers: calls.append(numbers))
+  assert [done for done, _ in calls] == [4, 6] and len(episodes.success) == 6
+  world = Recorder(environment)
+  host = OnHost(policies.policy(config=policies.CROPPING, batch_sizes=(1,)), world)
+  for i in (0, 5):
+    one = host.run([i])
+    assert one.instruction == [episodes.instruction[i]] == [episodes.told[i]]
+    assert (one.success[0], one.steps[0]) == (episodes.success[i], episodes.steps[i])
+    path = jax.tree.map(lambda *x: np.stack(x), *world.states)
+    expected = jax.tree.map(lambda x: x[: one.steps[0] + 1, i], episodes.states)  # noqa: B023
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), path, expected)
+    assert np.ptp(path.position, axis=0).min() > 0.01, "the policy moves"
+
+
+def test_what_a_policy_is_told_changes_what_it_does(device):
+  seeds = range(4)
+  own = device.run(seeds)
+  other = [next(x for x in tasks.instructions("pick") if x != sentence) for sentence in own.instruction]
+  told = device.run(seeds, other)
+  assert told.instruction == own.instruction and told.told == other
+  assert (np.abs(told.states.position[8] - own.states.position[8]).max(axis=-1) > 1e-4).all()
+  again = device.run(seeds, own.instruction)
+  np.testing.assert_array_equal(again.states.position, own.states.position)
+  with pytest.raises(ValueError, match="sentence of another suite"):
+    device.run([0], ["push the red cube to the left"])
+
+
+def test_policies_that_do_not_fit_say_why():
+  with pytest.raises(ValueError, match="replay=9; expected 1 to 8"):
+    OnDevice(policies.policy(), "pick", replay=9)
+  with pytest.raises(ValueError, match="gripper='raw'"):
+    OnDevice(policies.policy(gripper="raw"), "pick")
+  jpeg = policies.CONFIG | {"data": policies.DATA | {"jpeg_quality": 95}}
+  with pytest.raises(ValueError, match="Policy sees JPEGs"):
+    OnDevice(policies.policy(config=jpeg), "pick")
+  with pytest.raises(ValueError, match="did you mean 'pick'"):
+    OnDevice(policies.policy(), "pik")

@@ -1,0 +1,158 @@
+"""Several simulators, one policy: every episode once, whatever breaks."""
+
+import functools
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from point import FOLDER, Point
+
+from semanticvla_jax.envs.process import BrokenEnvironment, Process
+from semanticvla_jax.evaluate.simulators import OnSimulators, Records
+
+
+class Half:
+  """Walks in even episodes (there in four steps), stands still in odd ones; keeps what it was asked."""
+
+  replay = 3
+
+  def __init__(self):
+    self.asked, self.sizes, self.stop = [], [], None
+
+  def infer_batch(self, observations):
+    self.sizes.append(len(observations))
+    self.asked += [(one["episode"], one["step"], one["prompt"], one["observation/image"]) for one in observations]
+    return [{"actions": self.actions(one["episode"])} for one in observations]
+
+  def actions(self, episode):
+    if episode == self.stop:
+      raise KeyboardInterrupt
+    return np.tile([0.25 if episode % 2 == 0 else 0.0, 0, 0, 0, 0, 0, 1], (8, 1)).astype(np.float32)
+
+
+@pytest.fixture
+def runner(tmp_path):
+  made = []
+
+  def make(trouble=None, policy=None, timeout=60.0, **options):
+    start = functools.partial(Process, functools.partial(Point, str(tmp_path / "log"), trouble), {"PYTHONPATH": FOLDER})
+    options = dict(workers=2, group=lambda seed: seed // 10, instruction=lambda seed: f"goal {seed}") | options
+    made.append(OnSimulators(policy or Half(), functools.partial(start, timeout=timeout), **options))
+    return made[-1]
+
+  yield make
+  for one in made:
+    one.close()
+
+
+def begun(tmp_path):
+  return [int(line) for line in (tmp_path / "log").read_text().split()]
+
+
+def test_all_episodes_once_in_the_order_asked_for(runner, tmp_path):
+  one, seeds, told = runner(), [20, 11, 10, 1, 0, 21], []
+  result = one.run(seeds, progress=lambda done, successes: told.append((done, successes)))
+  assert result.seeds.tolist() == seeds and result.success.tolist() == [True, False, True, False, True, False]
+  assert result.steps.tolist() == [4, 6, 4, 6, 4, 6] and not result.error.any()
+  assert result.instruction[:2] == result.told[:2] == ["go to goal 2", "go to goal 1"]
+  assert sorted(begun(tmp_path)) == sorted(seeds) and told[-1] == (6, 3)
+  assert {step for _, step, _, _ in one.policy.asked} == {0, 3} and set(one.policy.sizes) <= {1, 2}
+
+
+def test_simulators_stay_in_their_group(runner, tmp_path):
+  runner(workers=1).run([0, 10, 1, 11, 2])
+  assert begun(tmp_path) == [0, 1, 2, 10, 11]
+
+
+def test_what_is_told_and_shown(runner):
+  one = runner(workers=1, jpeg_quality=50)
+  result = one.run([0, 2], told=["sit", "stand"])
+  assert result.told == ["sit", "stand"] and result.instruction == ["go to goal 0"] * 2
+  assert {(episode, prompt) for episode, _, prompt, _ in one.policy.asked} == {(0, "sit"), (2, "stand")}
+  (image,) = {image.tobytes() for _, step, _, image in one.policy.asked if step == 3}
+  assert len(image) == 8 * 8 * 3
+
+
+def test_a_crash_costs_a_retry_and_nothing_else(runner, tmp_path):
+  one = runner({2: "die", 3: "hang"}, timeout=20.0)
+  one.first()
+  records = Records(tmp_path / "records")
+  result = one.run([0, 1, 2, 3, 4], records=records)
+  assert result.success.tolist() == [True, False, True, False, True] and not result.error.any()
+  assert [records.found[seed].retries for seed in range(5)] == [0, 0, 1, 1, 0]
+  assert sorted(begun(tmp_path)) == [0, 1, 2, 2, 3, 3, 4]
+
+
+def test_what_breaks_every_time_is_an_error_with_its_traceback_and_no_failure(runner, tmp_path):
+  records = Records(tmp_path / "records")
+  result = runner({1: "raise", 2: "always die"}, retries=1, workers=3).run([0, 1, 2], records=records)
+  assert result.error.tolist() == [False, True, True] and result.success.tolist() == [True, False, False]
+  assert result.valid == 1 and result.instruction[1] == "goal 1"
+  assert "ArithmeticError: the physics exploded" in records.found[1].error and "signal 9" in records.found[2].error
+  assert begun(tmp_path).count(1) == 2
+
+
+def test_a_simulator_that_never_works_ends_the_evaluation(runner):
+  with pytest.raises(BrokenEnvironment, match="(?s)All of the first 2 episodes broke.*exploded"):
+    runner(dict.fromkeys(range(9), "raise"), retries=0, workers=1).run(range(9))
+
+
+def test_an_interrupted_evaluation_goes_on_at_the_next_episode(runner, tmp_path):
+  policy, path = Half(), tmp_path / "records"
+  policy.stop = 4
+  with pytest.raises(KeyboardInterrupt):
+    runner(policy=policy, workers=1).run(range(6), records=Records(path))
+  assert begun(tmp_path) == [0, 1, 2, 3, 4]
+  with path.open("a") as file:
+    file.write('{"seed": 9, "succ')  # killed while it wrote
+  result = runner(workers=1).run(range(6), records=Records(path))
+  assert result.success.tolist() == [True, False] * 3
+  assert begun(tmp_path) == [0, 1, 2, 3, 4, 4, 5]
+  assert [json.loads(line)["seed"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4, 5]
+  assert runner().run(range(6), records=Records(path)).successes == 3 and len(begun(tmp_path)) == 7
+
+
+def test_a_damaged_line_is_named(tmp_path):
+  (tmp_path / "records").write_text('{"seed": 1}\n{}\n')
+  with pytest.raises(ValueError, match="remove the line"):
+    Records(tmp_path / "records")
+
+
+def test_a_killed_worker_costs_its_episode_a_retry(runner, tmp_path):
+  one = runner(workers=1)
+  one.first()
+  killed = []
+
+  class Killing(Half):
+    def actions(self, episode):
+      if episode == 2 and not killed:
+        killed.append(one.first().pid)
+        os.kill(killed[0], signal.SIGKILL)
+      return super().actions(episode)
+
+  one.policy = Killing()
+  result = one.run(range(4))
+  assert result.success.tolist() == [True, False, True, False] and begun(tmp_path) == [0, 1, 2, 2, 3]
+
+
+def test_actions_that_are_not_finite_are_an_error_and_none_end_the_episode(runner):
+  class Odd(Half):
+    def actions(self, episode):
+      return np.full((8, 7), np.nan) if episode == 0 else np.zeros((0, 7)) if episode == 1 else super().actions(episode)
+
+  result = runner(policy=Odd()).run([0, 1, 2])
+  assert result.error.tolist() == [True, False, False] and result.success.tolist() == [False, False, True]
+  assert result.steps.tolist() == [0, 0, 4]
+
+
+def test_what_was_seen_is_handed_on(runner):
+  seen = {}
+  runner(workers=1, seen=lambda record, views: seen.update({record.seed: len(views)})).run([0, 1])
+  assert seen == {0: 3, 1: 3}  # at the start, after three actions, at the end
+
+
+def test_nonsense_is_refused(runner):
+  with pytest.raises(ValueError, match="workers=0"):
+    runner(workers=0)
