@@ -1,0 +1,132 @@
+"""The main job with one command: demonstrations → RLDS → LoRA fine-tuning of the shipped base → evaluation → report.
+
+    python -m semanticvla_jax.quickstart --suite=place --split=unseen --out=runs/quickstart
+
+Runs the commands that a user would type, each printed before it starts, on something the base has not seen, and ends
+with the success before and after. Run again after an interruption it goes on where it was: finished demonstrations and
+a finished evaluation are kept, training resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+BASE = Path("checkpoints/tabletop_small")
+EVALUATION_SEED = 100_000  # demonstrations count from 0: no layout that was shown is measured
+
+
+def demonstrate(args: argparse.Namespace) -> list[str] | None:
+  """The command that writes the demonstrations; None when they are there.
+
+  Raises:
+    ValueError: the folder holds demonstrations of something else.
+  """
+  wanted = {"suite": args.suite, "split": args.split, "episodes": args.demonstrations, "size": args.size}
+  facts = args.out / "data" / f"tabletop_{args.suite}" / "1.0.0" / "demonstrations.json"
+  if facts.exists():
+    found = json.loads(facts.read_text())
+    if any(found[key] != value for key, value in wanted.items()):
+      raise ValueError(
+        f"{facts.parent}: got demonstrations of { {key: found[key] for key in wanted} }, expected {wanted}; choose "
+        "another --out, or remove that folder."
+      )
+    return None
+  flags = [f"--{key}={value}" for key, value in wanted.items()]
+  return ["semanticvla_jax.demonstrate", *flags, f"--out={args.out / 'data'}"]
+
+
+def train(args: argparse.Namespace) -> list[str]:
+  """The command that fine-tunes the base; it resumes by itself."""
+  flags = {"data.dir": args.out / "data", "data.mixture": f"tabletop_{args.suite}", "init_from": args.base}
+  if args.steps:
+    flags |= {"train.steps": args.steps}
+  given = [f"--config.{key}={value}" for key, value in flags.items()]
+  return ["semanticvla_jax.train", f"--config={args.config}", f"--workdir={args.out}", *given]
+
+
+def evaluate(args: argparse.Namespace) -> list[str] | None:
+  """The command that measures before, after and the controls; None when that was done."""
+  if (args.out / "report" / "results.json").exists():
+    return None
+  return [
+    "semanticvla_jax.evaluate", f"--policy={args.out / 'policy'}", f"--baseline={args.base}", f"--suite={args.suite}",
+    f"--split={args.split}", f"--episodes={args.episodes}", f"--seed={EVALUATION_SEED}", f"--controls={args.controls}",
+    f"--metrics={args.out / 'metrics.jsonl'}", f"--out={args.out / 'report'}",
+  ]  # fmt: skip
+
+
+def run(name: str, command: Sequence[str] | None) -> float:
+  """Runs a stage and returns its seconds. Raises SystemExit with the stage's exit status when it fails."""
+  if command is None:
+    print(f"\n── {name}: done before, kept", flush=True)
+    return 0.0
+  print(f"\n── {name}\n$ python -m {shlex.join(command)}", flush=True)
+  start = time.perf_counter()
+  status = subprocess.run([sys.executable, "-m", *command], check=False).returncode
+  if status:
+    sys.exit(status if status > 0 else 128 - status)
+  return time.perf_counter() - start
+
+
+def summary(results: Sequence[Mapping], seconds: Mapping[str, float], out: Path) -> str:
+  """What a person wants to know at the end."""
+  labels = {"baseline": "before fine-tuning", "policy": "after fine-tuning"}
+  order = ["baseline", "policy", "control"]
+  lines = [""]
+  for row in sorted(results, key=lambda row: order.index(row["kind"])):
+    low, high = (100 * x for x in row["interval"])
+    share = f"{row['successes']}/{row['episodes']}"
+    label = labels.get(row["kind"], f"control: {row['name']}")
+    lines.append(f"{label:44}{share:>9}  {100 * row['rate']:5.1f} %  (95 %: {low:.0f}–{high:.0f})")
+  stages = "   ".join(f"{name} {_clock(value)}" for name, value in seconds.items())
+  lines += ["", f"time        {stages}   in all {_clock(sum(seconds.values()))}"]
+  lines += [f"report      {out / 'report' / 'report.html'}", f"checkpoint  {out / 'policy'}"]
+  return "\n".join(lines)
+
+
+def _clock(seconds: float) -> str:
+  return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m semanticvla_jax.quickstart", description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--suite", default="place", help="of the tabletop (default: place)")
+  parser.add_argument("--split", default="unseen", help="its layouts (default: unseen, other colours and shapes)")
+  parser.add_argument("--demonstrations", type=int, default=200, help="episodes to learn from (default: 200)")
+  parser.add_argument("--episodes", type=int, default=128, help="episodes to measure on (default: 128)")
+  parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
+  parser.add_argument("--controls", default="shuffled,random", help="of the evaluation (default: shuffled,random)")
+  parser.add_argument("--base", type=Path, default=BASE, help=f"policy folder to start from (default: {BASE})")
+  parser.add_argument("--config", default="configs/quickstart.py", help="of the training")
+  parser.add_argument("--size", type=int, default=48, help="pixels of the recorded views (default: 48, the base's)")
+  parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of all that is made")
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the stages and prints the summary; problems end the program with their message."""
+  args = _arguments(argv)
+  try:
+    if not (args.base / "config.json").exists():
+      raise ValueError(f"Base: got {args.base}, expected a policy folder; run from the repository or pass --base.")
+    seconds = {"demonstrations": run("demonstrations", demonstrate(args))}
+    seconds["training"] = run("training", train(args))
+    seconds["evaluation"] = run("evaluation", evaluate(args))
+  except ValueError as error:
+    sys.exit(str(error))
+  results = json.loads((args.out / "report" / "results.json").read_text())["results"]
+  print(summary(results, seconds, args.out))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

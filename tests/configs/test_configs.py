@@ -1,0 +1,76 @@
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_observation, random_params
+
+from configs import ablations, common
+from semanticvla_jax.models.lora import TARGETS, LoRA
+from semanticvla_jax.models.semanticvla import DEFAULTS, VARIANTS, build
+
+FILES = {
+  "libero": ("full", "lite", "r4", "r32"),
+  "aloha": ("full",),
+  "openvla_oft": ("libero", "film", "aloha"),
+  "openvla": ("libero",),
+}
+CASES = [f"{name}:{mode}" for name, modes in FILES.items() for mode in modes]
+ROWS = [f"ablations:{row}" for row in ablations.ROWS if ablations.ROWS[row] != (8, {})]
+
+
+def load(case, variant):
+  name, mode = case.split(":")
+  return importlib.import_module(f"configs.{name}").get_config(f"{mode}@{variant}")
+
+
+@pytest.mark.parametrize("case", CASES + ROWS)
+def test_builds_and_runs_one_forward_and_one_gradient(case):
+  config = load(case, "tiny")
+  bare = build(config.model)
+  model = LoRA(bare.clone(), 2, config.lora.alpha, TARGETS[config.lora.targets])
+  params, observation = random_params(model), random_observation(bare, batch=1)
+
+  def loss(params):
+    if bare.coupler is None:
+      logits, _ = model.apply({"params": params}, observation, call="logits")
+      return jax.nn.log_softmax(logits).mean()
+    out = model.apply({"params": params}, observation, train=True, rngs={"noise": jax.random.key(0)})
+    assert out.actions.shape == (1, config.model.chunk, config.model.action_dim)
+    return jnp.abs(out.actions).mean()
+
+  value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+  norm = sum(float(np.square(g).sum()) for g in jax.tree.leaves(gradients))
+  assert np.isfinite(value) and np.isfinite(norm) and norm > 0
+
+
+@pytest.mark.parametrize("case", CASES + ROWS)
+def test_builds_at_full_size(case):
+  config = load(case, "7b")
+  assert build(config.model).llm.width == 4096
+  assert set(config.model) == set(DEFAULTS)
+
+
+def test_patches_agree_with_the_variants():
+  assert common.PATCHES == {name: (v["image"] // v["patch"]) ** 2 for name, v in VARIANTS.items()}
+
+
+def test_bad_arguments():
+  with pytest.raises(ValueError, match=r"got 'fulll@7b', expected MODE@VARIANT"):
+    load("libero:fulll", "7b")
+  with pytest.raises(ValueError, match="VARIANT one of"):
+    load("libero:full", "13b")
+  with pytest.raises(AttributeError, match='Did you mean "keep"'):
+    load("libero:full", "7b").model.kepp = 3
+
+
+@pytest.mark.parametrize("name", ["pretrain", "quickstart"])
+def test_tabletop_configs_fit_the_embedded_tokenisers(name):
+  from semanticvla_jax.data import text
+
+  config = importlib.import_module(f"configs.{name}").get_config()
+  model = build(config.model)
+  tokenizers = text.load(prompt_length=config.data.prompt_length, instruction_length=config.data.instruction_length)
+  assert model.text.positions == config.data.instruction_length
+  assert tokenizers.pad_id < model.llm.vocab
