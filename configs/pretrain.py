@@ -1,4 +1,6 @@
-"""The `small` base from scratch on the tabletop's expert: batches made on the device, no dataset. Two runs (`make pretrain`):
+"""The `small` base from scratch on the tabletop's expert: batches made on the device, no dataset.
+
+Two runs (`make pretrain`):
 
     python -m semanticvla_jax.train --config=configs/pretrain.py --workdir=runs/pretrain
     python -m semanticvla_jax.train --config=configs/pretrain.py:turn --workdir=runs/pretrain/turn \\

@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 
 import semanticvla_jax
-from semanticvla_jax.convert import mapping, stream
+from semanticvla_jax.convert import mapping, stream, work
 from semanticvla_jax.convert.mapping import Plan
 from semanticvla_jax.convert.source import VLA, Source, describe, recognise
 from semanticvla_jax.data import statistics
@@ -185,27 +185,16 @@ def _lazy(plan: Plan, source: Source, path: str, dtype: np.dtype | None) -> stre
   )
 
 
-@dataclasses.dataclass
 class _Watch:
-  """Counts bytes and non-finite numbers of what is written; says how far it is about every ten seconds."""
+  """Follows what is written: progress, and how many NaN and Inf each array has."""
 
-  total: int
-  say: Callable[[str], None]
-  every: float = 10.0
-
-  def __post_init__(self):
-    self.done, self.bad, self.begin = 0, Counter(), time.monotonic()
-    self._said = self.begin
+  def __init__(self, total: int, say: Callable[[str], None]):
+    self.progress, self.bad = work.Progress(total, say), Counter()
 
   def seen(self, path: str, piece: np.ndarray) -> None:
-    self.done += piece.nbytes
     if n := not_finite(piece):
       self.bad[path] += n
-    now = time.monotonic()
-    if now - self._said >= self.every:
-      self._said, rate = now, self.done / (now - self.begin)
-      left = (self.total - self.done) / rate
-      self.say(f"{self.done / self.total:6.1%}  {rate / 1e6:8.1f} MB/s  {left:6.0f} s left  {path}")
+    self.progress.add(piece.nbytes, path)
 
 
 def not_finite(x: np.ndarray) -> int:
@@ -229,14 +218,13 @@ def _report(source: Source, plan: Plan, leaves: Mapping[str, stream.Lazy], watch
     before = sorted({str(source.tensors[k].dtype) for keys in plan.entries[path].keys for k in keys})
     if before != [str(leaf.dtype)]:
       changes[f"{'+'.join(before)} → {leaf.dtype}"] += 1
-  seconds = time.monotonic() - watch.begin
   return {
     "kind": source.kind,
     "converter_version": semanticvla_jax.__version__,
     "parameters": sum(leaf.size for leaf in leaves.values()),
     "arrays": len(leaves),
-    "bytes": watch.done,
-    "bytes_per_second": round(watch.done / seconds),
+    "bytes": watch.progress.done,
+    "bytes_per_second": round(watch.progress.rate),
     "mapped": {path: [source.tensors[k].name for keys in plan.entries[path].keys for k in keys] for path in leaves},
     "merged_adapters": len(plan.adapters),
     "unused": plan.skipped | _folded_away(source),

@@ -95,10 +95,11 @@ def to_torch(
   wrapped = vision is not None and companions == "pt"
   if wrapped:
     groups[vision] = _wrapped(tensors | added, lora_config)
+  progress = work.Progress(sum(x.nbytes for content in groups.values() for x in content.values()), say)
   with whole(target) as partial:
     for name, content in groups.items():
       say(f"{name}: {len(content)} tensors, {sum(x.nbytes for x in content.values()):,} bytes")
-      save(partial / name, content)
+      save(partial / name, content, progress.add)
       if companions == "pt" and not name.startswith("model-"):
         release.to_pt(partial / name, (partial / name).with_suffix(".pt"))
         (partial / name).unlink()
@@ -113,6 +114,8 @@ def to_torch(
       "files": {_file(name, companions): len(content) for name, content in groups.items()},
       "from_base": sorted(added),
       "merged_adapters": sum(path.endswith("/lora_a") for path in folder.leaves),
+      "bytes": progress.done,
+      "bytes_per_second": round(progress.rate),
       "seconds": round(time.monotonic() - began, 2),
       "peak_rss_bytes": peak_rss(),
     }
@@ -217,8 +220,8 @@ def _wrapped(tensors: Mapping[str, Out], lora_config: Mapping) -> dict[str, Out]
   return {name: zeros(x.shape) if isinstance(x, release.Zeros) else own[x] for name, x in sorted(names.items())}
 
 
-def save(path: Path, tensors: Mapping[str, Out]) -> None:
-  """Writes a safetensors file, one tensor in memory at a time."""
+def save(path: Path, tensors: Mapping[str, Out], written: Callable[[int, str], None]) -> None:
+  """Writes a safetensors file, a few tensors in memory at a time; tells `written` the bytes and name of each."""
   header, at = {"__metadata__": {"format": "pt"}}, 0
   for name, x in tensors.items():
     header[name] = {"dtype": _NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + x.nbytes]}
@@ -227,12 +230,13 @@ def save(path: Path, tensors: Mapping[str, Out]) -> None:
   text += b" " * (-len(text) % 8)
   with path.open("wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
-    made = work.ahead(x.make() for x in tensors.values())
+    made = work.in_turn(x.make for x in tensors.values())
     for (name, x), value in zip(tensors.items(), made, strict=True):
       value = np.asarray(value, order="C")
       if (value.shape, value.dtype) != (x.shape, x.dtype):
         raise ValueError(f"{name}: got {value.dtype}{list(value.shape)}, expected {x.dtype}{list(x.shape)}.")
       file.write(value.reshape(-1).view(np.uint8))
+      written(x.nbytes, name)
 
 
 def _write_index(partial: Path, groups: Mapping[str, Mapping[str, Out]]) -> None:
@@ -275,5 +279,6 @@ def lines(report: Mapping) -> list[str]:
   return [
     *(f"  {n:5d} tensors in {name}" for name, n in report["files"].items()),
     f"  {report['merged_adapters']} adapters folded in, {len(report['from_base'])} tensors from the base",
-    f"  {report['seconds']} s, peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB",
+    f"  {report['seconds']} s, {report['bytes_per_second'] / 1e6:.1f} MB/s, peak memory "
+    f"{report['peak_rss_bytes'] / 2**30:.2f} GiB",
   ]

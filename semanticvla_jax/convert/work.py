@@ -1,11 +1,13 @@
-"""What makes conversion fast: transpositions that stay in the cache, and work that is done ahead in a thread."""
+"""What conversions share: transpositions that stay in the cache, work done ahead in threads, lines of progress."""
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -47,3 +49,43 @@ def ahead(items: Iterable[T], most: int = 2) -> Iterator[T]:
     while (item := made.popleft().result()) is not _END:
       made.append(pool.submit(next, items, _END))
       yield item
+
+
+def in_turn(calls: Iterable[Callable[[], T]], workers: int = 2) -> Iterator[T]:
+  """What each call returns, in order; `workers` of them run in threads while one result is used.
+
+  For calls that do not depend on each other; at most workers + 1 results are in memory. What a call raises is raised
+  here.
+  """
+  calls = iter(calls)
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    made = collections.deque(pool.submit(call) for call in itertools.islice(calls, workers))
+    while made:
+      result = made.popleft().result()
+      made.extend(pool.submit(call) for call in itertools.islice(calls, 1))
+      yield result
+
+
+class Progress:
+  """Says how far a conversion is, about every ten seconds: share, bytes a second, seconds left.
+
+  Args:
+    total: bytes there will be. say: is given the lines. every: seconds between them.
+  """
+
+  def __init__(self, total: int, say: Callable[[str], None], every: float = 10.0):
+    self.total, self.done, self.begin = total, 0, time.monotonic()
+    self._say, self._every, self._said = say, every, self.begin
+
+  @property
+  def rate(self) -> float:
+    """Bytes a second so far."""
+    return self.done / max(time.monotonic() - self.begin, 1e-9)
+
+  def add(self, nbytes: int, what: str) -> None:
+    """Counts `nbytes` more, of `what`."""
+    self.done += nbytes
+    if time.monotonic() - self._said >= self._every:
+      self._said, rate = time.monotonic(), self.rate
+      left = (self.total - self.done) / rate
+      self._say(f"{self.done / self.total:6.1%}  {rate / 1e6:8.1f} MB/s  {left:6.0f} s left  {what}")

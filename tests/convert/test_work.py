@@ -1,6 +1,7 @@
 """Fast transpositions are the plain ones bit for bit; work ahead keeps its order and its errors."""
 
 import itertools
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -32,3 +33,27 @@ def test_ahead_keeps_order_and_errors():
   assert next(items) == 1
   with pytest.raises(ValueError, match="the second"):
     next(items)
+
+
+def test_calls_in_turn_keep_order_and_errors_and_run_together():
+  assert list(work.in_turn([])) == []
+  assert list(work.in_turn((lambda i=i: i) for i in range(7))) == list(range(7))
+  both = threading.Barrier(2, timeout=20)  # passes only where two run at once
+  assert list(work.in_turn([both.wait, both.wait])) in ([0, 1], [1, 0])
+
+  def broken():
+    raise ValueError("the second")
+
+  results = work.in_turn([lambda: 1, broken, lambda: 3])
+  assert next(results) == 1
+  with pytest.raises(ValueError, match="the second"):
+    next(results)
+
+
+def test_progress_says_share_rate_and_time_left():
+  lines = []
+  progress = work.Progress(2_000, lines.append, every=0.0)
+  progress.add(500, "a kernel")
+  assert progress.done == 500 and len(lines) == 1
+  assert lines[0].startswith(" 25.0%") and "MB/s" in lines[0] and "s left  a kernel" in lines[0]
+  assert not work.Progress(10, lines.append).add(5, "x") and len(lines) == 1  # not yet
