@@ -95,7 +95,8 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
       batch_size=128,
       trajectory_end="cut",
       augment=True,
-      crop_area=0.9,  # centre crop at evaluation, the mean of the random crops of training
+      crop_area=0.9,  # of the random crops of training and the centre crop of evaluation; None crops in neither
+      diagonal_crop=False,  # True: the release's random crops, whose vertical and horizontal offsets are equal
       normalisation="bounds_q99",
       pruner_text="question",
       prompt_length=64,

@@ -268,8 +268,8 @@ def batches(
     rows: which examples of each global batch this host reads, ascending; None for its equal share, in order. Give them
       where devices do not hold the batch in the order of their hosts.
     trajectory_end: "cut" (release) or "pad", see trajectories.starts.
-    augmentation: images.RELEASE for training, None for none.
-    crop_area: centre crop instead, e.g. 0.9 for validation batches.
+    augmentation: images.RELEASE for the released training, None for none.
+    crop_area: centre crop instead, as in evaluation.
     dct: see images.decode.
     window: None shuffles frames; a number shuffles that many episodes at a time (see the module's docstring). Then
       `cache_bytes` should hold `window` episodes of every dataset, or episodes are read more than once.

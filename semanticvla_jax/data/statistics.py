@@ -108,9 +108,7 @@ def unnormalise(
 
 
 def _bounds(values: np.ndarray, statistics: Statistics, mode: str) -> tuple[np.ndarray, np.ndarray]:
-  if mode not in MODES:
-    raise ValueError(f"Unknown normalisation: got {mode!r}; expected one of {tuple(MODES)}; fix the config.")
-  low, high = (np.asarray(getattr(statistics, name), np.float32) for name in MODES[mode])
+  low, high = (np.asarray(getattr(statistics, name), np.float32) for name in _ends(mode))
   if values.shape[-1:] != low.shape:
     raise ValueError(
       f"Widths differ: got values of width {values.shape[-1]}; expected {low.shape[0]} as in the statistics; use the "
@@ -122,6 +120,12 @@ def _bounds(values: np.ndarray, statistics: Statistics, mode: str) -> tuple[np.n
       "have no extremes, use 'bounds_q99' or recompute."
     )
   return low, high
+
+
+def _ends(mode: str) -> tuple[str, str]:
+  if mode not in MODES:
+    raise ValueError(f"Unknown normalisation: got {mode!r}; expected one of {tuple(MODES)}; fix the config.")
+  return MODES[mode]
 
 
 def check(
@@ -150,7 +154,7 @@ def check(
 
 
 def _problems(kind: str, statistics: Statistics, width: int, mode: str) -> list[str]:
-  low_name, high_name = MODES[mode]
+  low_name, high_name = _ends(mode)
   low, high = getattr(statistics, low_name), getattr(statistics, high_name)
   if len(low) != width:
     return [f"{kind}: got width {len(low)}; expected {width}; use the statistics of this dataset, or fix the config"]

@@ -57,6 +57,8 @@ def crop(config: Mapping) -> Finding:
   augmented, area, trained = data.get("augment"), data.get("crop_area"), images.RELEASE.crop_area
   seen = f"augment={augmented}, crop_area={area}"
   applies = None if augmented is None else bool(augmented) != (area is not None) or (augmented and area != trained)
+  if "diagonal_crop" in data:  # trained since training crops what the config says; before, it was the released area
+    applies = bool(augmented) and area is None
   remedy = f"set data.crop_area of the policy's config.json to {trained} if it was trained on crops, else to null"
   return Finding("centre crop", applies, seen, "a missing crop cost about 3 points", remedy)
 

@@ -52,7 +52,7 @@ _MULTIHOST = flags.DEFINE_enum("multihost", "auto", distributed.METHODS, "Where 
 _HOST_DEADLINE = flags.DEFINE_float("host_deadline", 300.0, "Seconds that hosts wait for each other")
 
 # Config fields that runs of earlier versions did not store, with the value they had.
-LATER = {"frozen_dtype": None, "optim.ema": None, "data.starts": 0.0}
+LATER = {"frozen_dtype": None, "optim.ema": None, "data.starts": 0.0, "data.diagonal_crop": False}
 
 
 class Diverged(RuntimeError):
@@ -109,15 +109,38 @@ def expert_source(config: Any, bare: Any, tokenizers: text.Tokenizers) -> tuple[
   return batches, {config.data.mixture: stats}
 
 
+def image_options(data: Any) -> dict:
+  """How `rlds.batches` treats images: what evaluation crops is what training cropped.
+
+  Raises:
+    ValueError: random crops without an area, or an area outside (0, 1].
+  """
+  from semanticvla_jax.data import images
+
+  area = data.crop_area
+  if (data.augment and area is None) or (area is not None and not 0 < area <= 1):
+    raise ValueError(
+      f"config.data: got augment={data.augment}, crop_area={area}, expected a share of the image in (0, 1], which the "
+      "random crops of training keep and evaluation cuts out of the middle; set crop_area=0.9 as released, 1.0 to crop "
+      "nothing, or augment=False."
+    )
+  if not data.augment:
+    return dict(crop_area=area)
+  return dict(augmentation=images.Augmentation(crop_area=area, diagonal_crop=data.diagonal_crop))
+
+
 def rlds_source(
   config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
 ) -> tuple[Iterator, dict]:
   """`rows` of the batches of the RLDS mixture from global step `start` on, and its statistics by dataset."""
-  from semanticvla_jax.data import images, mixtures, rlds, standardise
+  from semanticvla_jax.data import mixtures, rlds, standardise
 
   def recipe(name):
     whole = standardise.recipe(name)
-    return whole._replace(views=whole.views[: bare.num_views])  # OpenVLA looks through the first camera alone
+    seen = whole.views[: bare.num_views]  # OpenVLA looks through the first camera alone
+    return whole._replace(views=seen, mode=config.data.normalisation)
+
+  options = image_options(config.data)
 
   given = None if base is None or not config.data.keep_statistics else next(iter(base.values()))
   mixture = [
@@ -134,7 +157,7 @@ def rlds_source(
     start_step=start,
     rows=rows,
     trajectory_end=config.data.trajectory_end,
-    augmentation=images.RELEASE if config.data.augment else None,
+    **options,
   )
   return batches, {dataset.name: dataset.statistics for dataset, _ in mixture}
 

@@ -7,6 +7,7 @@ import pytest
 from helpers import random_observation, random_params
 
 from configs import ablations, common
+from semanticvla_jax.data import mixtures, standardise
 from semanticvla_jax.models.lora import TARGETS, LoRA
 from semanticvla_jax.models.semanticvla import DEFAULTS, VARIANTS, build
 
@@ -54,6 +55,13 @@ def test_builds_at_full_size(case):
 
 def test_patches_agree_with_the_variants():
   assert common.PATCHES == {name: (v["image"] // v["patch"]) ** 2 for name, v in VARIANTS.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_normalisation_is_that_of_the_released_data(case):
+  config = load(case, "tiny")
+  for name, _ in mixtures.mixture(config.data.mixture):
+    assert config.data.normalisation == standardise.recipe(name).mode
 
 
 def test_bad_arguments():

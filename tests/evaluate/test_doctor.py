@@ -39,6 +39,8 @@ def test_quaternion_convention(stats, convention, applies):
 @pytest.mark.parametrize("changes, applies", [
   ({}, False), ({"crop_area": None}, True), ({"crop_area": 0.8}, True), ({"augment": False}, True),
   ({"augment": False, "crop_area": None}, False), ({"augment": None}, None),
+  ({"diagonal_crop": False}, False), ({"diagonal_crop": False, "crop_area": None}, True),
+  ({"diagonal_crop": False, "crop_area": 0.8}, False), ({"diagonal_crop": False, "augment": False}, False),
 ])
 def test_missing_crop(changes, applies):
   assert doctor.crop({"data": DATA | changes}).applies is applies
