@@ -10,11 +10,11 @@ writes report.html (self-contained), results.json, the films and the pictures in
 
 puts two such results side by side, if they may be compared.
 
-    python -m semanticvla_jax.evaluate --policy=DIR --suite=libero_object --out=runs/object
+    python -m semanticvla_jax.evaluate --policy=DIR --suite=libero_object
 
 runs the LIBERO simulator (see --suite=libero_object --help); and
 
-    python -m semanticvla_jax.evaluate doctor --policy=DIR --suite=libero_object
+    python -m semanticvla_jax.evaluate doctor --policy=DIR
 
 looks for the known traps of that.
 """
@@ -204,7 +204,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--seed", type=int, default=0, help="of the first episode (default: 0)")
   parser.add_argument("--replay", type=int, help="actions executed before asking again (default: the whole chunk)")
   parser.add_argument("--batch", type=int, default=64, help="episodes run together on the device (default: 64)")
-  parser.add_argument("--out", required=True, help="folder for the report; must not hold one")
+  parser.add_argument("--out", help="folder for the report; must not hold one (default: runs/<policy>_<suite>)")
   parser.add_argument("--baseline", help="policy folder of before the fine-tuning, measured alike")
   parser.add_argument(
     "--controls", nargs="?", const=",".join(controls.NAMES), default="",
@@ -216,7 +216,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--dataset", help="whose statistics to use, where the policy knows several")
   parser.add_argument("--dtype", help="of parameters and computation, e.g. bfloat16 (default: as trained)")
   parser.add_argument("--title", default="What the robot was told, and what it did", help="of the report")
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  args.out = args.out or report.folder(args.policy, args.suite)
+  return args
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Looks for the traps that make LIBERO results irreproducible, in the installation and in a policy folder.
 
-    python -m semanticvla_jax.evaluate doctor --policy=DIR --suite=libero_object [--data_dir=DIR]
+    python -m semanticvla_jax.evaluate doctor --policy=DIR [--suite=libero_object] [--data_dir=DIR]
 
 prints a line for each: whether it applies, what was seen, what it is known to cost, and the remedy; ends with status 1
 if one does. With --data_dir the simulator's first frame is compared with the training data's.
@@ -23,6 +23,7 @@ from semanticvla_jax import checkpoint
 from semanticvla_jax.data import images, statistics
 from semanticvla_jax.envs import libero
 from semanticvla_jax.envs.process import BrokenEnvironment
+from semanticvla_jax.evaluate import protocol
 from semanticvla_jax.models import masks
 from semanticvla_jax.types import Statistics
 
@@ -95,7 +96,7 @@ def gripper(action: Statistics) -> Finding:
 
 def key(names: Sequence[str], suite: str) -> Finding:
   """Whether the policy's statistics are of another suite."""
-  fits = [name for name in names if name in (suite, f"{suite}_no_noops") or name.startswith("libero_4_task")]
+  fits = protocol.fitting(names, suite)
   remedy = "choose with --dataset, or evaluate the suite that it was trained on"
   return Finding("statistics key", not fits, f"{[*names]} for {suite}", "actions in another suite's units", remedy)
 
@@ -143,6 +144,20 @@ def rotation(stored: Sequence[UInt8[np.ndarray, "h w 3"]], rendered: UInt8[np.nd
   seen = "mean difference to the data " + ", ".join(f"{name} {value:.0f}" for name, value in apart.items())
   remedy = "evaluate with --rotation=0 (data from raw HDF5 images) or 180 (the *_no_noops sets)"
   return Finding("rotation", best != "as it is", seen, "the policy sees what it never saw: about 0 %", remedy)
+
+
+def suites(names: Sequence[str]) -> list[str]:
+  """The suites whose statistics a policy has.
+
+  Raises:
+    ValueError: it has none of LIBERO.
+  """
+  found = [suite for suite in libero.SUITES if protocol.fitting(names, suite)]
+  if not found:
+    raise ValueError(
+      f"Doctor: got statistics of {[*names]}, which name no suite; expected some of {[*libero.SUITES]}; pass --suite."
+    )
+  return found
 
 
 def policy(folder: str, suite: str, dataset: str | None = None, convention: str = "robosuite") -> list[Finding]:
@@ -201,14 +216,18 @@ def main(argv: Sequence[str]) -> None:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("--policy", required=True, help="policy folder")
-  parser.add_argument("--suite", required=True, help=f"one of {', '.join(libero.SUITES)}")
+  parser.add_argument("--suite", help=f"one of {', '.join(libero.SUITES)} (default: the policy's statistics' first)")
   parser.add_argument("--dataset", help="whose statistics, where the policy knows several")
-  parser.add_argument("--data_dir", help="folder with <suite>_no_noops, to compare frames with")
+  parser.add_argument("--data_dir", "--data-dir", help="folder with <suite>_no_noops, to compare frames with")
   parser.add_argument("--assets", help=f"folder (default: ${libero.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
   parser.add_argument("--quaternion", choices=libero.QUATERNIONS, default="robosuite", help="of the simulator")
   parser.add_argument("--rotation", type=int, default=180, help="of the simulator's frames")
   args = parser.parse_args(argv)
   try:
+    if args.suite is None:
+      found = suites([args.dataset] if args.dataset else [*checkpoint.read_policy_json(args.policy)[1]])
+      args.suite = found[0]
+      print(f"suite: {args.suite}, of those that the policy has statistics of: {', '.join(found)}")
     libero.check(libero.Settings(args.suite, rotation=args.rotation))
     findings = policy(args.policy, args.suite, args.dataset, args.quaternion)
     findings += simulator(libero.versions()) + libraries(args.assets) + [_rotation(args)]

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from semanticvla_jax import checkpoint
 from semanticvla_jax.data import images, text
 from semanticvla_jax.envs import libero
 from semanticvla_jax.envs.process import BrokenEnvironment
@@ -304,7 +305,7 @@ def load(args: argparse.Namespace, suite: str) -> Any:
   if args.recorded:
     return Recorded(args.recorded, suite, seeds(args, suite), args.replay or PROTOCOLS[args.protocol].replay)
   sizes = sorted({args.workers, *(2**i for i in range(args.workers.bit_length()))})
-  dataset = args.dataset or _dataset(pathlib.Path(args.policy), suite)
+  dataset = args.dataset or _dataset([*checkpoint.read_policy_json(args.policy)[1]], suite)
   policy = Policy.load(args.policy, dataset=dataset, dtype=args.dtype, batch_sizes=sizes)
   views, width, actions = policy.bare.num_views, policy.bare.proprio_dim, policy.metadata["action_dim"]
   if views > 2 or width not in (None, 8) or actions != 7:
@@ -315,11 +316,16 @@ def load(args: argparse.Namespace, suite: str) -> Any:
   return policy
 
 
-def _dataset(folder: pathlib.Path, suite: str) -> str | None:
-  """Whose statistics: the only ones, else the suite's own as the release chooses, with or without `_no_noops`."""
-  path = folder / "statistics.json"
-  names = [*json.loads(path.read_text())] if path.exists() else []
-  return None if len(names) < 2 else next((name for name in (suite, f"{suite}_no_noops") if name in names), None)
+def _dataset(names: Sequence[str], suite: str) -> str:
+  """Whose statistics, of those that a policy has. Raises ValueError where none is in the suite's units."""
+  fits = protocol.fitting(names, suite)
+  if not fits:
+    raise ValueError(
+      f"Policy has no statistics of {suite}: got those of {[*names]}; expected {suite!r} or '{suite}_no_noops', for "
+      "actions of another suite are in other units; evaluate the suite that it was trained on, or choose with "
+      "--dataset."
+    )
+  return fits[0]
 
 
 def run(args: argparse.Namespace, out: pathlib.Path) -> tuple[list, list, list, dict[str, float]]:
@@ -364,13 +370,15 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument("--protocol", choices=(*PROTOCOLS,), default="openvla", help="seed, replay, JPEG round trip")
   parser.add_argument("--seeding", choices=libero.SEEDING, default="episode", help="before every reset, or as usual")
   parser.add_argument("--replay", type=int, help="actions executed before asking again (default: the protocol's)")
-  parser.add_argument("--max_steps", type=int, help="of an episode (default: the suite's)")
+  parser.add_argument("--max_steps", "--max-steps", type=int, help="of an episode (default: the suite's)")
   parser.add_argument("--assets", help=f"folder (default: ${libero.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
   parser.add_argument("--rotation", type=int, default=180, help="of frames, as in the training data (default: 180)")
   parser.add_argument("--quaternion", choices=libero.QUATERNIONS, default="robosuite", help="as in the training data")
   parser.add_argument("--renderer", default="egl", help="egl or osmesa (default: egl)")
   parser.add_argument("--timeout", type=float, default=900.0, help="seconds without an answer that count as a crash")
-  parser.add_argument("--out", required=True, help="folder for the report; one that was interrupted is gone on with")
+  parser.add_argument(
+    "--out", help="folder for the report; one that was interrupted is gone on with (default: runs/<policy>_<suite>)"
+  )
   parser.add_argument(
     "--controls", nargs="?", const="shuffled", default="",
     help=f"measure controls too: the shuffled instruction, or some of {','.join(controls.NAMES)}",
@@ -383,6 +391,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if (args.policy is None) == (args.recorded is None):
     parser.error("one of --policy and --recorded is needed")
+  args.out = args.out or report.folder(args.policy or "recorded", args.suite)
   return args
 
 

@@ -170,6 +170,13 @@ def write(
   return path
 
 
+def folder(policy: str, suite: str) -> str:
+  """Where a report goes unless told: `runs/<policy>_<suite>`; a policy folder called "policy" has its parent's name."""
+  path = pathlib.PurePath(policy)
+  name = path.parent.name if path.name == "policy" and path.parent.name else path.name
+  return f"runs/{name}_{suite.replace(',', '_')}"
+
+
 def results(rows: Sequence[Row], command: str, seconds: Mapping[str, float]) -> dict:
   """What results.json holds."""
   return {

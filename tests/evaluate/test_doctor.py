@@ -133,6 +133,16 @@ def test_every_planted_trap_of_a_folder_is_found_by_the_command(folder, capsys, 
   assert any(line.startswith("unknown  rotation") for line in lines)
 
 
+def test_without_a_suite_the_statistics_name_it(folder, capsys, monkeypatch):
+  monkeypatch.setattr(libero, "find_assets", lambda given: Path(__file__).parent / "none")
+  with pytest.raises(SystemExit):
+    main(["doctor", f"--policy={folder()}"])
+  assert capsys.readouterr().out.startswith("suite: libero_goal, ")
+  assert doctor.suites(["libero_4_task_suites_no_noops"]) == [*libero.SUITES[:4]]
+  with pytest.raises(ValueError, match=r"got statistics of \['bridge_orig'\].*pass --suite"):
+    doctor.suites(["bridge_orig"])
+
+
 def test_what_is_no_policy_is_refused(tmp_path):
   with pytest.raises(SystemExit, match="No policy"):
     main(["doctor", f"--policy={tmp_path / 'none'}", "--suite=libero_goal"])

@@ -8,7 +8,8 @@ import numpy as np
 import policies
 import pytest
 
-from semanticvla_jax.data import hdf5
+from semanticvla_jax import checkpoint
+from semanticvla_jax.data import hdf5, statistics
 from semanticvla_jax.evaluate import compare, libero
 from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.evaluate.simulators import Record, Records
@@ -43,13 +44,35 @@ def test_a_policy_or_recorded_actions_but_not_both(capsys):
   assert "one of --policy and --recorded" in capsys.readouterr().err
 
 
-def test_statistics_of_the_suite_are_chosen(tmp_path):
-  def names(*found):
-    (tmp_path / "statistics.json").write_text(json.dumps(dict.fromkeys(found)))
-    return libero._dataset(tmp_path, "libero_goal")
+@pytest.mark.parametrize("names, suite, chosen", [
+  (["libero_object_no_noops", "libero_goal_no_noops"], "libero_goal", "libero_goal_no_noops"),
+  (["libero_goal", "other"], "libero_goal", "libero_goal"),
+  (["libero_4_task_suites_no_noops"], "libero_10", "libero_4_task_suites_no_noops"),
+  (["libero_object_no_noops"], "libero_goal", None), (["bridge_orig"], "libero_goal", None),
+  (["libero_4_task_suites_no_noops"], "libero_90", None), ([], "libero_goal", None),
+])
+def test_statistics_of_the_suite_are_chosen_and_others_refused(names, suite, chosen):
+  if chosen is None:
+    with pytest.raises(ValueError, match=f"no statistics of {suite}.*choose with --dataset"):
+      libero._dataset(names, suite)
+  else:
+    assert libero._dataset(names, suite) == chosen
 
-  assert names("libero_object_no_noops", "libero_goal_no_noops") == "libero_goal_no_noops"
-  assert names("libero_goal", "other") == "libero_goal" and names("only") is None and names("a", "b") is None
+
+def test_a_policy_of_another_suite_is_refused_by_the_command(tmp_path):
+  entries = {"libero_object_no_noops": statistics.to_openvla(policies.stats())}
+  folder = checkpoint.save_policy(tmp_path / "p", {"x": np.zeros(1)}, config=policies.CONFIG, statistics=entries)
+  with pytest.raises(SystemExit, match=r"got those of \['libero_object_no_noops'\]"):
+    main([f"--policy={folder}", "--suite=libero_goal", f"--out={tmp_path / 'out'}"])
+
+
+def test_a_report_has_a_place_unless_told():
+  def place(*words):
+    return libero.arguments(["--suite=libero_goal,libero_10", *words]).out
+
+  assert place("--policy=policies/oft/") == "runs/oft_libero_goal_libero_10"
+  assert place("--policy=runs/scripted/policy") == "runs/scripted_libero_goal_libero_10"
+  assert place("--recorded=x") == "runs/recorded_libero_goal_libero_10" and place("--policy=x", "--out=y") == "y"
 
 
 def seen(count):
