@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from semanticvla_jax.data import images, mixtures, records, rlds, statistics, trajectories
 
-_TEXT_WIDTH, _MARGIN, _LINE = 640, 8, 12  # pixels
+_TEXT_WIDTH, _NUMBER_WIDTH, _MARGIN, _LINE = 640, 40, 8, 12  # pixels
 
 
 def inspect(datasets: list[rlds.Dataset]) -> str:
@@ -69,11 +69,15 @@ def preview(dataset: rlds.Dataset, *, count: int = 6, size: int = 224, seed: int
         images.prepare(image, size, crop_area=0.9),
         images.augment(resized[None], uniform)[0],
       ]
-    rows.append(np.concatenate([*tiles, _caption(dataset, frame, size)], axis=1))
+    parts = [*tiles, _caption(dataset, frame)]
+    height = max(part.shape[0] for part in parts)
+    parts = [np.pad(part, ((0, height - len(part)), (0, 0), (0, 0)), constant_values=255) for part in parts]
+    rows.append(np.concatenate(parts, axis=1))
   return np.concatenate(rows)
 
 
-def _caption(dataset: rlds.Dataset, frame: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
+def _caption(dataset: rlds.Dataset, frame: int) -> UInt8[np.ndarray, "h w 3"]:
+  """The text beside a frame, as high as its lines and as wide as its numbers want."""
   recipe, stats = dataset.recipe, dataset.statistics
   now = np.array([frame])
   absolute = np.array(recipe.absolute)
@@ -89,7 +93,9 @@ def _caption(dataset: rlds.Dataset, frame: int, height: int) -> UInt8[np.ndarray
     f"chunk of {recipe.chunk}, normalised:",
     *(_numbers(action) for action in statistics.normalise(chunk, stats.action, mode=recipe.mode)[0]),
   ]
-  page = Image.new("RGB", (_TEXT_WIDTH, height), "white")
+  numbers = max(len(recipe.normalised), recipe.proprio_dim) + 3  # and the word before them
+  size = max(_TEXT_WIDTH, numbers * _NUMBER_WIDTH), _MARGIN + len(lines) * _LINE
+  page = Image.new("RGB", size, "white")
   draw = ImageDraw.Draw(page)
   for i, line in enumerate(lines):
     draw.text((_MARGIN, _MARGIN // 2 + i * _LINE), line, fill="black")

@@ -402,6 +402,6 @@ def test_command(data_dir, tmp_path, capsys):
     (got,) = statistics.load(path).values()
     assert got.action.q99.shape == (7,)
   command.main(["preview", *where, "--out", str(tmp_path / "sheet.png"), "--count", "2", "--size", "64"])
-  assert Image.open(tmp_path / "sheet.png").size == (6 * 64 + 640, 2 * 64)
+  assert Image.open(tmp_path / "sheet.png").size == (6 * 64 + 640, 2 * (8 + 16 * 12))
   with pytest.raises(SystemExit, match="No dataset 'tabletop_none'"):
     command.main(["inspect", "--data_dir", str(data_dir), "--name", "tabletop_none"])
