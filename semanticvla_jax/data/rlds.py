@@ -101,7 +101,8 @@ def load(
     cache_dir: local folder in which the index is kept from one run to the next, or None.
 
   Raises:
-    ValueError: no such dataset or split, a missing feature, a corrupt shard, non-finite numbers, unusable statistics.
+    ValueError: no such dataset or split, a missing feature, a corrupt shard, non-finite numbers, a gripper of another
+      convention, unusable statistics.
   """
   import tensorflow_datasets as tfds
 
@@ -183,7 +184,8 @@ def assemble(
   """Standardises the episodes of an index and computes (or takes `given`) and checks their statistics.
 
   Raises:
-    ValueError: non-finite numbers (naming the shard, episode and frame), no usable episode, unusable statistics.
+    ValueError: non-finite numbers (naming the shard, episode and frame), gripper commands of another convention, no
+      usable episode, unusable statistics.
   """
   reader = records.Reader(index)
   for key, column in index.columns.items():
@@ -193,6 +195,7 @@ def assemble(
         f"Dataset {name!r}, {key!r}: got {column[frame, dimension]} in dimension {dimension} of "
         f"{reader.where(int(frame))}; expected finite numbers; repair the episode or write the dataset without it."
       )
+  standardise.check_gripper(name, recipe, index.columns["action"])
   found, silent, first = [], 0, 0
   spoken = np.array([bool(instruction) for instruction in index.instructions], bool)
   for length in index.lengths.tolist():

@@ -29,6 +29,14 @@ class Trajectory(NamedTuple):
   frames: Int[np.ndarray, "t"]
 
 
+class Gripper(NamedTuple):
+  """The gripper command as stored: its dimension of the action, and the values that open and close."""
+
+  dimension: int
+  open: float
+  closed: float
+
+
 class Recipe(NamedTuple):
   """How the columns of one kind of dataset are read.
 
@@ -41,6 +49,7 @@ class Recipe(NamedTuple):
     proprio_dim: width of the proprioception.
     mode: "bounds_q99" or "bounds", see statistics.normalise.
     chunk: actions predicted at a time in the release.
+    gripper: how the gripper command is stored; None where there is none (absolute joints).
   """
 
   standardise: Callable[[Columns], Trajectory]
@@ -51,6 +60,37 @@ class Recipe(NamedTuple):
   proprio_dim: int
   mode: str
   chunk: int
+  gripper: Gripper | None = None
+
+
+def check_gripper(name: str, recipe: Recipe, action: Float[np.ndarray, "n a"]) -> None:
+  """Refuses stored gripper commands of another convention, which standardising would clip or invert unseen.
+
+  Commands must stay in the range of the recipe's (within a twentieth of it) and, unless they never change, lie on both
+  sides of its middle.
+
+  Args:
+    name: of the dataset.
+    recipe: how it is read.
+    action: as stored, of all frames.
+
+  Raises:
+    ValueError: naming dataset, dimension, values and remedy.
+  """
+  if recipe.gripper is None or not len(action):
+    return
+  column = action[:, recipe.gripper.dimension]
+  low, high = float(column.min()), float(column.max())
+  ends = sorted((recipe.gripper.open, recipe.gripper.closed))
+  slack, middle = 0.05 * (ends[1] - ends[0]), sum(ends) / 2
+  outside = low < ends[0] - slack or high > ends[1] + slack
+  still = low == high and low in ends
+  if outside or (not still and (low >= middle or high <= middle)):
+    raise ValueError(
+      f"Dataset {name!r}, action dimension {recipe.gripper.dimension}: got gripper commands in [{low:g}, {high:g}]; "
+      f"expected {recipe.gripper.open:g} open … {recipe.gripper.closed:g} closed; write the dataset with that "
+      "convention, or read it with a Recipe whose `gripper` and `standardise` are its own."
+    )
 
 
 def libero(columns: Columns) -> Trajectory:
@@ -105,12 +145,15 @@ def binary_gripper(command: Float[np.ndarray, "t"]) -> Float32[np.ndarray, "t"]:
   return out
 
 
+_COMMAND, _OPENING = Gripper(6, -1.0, 1.0), Gripper(6, 1.0, 0.0)
 _ARM = {"normalised": (True,) * 6 + (False,), "absolute": (False,) * 6 + (True,), "mode": "bounds_q99"}
 _SEVEN = {"action": 7, "observation/state": 8}
 
-LIBERO = Recipe(libero, _SEVEN, ("image", "wrist_image"), proprio_dim=8, chunk=8, **_ARM)
+LIBERO = Recipe(libero, _SEVEN, ("image", "wrist_image"), proprio_dim=8, chunk=8, gripper=_COMMAND, **_ARM)
 TABLETOP = LIBERO._replace(standardise=tabletop)
-BRIDGE = Recipe(bridge, {"action": 7, "observation/state": 7}, ("image_0",), proprio_dim=7, chunk=5, **_ARM)
+BRIDGE = Recipe(
+  bridge, {"action": 7, "observation/state": 7}, ("image_0",), proprio_dim=7, chunk=5, gripper=_OPENING, **_ARM
+)
 ALOHA = Recipe(
   aloha,
   {"action": 14, "observation/state": 14},

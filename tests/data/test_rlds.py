@@ -307,6 +307,44 @@ def test_non_finite_numbers_are_named(dataset):
     rlds.assemble(NAME, standardise.TABLETOP, broken)
 
 
+def regripped(index: records.Index, convention) -> records.Index:
+  """The same frames with gripper commands (-1 open, +1 closed) stored as `convention` gives them."""
+  action = index.columns["action"].copy()
+  action[:, 6] = convention(action[:, 6])
+  return index._replace(columns=index.columns | {"action": action})
+
+
+GRIPPERS = {  # stored otherwise than as -1 open, +1 closed
+  "1 open, 0 closed": lambda g: (1 - g) / 2, "0 open, 1 closed": lambda g: (1 + g) / 2, "width": lambda g: 40 - 40 * g,
+  "never opens": lambda g: np.zeros_like(g),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GRIPPERS)
+def test_grippers_of_another_convention_are_named(dataset, kind):
+  wrong = regripped(dataset.index, GRIPPERS[kind])
+  low, high = (f"{value:g}" for value in (wrong.columns["action"][:, 6].min(), wrong.columns["action"][:, 6].max()))
+  message = rf"'tabletop_toy', action dimension 6: got gripper commands in \[{low}, {high}\]; expected -1 open … 1 cl"
+  with pytest.raises(ValueError, match=message):
+    rlds.assemble(NAME, standardise.TABLETOP, wrong)
+
+
+def test_grippers_that_never_move_are_accepted(dataset):
+  for value in (-1.0, 1.0):
+    still = regripped(dataset.index, lambda g: np.full_like(g, value))  # noqa: B023
+    assert set(rlds.assemble(NAME, standardise.TABLETOP, still).actions[:, 6]) == {float(value < 0)}
+
+
+def test_the_commands_name_a_gripper_of_another_convention(tmp_path):
+  wrong = episodes()
+  for one in wrong:
+    one.action[:, 6] = (1 - one.action[:, 6]) / 2
+  writer.write(tmp_path, "libero_toy", wrong)
+  for verb in ("inspect", "statistics"):
+    with pytest.raises(SystemExit, match=r"'libero_toy', action dimension 6: got gripper commands in \[0, 1\]"):
+      command.main([verb, "--data-dir", str(tmp_path), "--name", "libero_toy", "--out", str(tmp_path / "out.json")])
+
+
 def copy(data_dir: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
   folder = to / NAME / "1.0.0"
   folder.mkdir(parents=True)
