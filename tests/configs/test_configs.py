@@ -14,6 +14,7 @@ from semanticvla_jax.models.semanticvla import DEFAULTS, VARIANTS, build
 FILES = {
   "libero": ("full", "lite", "r4", "r32"),
   "aloha": ("full",),
+  "bridge": ("full",),
   "openvla_oft": ("libero", "film", "aloha"),
   "openvla": ("libero",),
 }
