@@ -98,7 +98,9 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
       crop_area=0.9,  # of the random crops of training and the centre crop of evaluation; None crops in neither
       diagonal_crop=False,  # True: the release's random crops, whose vertical and horizontal offsets are equal
       normalisation="bounds_q99",
+      dct="accurate",  # of JPEGs, in training and evaluation; "fast" is TensorFlow's, which the release has
       pruner_text="question",
+      pruner_text_eval=placeholder(str),  # None: as trained; "prompt" is the release's
       prompt_length=64,
       instruction_length=64,
       tokenizers=placeholder(str),  # a folder; None: the embedded pair

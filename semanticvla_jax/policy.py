@@ -98,7 +98,8 @@ class Policy:
     stats: of the dataset whose units the actions are in.
     tokenizers: of the policy; their lengths are what it is compiled for.
     config: {"model": …, "data": …, "lora": …}. Of data this reads normalisation ("q99" or "bounds"), crop_area (share
-      of the image that a policy trained on random crops sees, or None) and jpeg_quality (None: no round trip).
+      of the image that a policy trained on random crops sees, or None), jpeg_quality (None: no round trip) and dct
+      (how JPEGs are decoded, "accurate" unless it says otherwise).
     batch_sizes: sizes to compile for; () for none, when it only runs inside another program.
     replay: actions of a chunk to execute before asking again, for those who ask; None for the whole chunk.
     gripper: "command" gives the gripper as -1 open, +1 closed, "raw" as it was learned: 1 open, 0 closed (what clients
@@ -128,7 +129,10 @@ class Policy:
     self.mode = _choice("normalisation", data.get("normalisation", "q99"), NORMALISATIONS)
     self.mode = NORMALISATIONS[self.mode]
     self.gripper = _choice("gripper", gripper, GRIPPERS)
-    self._picture = dict(size=self.image_size, crop_area=data.get("crop_area"), jpeg_quality=data.get("jpeg_quality"))
+    self._picture = dict(
+      size=self.image_size, crop_area=data.get("crop_area"), jpeg_quality=data.get("jpeg_quality"),
+      dct=_choice("dct", data.get("dct", "accurate"), images.DCTS),
+    )  # fmt: skip
     self.chunk = self.bare.chunk if self.bare.coupler is not None else 1
     self.replay = self.chunk if replay is None else replay
     self._extra, self._words = dict(metadata or {}), {}
@@ -213,8 +217,8 @@ class Policy:
       "gripper": self.gripper,
       "normalisation": self.mode,
       "dtype": str(jnp.dtype(self.bare.llm.dtype)),
-      "crop_area": self._picture["crop_area"],
-      "jpeg_quality": self._picture["jpeg_quality"],
+      **{name: self._picture[name] for name in ("crop_area", "jpeg_quality", "dct")},
+      "pruner_text": None if self.bare.text is None else self.tokenizers.pruner_text,
       "batch_sizes": [*self._compiled],
     }
 
@@ -359,7 +363,7 @@ def _tokenizers(folder: Any, config: Mapping, model: SemanticVLA) -> text.Tokeni
     str(folder),
     prompt_length=data.get("prompt_length") or 64,
     instruction_length=data.get("instruction_length") or min(64, positions),
-    pruner_text=data.get("pruner_text", "question"),
+    pruner_text=data.get("pruner_text_eval") or data.get("pruner_text", "question"),
   )
 
 

@@ -140,6 +140,25 @@ def test_images_are_prepared_as_the_config_says():
   np.testing.assert_array_equal(plain.images[0, 0], policies.observation()["observation/image"])
 
 
+def test_jpegs_are_decoded_as_the_config_says():
+  config = policies.CONFIG | {"data": policies.DATA | {"jpeg_quality": 60, "dct": "fast"}}
+  fast, seen = policies.policy(config=config), policies.observation()
+  expected = [images.jpeg_round_trip(seen["observation/image"], 60, dct) for dct in images.DCTS]
+  np.testing.assert_array_equal(fast.observe([seen]).images[0, 0], expected[1])
+  assert np.any(expected[0] != expected[1]) and fast.metadata["dct"] == "fast"
+  with pytest.raises(ValueError, match="dct='slow'; expected one of"):
+    policies.policy(config=policies.CONFIG | {"data": {"dct": "slow"}})
+
+
+def test_the_text_of_the_pruner_is_the_trained_one_unless_evaluation_has_its_own(ready):
+  for data, written in (({}, "question"), ({"pruner_text": "prompt"}, "prompt"),
+                        ({"pruner_text": "question", "pruner_text_eval": "prompt"}, "prompt"),
+                        ({"pruner_text": "prompt", "pruner_text_eval": None}, "prompt")):
+    words = policy._tokenizers(text.EMBEDDED, {"data": data}, ready.bare)
+    assert words.pruner_text == written, data
+  assert ready.metadata["pruner_text"] == "question"
+
+
 def test_a_saved_policy_acts_like_the_one_in_memory(folder, ready):
   loaded = Policy.load(folder / "plain")
   seen = policies.observation()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,7 @@ class Augmentation(NamedTuple):
 
 
 RELEASE = Augmentation()
+DCTS = ("accurate", "fast")
 
 
 def decode(encoded: bytes, dct: str = "accurate") -> UInt8[np.ndarray, "h w 3"]:
@@ -56,6 +58,7 @@ def decode(encoded: bytes, dct: str = "accurate") -> UInt8[np.ndarray, "h w 3"]:
     ValueError: the bytes are no image, or `dct` is unknown.
   """
   if dct == "fast":
+    hide_accelerators()
     import tensorflow as tf
 
     try:
@@ -69,6 +72,18 @@ def decode(encoded: bytes, dct: str = "accurate") -> UInt8[np.ndarray, "h w 3"]:
       return np.array(image.convert("RGB"))
   except (OSError, SyntaxError) as error:
     raise _undecodable(encoded, error) from error
+
+
+@functools.cache
+def hide_accelerators() -> None:
+  """Keeps TensorFlow off the devices: it decodes and reads files here, and would else take their memory from JAX."""
+  import tensorflow as tf
+
+  try:
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_visible_devices([], "TPU")
+  except RuntimeError:  # already initialised by the caller, who then decides
+    logging.warning("tensorflow was initialised before its devices could be hidden")
 
 
 def _undecodable(encoded: bytes, error: Exception) -> ValueError:

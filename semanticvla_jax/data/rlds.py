@@ -107,7 +107,7 @@ def load(
   import tensorflow_datasets as tfds
 
   recipe = standardise.recipe(name) if recipe is None else recipe
-  _hide_accelerators()
+  images.hide_accelerators()
   builder = tfds.builder_from_directory(find(data_dir, name))
   _check_features(builder, recipe, name)
   if builder.info.file_format.value != "tfrecord":
@@ -141,17 +141,6 @@ def find(data_dir: str, name: str) -> str:
       + (f"did you mean {close[0]!r}?" if close else "check data_dir.")
     )
   return str(max(versions, key=lambda path: [int(part) if part.isdigit() else -1 for part in path.name.split(".")]))
-
-
-def _hide_accelerators() -> None:
-  """Keeps TensorFlow off the devices: it reads files here, and would otherwise take their memory from JAX."""
-  import tensorflow as tf
-
-  try:
-    tf.config.set_visible_devices([], "GPU")
-    tf.config.set_visible_devices([], "TPU")
-  except RuntimeError:  # already initialised by the caller, who then decides
-    logging.warning("tensorflow was initialised before its devices could be hidden")
 
 
 def _check_features(builder, recipe: standardise.Recipe, name: str) -> None:

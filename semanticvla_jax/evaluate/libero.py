@@ -149,7 +149,7 @@ class Evaluation:
     self.simulators = OnSimulators(
       policy, lambda: libero.start(self.settings, states, args.timeout), workers=args.workers, replay=replay,
       group=lambda seed: seed // libero.EPISODES, instruction=lambda seed: tasks[seed // libero.EPISODES].instruction,
-      jpeg_quality=self.jpeg,
+      jpeg_quality=self.jpeg, dct=policy.metadata.get("dct", "accurate"),
     )  # fmt: skip
     self.replay = replay
 

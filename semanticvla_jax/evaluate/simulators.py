@@ -115,7 +115,7 @@ class OnSimulators:
     group: of an episode number, e.g. its task: a simulator stays in a group while it can.
     instruction: of an episode number; what a record says of an episode that broke before it could tell itself.
     jpeg_quality: frames go through a JPEG of this quality before the policy sees them, as stored training frames did;
-      None leaves them as rendered.
+      None leaves them as rendered. dct: how that is decoded, see images.decode.
     retries: how often an episode that breaks is begun again.
     seen: called at the end of each episode with its record and the observations that the policy had, and the last one.
   """
@@ -123,13 +123,14 @@ class OnSimulators:
   def __init__(
     self, policy: Any, make: Callable[[], Process], *, workers: int = 1, replay: int | None = None,
     group: Callable[[int], Any] = lambda seed: 0, instruction: Callable[[int], str] = lambda seed: "",
-    jpeg_quality: int | None = None, retries: int = 2, seen: Callable[[Record, list[dict]], None] | None = None,
+    jpeg_quality: int | None = None, dct: str = "accurate", retries: int = 2,
+    seen: Callable[[Record, list[dict]], None] | None = None,
   ):  # fmt: skip
     if workers < 1 or retries < 0:
       raise ValueError(f"Simulators: got workers={workers}, retries={retries}; expected at least 1 and 0.")
     self.policy, self.workers, self.retries, self.seen = policy, workers, retries, seen
     self.replay = policy.replay if replay is None else replay
-    self._make, self._group, self._instruction, self._jpeg = make, group, instruction, jpeg_quality
+    self._make, self._group, self._instruction, self._jpeg, self._dct = make, group, instruction, jpeg_quality, dct
     self._pool: list[_Running] = []
 
   def first(self) -> Process:
@@ -246,7 +247,8 @@ class OnSimulators:
   def _observation(self, one: _Running) -> dict:
     observation = one.moment.observations[-1]
     if self._jpeg is not None:
-      observation = observation | {name: images.jpeg_round_trip(observation[name], self._jpeg) for name in _PICTURES}
+      stored = {name: images.jpeg_round_trip(observation[name], self._jpeg, self._dct) for name in _PICTURES}
+      observation = observation | stored
     sentence = self._told.get(one.seed, one.moment.instruction)
     return observation | {"prompt": sentence, "episode": one.seed, "step": one.moment.steps}
 

@@ -52,7 +52,10 @@ _MULTIHOST = flags.DEFINE_enum("multihost", "auto", distributed.METHODS, "Where 
 _HOST_DEADLINE = flags.DEFINE_float("host_deadline", 300.0, "Seconds that hosts wait for each other")
 
 # Config fields that runs of earlier versions did not store, with the value they had.
-LATER = {"frozen_dtype": None, "optim.ema": None, "data.starts": 0.0, "data.diagonal_crop": False}
+LATER = {
+  "frozen_dtype": None, "optim.ema": None, "data.starts": 0.0, "data.diagonal_crop": False, "data.dct": "accurate",
+  "data.pruner_text_eval": None, "data.cache_dir": None,
+}  # fmt: skip
 
 
 class Diverged(RuntimeError):
@@ -81,6 +84,11 @@ def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
     pruner_text=config.data.pruner_text,
     **folder,
   )
+  if config.data.pruner_text_eval not in (None, *text.PRUNER_TEXTS):
+    raise ValueError(
+      f"config.data.pruner_text_eval: got {config.data.pruner_text_eval!r}, expected None (as trained) or one of "
+      f"{text.PRUNER_TEXTS}; change it."
+    )
   if not bare.llm.vocab - 64 <= tokenizers.pad_id < bare.llm.vocab:
     raise ValueError(
       f"config.data.tokenizers={config.data.tokenizers!r}: got {tokenizers.pad_id} pieces, expected nearly "
@@ -125,8 +133,8 @@ def image_options(data: Any) -> dict:
       "nothing, or augment=False."
     )
   if not data.augment:
-    return dict(crop_area=area)
-  return dict(augmentation=images.Augmentation(crop_area=area, diagonal_crop=data.diagonal_crop))
+    return dict(crop_area=area, dct=data.dct)
+  return dict(augmentation=images.Augmentation(crop_area=area, diagonal_crop=data.diagonal_crop), dct=data.dct)
 
 
 def rlds_source(

@@ -50,6 +50,22 @@ def test_random_crops_have_the_area_of_the_config(data, monkeypatch):
   assert images.RELEASE in asked and images.Augmentation(crop_area=0.8, diagonal_crop=True) in asked
 
 
+def test_jpegs_are_decoded_as_the_config_says(data, dataset):
+  encoded = records.Reader(dataset.index).image(0, 0)
+  assert np.any(images.decode(encoded, "fast") != images.decode(encoded, "accurate"))
+  shown = [source(data, augment=False, crop_area=None, dct=dct)[0].observation.images for dct in images.DCTS]
+  assert 0 < np.abs(shown[0].astype(int) - shown[1]).mean() < 3
+  with pytest.raises(ValueError, match="got dct='slow'"):
+    source(data, dct="slow")
+
+
+def test_text_of_the_pruner_at_evaluation_leaves_training_alone(data):
+  one, other = (source(data, pruner_text_eval=written)[0].observation for written in (None, "prompt"))
+  np.testing.assert_array_equal(one.instruction, other.instruction)
+  with pytest.raises(ValueError, match="pruner_text_eval: got 'answer', expected None"):
+    source(data, pruner_text_eval="answer")
+
+
 @pytest.mark.parametrize("area", [0.9, None])
 def test_without_augmentation_training_sees_what_evaluation_will(data, dataset, area):
   batch, _ = source(data, augment=False, crop_area=area)
