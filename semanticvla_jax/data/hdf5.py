@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 from typing import NamedTuple
@@ -68,6 +69,12 @@ def read(path: str | os.PathLike) -> list[Demonstration]:
     raise ValueError(
       f"Demonstrations: got {path} ({error}); expected data/demo_i with actions and states; download it again."
     ) from error
+
+
+def digest(path: str | os.PathLike) -> str:
+  """SHA-256 of a whole file, 16 hexadecimal digits."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _demonstration(name: str, group, path: pathlib.Path) -> Demonstration:

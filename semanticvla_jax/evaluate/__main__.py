@@ -160,7 +160,8 @@ def run(args: argparse.Namespace, out: pathlib.Path) -> tuple[list[report.Row], 
     evaluation = Evaluation(args, policy, suite)
     baseline = None if before is None else Evaluation(args, before, suite)
     if baseline is not None:
-      protocol.require_alike(evaluation.fingerprint(), baseline.fingerprint())
+      # Fine-tuning gives the statistics the name of its own data.
+      protocol.require_alike(evaluation.fingerprint(), baseline.fingerprint(), but=("policy.dataset",))
     main = timed("evaluate", lambda: evaluation.measure("this policy", "policy"))  # noqa: B023
     rows.append(main)
     if baseline is not None:

@@ -3,8 +3,8 @@
     python -m semanticvla_jax.evaluate compare runs/a/report runs/b/report
 
 pairs the episodes of equal seeds and prints both rates with Wilson intervals and the paired interval of their
-difference; refuses, naming the fields, where the fingerprints differ in more than what is compared (--anyway compares
-all the same and says so in the table).
+difference; refuses, naming the fields, where the fingerprints differ in more than whose policy it is and what was
+changed on purpose (--anyway compares all the same and says so in the table).
 """
 
 from __future__ import annotations
@@ -82,9 +82,11 @@ def compare(first: Mapping, second: Mapping, anyway: bool = False) -> list[str]:
     if not anyway:
       raise
     warning = ["NOT ALIKE: " + " ".join(str(error).split())]
-  marks = first["fingerprint"], second["fingerprint"]
-  seen = [name for name in protocol.COMPARED if name != "policy"]
-  warning += [f"  compared:  {line}" for line in protocol.differences(*marks, seen)]
+  for name, pair in protocol.differences(first["fingerprint"], second["fingerprint"]).items():
+    if protocol.within(name, protocol.COMPARED) and not name.startswith("policy"):
+      warning.append(f"  compared:  {name}: {pair}")
+    elif protocol.within(name, protocol.NOTED):
+      warning.append(f"  noted:     {name}: {pair}")
   pairs = _pairs(first["per_episode"], second["per_episode"])
   counts = [sum(pair == kind for pair in pairs) for kind in ((1, 1), (1, 0), (0, 1), (0, 0))]
   low, high = paired_interval(*counts)
@@ -108,7 +110,7 @@ def _pairs(first: Sequence[Mapping], second: Sequence[Mapping]) -> list[tuple[in
 
 
 def main(argv: list[str]) -> None:
-  """Prints the comparison of every suite that both results have; problems end the program with their message."""
+  """Prints the comparison of every suite that both results have, and names the others; problems end the program."""
   parser = argparse.ArgumentParser(
     prog="python -m semanticvla_jax.evaluate compare",
     description=__doc__,
@@ -123,6 +125,8 @@ def main(argv: list[str]) -> None:
     suites = [suite for suite in first if suite in second]
     if not suites:
       raise ValueError(f"Results cannot be compared: got suites {[*first]} and {[*second]}; expected one in common.")
+    for suite in first.keys() ^ second.keys():
+      print(f"{suite}: only {'A' if suite in first else 'B'} has it")
     for suite in suites:
       print("\n".join(compare(first[suite], second[suite], args.anyway)))
   except ValueError as error:

@@ -187,8 +187,7 @@ class Evaluation:
 
   def measure(self) -> report.Row:
     """The policy itself."""
-    mark = self.fingerprint()
-    self._claim(mark)
+    mark = self._claim(self.fingerprint())
     self.simulators.seen = self.watch
     episodes = self.runner(self.policy, "policy").run(self.seeds)
     self.simulators.seen = None
@@ -220,18 +219,23 @@ class Evaluation:
     print(f"{self.suite:14} {name:42} {count}  ({low:.0f}–{high:.0f} %){broken}", flush=True)
     return row
 
-  def _claim(self, mark: dict) -> None:
-    """Notes the fingerprint, or checks that episodes found here were measured with the same."""
-    path = self.out / f"{self.suite}_fingerprint.json"
-    if path.exists():
-      before, now = json.loads(path.read_text()), json.loads(json.dumps(mark))
-      if lines := protocol.differences(before, now, now.keys() | before.keys()):
-        listing = "\n  ".join(lines)
-        raise ValueError(
-          f"{self.out} holds episodes that were measured otherwise: got\n  {listing}\nexpected the same; choose "
-          "another --out."
-        )
-    path.write_text(json.dumps(mark, indent=2) + "\n")
+  def _claim(self, mark: Mapping) -> dict:
+    """Notes the fingerprint, or checks that episodes found here were measured with the same; returns that of all.
+
+    More or fewer episodes are no difference, nor is where the policy lies; sources that differ are all named.
+    """
+    path, now = self.out / f"{self.suite}_fingerprint.json", json.loads(json.dumps(mark))
+    before = json.loads(path.read_text()) if path.exists() else now
+    if lines := protocol.unlike(before, now, (*protocol.NOTED, *protocol.COUNTED, "policy.folder")):
+      listing = "\n  ".join(lines)
+      raise ValueError(
+        f"{self.out} holds episodes that were measured otherwise: got\n  {listing}\nexpected the same; choose "
+        "another --out."
+      )
+    parts = [part for each in (before, now) for part in each.get("sources", "").split()]
+    now["sources"] = " ".join(dict.fromkeys(parts))
+    path.write_text(json.dumps(now, indent=2) + "\n")
+    return now
 
 
 class _Runner:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import math
 import pathlib
 import platform
-import subprocess
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -18,7 +18,14 @@ from semanticvla_jax.evaluate.rollout import Episodes
 
 PACKAGES = ("semanticvla_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 # Fields in which compared results may differ: that is what is compared. All others must be equal.
-COMPARED = ("policy", "preprocessing", "told", "model_changes")
+COMPARED = (
+  "policy.policy_hash", "policy.folder", "policy.step", "policy.parameters", "preprocessing.image_size",
+  "preprocessing.views", "preprocessing.pruner_text", "chunk", "told", "model_changes",
+)  # fmt: skip
+# Fields that are told and decide nothing: a comment changes the sources, too.
+NOTED = ("sources",)
+# Fields that say how many episodes there are: each is kept by its own seed.
+COUNTED = ("seeds", "episodes", "first_states")
 
 
 def wilson(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -53,7 +60,9 @@ def fingerprint(
     **more: what a simulator adds: versions, renderer, initial states.
   """
   facts, device = policy.metadata, jax.devices()[0]
-  reads = ("image_size", "views", "crop_area", "jpeg_quality", "normalisation", "gripper", "dtype")
+  reads = (
+    "image_size", "views", "crop_area", "jpeg_quality", "dct", "normalisation", "gripper", "dtype", "pruner_text",
+  )  # fmt: skip
   seeds = [int(seed) for seed in seeds]
   consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
   return {
@@ -62,10 +71,10 @@ def fingerprint(
     "episodes": len(seeds), "max_steps": max_steps, "replay": replay, "loop": loop, "told": told,
     "model_changes": model_changes or {},
     "policy": {key: facts.get(key) for key in ("policy_hash", "folder", "step", "dataset", "parameters")},
-    "preprocessing": {key: facts.get(key) for key in reads},
+    "preprocessing": {key: facts.get(key) for key in reads}, "chunk": facts.get("chunk"),
     "device": f"{device.platform}: {device.device_kind} × {jax.device_count()}",
     "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-    "commit": commit(), **more,
+    "sources": sources(), **more,
   }  # fmt: skip
 
 
@@ -78,24 +87,34 @@ def fitting(names: Sequence[str], suite: str) -> list[str]:
   return own + [name for name in names if name.startswith("libero_4_task_suites") and suite != "libero_90"]
 
 
-def require_alike(first: dict, second: dict) -> None:
-  """Raises ValueError unless two results may be compared: equal fingerprints but for the fields COMPARED."""
-  lines = differences(first, second, (first.keys() | second.keys()) - set(COMPARED))
+def require_alike(first: Mapping, second: Mapping, but: Sequence[str] = ()) -> None:
+  """Raises ValueError unless two fingerprints are equal in all but the fields COMPARED, NOTED and `but`."""
+  lines = unlike(first, second, (*COMPARED, *NOTED, *but))
   if lines:
     listing = "\n  ".join(lines)
     raise ValueError(f"Results cannot be compared: got different\n  {listing}\nexpected equal ones; run both alike.")
 
 
-def differences(first: Mapping, second: Mapping, names: Iterable[str]) -> list[str]:
-  """A line for each field that differs, "replay: 8 against 4"; of a field with parts, only those that differ."""
-  lines = []
-  for name in sorted(names):
+def unlike(first: Mapping, second: Mapping, but: Sequence[str] = ()) -> list[str]:
+  """A line for each part of two fingerprints that differs, but for some: "simulator.mujoco: 3.8.1 against 3.2.3"."""
+  return [f"{name}: {pair}" for name, pair in differences(first, second).items() if not within(name, but)]
+
+
+def differences(first: Mapping, second: Mapping) -> dict[str, str]:
+  """What differs, {"simulator.mujoco": "3.8.1 against 3.2.3"}; of a field with parts, only those parts."""
+  found = {}
+  for name in sorted(first.keys() | second.keys()):
     a, b = first.get(name), second.get(name)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-      lines += [f"{name}.{line}" for line in differences(a, b, a.keys() | b.keys())]
+      found |= {f"{name}.{part}": pair for part, pair in differences(a, b).items()}
     elif a != b:
-      lines.append(f"{name}: {a} against {b}")
-  return lines
+      found[name] = f"{a} against {b}"
+  return found
+
+
+def within(name: str, fields: Sequence[str]) -> bool:
+  """Whether a name of `differences` is one of some fields or a part of one."""
+  return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
 def summary(episodes: Episodes, group: Callable[[str], str] | None = None) -> dict:
@@ -125,18 +144,13 @@ def select(episodes: Episodes, index: Sequence[int]) -> Episodes:
   return Episodes(*arrays, [episodes.instruction[i] for i in index], [episodes.told[i] for i in index])
 
 
-def commit() -> str | None:
-  """The commit of the source tree, "+" where it was changed since; None where there is no git."""
-  git = ["git", "-C", str(pathlib.Path(__file__).parent)]
-  commands = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-  try:
-    with warnings.catch_warnings():  # jax warns of forks; these children become git at once
-      warnings.filterwarnings("ignore", r"os\.fork\(\) was called")
-      found = [subprocess.run(git + words, capture_output=True, text=True, check=True) for words in commands]
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  head, dirty = (result.stdout.strip() for result in found)
-  return head + ("+" if dirty else "")
+@functools.cache
+def sources() -> str:
+  """SHA-256 of the package's Python files, names and contents, 16 hexadecimal digits; with or without git."""
+  digest, root = hashlib.sha256(), pathlib.Path(__file__).parents[1]
+  for path in sorted(root.rglob("*.py")):
+    digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+  return digest.hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:

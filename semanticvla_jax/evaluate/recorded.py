@@ -5,6 +5,7 @@ Sent through the whole evaluation, it must succeed where a plain replay of the s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -41,7 +42,11 @@ class Recorded:
           )
         row = rows[seed % libero.EPISODES]
         self._actions[seed], self.states[seed] = row.moving, row.first
-    self.metadata = {"folder": f"recorded actions of {suite}", "chunk": replay, "replay": replay, "jpeg_quality": None}
+    digests = "".join(hdf5.digest(path) for path in sorted(found.glob("*_demo.hdf5")))
+    self.metadata = {
+      "folder": f"recorded actions of {suite}", "policy_hash": hashlib.sha256(digests.encode()).hexdigest()[:16],
+      "chunk": replay, "replay": replay, "jpeg_quality": None,
+    }  # fmt: skip
 
   def infer_batch(self, observations: Sequence[Mapping]) -> list[dict]:
     """The next actions of each episode, by its number and the steps taken: [{"actions": f64[<=replay 7]}, …]."""

@@ -9,7 +9,7 @@ from semanticvla_jax.evaluate.__main__ import main
 
 
 def result(outcomes, suite="pick", **mark):
-  mark = {"suite": suite, "replay": 8, "policy": str(outcomes)} | mark
+  mark = {"suite": suite, "replay": 8, "policy": {"policy_hash": str(outcomes), "dataset": suite}} | mark
   n, rate = len(outcomes), sum(outcomes) / len(outcomes)
   rows = [dict(seed=i, success=bool(x), error=False) for i, x in enumerate(outcomes)]
   return dict(kind="policy", suite=suite, successes=sum(outcomes), episodes=n, rate=rate, interval=[0.0, 1.0],
@@ -44,7 +44,8 @@ def test_the_table(tmp_path, capsys):
   b = write(tmp_path / "b", result([1, 0, 0, 0]))
   main(["compare", a, b])
   printed = capsys.readouterr().out
-  assert "pick: 4 episodes of equal seeds" in printed and "A − B  +50.0 points" in printed and "long" not in printed
+  assert "pick: 4 episodes of equal seeds" in printed and "A − B  +50.0 points" in printed
+  assert "long: only A has it" in printed
   assert "solved by both 1, only A 2, only B 0, neither 1" in printed
 
 
@@ -57,12 +58,14 @@ def test_what_is_not_alike_is_refused_and_named(tmp_path, capsys):
 
 
 def test_what_is_compared_is_named_and_parts_of_fields_too(tmp_path, capsys):
-  marks = [dict(preprocessing={"crop_area": area, "image_size": 224}, simulator={"mujoco": version, "bddl": "1.0.1"})
-           for area, version in ((0.9, "3.8.1"), (None, "3.8.1"), (0.9, "3.2.3"))]
+  marks = [dict(preprocessing={"crop_area": 0.9, "image_size": size}, simulator={"mujoco": version, "bddl": "1.0.1"})
+           for size, version in ((224, "3.8.1"), (96, "3.8.1"), (224, "3.2.3"))]
+  marks[1] |= {"sources": "b"}
   a, b, c = (write(tmp_path / name, result([1, 0], **mark)) for name, mark in zip("abc", marks))
   main(["compare", a, b])
   printed = capsys.readouterr().out
-  assert "compared:  preprocessing.crop_area: 0.9 against None" in printed and "NOT ALIKE" not in printed
+  assert "compared:  preprocessing.image_size: 224 against 96" in printed and "NOT ALIKE" not in printed
+  assert "noted:     sources: None against b" in printed
   with pytest.raises(SystemExit, match="simulator.mujoco: 3.8.1 against 3.2.3"):
     main(["compare", a, c])
   main(["compare", a, c, "--anyway"])

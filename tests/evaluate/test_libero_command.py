@@ -107,10 +107,16 @@ def test_tracebacks_of_what_broke_are_kept(tmp_path):
 def test_what_was_measured_otherwise_is_not_gone_on_with(tmp_path):
   one = libero.Evaluation.__new__(libero.Evaluation)
   one.out, one.suite = tmp_path, "libero_goal"
-  one._claim({"replay": 8, "simulator": {"mujoco": "3.8.1"}, "seeds": (1, 2)})
-  one._claim({"replay": 8, "simulator": {"mujoco": "3.8.1"}, "seeds": (1, 2)})
+  mark = {"replay": 8, "simulator": {"mujoco": "3.8.1"}, "seeds": (1, 2), "first_states": "a", "sources": "x"}
+  mark |= {"policy": {"policy_hash": "p", "folder": "here"}}
+  one._claim(mark)
+  assert one._claim(mark)["sources"] == "x"
   with pytest.raises(ValueError, match="simulator.mujoco: 3.8.1 against 3.2.3"):
-    one._claim({"replay": 8, "simulator": {"mujoco": "3.2.3"}, "seeds": (1, 2)})
+    one._claim(mark | {"simulator": {"mujoco": "3.2.3"}})
+  with pytest.raises(ValueError, match="policy.policy_hash: p against q"):
+    one._claim(mark | {"policy": {"policy_hash": "q", "folder": "here"}})
+  more = mark | {"seeds": (1, 2, 3), "episodes": 3, "first_states": "b", "sources": "y"}
+  assert one._claim(more | {"policy": {"policy_hash": "p", "folder": "there"}})["sources"] == "x y"
 
 
 @pytest.mark.sim

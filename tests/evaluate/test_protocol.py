@@ -62,6 +62,8 @@ def test_a_fingerprint_says_what_a_number_depends_on():
   assert found["policy"]["policy_hash"] == "abc" and found["preprocessing"]["image_size"] == 32
   assert found["versions"]["jax"] and found["device"].startswith("cpu")
   assert mark(seeds=[3, 1, 2])["seeds"] == [3, 1, 2]
+  seen = found["preprocessing"]
+  assert (found["chunk"], seen["pruner_text"], seen["dct"]) == (8, "question", "accurate")
 
 
 def test_only_like_results_are_compared():
@@ -70,3 +72,23 @@ def test_only_like_results_are_compared():
   for change in (dict(suite="place"), dict(seeds=range(10)), dict(replay=4), dict(loop="host"), dict(mujoco="3.1")):
     with pytest.raises(ValueError, match=f"{next(iter(change))}: .* against"):
       protocol.require_alike(mark(), mark(**change))
+
+
+@pytest.mark.parametrize("part, field, value", [
+  ("policy", "dataset", "libero_object_no_noops"), ("preprocessing", "crop_area", 0.9),
+  ("preprocessing", "dtype", "bfloat16"), ("preprocessing", "normalisation", "bounds"),
+  ("preprocessing", "dct", "fast"), ("preprocessing", "jpeg_quality", 95),
+])
+def test_how_a_policy_is_fed_is_not_what_is_compared(part, field, value):
+  other = mark()
+  other[part] = other[part] | {field: value}
+  with pytest.raises(ValueError, match=f"{part}.{field}: .* against {value}"):
+    protocol.require_alike(mark(), other)
+  protocol.require_alike(mark(), other, but=(f"{part}.{field}",))
+
+
+def test_sources_are_told_and_decide_nothing():
+  found = mark()
+  assert len(found["sources"]) == 16 and found["sources"] == protocol.sources()
+  protocol.require_alike(found, found | {"sources": "another"})
+  assert protocol.unlike(found, found | {"sources": "another"}) == [f"sources: {found['sources']} against another"]
