@@ -91,6 +91,7 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
   config.data = ConfigDict(
     dict(
       dir="data",
+      cache_dir=placeholder(str),  # local, of indices; None: ~/.cache/semanticvla_jax, "": keeps none
       mixture="libero_4_task_suites_no_noops",
       batch_size=128,
       trajectory_end="cut",

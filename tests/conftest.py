@@ -19,3 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("semanticvla_jax", "beartype.beartype")
+
+from semanticvla_jax.data import records  # noqa: E402
+
+records.CACHE = f"{CACHE}_data"

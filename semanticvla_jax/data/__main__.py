@@ -114,7 +114,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--data_dir", "--data-dir", required=True, help="folder of <name>/<version>/, local or gs://")
   parser.add_argument("--name", required=True, help=f"a dataset, or a mixture: {', '.join(mixtures.MIXTURES)}")
   parser.add_argument("--split", default="train")
-  parser.add_argument("--cache_dir", "--cache-dir", help="where to keep the index from one run to the next")
+  parser.add_argument("--cache_dir", "--cache-dir", help=f"of the index; '' keeps none (default: {records.CACHE})")
   parser.add_argument("--out", help="file to write (statistics: json; preview: png)")
   parser.add_argument("--format", choices=("openvla", "openpi"), default="openvla")
   parser.add_argument("--count", type=int, default=6, help="frames of the preview")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import collections
 import hashlib
 import io
+import json
 import logging
+import os
 import pathlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ from jaxtyping import Float32, Int
 _HEADER, _FOOTER = 12, 4  # bytes of framing around a record: length and checksum before, checksum after
 _LAYOUT = 1  # part of the cache key: raise it when Index or the pass changes
 _INSTRUCTION = "language_instruction"
+CACHE = "~/.cache/semanticvla_jax"  # of indices, unless told otherwise
 
 
 class Index(NamedTuple):
@@ -66,45 +69,71 @@ def index(
 ) -> Index:
   """Indexes the records, or loads the index from `cache_dir` if the same files were indexed before.
 
-  "The same" is judged by a hash over names, sizes and both ends of the shards and over the columns and views asked for.
+  "The same" is judged by `fingerprint`.
 
   Args:
     parts: what to read, local or gs:// paths.
     columns: numeric features below `steps/` with their widths.
     views: image features below `steps/observation/`.
-    cache_dir: local folder for `<name>-<hash>.npz`, or None.
+    cache_dir: local folder for `<name>-<hash>.npz` and shards.json; None for CACHE, "" to keep nothing.
     name: for the cache file and messages.
 
   Raises:
     ValueError: a shard is missing, corrupt or shorter than announced, or a record lacks a feature.
   """
-  path = None if cache_dir is None else pathlib.Path(cache_dir) / f"{name}-{fingerprint(parts, columns, views)}.npz"
-  if path is not None and path.exists():
+  if cache_dir == "":
+    return _build(parts, columns, views)
+  folder = pathlib.Path(CACHE if cache_dir is None else cache_dir).expanduser()
+  path = folder / f"{name}-{fingerprint(parts, columns, views, folder / 'shards.json')}.npz"
+  if path.exists():
     logging.info("%s: index read from %s", name, path)
     return _load(path, [part.path for part in parts])
   built = _build(parts, columns, views)
-  if path is not None:
-    _save(path, built)
+  _save(path, built)
   return built
 
 
-def fingerprint(parts: Sequence[Part], columns: Mapping[str, int], views: Sequence[str]) -> str:
-  """Hashes what an index depends on, reading 64 KiB at either end of each shard."""
+def fingerprint(
+  parts: Sequence[Part], columns: Mapping[str, int], views: Sequence[str], memory: pathlib.Path | None = None
+) -> str:
+  """Hashes what an index depends on: names and contents of the shards, and the columns and views asked for.
+
+  Args:
+    parts, columns, views: as in `index`.
+    memory: file that remembers the hash of each shard with its size and time of change, so that it is read once.
+  """
+  known = json.loads(memory.read_text()) if memory is not None and memory.exists() else {}
+  digest, found = hashlib.sha256(repr((_LAYOUT, sorted(columns.items()), tuple(views))).encode()), {}
+  for part in parts:
+    stamp, before = _stamp(part.path), known.get(part.path)
+    found[part.path] = before if before is not None and before[:2] == stamp else [*stamp, _content(part.path, stamp)]
+    content = (pathlib.PurePath(part.path).name, part.skip, part.take, found[part.path][2])
+    digest.update(repr(content).encode())
+  if memory is not None and (known | found) != known:
+    _replace(memory, json.dumps(known | found).encode())
+  return digest.hexdigest()[:16]
+
+
+def _stamp(path: str) -> list[int]:
+  """Size in bytes and time of change in nanoseconds."""
   import tensorflow as tf
 
-  digest = hashlib.sha256(repr((_LAYOUT, sorted(columns.items()), tuple(views))).encode())
-  for part in parts:
-    try:
-      size = tf.io.gfile.stat(part.path).length
-      with tf.io.gfile.GFile(part.path, "rb") as file:
-        head = file.read(1 << 16)
-        file.seek(max(size - (1 << 16), 0))
-        digest.update(
-          repr((pathlib.PurePath(part.path).name, size, part.skip, part.take)).encode() + head + file.read()
-        )
-    except tf.errors.NotFoundError as error:
-      raise _missing(part.path) from error
-  return digest.hexdigest()[:16]
+  try:
+    if "://" in path:
+      found = tf.io.gfile.stat(path)
+      return [found.length, found.mtime_nsec]
+    found = os.stat(path)
+  except (FileNotFoundError, tf.errors.NotFoundError) as error:
+    raise _missing(path) from error
+  return [found.st_size, found.st_mtime_ns]
+
+
+def _content(path: str, stamp: list[int]) -> str:
+  """A hash of the whole file; of an object in a bucket, which is only ever replaced as a whole, size and time."""
+  if "://" in path:
+    return repr(stamp)
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _missing(path: str) -> ValueError:
@@ -250,10 +279,18 @@ def _save(path: pathlib.Path, built: Index) -> None:
   arrays["instructions"] = np.array(built.instructions, dtype=str)
   buffer = io.BytesIO()
   np.savez(buffer, **arrays, **{f"column:{key}": column for key, column in built.columns.items()})
-  path.parent.mkdir(parents=True, exist_ok=True)
+  _replace(path, buffer.getvalue())
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file of the cache as a whole; says so where that cannot be."""
   partial = path.with_name(f"{path.name}.{threading.get_native_id()}.partial")  # several hosts may write at once
-  partial.write_bytes(buffer.getvalue())
-  partial.replace(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_bytes(content)
+    partial.replace(path)
+  except OSError as error:
+    logging.warning("not kept for the next run: %s (%s)", path, error)
 
 
 def _load(path: pathlib.Path, files: Sequence[str]) -> Index:

@@ -98,7 +98,7 @@ def load(
     recipe: how to read it.
     split: tfds notation over episodes, e.g. "train" or "train[:95%]"; the statistics are those of this split.
     given: statistics to use instead, e.g. of a checkpoint.
-    cache_dir: local folder in which the index is kept from one run to the next, or None.
+    cache_dir: local folder in which the index is kept from one run to the next; None for records.CACHE, "" for none.
 
   Raises:
     ValueError: no such dataset or split, a missing feature, a corrupt shard, non-finite numbers, a gripper of another

@@ -173,13 +173,39 @@ def test_statistics_equal_numpy(dataset):
 
 def test_index_is_cached_by_content(data_dir, dataset, tmp_path, monkeypatch):
   rlds.load(str(data_dir), NAME, cache_dir=str(tmp_path))
-  assert len(list(tmp_path.iterdir())) == 1
+  assert len(list(tmp_path.glob("*.npz"))) == 1
   monkeypatch.setattr(records, "_build", None)  # the second time nothing may be built
   cached = rlds.load(str(data_dir), NAME, cache_dir=str(tmp_path))
   for field in records.Index._fields:
     assert_equal(getattr(cached.index, field), getattr(dataset.index, field))
   with pytest.raises(TypeError):
     rlds.load(str(data_dir), "tabletop_other", cache_dir=str(tmp_path))
+
+
+def test_a_byte_in_the_middle_is_noticed_and_shards_are_read_once(data_dir, tmp_path, monkeypatch):
+  read, real = [], records._content
+  monkeypatch.setattr(records, "_content", lambda path, stamp: read.append(path) or real(path, stamp))
+  shards, cache = copy(data_dir, tmp_path), tmp_path / "cache"
+  for _ in range(2):
+    rlds.load(str(tmp_path), NAME, cache_dir=str(cache))
+  assert sorted(read) == [str(path) for path in shards]
+  data = bytearray(shards[1].read_bytes())
+  data[len(data) // 2] ^= 1
+  shards[1].write_bytes(data)
+  with pytest.raises(ValueError, match="Shard is corrupt"):
+    rlds.load(str(tmp_path), NAME, cache_dir=str(cache))
+  assert read[3:] == [str(shards[1])]
+
+
+def test_an_index_is_kept_unless_told_otherwise(data_dir, tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(records, "CACHE", str(tmp_path / "default"))
+  rlds.load(str(data_dir), NAME, cache_dir="")
+  assert not (tmp_path / "default").exists()
+  rlds.load(str(data_dir), NAME)
+  assert [*(tmp_path / "default").glob(f"{NAME}-*.npz")]
+  (tmp_path / "file").write_text("no folder")
+  rlds.load(str(data_dir), NAME, cache_dir=str(tmp_path / "file"))
+  assert "not kept for the next run" in caplog.text
 
 
 def test_part_of_a_split(data_dir):
