@@ -137,6 +137,32 @@ def image_options(data: Any) -> dict:
   return dict(augmentation=images.Augmentation(crop_area=area, diagonal_crop=data.diagonal_crop), dct=data.dct)
 
 
+def kept_statistics(base: dict, name: str) -> statistics.DatasetStatistics:
+  """The base's statistics for a dataset: those of that name, else the only ones it has.
+
+  Raises:
+    ValueError: it has several, none of that name.
+  """
+  if name not in base and len(base) != 1:
+    raise ValueError(
+      f"config.data.keep_statistics: got statistics of {sorted(base)} in the base, expected those of {name!r} or of "
+      "one dataset alone; set it to False, or name the dataset as the base does."
+    )
+  return base[name] if name in base else next(iter(base.values()))
+
+
+def check_widths(config: Any, bare: Any, name: str, recipe: Any) -> None:
+  """Raises ValueError unless a dataset has the views and widths of the model; before anything is read or compiled."""
+  proprio = recipe.proprio_dim if bare.proprio_dim is None else bare.proprio_dim  # None: the model reads none
+  have = (len(recipe.views), recipe.proprio_dim, len(recipe.normalised))
+  want = (bare.num_views, proprio, config.model.action_dim)
+  if have != want:
+    raise ValueError(
+      f"Dataset {name!r} is of another robot than the model: got (views, proprio_dim, action_dim) {have}, expected "
+      f"{want}; take the config of that robot, e.g. configs/aloha.py or configs/bridge.py, or set config.model."
+    )
+
+
 def rlds_source(
   config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
 ) -> tuple[Iterator, dict]:
@@ -148,13 +174,14 @@ def rlds_source(
     seen = whole.views[: bare.num_views]  # OpenVLA looks through the first camera alone
     return whole._replace(views=seen, mode=config.data.normalisation)
 
-  options = image_options(config.data)
+  def load(name):
+    given = kept_statistics(base, name) if base is not None and config.data.keep_statistics else None
+    return rlds.load(config.data.dir, name, recipe=recipe(name), given=given, cache_dir=config.data.cache_dir)
 
-  given = None if base is None or not config.data.keep_statistics else next(iter(base.values()))
-  mixture = [
-    (rlds.load(config.data.dir, name, recipe=recipe(name), given=given), weight)
-    for name, weight in mixtures.mixture(config.data.mixture)
-  ]
+  options, chosen = image_options(config.data), mixtures.mixture(config.data.mixture)
+  for name, _ in chosen:
+    check_widths(config, bare, name, recipe(name))
+  mixture = [(load(name), weight) for name, weight in chosen]
   batches = rlds.batches(
     mixture,
     tokenizers,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from small_runs import NAME, make_config, write_data
 
+from configs import aloha, common
 from semanticvla_jax.data import images, records, rlds, statistics
 from semanticvla_jax.train import __main__ as command
 
@@ -40,6 +41,40 @@ def test_the_normalisation_of_the_config_is_the_one_trained_on(data, dataset, mo
   assert max(near) < 1e-6 < min(far)
   with pytest.raises(ValueError, match="Unknown normalisation: got 'q90'"):
     source(data, normalisation="q90")
+
+
+def test_kept_statistics_are_those_of_the_dataset(data, dataset):
+  def scaled(factor):
+    one = dataset.statistics.proprio
+    return dataset.statistics._replace(proprio=one.replace(q01=factor * one.q01, q99=factor * one.q99))
+
+  one, other = scaled(0.5), scaled(0.25)
+  for base, expected in (({NAME: one, "a": other}, one), ({"a": other, NAME: one}, one), ({"a": other}, other)):
+    _, stats = source(data, base, keep_statistics=True)
+    np.testing.assert_array_equal(stats[NAME].proprio.q99, expected.proprio.q99)
+  _, stats = source(data, {"a": other})
+  np.testing.assert_array_equal(stats[NAME].proprio.q99, dataset.statistics.proprio.q99)
+  with pytest.raises(ValueError, match=rf"statistics of \['a', 'b'\] in the base, expected those of '{NAME}'"):
+    source(data, {"a": one, "b": other}, keep_statistics=True)
+
+
+def test_an_index_is_kept_where_the_config_says(data, tmp_path):
+  source(data, cache_dir=str(tmp_path))
+  assert [*tmp_path.glob(f"{NAME}-*.npz")]
+
+
+def test_data_of_another_robot_is_refused_before_it_is_read(tmp_path):
+  config = aloha.get_config("@tiny")
+  _, bare = command.init.make_model(config)
+  config.data.update(mixture="libero_object_no_noops", dir=str(tmp_path))
+  with pytest.raises(ValueError, match=r"got \(views, proprio_dim, action_dim\) \(2, 8, 7\), expected \(3, 14, 14\)"):
+    command.rlds_source(config, bare, command.load_tokenizers(config, bare), np.arange(8), 0, None)
+
+
+def test_runs_from_before_these_fields_had_what_they_say_now():
+  data = command.plain(common.get_config("tiny"))["data"]
+  for field in ("diagonal_crop", "dct", "pruner_text_eval", "cache_dir"):
+    assert command.LATER[f"data.{field}"] == data[field]
 
 
 def test_random_crops_have_the_area_of_the_config(data, monkeypatch):
