@@ -127,14 +127,22 @@ def find(data_dir: str, name: str) -> str:
   """Returns the folder of the highest version of a dataset.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is none, or the place cannot be reached.
   """
+  import tensorflow as tf
   from etils import epath
 
-  root = epath.Path(data_dir) / name
-  versions = [path for path in root.iterdir() if (path / "features.json").exists()] if root.exists() else []
+  folder = epath.Path(data_dir)
+  root = folder / name
+  try:
+    versions = [path for path in root.iterdir() if (path / "features.json").exists()] if root.exists() else []
+    have = [] if versions or not folder.exists() else sorted(path.name for path in folder.iterdir())
+  except (OSError, tf.errors.OpError) as error:
+    raise ValueError(
+      f"Data cannot be reached: got {error!r} from {data_dir}; expected a folder or bucket that can be read; check its "
+      "address, the network, and credentials (gcloud auth application-default login)."
+    ) from error
   if not versions:
-    have = sorted(path.name for path in epath.Path(data_dir).iterdir()) if epath.Path(data_dir).exists() else []
     close = difflib.get_close_matches(name, have, n=1, cutoff=0.0)
     raise ValueError(
       f"No dataset {name!r}: got {have[:20]} in {data_dir}; expected {name}/1.0.0/features.json; "

@@ -450,6 +450,18 @@ def test_bad_arguments(data_dir, dataset, tokenizers):
     rlds.load(str(data_dir), NAME, split="test")
 
 
+def test_a_bucket_that_cannot_be_reached(monkeypatch):
+  import tensorflow as tf
+  from etils import epath
+
+  def unreachable(path):
+    raise tf.errors.UnavailableError(None, None, "could not resolve host")
+
+  monkeypatch.setattr(type(epath.Path("x")), "exists", unreachable)
+  with pytest.raises(ValueError, match="could not resolve host.*from gs://nowhere; expected .* check its address"):
+    rlds.load("gs://nowhere", NAME)
+
+
 # The command.
 
 
