@@ -52,7 +52,9 @@ def _replay_arguments(argv: list[str]) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   default = libero.Settings("libero_object")
-  parser.add_argument("--from-hdf5", required=True, metavar="DIR", help="folder of <task>_demo.hdf5, or the one above")
+  parser.add_argument(
+    "--from-hdf5", "--from_hdf5", required=True, metavar="DIR", help="folder of <task>_demo.hdf5, or the one above"
+  )
   parser.add_argument("--suite", required=True, help=f"one of {', '.join(libero.SUITES)}")
   parser.add_argument("--tasks", help="their numbers, e.g. 0,3 (default: all)")
   parser.add_argument("--episodes", type=int, help="demonstrations of each task (default: all)")
@@ -79,7 +81,7 @@ def replay(argv: list[str]) -> None:
       args.suite, args.assets, size=args.size, seed=args.seed, renderer=args.renderer, max_steps=_HORIZON
     )
     libero.check(settings)
-    tasks = None if args.tasks is None else tuple(map(int, args.tasks.split(",")))
+    tasks = tuple(libero.task_numbers(args.tasks, args.suite))
     recipe = replays.Recipe(args.from_hdf5, args.suite, settings, tasks, args.episodes, args.workers)
     report = replays.write(recipe, args.out, args.name or f"{args.suite}_no_noops", progress)
   except (ValueError, BrokenEnvironment) as error:
@@ -96,9 +98,14 @@ def main(argv: list[str]) -> None:
   """Writes one dataset; problems end the program with their message."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
-  if any(word.startswith("--from-hdf5") for word in argv):
+  if any(word.replace("_", "-").startswith("--from-hdf5") for word in argv):
     return replay(argv)
   args = _arguments(argv)
+  if args.suite in libero.SUITES:
+    sys.exit(
+      f"Demonstrations: got --suite={args.suite} without --from-hdf5; expected a folder of LIBERO's recorded "
+      f"demonstrations, for the expert knows only {', '.join(tasks.SUITES)}; add --from-hdf5=DIR."
+    )
   name = args.name or f"tabletop_{args.suite}"
   recipe = tabletop.Recipe(args.suite, args.split, args.episodes, args.seed, args.size, args.noise, args.label)
   start = time.perf_counter()

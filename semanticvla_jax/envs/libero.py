@@ -144,6 +144,23 @@ def _sentence(name: str) -> str:
   return " ".join(name.split("_"))
 
 
+def task_numbers(words: str | None, suite: str) -> list[int]:
+  """Tasks from "0,3", in that order; None means all of the suite.
+
+  Raises:
+    ValueError: they are no numbers, or there are no such tasks.
+  """
+  count = len(tasks(suite))
+  if words is None:
+    return [*range(count)]
+  found = [int(word) if word.strip().isdecimal() else -1 for word in words.split(",")]
+  if not all(0 <= task < count for task in found):
+    raise ValueError(
+      f"LIBERO: got tasks={words!r}; expected numbers from 0 to {count - 1} of {suite}, such as 0,3; change --tasks."
+    )
+  return [*dict.fromkeys(found)]
+
+
 class _ArraysOnly(pickle.Unpickler):
   """Reads numpy arrays and refuses to run anything else."""
 

@@ -280,14 +280,12 @@ def seeds(args: argparse.Namespace, suite: str) -> list[int]:
   Raises:
     ValueError: there is no such task or trial.
   """
-  count = len(libero.tasks(suite))
-  tasks = [*range(count)] if args.tasks is None else args.tasks
-  if not 1 <= args.trials <= libero.EPISODES or not all(0 <= task < count for task in tasks):
+  tasks = libero.task_numbers(args.tasks, suite)
+  if not 1 <= args.trials <= libero.EPISODES:
     raise ValueError(
-      f"LIBERO: got tasks={tasks}, trials={args.trials}; expected tasks 0 to {count - 1} of {suite} and 1 to "
-      f"{libero.EPISODES} trials."
+      f"LIBERO: got trials={args.trials}; expected 1 to {libero.EPISODES}, the first states of a task; change --trials."
     )
-  return [libero.EPISODES * task + trial for task in dict.fromkeys(tasks) for trial in range(args.trials)]
+  return [libero.EPISODES * task + trial for task in tasks for trial in range(args.trials)]
 
 
 def settings(args: argparse.Namespace, suite: str) -> libero.Settings:
@@ -368,7 +366,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument("--policy", help="policy folder")
   parser.add_argument("--recorded", metavar="DIR", help="instead: LIBERO's HDF5 demonstrations, whose actions are sent")
   parser.add_argument("--suite", required=True, help=f"one or more of {','.join(libero.SUITES)}")
-  parser.add_argument("--tasks", type=_numbers, help="their numbers, e.g. 0,3 (default: all)")
+  parser.add_argument("--tasks", help="their numbers, e.g. 0,3 (default: all)")
   parser.add_argument("--trials", type=int, default=50, help="episodes of each task (default: 50, the benchmark's)")
   parser.add_argument("--workers", type=int, default=2, help="simulators at once, about 2 GB each (default: 2)")
   parser.add_argument("--protocol", choices=(*PROTOCOLS,), default="openvla", help="seed, replay, JPEG round trip")
@@ -397,10 +395,6 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.error("one of --policy and --recorded is needed")
   args.out = args.out or report.folder(args.policy or "recorded", args.suite)
   return args
-
-
-def _numbers(words: str) -> list[int]:
-  return [int(word) for word in words.split(",")]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -72,8 +72,17 @@ def test_names_that_would_be_read_otherwise_and_finished_datasets_are_refused(tm
   (tmp_path / NAME / "1.0.0").mkdir(parents=True)
   with pytest.raises(ValueError, match="Dataset exists"):
     replays.write(recipe, tmp_path, NAME)
-  with pytest.raises(SystemExit, match="suite='pick'"):
-    main(["--from-hdf5=x", "--suite=pick", f"--out={tmp_path}"])
+  for flag in ("--from-hdf5=x", "--from_hdf5=x"):
+    with pytest.raises(SystemExit, match="suite='pick'"):
+      main([flag, "--suite=pick", f"--out={tmp_path}"])
+  with pytest.raises(SystemExit, match="got --suite=libero_object without --from-hdf5; expected a folder"):
+    main(["--suite=libero_object", f"--out={tmp_path}"])
+
+
+@installed
+def test_tasks_that_are_no_numbers_are_refused(tmp_path):
+  with pytest.raises(SystemExit, match="got tasks='0,x'; expected numbers from 0 to 9 of libero_object"):
+    main(["--from-hdf5=x", "--suite=libero_object", "--tasks=0,x", f"--out={tmp_path}"])
 
 
 @pytest.mark.sim

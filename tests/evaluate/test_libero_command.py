@@ -25,8 +25,11 @@ def arguments(*more):
 def test_episodes_by_task_and_trial():
   assert libero.seeds(arguments("--tasks=3,1", "--trials=2"), "libero_goal") == [150, 151, 50, 51]
   assert len(libero.seeds(arguments(), "libero_90")) == 90 * 50
-  for wrong in ("--tasks=10", "--trials=51", "--trials=0"):
-    with pytest.raises(ValueError, match="expected tasks 0 to 9 of libero_goal and 1 to 50"):
+  for wrong in ("--tasks=10", "--tasks=0,x", "--tasks=0,-1", "--tasks="):
+    with pytest.raises(ValueError, match="expected numbers from 0 to 9 of libero_goal, such as 0,3"):
+      libero.seeds(arguments(wrong), "libero_goal")
+  for wrong in ("--trials=51", "--trials=0"):
+    with pytest.raises(ValueError, match="expected 1 to 50"):
       libero.seeds(arguments(wrong), "libero_goal")
 
 
