@@ -78,7 +78,7 @@ def write(
   if not name.startswith("libero"):
     raise ValueError(f"Dataset name {name!r} would be read by another recipe; expected one that starts with 'libero'.")
   demonstrations = collect(recipe)
-  facts = _facts(recipe)
+  facts = _facts(recipe, demonstrations)
   _claim(parts, facts)
   _Replays(recipe, demonstrations, parts, progress).run()
   return _assemble(recipe, demonstrations, parts, folder, name, facts)
@@ -90,30 +90,38 @@ def collect(recipe: Recipe) -> dict[int, hdf5.Demonstration]:
   chosen = range(len(every)) if recipe.tasks is None else recipe.tasks
   found = {}
   for task in chosen:
-    if not 0 <= task < len(every):
-      raise ValueError(f"Demonstrations: got task {task}; expected 0 to {len(every) - 1} of {recipe.suite}.")
     rows = hdf5.read(folder / f"{every[task].name}_demo.hdf5")[: recipe.episodes]
     found |= {libero.EPISODES * task + i: row for i, row in enumerate(rows[: libero.EPISODES])}
   return found
 
 
-def _facts(recipe: Recipe) -> dict:
-  """What the frames depend on, as JSON values."""
+def _facts(recipe: Recipe, demonstrations: dict[int, hdf5.Demonstration]) -> dict:
+  """What the frames depend on, as JSON values: the simulator, and a hash of each file of demonstrations."""
   settings = recipe.settings._asdict() | {"assets": libero.assets_hash(str(libero.find_assets(recipe.settings.assets)))}
-  return {"suite": recipe.suite, "simulator": settings, "versions": libero.versions()}
+  paths = sorted({one.path for one in demonstrations.values()})
+  files = {path.name: hdf5.digest(path) for path in paths}
+  return {"suite": recipe.suite, "simulator": settings, "versions": libero.versions(), "files": files}
 
 
-def _claim(parts: pathlib.Path, facts: dict) -> None:
-  """Makes the folder of finished replays, or checks that those in it were made alike."""
+def _claim(parts: pathlib.Path, facts: dict) -> dict:
+  """Makes the folder of finished replays, or checks that those in it were made alike; returns the facts of all.
+
+  More or fewer tasks and demonstrations are no difference: of the files, only those that both know are compared.
+  """
   parts.mkdir(parents=True, exist_ok=True)
   path = parts / "facts.json"
-  if path.exists() and (before := json.loads(path.read_text())) != facts:
-    unlike = [key for key in facts if before.get(key) != facts[key]]
+  before = json.loads(path.read_text()) if path.exists() else facts
+  files = before.get("files", {})
+  unlike = [(key, before.get(key), facts[key]) for key in facts if key != "files" and before.get(key) != facts[key]]
+  unlike += [(name, files[name], found) for name, found in facts["files"].items() if files.get(name, found) != found]
+  if unlike:
     raise ValueError(
-      f"Replays in {parts} were made otherwise: got {[(key, before.get(key), facts[key]) for key in unlike]}; expected "
-      "the same; remove that folder to begin anew."
+      f"Replays in {parts} were made otherwise: got (what, then, now) {unlike}; expected the same; remove that folder "
+      "to begin anew."
     )
+  facts = facts | {"files": files | facts["files"]}
   path.write_text(json.dumps(facts))
+  return facts
 
 
 class _Replays:

@@ -40,6 +40,7 @@ QUATERNIONS = ("robosuite", "positive_w")
 PACKAGES = ("hf-libero", "robosuite", "bddl", "mujoco")
 ASSETS_VARIABLE = "LIBERO_ASSETS"
 _PARTS = ("articulated_objects", "stable_scanned_objects", "turbosquid_objects", "stable_hope_objects", "scenes")
+_LOOKS = (*_PARTS, "textures")  # and the .xml beside them: all that the simulator reads
 _CAMERAS = {"observation/image": "agentview_image", "observation/wrist_image": "robot0_eye_in_hand_image"}
 
 
@@ -217,9 +218,13 @@ def _usual_places() -> list[pathlib.Path]:
 
 @functools.cache
 def assets_hash(folder: str) -> str:
-  """SHA-256 of all files' names and contents, 16 hexadecimal digits: other looks give another hash."""
+  """SHA-256 of names and contents of what the simulator reads, 16 hexadecimal digits: other looks give another hash.
+
+  What else lies in the folder (a download's cache, a licence) counts for nothing.
+  """
   digest, root = hashlib.sha256(), pathlib.Path(folder)
-  for path in sorted(path for path in root.rglob("*") if path.is_file()):
+  found = [*root.glob("*.xml"), *(path for part in _LOOKS for path in (root / part).rglob("*"))]
+  for path in sorted(path for path in found if path.is_file()):
     digest.update(path.relative_to(root).as_posix().encode() + b"\0")
     with path.open("rb") as file:
       digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -39,7 +39,7 @@ def seen(seed, count):
 def test_the_dataset_of_finished_replays(tmp_path):
   recipe = replays.Recipe("unused", "libero_object", libero.Settings("libero_object"))
   rows, parts = {seed: demonstration(seed) for seed in (0, 1, 2)}, tmp_path / "parts"
-  replays._claim(parts, {"size": 32})
+  replays._claim(parts, {"size": 32, "files": {}})
   for seed, row in rows.items():
     success = seed != 1
     replays._store(replays._part(parts, seed), row, seen(seed, 12), Moment([], 11, success, success, "lift"))
@@ -59,10 +59,33 @@ def test_the_dataset_of_finished_replays(tmp_path):
 
 
 def test_replays_made_otherwise_are_not_mixed(tmp_path):
-  replays._claim(tmp_path / "parts", {"assets": "a"})
-  replays._claim(tmp_path / "parts", {"assets": "a"})
-  with pytest.raises(ValueError, match="remove that folder"):
-    replays._claim(tmp_path / "parts", {"assets": "b"})
+  parts, facts = tmp_path / "parts", {"assets": "a", "files": {"lift": "1"}}
+  replays._claim(parts, facts)
+  replays._claim(parts, facts)
+  with pytest.raises(ValueError, match=r"\('assets', 'a', 'b'\).*remove that folder"):
+    replays._claim(parts, facts | {"assets": "b"})
+  with pytest.raises(ValueError, match=r"\('lift', '1', '2'\).*remove that folder"):
+    replays._claim(parts, facts | {"files": {"lift": "2"}})
+
+
+def test_other_tasks_go_on_in_the_same_folder(tmp_path):
+  parts, facts = tmp_path / "parts", {"assets": "a", "files": {"lift": "1"}}
+  replays._claim(parts, facts)
+  replays._claim(parts, facts | {"files": {"push": "3"}})
+  assert json.loads((parts / "facts.json").read_text())["files"] == {"lift": "1", "push": "3"}
+  with pytest.raises(ValueError, match="'lift', '1', '2'"):
+    replays._claim(parts, facts | {"files": {"lift": "2", "push": "3"}})
+
+
+def test_the_facts_tell_sources_apart(tmp_path, monkeypatch):
+  monkeypatch.setattr(libero, "find_assets", lambda given: tmp_path / "assets")
+  recipe = replays.Recipe("unused", "libero_object", libero.Settings("libero_object"))
+  path, found = tmp_path / "lift_demo.hdf5", []
+  for content, seeds in (("one", (0, 1)), ("one", (0,)), ("two", (0,))):
+    path.write_text(content)
+    found.append(replays._facts(recipe, {seed: demonstration(seed)._replace(path=path) for seed in seeds}))
+  assert found[0] == found[1] and found[1]["files"].keys() == {"lift_demo.hdf5"}
+  assert found[1]["files"] != found[2]["files"]
 
 
 def test_names_that_would_be_read_otherwise_and_finished_datasets_are_refused(tmp_path):

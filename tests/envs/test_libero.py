@@ -94,10 +94,15 @@ def test_assets_are_found_where_they_are_or_the_error_says_how_to_get_them(tmp_p
 
 def test_other_looks_give_another_hash(tmp_path):
   for name, look in (("a", b"red"), ("b", b"red"), ("c", b"blue")):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "mug.png").write_bytes(look)
+    (tmp_path / name / "textures").mkdir(parents=True)
+    (tmp_path / name / "textures" / "mug.png").write_bytes(look)
+  (tmp_path / "b" / ".cache").mkdir()
+  (tmp_path / "b" / ".cache" / "mug.png.lock").write_bytes(b"left by a download")
   one, same, other = (libero.assets_hash(str(tmp_path / name)) for name in "abc")
   assert one == same != other and len(one) == 16
+  libero.assets_hash.cache_clear()
+  (tmp_path / "a" / "wall.xml").write_bytes(b"<wall/>")
+  assert libero.assets_hash(str(tmp_path / "a")) != one
 
 
 def quaternion(axis, angle):
