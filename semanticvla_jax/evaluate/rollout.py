@@ -38,6 +38,7 @@ class Episodes(NamedTuple):
     instruction: n sentences, what success means.
     told: n sentences, what the policy was told.
     states: every state before an action and the last one, State with leading axes [t + 1, n]; None unless asked for.
+    retries, seconds: i64[n], how often each broke and was begun again; f64[n], its duration. None without simulators.
   """
 
   seeds: np.ndarray
@@ -47,6 +48,8 @@ class Episodes(NamedTuple):
   instruction: list[str]
   told: list[str]
   states: tasks.State | None = None
+  retries: np.ndarray | None = None
+  seconds: np.ndarray | None = None
 
   @property
   def successes(self) -> int:

@@ -53,8 +53,8 @@ class Records:
   """Finished episodes as lines of JSON, each on disk before the next is begun.
 
   Args:
-    path: of the file; its folder exists. Lines that are there already are read; a last one that was cut off is
-      dropped, and its episode run again.
+    path: of the file; its folder exists. Lines that are there already are read, the last of each episode counts; a
+      last one that was cut off is dropped, and its episode run again.
 
   Raises:
     ValueError: another line is damaged.
@@ -151,7 +151,7 @@ class OnSimulators:
     progress: Callable[[int, int], None] | None = None,
     records: Records | None = None,
   ) -> Episodes:
-    """Runs the episodes that `records` does not hold yet, and returns all of them in the order of `seeds`.
+    """Runs the episodes that `records` does not hold yet, or as broken, and returns all in the order of `seeds`.
 
     Args:
       seeds: episode numbers.
@@ -163,7 +163,8 @@ class OnSimulators:
       BrokenEnvironment: the first episodes broke, every one of them.
     """
     seeds = [int(seed) for seed in seeds]
-    done = {} if records is None else {seed: records.found[seed] for seed in seeds if seed in records.found}
+    found = {} if records is None else records.found
+    done = {seed: found[seed] for seed in seeds if seed in found and found[seed].error is None}
     self._told = {} if told is None else dict(zip(seeds, told))
     self._waiting = [seed for seed in seeds if seed not in done]
     self._tries: dict[int, int] = {}
@@ -287,8 +288,9 @@ class OnSimulators:
 def episodes(records: Sequence[Record]) -> Episodes:
   """Finished episodes as arrays, in their order."""
   columns = list(zip(*records)) or [()] * len(Record._fields)
-  seed, success, steps, error, instruction, told = columns[:6]
+  seed, success, steps, error, instruction, told, retries, seconds = columns
   broken = np.array([one is not None for one in error], bool)
   return Episodes(
-    np.array(seed, np.int64), np.array(success, bool), np.array(steps, np.int32), broken, [*instruction], [*told]
-  )
+    np.array(seed, np.int64), np.array(success, bool), np.array(steps, np.int32), broken, [*instruction], [*told],
+    retries=np.array(retries, np.int64), seconds=np.array(seconds, np.float64),
+  )  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 from point import FOLDER, Point
 
 from semanticvla_jax.envs.process import BrokenEnvironment, Process
+from semanticvla_jax.evaluate import report
 from semanticvla_jax.evaluate.simulators import OnSimulators, Records
 
 
@@ -92,6 +93,16 @@ def test_what_breaks_every_time_is_an_error_with_its_traceback_and_no_failure(ru
   assert result.valid == 1 and result.instruction[1] == "goal 1"
   assert "ArithmeticError: the physics exploded" in records.found[1].error and "signal 9" in records.found[2].error
   assert begun(tmp_path).count(1) == 2
+
+
+def test_what_broke_is_tried_again_by_the_next_run(runner, tmp_path):
+  path = tmp_path / "records"
+  assert runner({1: "raise"}, retries=0).run([0, 1, 2], records=Records(path)).error.tolist() == [False, True, False]
+  again = runner().run([0, 1, 2], records=Records(path))
+  assert not again.error.any() and begun(tmp_path).count(1) == 2 and begun(tmp_path).count(0) == 1
+  assert Records(path).found[1].error is None and again.retries.tolist() == [0, 0, 0]
+  told = report.results([report.Row("this policy", "policy", "x", {}, {}, again)], "", {})["results"][0]["per_episode"]
+  assert [one["retries"] for one in told] == [0, 0, 0] and all(one["seconds"] > 0 for one in told)
 
 
 def test_a_simulator_that_never_works_ends_the_evaluation(runner):
