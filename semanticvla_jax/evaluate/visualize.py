@@ -76,7 +76,8 @@ def looks(policy: Policy, observations: Sequence[Mapping]) -> list[Look]:
 
 
 def _piece(policy: Policy, index: int) -> str:
-  return policy.tokenizers.siglip.id_to_piece(index).replace("▁", " ").strip() or "▁"
+  """A word piece as letters that the pictures' font has: it has no "▁"."""
+  return policy.tokenizers.siglip.id_to_piece(index).replace("▁", " ").strip() or "_"
 
 
 def kept_overlay(image: UInt8[np.ndarray, "s s 3"], kept: Bool[np.ndarray, "n"]) -> UInt8[np.ndarray, "s s 3"]:
@@ -135,7 +136,7 @@ def tiles(pictures: Sequence[UInt8[np.ndarray, "s s 3"]], look: Look) -> list[li
 
 def _peak(weights: Float[np.ndarray, "n"]) -> str:
   """How much more the brightest patch gets than an even share: colours are scaled to each picture, this is not."""
-  return f"(peak {weights.max() / weights.mean():.1f}×)"
+  return f"(peak {weights.max() / weights.mean():.1f}x)"
 
 
 def cue_tiles(picture: UInt8[np.ndarray, "s s 3"], look: Look, view: int = 0) -> list[Tile]:

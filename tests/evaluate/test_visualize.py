@@ -47,6 +47,15 @@ def test_the_instruction_changes_the_look_and_so_does_the_picture(looks):
   assert np.abs(told.aggregation - other.aggregation).max() > 1e-5, "through FiLM"
 
 
+def test_every_letter_of_a_caption_can_be_drawn(looks):
+  font, image = visualize._font(13), np.zeros((32, 32, 3), np.uint8)
+  rows = [tile.caption for row in visualize.tiles([image, image], looks[0]) for tile in row]
+  rows += [tile.caption for tile in visualize.cue_tiles(image, looks[0])] + ["…"]
+  missing = bytes(font.getmask("\uffff"))
+  assert not {letter for letter in "".join(rows) if bytes(font.getmask(letter)) == missing}
+  assert visualize._piece(policies.policy(), policies.tokenizers().siglip.piece_to_id("▁")) == "_"
+
+
 def test_kept_patches_stay_and_the_rest_goes_dark():
   image = np.random.default_rng(0).integers(100, 256, (64, 64, 3)).astype(np.uint8)
   kept = np.zeros(16, bool)
