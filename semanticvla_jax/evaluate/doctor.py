@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes.util
+import glob
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
@@ -23,10 +25,12 @@ from semanticvla_jax import checkpoint
 from semanticvla_jax.data import images, statistics
 from semanticvla_jax.envs import libero
 from semanticvla_jax.envs.process import BrokenEnvironment
-from semanticvla_jax.evaluate import protocol
+from semanticvla_jax.evaluate.libero import PROTOCOLS
+from semanticvla_jax.evaluate.protocol import fitting
 from semanticvla_jax.models import masks
 from semanticvla_jax.types import Statistics
 
+PUBLISHED_ASSETS: str | None = None  # libero.assets_hash of the benchmark's own, once somebody has measured it
 _MARKS = {True: "APPLIES", False: "ok     ", None: "unknown"}
 
 
@@ -94,9 +98,60 @@ def gripper(action: Statistics) -> Finding:
   return Finding("gripper", masked or low < -1e-6 or high > 1 + 1e-6, seen, "it closes where it is to open", remedy)
 
 
+def image_path(config: Mapping, quality: int | None) -> Finding:
+  """Whether frames skip the JPEG that stored training frames went through.
+
+  Args:
+    config: of the policy.
+    quality: of the protocol's round trip, where the policy has none of its own.
+  """
+  data = config.get("data") or {}
+  own = data.get("jpeg_quality")
+  quality = quality if own is None else own
+  dct = data.get("dct", "accurate")
+  stored = "no JPEG" if quality is None else f"JPEG of quality {quality} decoded by the {dct} DCT"
+  effect = "JPEG, Lanczos, crop and seeds together: 71.0 to 76.2 points"
+  remedy = "evaluate with --protocol=openvla, or set data.jpeg_quality=95 of the policy's config.json"
+  return Finding("image path", quality is None, f"{stored}, then Lanczos-3 to the model's size", effect, remedy)
+
+
+def pruner_text(config: Mapping) -> Finding:
+  """Whether the ID-Pruner reads another text than in training, as the release's does."""
+  data = config.get("data") or {}
+  trained, now = data.get("pruner_text", "question"), data.get("pruner_text_eval")
+  seen = f"{trained!r} in training, {now or trained!r} in evaluation"
+  effect = "the words 'in' and 'out' become cues; what that costs is not on record"
+  remedy = "set data.pruner_text_eval of the policy's config.json to null; keep it to repeat the release's numbers"
+  return Finding("text of the ID-Pruner", now not in (None, trained), seen, effect, remedy)
+
+
+def seeding(where: str) -> Finding:
+  """Whether what an episode looks like depends on those that ran before it."""
+  effect = "fixtures stand a centimetre elsewhere; JPEG, Lanczos, crop and seeds together: 71.0 to 76.2 points"
+  seen = {"episode": "before every reset, by (seed, task, trial)", "environment": "once, when an environment is made"}
+  return Finding("seeding", where == "environment", seen[where], effect, "evaluate with --seeding=episode")
+
+
+def accelerator(backend: str, devices: Sequence[str]) -> Finding:
+  """Whether jax runs on the CPU of a machine that has something faster.
+
+  Args:
+    backend: of jax.
+    devices: files of accelerators in /dev.
+  """
+  seen = f"jax runs on {backend}; {', '.join(devices) or 'no accelerator'} in /dev"
+  effect = "a silent fallback: the policy answers, only slowly"
+  remedy = "install requirements-cuda.txt or requirements-tpu.txt, and unset JAX_PLATFORMS"
+  return Finding("accelerator", backend == "cpu" and bool(devices), seen, effect, remedy)
+
+
+def _accelerators() -> list[str]:
+  return sorted(path for kind in ("nvidia[0-9]*", "accel*", "kfd") for path in glob.glob(f"/dev/{kind}"))
+
+
 def key(names: Sequence[str], suite: str) -> Finding:
   """Whether the policy's statistics are of another suite."""
-  fits = protocol.fitting(names, suite)
+  fits = fitting(names, suite)
   remedy = "choose with --dataset, or evaluate the suite that it was trained on"
   return Finding("statistics key", not fits, f"{[*names]} for {suite}", "actions in another suite's units", remedy)
 
@@ -114,18 +169,31 @@ def simulator(versions: Mapping[str, str | None]) -> list[Finding]:
   ]  # fmt: skip
 
 
+def looks(digest: str, published: str | None) -> Finding:
+  """Whether objects look otherwise than the benchmark's: stand-ins for some of its assets.
+
+  Args:
+    digest: of the assets there are, see envs.libero.assets_hash.
+    published: of the benchmark's own; None where that is not on record.
+  """
+  known = "that of the published assets is not on record here" if published is None else f"the published {published}"
+  remedy = "compare with the fingerprint of a result you trust (`assets`), or download the assets again"
+  applies = None if published is None else digest != published
+  return Finding("stand-in assets", applies, f"hash {digest}; {known}", "the policy sees objects it never saw", remedy)
+
+
 def libraries(assets: str | None, renderer: str = "egl") -> list[Finding]:
-  """Whether the simulator can run at all: its assets and an OpenGL library."""
+  """Whether the simulator can run at all, its assets and an OpenGL library, and whether the assets are stand-ins."""
   try:
     folder = str(libero.find_assets(assets))
-    found = Finding("assets", False, f"{folder}, hash {libero.assets_hash(folder)}", "", "")
+    found = [Finding("assets", False, folder, "", ""), looks(libero.assets_hash(folder), PUBLISHED_ASSETS)]
   except ValueError as error:
-    found = Finding("assets", True, str(error), "nothing runs", "see there")
+    found = [Finding("assets", True, str(error), "nothing runs", "see there")]
   name = {"egl": "EGL", "osmesa": "OSMesa"}[renderer]
   drawn = ctypes.util.find_library(name)
   package = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}[renderer]
   return [
-    found, Finding("OpenGL", drawn is None, f"{name}: {drawn}", "nothing is drawn", f"apt-get install {package}"),
+    *found, Finding("OpenGL", drawn is None, f"{name}: {drawn}", "nothing is drawn", f"apt-get install {package}"),
   ]  # fmt: skip
 
 
@@ -152,7 +220,7 @@ def suites(names: Sequence[str]) -> list[str]:
   Raises:
     ValueError: it has none of LIBERO.
   """
-  found = [suite for suite in libero.SUITES if protocol.fitting(names, suite)]
+  found = [suite for suite in libero.SUITES if fitting(names, suite)]
   if not found:
     raise ValueError(
       f"Doctor: got statistics of {[*names]}, which name no suite; expected some of {[*libero.SUITES]}; pass --suite."
@@ -160,7 +228,9 @@ def suites(names: Sequence[str]) -> list[str]:
   return found
 
 
-def policy(folder: str, suite: str, dataset: str | None = None, convention: str = "robosuite") -> list[Finding]:
+def policy(
+  folder: str, suite: str, dataset: str | None = None, convention: str = "robosuite", protocol: str = "openvla"
+) -> list[Finding]:
   """All that a policy folder tells.
 
   Raises:
@@ -168,7 +238,8 @@ def policy(folder: str, suite: str, dataset: str | None = None, convention: str 
   """
   config, entries, _ = checkpoint.read_policy_json(folder)
   names = [dataset] if dataset else [*entries]
-  found = [key(names, suite), crop(config), action_block(config)]
+  found = [key(names, suite), crop(config), action_block(config), pruner_text(config)]
+  found.append(image_path(config, PROTOCOLS[protocol].jpeg_quality))
   for name in names:
     if name not in entries:
       raise ValueError(f"Doctor: got dataset={name!r}; expected one of {[*entries]}; choose one of them.")
@@ -188,15 +259,29 @@ def first_frames(data_dir: str, name: str, count: int = 10) -> list[np.ndarray]:
   return [images.decode(reader.image(int(dataset.frames[frame]), 0)) for frame in chosen]
 
 
-def _rotation(args: argparse.Namespace) -> Finding:
+def training_data(data_dir: str, name: str) -> tuple[Finding, list[UInt8[np.ndarray, "h w 3"]]]:
+  """Whether a dataset cannot be read as it is meant, e.g. for its gripper commands; and its first frames."""
+  effect = "actions are misread: a gripper opens where it is to close"
+  try:
+    frames = first_frames(data_dir, name)
+  except ValueError as error:
+    return Finding("training data", True, str(error), effect, "see there"), []
+  return Finding("training data", False, f"{name} can be read, its gripper as it is meant", effect, ""), frames
+
+
+def _data(args: argparse.Namespace) -> list[Finding]:
+  """What the training data tells, and which way up its frames are."""
   if args.data_dir is None:
-    return Finding("rotation", None, "no data to compare with", "about 0 %", "pass --data_dir")
-  process = libero.start(libero.Settings(args.suite, args.assets, rotation=args.rotation))
+    return [Finding("rotation", None, "no data to compare with", "about 0 %", "pass --data-dir")]
+  found, frames = training_data(args.data_dir, f"{args.suite}_no_noops")
+  if not frames:
+    return [found]
+  process = libero.start(libero.Settings(args.suite, args.assets, rotation=args.rotation, renderer=args.renderer))
   try:
     rendered = process.reset(0)["observation/image"]
   finally:
     process.close()
-  return rotation(first_frames(args.data_dir, f"{args.suite}_no_noops"), rendered)
+  return [found, rotation(frames, rendered)]
 
 
 def show(findings: Sequence[Finding]) -> str:
@@ -222,15 +307,19 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--assets", help=f"folder (default: ${libero.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
   parser.add_argument("--quaternion", choices=libero.QUATERNIONS, default="robosuite", help="of the simulator")
   parser.add_argument("--rotation", type=int, default=180, help="of the simulator's frames")
+  parser.add_argument("--protocol", choices=(*PROTOCOLS,), default="openvla", help="of the evaluation")
+  parser.add_argument("--seeding", choices=libero.SEEDING, default="episode", help="of the evaluation")
+  parser.add_argument("--renderer", default="egl", help="egl or osmesa (default: egl)")
   args = parser.parse_args(argv)
   try:
     if args.suite is None:
       found = suites([args.dataset] if args.dataset else [*checkpoint.read_policy_json(args.policy)[1]])
       args.suite = found[0]
       print(f"suite: {args.suite}, of those that the policy has statistics of: {', '.join(found)}")
-    libero.check(libero.Settings(args.suite, rotation=args.rotation))
-    findings = policy(args.policy, args.suite, args.dataset, args.quaternion)
-    findings += simulator(libero.versions()) + libraries(args.assets) + [_rotation(args)]
+    libero.check(libero.Settings(args.suite, rotation=args.rotation, renderer=args.renderer))
+    findings = policy(args.policy, args.suite, args.dataset, args.quaternion, args.protocol)
+    findings += [seeding(args.seeding), accelerator(jax.default_backend(), _accelerators())]
+    findings += simulator(libero.versions()) + libraries(args.assets, args.renderer) + _data(args)
   except (ValueError, BrokenEnvironment) as error:
     sys.exit(str(error))
   print(show(findings))

@@ -1,5 +1,6 @@
 """The known traps, each planted and found."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import policies
 import pytest
 
 from semanticvla_jax import checkpoint
-from semanticvla_jax.data import statistics
+from semanticvla_jax.data import statistics, writer
 from semanticvla_jax.envs import libero
 from semanticvla_jax.evaluate import doctor
 from semanticvla_jax.evaluate.__main__ import main
@@ -103,6 +104,48 @@ def test_nothing_to_run_with_says_how_to_get_it(tmp_path):
   assert assets.applies and "hf download" in assets.seen
 
 
+@pytest.mark.parametrize("quality, own, applies", [(95, None, False), (None, None, True), (None, 95, False)])
+def test_frames_without_a_jpeg(quality, own, applies):
+  found = doctor.image_path({"data": DATA | {"jpeg_quality": own, "dct": "fast"}}, quality)
+  assert found.applies is applies and "Lanczos-3" in found.seen and ("fast DCT" in found.seen) is not applies
+
+
+@pytest.mark.parametrize("changes, applies", [
+  ({}, False), ({"pruner_text": "prompt"}, False), ({"pruner_text_eval": "question"}, False),
+  ({"pruner_text": "question", "pruner_text_eval": "prompt"}, True),
+])
+def test_another_text_for_the_pruner(changes, applies):
+  assert doctor.pruner_text({"data": DATA | changes}).applies is applies
+
+
+def test_seeds_that_make_an_episode_depend_on_those_before():
+  assert doctor.seeding("environment").applies and not doctor.seeding("episode").applies
+
+
+@pytest.mark.parametrize("backend, devices, applies", [
+  ("cpu", ["/dev/nvidia0"], True), ("gpu", ["/dev/nvidia0"], False), ("cpu", [], False),
+])
+def test_an_accelerator_left_idle(backend, devices, applies):
+  assert doctor.accelerator(backend, devices).applies is applies
+
+
+@pytest.mark.parametrize("published, applies", [(None, None), ("abc", False), ("def", True)])
+def test_stand_in_assets(published, applies):
+  found = doctor.looks("abc", published)
+  assert found.applies is applies and "hash abc" in found.seen
+
+
+def test_data_with_another_gripper_convention(tmp_path):
+  rng = np.random.default_rng(0)
+  action = rng.uniform(-1, 1, (12, 7)).astype(np.float32)
+  action[:, 6] = np.arange(12) < 6  # 1 open, 0 closed
+  image = rng.integers(0, 256, (12, 16, 16, 3), np.uint8)
+  state = rng.normal(size=(12, 8)).astype(np.float32)
+  writer.write(tmp_path, "libero_goal_no_noops", [writer.Episode(image, image, state, action, "push the plate")])
+  found, frames = doctor.training_data(str(tmp_path), "libero_goal_no_noops")
+  assert found.applies and "got gripper commands in [0, 1]; expected -1 open" in found.seen and not frames
+
+
 @pytest.fixture
 def folder(tmp_path):
   def save(config=HEALTHY, name="libero_goal_no_noops", rotation=DOWN):
@@ -135,7 +178,7 @@ def test_every_planted_trap_of_a_folder_is_found_by_the_command(folder, capsys, 
 
 def test_without_a_suite_the_statistics_name_it(folder, capsys, monkeypatch):
   monkeypatch.setattr(libero, "find_assets", lambda given: Path(__file__).parent / "none")
-  with pytest.raises(SystemExit):
+  with contextlib.suppress(SystemExit):  # where the simulator's libraries are missing
     main(["doctor", f"--policy={folder()}"])
   assert capsys.readouterr().out.startswith("suite: libero_goal, ")
   assert doctor.suites(["libero_4_task_suites_no_noops"]) == [*libero.SUITES[:4]]
