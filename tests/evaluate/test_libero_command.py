@@ -7,9 +7,10 @@ import libero_assets
 import numpy as np
 import policies
 import pytest
+from helpers import random_params, tiny
 
 from semanticvla_jax import checkpoint
-from semanticvla_jax.data import hdf5, statistics
+from semanticvla_jax.data import hdf5, statistics, text
 from semanticvla_jax.evaluate import compare, libero
 from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.evaluate.simulators import Record, Records
@@ -120,6 +121,34 @@ def test_what_was_measured_otherwise_is_not_gone_on_with(tmp_path):
     one._claim(mark | {"policy": {"policy_hash": "q", "folder": "here"}})
   more = mark | {"seeds": (1, 2, 3), "episodes": 3, "first_states": "b", "sources": "y"}
   assert one._claim(more | {"policy": {"policy_hash": "p", "folder": "there"}})["sources"] == "x y"
+
+
+@pytest.mark.sim
+def test_a_policy_goes_through_the_whole_command(tmp_path, monkeypatch):
+  """A tiny one with random parameters, two tasks, a few steps: films, overlays, controls, fingerprint."""
+  monkeypatch.setenv("LIBERO_ASSETS", libero_assets.assets())
+  config = policies.CROPPING | {"data": policies.CROPPING["data"] | {"prompt_length": 64}}
+  folder = checkpoint.save_policy(
+    tmp_path / "policy", random_params(tiny()), config=config, tokenizers=text.EMBEDDED,
+    statistics={"libero_object_no_noops": statistics.to_openvla(policies.stats())},
+  )
+  out = tmp_path / "out"
+  words = ["--suite=libero_object", "--tasks=0,1", "--trials=1", "--workers=1", "--max-steps=8", "--films=2"]
+  main([f"--policy={folder}", *words, "--controls=shuffled,random", f"--out={out}"])
+  rows = json.loads((out / "results.json").read_text())["results"]
+  assert [row["kind"] for row in rows] == ["policy", "control", "control"]
+  for row in rows:
+    assert (row["episodes"], row["errors"], row["successes"]) == (2, 0, 0)
+    assert [(one["seed"], one["steps"], one["retries"]) for one in row["per_episode"]] == [(0, 8, 0), (50, 8, 0)]
+  told = [(one["asked"], one["told"]) for one in rows[1]["per_episode"]]
+  assert told[0] == told[1][::-1] and told[0][0] != told[0][1]
+  mark = rows[0]["fingerprint"]
+  assert (mark["policy"]["dataset"], mark["preprocessing"]["crop_area"], mark["chunk"]) == (
+    "libero_object_no_noops", 0.9, 8)
+  assert rows[2]["fingerprint"]["model_changes"] == {"anchor_rule": "random"}
+  page = (out / "report.html").read_text()
+  assert len([*out.glob("*.mp4")]) == page.count("data:video/mp4") - 1 == 1  # one kind of outcome, shown at the top too
+  assert len([*out.glob("*_looks_*.png")]) == 2 and page.count("data:image/png") >= 16
 
 
 @pytest.mark.sim
