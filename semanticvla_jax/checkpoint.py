@@ -19,6 +19,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -34,6 +36,13 @@ import semanticvla_jax
 
 FILES = ("config.json", "statistics.json", "metadata.json")
 _JSON = "json"  # the item of a training checkpoint that holds its JSON
+_READ, _DAMAGED, _UNREACHED = range(3)  # what became of a checkpoint, the worst last
+_PAUSES = (0.5, 2.0)  # seconds before the second and third try
+# How errors name what may pass: the status of a storage service, or of the operating system.
+_PASSING = re.compile(
+  "UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|"
+  "Input/output error|Stale file handle|Connection|[Tt]imed out"
+)
 Path = str | os.PathLike
 
 
@@ -280,8 +289,9 @@ class Checkpointer:
   def restore(self, abstract: Mapping[str, Any], step: int | None = None) -> Restored | None:
     """Restores the newest checkpoint that can be read, or that of `step`; None if there is none.
 
-    A checkpoint that cannot be read is reported with its error, moved to `<workdir>/checkpoints_corrupt/` and the one
-    before it is taken, unless a `step` was asked for.
+    A checkpoint whose data are damaged is reported with its error, moved to `<workdir>/checkpoints_corrupt/` and the
+    one before it is taken, unless a `step` was asked for. What is damaged on one process is passed over by all. Every
+    read is tried three times; what fails for another reason (access, network, memory) ends here, and nothing is moved.
 
     Args:
       abstract: pytrees of ShapeDtypeStruct by name, with the shardings wanted now (any number of devices); trees that
@@ -289,8 +299,8 @@ class Checkpointer:
       step: which one, or None for the newest.
 
     Raises:
-      ValueError: no such step; its trees have other names or shapes than `abstract` (another config); or every
-        checkpoint is corrupt.
+      ValueError: no such step; its trees have other names or shapes than `abstract` (another config); every checkpoint
+        is corrupt; or one cannot be reached.
     """
     self.wait()
     if step is not None and step not in self.steps:
@@ -298,16 +308,15 @@ class Checkpointer:
     steps = [step] if step is not None else self.steps[::-1]
     problems = {}
     for candidate in steps:
-      try:
-        found = self._read(candidate, abstract)
-      except _OtherConfig:
-        raise
-      except Exception as error:  # Orbax raises what it likes, bare Exceptions among it
-        problems[candidate] = _first_line(error)
-        logging.error("CORRUPT CHECKPOINT %s: %s", self.folder / str(candidate), problems[candidate])
-        continue
-      self._set_aside([*problems])
-      return found
+      found, error = self._attempt(candidate, abstract)
+      worst = _worst_of_all(error)
+      if worst == _READ:
+        self._set_aside([*problems])
+        return found
+      if worst == _UNREACHED:
+        raise self._unreached(candidate, error)
+      problems[candidate] = "damaged on another process" if error is None else _first_line(error)
+      logging.error("CORRUPT CHECKPOINT %s: %s", self.folder / str(candidate), problems[candidate])
     if not steps:
       return None
     raise ValueError(
@@ -315,16 +324,44 @@ class Checkpointer:
       "from a copy, or start in a new workdir."
     )
 
+  def _attempt(self, step: int, abstract: Mapping[str, Any]) -> tuple[Restored | None, Exception | None]:
+    """(the checkpoint, None), or (None, why it could not be read the third time)."""
+    for pause in (*_PAUSES, None):
+      try:
+        return self._read(step, abstract), None
+      except Exception as error:  # Orbax raises what it likes, bare Exceptions among it
+        problem = error
+      if pause is None or isinstance(problem, _OtherConfig):
+        return None, problem
+      logging.warning("checkpoint %s: %s; trying again", self.folder / str(step), _first_line(problem))
+      time.sleep(pause)
+    return None, problem
+
+  def _unreached(self, step: int, error: Exception | None) -> ValueError:
+    if isinstance(error, _OtherConfig):
+      return error
+    what = "another process could not read it (its log says why)" if error is None else _first_line(error)
+    return ValueError(
+      f"Checkpoint {self.folder / str(step)} cannot be read: got {what}; expected access to undamaged data; nothing "
+      "was moved: look at disk, network, permissions and memory, and run again."
+    )
+
   def _read(self, step: int, abstract: Mapping[str, Any]) -> Restored:
-    """One checkpoint; raises _OtherConfig where its trees do not match, anything else where it cannot be read."""
+    """One checkpoint; raises _OtherConfig where its trees do not match, anything else where it cannot be read.
+
+    Without the manager, whose barriers would keep the other processes waiting for one that fails.
+    """
     folder, lines = self.folder / str(step), []
     for name, tree in abstract.items():
       lines += _differences(f"{name}/", tree, _shapes(folder / name) if (folder / name).exists() else {})
     if lines:
       raise _OtherConfig(_mismatch(folder, lines))
-    args = {name: ocp.args.StandardRestore(_placed(tree, None)) for name, tree in abstract.items()}
-    found = self._manager.restore(step, args=ocp.args.Composite(**args, **{_JSON: ocp.args.JsonRestore()}))
-    return Restored(step, {name: found[name] for name in abstract}, found[_JSON])
+    handler = ocp.StandardCheckpointHandler()
+    found = {
+      name: handler.restore(folder / name, args=ocp.args.StandardRestore(_placed(tree, None)))
+      for name, tree in abstract.items()
+    }
+    return Restored(step, found, ocp.JsonCheckpointHandler().restore(folder / _JSON))
 
   def _set_aside(self, steps: list[int]) -> None:
     """Moves corrupt checkpoints away, so that their steps can be saved again."""
@@ -370,6 +407,21 @@ def _stored_shape(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
   """Random keys are stored as their words."""
   is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
   return tuple(jax.eval_shape(jax.random.key_data, x).shape if is_key else x.shape)
+
+
+def _worst_of_all(error: Exception | None) -> int:
+  """What became of a read, on the process that fared worst: _READ, _DAMAGED or _UNREACHED, the same answer on all."""
+  outcome = _READ if error is None else _DAMAGED if _is_damage(error) else _UNREACHED
+  if jax.process_count() > 1:
+    outcome = int(multihost_utils.process_allgather(np.int32(outcome)).max())
+  return outcome
+
+
+def _is_damage(error: Exception) -> bool:
+  """Whether a read failed for what is stored, rather than for how it was reached."""
+  kinds = (ValueError, KeyError, EOFError, FileNotFoundError)
+  data = isinstance(error, kinds) or type(error) is Exception
+  return data and not isinstance(error, _OtherConfig) and not _PASSING.search(str(error))
 
 
 class _OtherConfig(ValueError):

@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +202,97 @@ def test_a_corrupt_checkpoint_is_reported_and_set_aside(tmp_path, caplog):
     assert [path.name.partition("-")[0] for path in (tmp_path / "checkpoints_corrupt").iterdir()] == ["30"]
     assert checkpointer.save(30, training(31))
     assert_same(checkpointer.restore(abstract(training())).trees, training(31))
+
+
+def failing(monkeypatch, *errors):
+  """The first reads fail like this, the others go well."""
+  left, read = list(errors), checkpoint.Checkpointer._read
+
+  def attempt(self, step, wanted):
+    if left:
+      raise left.pop(0)
+    return read(self, step, wanted)
+
+  monkeypatch.setattr(checkpoint, "_PAUSES", (0.0, 0.0))
+  monkeypatch.setattr(checkpoint.Checkpointer, "_read", attempt)
+
+
+def test_an_error_that_passes_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
+  run(tmp_path)
+  failing(monkeypatch, ConnectionError("reset by peer"), ValueError("UNAVAILABLE: 503"))
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.restore(abstract(training())).step == 30 and "trying again" in caplog.text
+  failing(monkeypatch, *[ValueError("DATA_LOSS: checksum")] * 2)
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.restore(abstract(training())).step == 30
+  assert not (tmp_path / "checkpoints_corrupt").exists()
+
+
+@pytest.mark.parametrize("error", [OSError("Input/output error"), MemoryError(), ValueError("PERMISSION_DENIED: 403")])
+def test_what_cannot_be_reached_stops_and_moves_nothing(tmp_path, monkeypatch, error):
+  run(tmp_path)
+  failing(monkeypatch, *[error] * 3)
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    with pytest.raises(ValueError, match=r"checkpoints/30 cannot be read: got .*nothing was moved"):
+      checkpointer.restore(abstract(training()))
+    assert checkpointer.steps == [10, 20, 30]
+  failing(monkeypatch, *[ValueError("DATA_LOSS: checksum")] * 3)
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.restore(abstract(training())).step == 20
+
+
+def test_damage_that_another_process_saw_counts_for_all(tmp_path, monkeypatch, caplog):
+  run(tmp_path)
+  told = iter([checkpoint._DAMAGED, checkpoint._UNREACHED])
+  monkeypatch.setattr(checkpoint, "_worst_of_all", lambda error: next(told))
+  message = r"checkpoints/20 cannot be read: got another process could not read it"
+  with checkpoint.Checkpointer(tmp_path) as checkpointer, pytest.raises(ValueError, match=message):
+    checkpointer.restore(abstract(training()))
+  assert "30: damaged on another process" in caplog.text
+
+
+TWO = """
+import sys, pathlib, jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from semanticvla_jax import checkpoint
+port, me, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", 2, me)
+mesh = jax.make_mesh((4,), ("fsdp",))
+where = NamedSharding(mesh, P("fsdp"))
+def tree(step):
+  whole = np.random.default_rng(step).normal(size=(4, 4096)).astype(np.float32)
+  return {"w": jax.make_array_from_callback(whole.shape, where, whole.__getitem__)}
+shape = {"train": {"w": jax.ShapeDtypeStruct((4, 4096), np.float32, sharding=where)}}
+with checkpoint.Checkpointer(folder) as checkpointer:
+  for step in (1, 2):
+    checkpointer.save(step, {"train": tree(step)}, {})
+  checkpointer.wait()
+if me == 1:
+  for path in (folder / "checkpoints" / "2" / "train" / "ocdbt.process_1").rglob("d/*"):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+checkpoint._meet("cut")
+with checkpoint.Checkpointer(folder) as checkpointer:
+  found = checkpointer.restore(shape)
+  print("RESTORED", found.step, checkpointer.steps)
+"""
+
+
+@pytest.mark.processes
+def test_two_processes_pass_over_what_one_of_them_cannot_read(tmp_path):
+  with socket.create_server(("", 0)) as server:
+    port = server.getsockname()[1]
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  both = [
+    subprocess.Popen(
+      [sys.executable, "-c", TWO, str(port), str(i), str(tmp_path)],
+      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  told = [process.communicate(timeout=600) for process in both]
+  for out, errors in told:
+    assert "RESTORED 1 [1]" in out, errors
+  assert "damaged on another process" in told[0][1] and "CORRUPT CHECKPOINT" in told[1][1]
 
 
 def test_when_all_are_corrupt_nothing_moves(tmp_path):
