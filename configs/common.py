@@ -60,7 +60,9 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
   )
   if variant == "7b":
     config.model.remat = "full"  # the backward pass computes each block again; None is faster where memory allows
-  config.init_from = placeholder(str)  # a policy folder to start from
+  # A policy folder to start from; several with commas, where later ones give what the first lacks. Frozen parameters
+  # that none has are an error, unless "random" stands in the list.
+  config.init_from = placeholder(str)
   config.lora = ConfigDict(dict(rank=64, alpha=128.0, targets="release"))
   # Trained in full beside the adapters; everything else is frozen (and kept in bfloat16 at 7b).
   config.trainable = (

@@ -157,10 +157,7 @@ def load_policy(
     with ocp.StandardCheckpointer() as checkpointer:
       params = checkpointer.restore(folder / "params", abstract)
   except Exception as error:  # Orbax raises what it likes, bare Exceptions among it
-    raise ValueError(
-      f"Policy {folder} cannot be read: got {_first_line(error)}; expected Orbax parameters in params/; copy the "
-      "folder again from where it was made."
-    ) from error
+    raise _unreadable(folder, error) from error
   if verify and (got := params_hash(params)) != metadata["params_sha256"]:
     raise ValueError(
       f"Policy {folder} is not what was saved: got parameters of hash {got[:12]}…, expected "
@@ -169,6 +166,23 @@ def load_policy(
   if dtype is not None:
     params = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
   return PolicyFiles(params, config, statistics, metadata, folder)
+
+
+def read_policy_shapes(folder: Path) -> dict:
+  """The parameters of a policy folder as ShapeDtypeStructs, without reading any; errors as in `load_policy`."""
+  folder = _absolute(folder)
+  read_policy_json(folder)
+  try:
+    return _shapes(folder / "params")
+  except Exception as error:  # as above
+    raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: epath.Path, error: Exception) -> ValueError:
+  return ValueError(
+    f"Policy {folder} cannot be read: got {_first_line(error)}; expected Orbax parameters in params/; copy the "
+    "folder again from where it was made."
+  )
 
 
 def read_policy_json(folder: Path) -> tuple[dict, dict, dict]:

@@ -10,6 +10,7 @@ from semanticvla_jax.data import writer
 
 NAME = "tabletop_test"
 CHANGES = {
+  "init_from": "random",  # nobody asks what these models have learned
   "lora.rank": 2,
   "lora.alpha": 4.0,
   "optim.lr": 1e-2,

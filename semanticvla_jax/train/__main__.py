@@ -223,17 +223,25 @@ def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict,
   overrides = config.mesh.get("overrides", ())
   wanted = init.shapes(model, bare, config.trainable, config.frozen_dtype)
   sharding.check(wanted, mesh, overrides)
-  if config.init_from is None:
-    return init.draw(model, bare, config.seed, wanted, sharding.param_sharding(wanted, mesh, overrides)), None
-  base = checkpoint.load_policy(
-    config.init_from,
+  folders, random = init.bases(config.init_from)
+  found = {folder: checkpoint.read_policy_shapes(folder) for folder in folders}  # before any weight is read
+  taken, new = init.origins(wanted, found, config.trainable, random)
+  params = init.draw(model, bare, config.seed, new, sharding.param_sharding(new, mesh, overrides)) if new else {}
+  stats = None
+  for folder, paths in taken.items():
+    base = load_base(folder, mesh, overrides)
+    stats = base.statistics if stats is None else stats  # of the first
+    params = combine(params, init.cast(init.only(base.params, paths), init.only(wanted, paths)))
+  return params, stats and {name: statistics.from_openvla(entry) for name, entry in stats.items()}
+
+
+def load_base(folder: str, mesh: Any, overrides: sharding.Overrides) -> checkpoint.PolicyFiles:
+  """A policy folder with its parameters on the mesh."""
+  return checkpoint.load_policy(
+    folder,
     sharding=lambda tree: sharding.param_sharding(tree, mesh, overrides),
     verify=jax.process_count() == 1,  # hashing would gather every parameter on every host
   )
-  taken, new = init.take_over(wanted, base.params, config.init_from)
-  drawn = init.draw(model, bare, config.seed, new, sharding.param_sharding(new, mesh, overrides)) if new else {}
-  params = init.cast(combine(drawn, taken), wanted)
-  return params, {name: statistics.from_openvla(entry) for name, entry in base.statistics.items()}
 
 
 def resume(checkpointer: checkpoint.Checkpointer, state: Any, config: dict) -> tuple[Any, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +15,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from semanticvla_jax.models.lora import TARGETS, LoRA
 from semanticvla_jax.models.semanticvla import GREEDY_TOKENS, SemanticVLA, abstract_params, build, dummy_observation
 from semanticvla_jax.train.grounding import Grounded
-from semanticvla_jax.train.partition import combine, partition
+from semanticvla_jax.train.partition import LORA, combine, partition
+
+RANDOM = "random"  # as config.init_from: draw the frozen parameters too
+# Parts of a base that a model with another head does not read, each as a whole. Anything else it lacks is an error.
+SPARE = {
+  "llm/lm_head/": "logits of the language model; a coupler answers instead",
+  "coupler/": "the action head of another policy; this one's is new",
+  "proprio_projector/": "proprioception, which this model does not see",
+}
 
 
 def make_model(config: Any) -> tuple[nn.Module, SemanticVLA]:
@@ -75,21 +85,71 @@ def cast(params: dict, like: dict) -> dict:
   return jax.tree.map(lambda x, y: x.astype(y.dtype), params, like)
 
 
-def take_over(wanted: dict, base: dict, source: str) -> tuple[dict, dict]:
-  """Splits the parameters `wanted` (shapes or arrays) into those that `base` has, as it has them, and those it lacks.
+def only(tree: dict, paths: list[str]) -> dict:
+  """The parameters of a tree with these paths."""
+  flat = flatten_dict(tree, sep="/")
+  return unflatten_dict({path: flat[path] for path in paths}, sep="/")
+
+
+def bases(init_from: str | None) -> tuple[list[str], bool]:
+  """config.init_from → (policy folders, whether "random" stands among them): "policies/openvla,policies/siglip"."""
+  names = [name.strip() for name in (init_from or "").split(",") if name.strip()]
+  return [name for name in names if name != RANDOM], RANDOM in names
+
+
+def origins(
+  wanted: dict, found: Mapping[str, dict], trainable: str | None, random: bool = False
+) -> tuple[dict[str, list[str]], dict]:
+  """Where each parameter comes from: (paths by base, the first that has them; those that are drawn).
+
+  Args:
+    wanted: the model's parameters, as shapes. found: those of each base, in order.
+    trainable: config.trainable. random: draws frozen parameters too.
 
   Raises:
-    ValueError: a shape that differs, or a parameter of `base` that the model does not have.
+    ValueError: a shape that differs, a parameter of a base that the model has no use for (see SPARE), or a frozen one
+      that no base has.
+  """
+  left, taken = flatten_dict(wanted, sep="/"), {}
+  for i, (source, base) in enumerate(found.items()):
+    taken[source] = take_over(unflatten_dict(left, sep="/"), base, source, whole=i == 0)
+    left = {path: x for path, x in left.items() if path not in taken[source]}
+    logging.info("init_from %s: took %d parameters", source, len(taken[source]))
+  _, frozen = partition(wanted, trainable)
+  noise = sorted(set(flatten_dict(frozen, sep="/")) & set(left))
+  if noise and not random:
+    raise ValueError(
+      f"config.init_from: got {', '.join(found) or None}, which leaves {len(noise)} frozen parameters without values "
+      f"({', '.join(noise[:3])}, …), expected a base that has them: adapters on random weights learn nothing of use. "
+      "Name a policy folder (several with commas: the later ones give what the first lacks), let config.trainable "
+      f"cover them, or ask for random values with --config.init_from={','.join([*found, RANDOM])}."
+    )
+  if left:
+    logging.info("drew %d new parameters (%s …)", len(left), ", ".join(sorted(left)[:2]))
+  return taken, unflatten_dict(left, sep="/")
+
+
+def take_over(wanted: dict, base: dict, source: str, whole: bool = True) -> list[str]:
+  """Paths of the parameters `wanted` (shapes or arrays) that `base` has; what it has beyond them is logged.
+
+  Args:
+    whole: whether `base` must hold nothing that the model has no use for but SPARE; False for what only completes.
+
+  Raises:
+    ValueError: a shape that differs, or a parameter of `base` that the model has no use for.
   """
   ours, theirs = flatten_dict(wanted, sep="/"), flatten_dict(base, sep="/")
-  extra = sorted(set(theirs) - set(ours))
-  both = [k for k in theirs if k in ours]
+  for part, reason in SPARE.items():
+    there = {path for path in theirs if path.startswith(part)}
+    if any(path not in ours and not re.fullmatch(LORA, path) for path in there):
+      logging.info("init_from %s: left %d parameters of %s unread: %s", source, len(there), part, reason)
+      theirs = {path: x for path, x in theirs.items() if path not in there}
+  extra = sorted(set(theirs) - set(ours)) if whole else []
+  both = sorted(set(theirs) & set(ours))
   wrong = [f"{k}: {theirs[k].shape} there, {ours[k].shape} here" for k in both if theirs[k].shape != ours[k].shape]
   if extra or wrong:
     raise ValueError(
       f"init_from {source}: got {len(extra)} parameters the model does not have ({extra[:4]}) and {len(wrong)} of "
       f"another shape ({wrong[:4]}), expected a base of this config; pass the config it was trained with."
     )
-  new = sorted(set(ours) - set(theirs))
-  logging.info("took %d parameters from %s; %d are new (%s …)", len(theirs), source, len(new), ", ".join(new[:2]))
-  return base, unflatten_dict({k: ours[k] for k in new}, sep="/")
+  return both

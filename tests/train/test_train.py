@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import random_observation
 from small_runs import CHANGES, losses_of, make_config, write_data
 
@@ -195,3 +195,35 @@ def test_base_of_another_size_is_refused(straight):
   fresh = {"llm": {"kernel": np.zeros((3, 3))}}
   with pytest.raises(ValueError, match=r"init_from base: got 1 parameters the model does not have.*1 of another shape"):
     command.init.take_over(fresh, {"llm": {"kernel": np.zeros((3, 4)), "bias": np.zeros(3)}}, "base")
+
+
+def tree(*paths):
+  return unflatten_dict({path: np.zeros((2, 2)) for path in paths}, sep="/")
+
+
+def test_frozen_parameters_are_never_drawn_without_being_asked():
+  wanted, base = tree("llm/kernel", "llm/lora_a", "text/kernel", "coupler/kernel"), tree("llm/kernel")
+  with pytest.raises(ValueError, match=r"got None, which leaves 2 frozen .*\(llm/kernel, text/kernel"):
+    command.init.origins(wanted, {}, "coupler/.*")
+  with pytest.raises(ValueError, match=r"got A, which leaves 1 frozen .*\(text/kernel.*--config.init_from=A,random"):
+    command.init.origins(wanted, {"A": base}, "coupler/.*")
+  taken, new = command.init.origins(wanted, {"A": base, "B": tree("text/kernel", "llm/other")}, "coupler/.*")
+  assert taken == {"A": ["llm/kernel"], "B": ["text/kernel"]}  # B completes: the rest of it does not matter
+  assert sorted(flatten_dict(new, sep="/")) == ["coupler/kernel", "llm/lora_a"]
+  taken, new = command.init.origins(wanted, {}, "coupler/.*", random=True)
+  assert taken == {} and len(flatten_dict(new)) == 4
+  assert command.init.origins(wanted, {}, ".*")[0] == {}  # from scratch: all of it is trained
+  assert command.init.bases("a, b,random") == (["a", "b"], True) and command.init.bases(None) == ([], False)
+
+
+def test_heads_of_another_policy_are_left_unread_and_said(caplog):
+  wanted = tree("llm/kernel", "coupler/trans/kernel", "coupler/queries")
+  with caplog.at_level("INFO"):
+    taken = command.init.take_over(
+      wanted, tree("llm/kernel", "llm/lm_head/kernel", "coupler/queries", "coupler/head/kernel"), "base"
+    )
+  assert taken == ["llm/kernel"]  # the coupler is new as a whole
+  assert "left 1 parameters of llm/lm_head/ unread" in caplog.text and "left 2 parameters of coupler/" in caplog.text
+  assert command.init.take_over(wanted, wanted, "base") == ["coupler/queries", "coupler/trans/kernel", "llm/kernel"]
+  with pytest.raises(ValueError, match="got 1 parameters the model does not have"):  # adapters are no head
+    command.init.take_over(wanted, wanted | {"coupler": {"trans": {"lora_a": np.zeros(2)}}}, "base")
