@@ -87,7 +87,7 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
       drop_to=placeholder(float),
       clip_norm=placeholder(float),
       ema=placeholder(float),  # decay of an average of the trainable parameters, which the policy then takes
-      accumulate=1,
+      accumulate=1,  # parts of a batch that the gradient is summed over, for less memory; steps stay updates
     )
   )
   config.data = ConfigDict(

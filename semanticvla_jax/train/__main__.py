@@ -330,7 +330,7 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
   """
   mesh = sharding.make_mesh(config.mesh)
   overrides = config.mesh.get("overrides", ())
-  sharding.host_rows(config.data.batch_size, mesh)
+  sharding.check_rows(config.data.batch_size, sharding.devices_of_rows(mesh), config.optim.accumulate)
   model, bare = init.make_model(config)
   tokenizers = load_tokenizers(config, bare)
   distributed.meet("start", deadline)
@@ -348,7 +348,8 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
     state, start = resume(checkpointer, state, plain(config))
     sources = functools.partial(make_source, config, bare, tokenizers, mesh, base=base_statistics)
     source, stats = sources(start)
-    step = stepping.make_step(model, transform, optimizer.schedule(config.optim), config.seed, config.train.grounding)
+    rate, turns = optimizer.schedule(config.optim), config.optim.accumulate
+    step = stepping.make_step(model, transform, rate, config.seed, config.train.grounding, turns)
     meet = functools.partial(distributed.meet, "compiled", deadline) if jax.process_count() > 1 else None
     run = stepping.compile_step(step, mesh, state, frozen, overrides, meet)
     distributed.meet("ready to train", deadline)

@@ -70,7 +70,7 @@ def memory(config: Any, mesh: Any) -> dict[str, int]:
     "frozen parameters": local_bytes(step.frozen, mesh, overrides),
     "trainable parameters": local_bytes(step.state.trainable, mesh, overrides),
     "optimizer": local_bytes(step.state.optimizer, mesh, overrides),
-    "gradients": local_bytes(step.state.trainable, mesh, overrides),
+    "gradients": local_bytes(step.state.trainable, mesh, overrides) * min(2, config.optim.accumulate),  # and their sum
   }
 
 
@@ -84,12 +84,13 @@ def explain(config: Any, devices: int | None = None) -> str:
   mesh, step = sharding.abstract_mesh(config.mesh, n), program.of(config)
   both = flatten_dict(step.frozen) | flatten_dict(step.state.trainable)
   sharding.check({"/".join(path): x for path, x in both.items()}, mesh, config.mesh.get("overrides", ()))
-  rows = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
-  sharding.check_rows(config.data.batch_size, rows)
+  rows, turns = sharding.devices_of_rows(mesh), config.optim.accumulate
+  sharding.check_rows(config.data.batch_size, rows, turns)
   sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   lines = [
     f"mesh: {sizes} ({n} devices{'' if devices else ', those present'})",
-    f"batch: {config.data.batch_size}, {config.data.batch_size // rows} a device",
+    f"batch: {config.data.batch_size}, {config.data.batch_size // rows} a device"
+    + (f" in {turns} turns" if turns > 1 else ""),
     "",
     table(config, mesh),
     "",

@@ -30,7 +30,7 @@ def schedule(c: Any) -> optax.Schedule:
 
 
 def transform(c: Any) -> optax.GradientTransformation:
-  """The optimizer of config.optim, with optional clipping by global norm, averaging and gradient accumulation.
+  """The optimizer of config.optim, with optional clipping by global norm and averaging.
 
   'adamw' treats every trainable parameter alike (the released recipe). 'muon' (Jordan et al. 2024) orthogonalises the
   updates of all matrices, scaled to AdamW's size so that one `lr` serves both, and leaves the rest to AdamW: for
@@ -56,8 +56,7 @@ def transform(c: Any) -> optax.GradientTransformation:
     raise ValueError(f"config.optim.name: got {c.name!r}, expected 'adamw' or 'muon'.")
   steps = [] if c.clip_norm is None else [optax.clip_by_global_norm(c.clip_norm)]
   steps += [update] if c.get("ema") is None else [update, averaged(c.ema)]
-  chained = optax.chain(*steps)
-  return chained if c.accumulate == 1 else optax.MultiSteps(chained, c.accumulate)
+  return optax.chain(*steps)
 
 
 class Average(NamedTuple):

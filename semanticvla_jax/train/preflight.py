@@ -108,7 +108,7 @@ def slice_devices(topology: str | None, slices: int = 1) -> list:
 def lower_train(config: Any, mesh: Mesh) -> Callable[[], Any]:
   """A function that lowers the training step over `mesh`."""
   p, overrides = program.of(config), config.mesh.get("overrides", ())
-  sharding.check_rows(config.data.batch_size, math.prod(mesh.shape[axis] for axis in sharding.ROWS))
+  sharding.check_rows(config.data.batch_size, sharding.devices_of_rows(mesh), config.optim.accumulate)
   jitted = stepping.jit_step(p.step, mesh, p.state, p.frozen, overrides)
   return lambda: jitted.lower(p.state, p.frozen, p.batch, p.hints)
 
@@ -224,7 +224,7 @@ def collectives(text: str) -> list[tuple[str, int, int]]:
 
 def remedies(config: Any, mesh: Mesh, which: str = "train") -> list[str]:
   """What would make it smaller, the cheapest first."""
-  rows = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+  rows, turns = sharding.devices_of_rows(mesh), config.optim.accumulate
   size, out = config.data.batch_size, []
   if which == "policy":
     return [*(["a smaller --batch"] if size > 1 else []), "more chips (their weights are split over `tensor`)"]
@@ -232,11 +232,8 @@ def remedies(config: Any, mesh: Mesh, which: str = "train") -> list[str]:
     out.append("--config.model.remat=full (recomputes each block in the backward pass)")
   if config.frozen_dtype != "bfloat16" and config.model.dtype == "bfloat16":
     out.append("--config.frozen_dtype=bfloat16 (halves the frozen parameters)")
-  if size > rows:
-    half = max(rows, size // 2 // rows * rows)
-    out.append(
-      f"--batch={half} with --config.optim.accumulate={math.ceil(size / half)} (the same global batch, in turns)"
-    )
+  if more := next((n for n in range(2 * turns, size // rows + 1) if size % (n * rows) == 0), None):
+    out.append(f"--config.optim.accumulate={more} (the same batch and updates, {more} parts one after another)")
   if mesh.shape["data"] > 1:
     out.append("--config.mesh.data=1 --config.mesh.fsdp=-1 (splits parameters further)")
   return [*out, "a larger slice"]
@@ -244,7 +241,7 @@ def remedies(config: Any, mesh: Mesh, which: str = "train") -> list[str]:
 
 def sweep(config: Any, mesh: Mesh, report: Callable[[Report], None], which: str = "train") -> int | None:
   """The largest batch that fits, by doubling and halving the gap; None if the smallest does not."""
-  rows = math.prod(mesh.shape[axis] for axis in sharding.ROWS) if which == "train" else 1
+  rows = sharding.devices_of_rows(mesh) * config.optim.accumulate if which == "train" else 1
 
   def fits(n: int) -> bool:
     found = fly(program.changed(config, **{"data.batch_size": n * rows}), mesh, which)

@@ -32,7 +32,8 @@ def of(config: Any) -> Program:
   trainable, frozen = partition(wanted, config.trainable)
   transform = optimizer.transform(config.optim)
   state = jax.eval_shape(lambda trainable: stepping.new_state(transform, trainable), trainable)
-  step = stepping.make_step(model, transform, optimizer.schedule(config.optim), config.seed, config.train.grounding)
+  rate, turns = optimizer.schedule(config.optim), config.optim.accumulate
+  step = stepping.make_step(model, transform, rate, config.seed, config.train.grounding, turns)
   return Program(step, state, frozen, *abstract_batch(config, bare))
 
 
@@ -91,7 +92,7 @@ def example_flops(config: Any) -> int:
   The backward pass computes gradients of activations everywhere they are needed, of weights for trainable ones only, so
   with a frozen base it is about as much again as the forward pass, not twice as much.
   """
-  one = changed(config, **{"data.batch_size": 1, "model.remat": None})
+  one = changed(config, **{"data.batch_size": 1, "model.remat": None, "optim.accumulate": 1})
   model, _ = init.make_model(one)
   program = of(one)
 

@@ -182,6 +182,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(ROWS))
 
 
+def devices_of_rows(mesh: Mesh | AbstractMesh) -> int:
+  """How many parts the examples of a batch lie in."""
+  return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def host_rows(size: int, mesh: Mesh) -> Int[np.ndarray, "rows"]:
   """Which examples of a global batch of `size` lie on this process's devices, ascending: what it has to read.
 
@@ -190,17 +195,18 @@ def host_rows(size: int, mesh: Mesh) -> Int[np.ndarray, "rows"]:
   Raises:
     ValueError: when the examples do not divide over the devices.
   """
-  check_rows(size, math.prod(mesh.shape[axis] for axis in ROWS))
+  check_rows(size, devices_of_rows(mesh))
   slices = {index[0].indices(size) for index in batch_sharding(mesh).addressable_devices_indices_map((size,)).values()}
   return np.concatenate([np.arange(*part) for part in sorted(slices)])
 
 
-def check_rows(size: int, n: int) -> None:
-  """Raises ValueError unless `size` examples divide over `n` devices."""
-  if size % n:
+def check_rows(size: int, n: int, turns: int = 1) -> None:
+  """Raises ValueError unless `size` examples divide over `n` devices and the turns of config.optim.accumulate."""
+  if turns < 1 or size % (n * turns):
+    more = "" if turns == 1 else f" times the {turns} turns of config.optim.accumulate"
     raise ValueError(
       f"batch: got {size} examples, expected a multiple of the {n} devices that share them (mesh replica × data × "
-      "fsdp); change config.data.batch_size."
+      f"fsdp){more}; change config.data.batch_size."
     )
 
 

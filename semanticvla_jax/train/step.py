@@ -84,19 +84,21 @@ def make_step(
   rate: optax.Schedule,
   seed: int,
   weights: Any = None,
+  turns: int = 1,
 ) -> Callable:
   """step(state, frozen, batch, hints) → (state, metrics). The noise of step n depends on (seed, n) alone.
 
-  `weights` are those of the grounding losses, for batches that come with hints.
+  `weights` are those of the grounding losses, for batches that come with hints. `turns` is config.optim.accumulate.
   """
 
   def step(state: State, frozen: dict, batch: Batch, hints: Any):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-    def loss(trainable):
+    def loss(trainable, batch, hints, key):
       return loss_fn(model, combine(trainable, frozen), batch, key, hints, weights)
 
-    (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    (value, metrics), gradients = in_turns(gradient, state.trainable, (batch, hints), key, turns)
     updates, optimizer = transform.update(gradients, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     metrics |= dict(
@@ -109,6 +111,34 @@ def make_step(
     return State(state.step + 1, trainable, optimizer), metrics
 
   return step
+
+
+def in_turns(gradient: Callable, trainable: Any, examples: Any, key: jax.Array, turns: int):
+  """((loss, metrics), gradients) of a batch in `turns` parts, one after another, for the memory of one part.
+
+  Gradients, loss and metrics are means over the parts, each of which counts alike (`tokens` are summed); the noise of
+  part i depends on (key, i). Example r goes to part r mod `turns`, so that none leaves its device.
+
+  Args:
+    gradient: (trainable, *examples, key) → ((loss, metrics), gradients).
+    examples: a tuple of trees, each array [b …]; `turns` divides b.
+  """
+  if turns == 1:
+    return gradient(trainable, *examples, key)
+
+  def split(x):
+    parts = x.reshape(x.shape[0] // turns, turns, *x.shape[1:]).swapaxes(0, 1)  # [i b/i …]
+    return nn.with_logical_constraint(parts, (None, "batch", *[None] * (x.ndim - 1)))
+
+  def add(total, part):
+    number, some = part
+    (value, metrics), gradients = gradient(trainable, *some, jax.random.fold_in(key, number))
+    return jax.tree.map(jnp.add, total, gradients), (value, metrics)
+
+  parts = (jnp.arange(turns), jax.tree.map(split, examples))
+  total, (values, metrics) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), parts)
+  metrics = {name: x.sum(axis=0) if name == "tokens" else x.mean(axis=0) for name, x in metrics.items()}
+  return (values.mean(), metrics), jax.tree.map(lambda x: x / turns, total)
 
 
 def new_state(transform: optax.GradientTransformation, trainable: dict) -> State:

@@ -68,8 +68,12 @@ def test_what_does_not_fit_says_the_number_and_what_would_help():
   report = preflight.Report(8, 1.0, {}, message, [], [], None)
   text = preflight.describe(report, c, mesh)
   assert not report.fits and f"DOES NOT FIT: {message}" in text
-  for remedy in ("--config.model.remat=full", "--batch=4 with --config.optim.accumulate=2", "--config.mesh.fsdp=-1"):
+  for remedy in ("--config.model.remat=full", "--config.optim.accumulate=2 (the same batch", "--config.mesh.fsdp=-1"):
     assert remedy in text
+  c.optim.accumulate, c.data.batch_size = 2, 16
+  assert "--config.optim.accumulate=4" in preflight.remedies(c, mesh)[1]  # times what there is
+  c.optim.accumulate = 4
+  assert not any("accumulate" in remedy for remedy in preflight.remedies(c, mesh))  # one example a device and turn
   short = preflight._shorten(
     f"RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory. {message}.\n\nmore"
   )
@@ -139,7 +143,8 @@ def test_the_released_7b_step_fits_sixteen_v5e():
 def test_too_large_a_batch_is_refused_with_the_number():
   done = command("--topology=v5e:4x4", "--batch=8192")
   assert done.returncode == 3, done.stdout + done.stderr
-  assert "DOES NOT FIT" in done.stdout and "what would help:" in done.stdout and "--batch=4096" in done.stdout
+  assert "DOES NOT FIT" in done.stdout and "what would help:" in done.stdout
+  assert "--config.optim.accumulate=2" in done.stdout
 
 
 @pytest.mark.aot
