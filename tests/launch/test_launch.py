@@ -19,7 +19,7 @@ XPK = ["--cluster=c", "--workload=w", "--tpu-type=v5litepod-16", "--image=i"]
 
 def run(script, *arguments, **options):
   command = ["bash", str(ROOT / "launch" / script), *arguments]
-  return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=30, **options)
+  return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, **options)
 
 
 def commands(done):
@@ -117,11 +117,16 @@ def test_tpu_vm_starts_a_shell_command_that_keeps_its_arguments(tmp_path):
     ("gpu.sh", ["--python=/no/such", *LOCAL], "/no/such: not found, expected it on PATH; make the environment"),
     ("slurm.sh", ["--gpus-per-node=8", *LOCAL], "--nodes: got nothing, expected how many nodes"),
     ("slurm.sh", ["--nodes=two", "--gpus-per-node=8", *LOCAL], "--nodes: got 'two', expected a whole number"),
+    ("slurm.sh", ["--nodes=2", "--gpus-per-node=8", "--time=soon", *LOCAL], "--time: got 'soon', expected D-HH:MM:SS"),
+    ("slurm.sh", ["--nodes=2", "--gpus-per-node=8", "--sbatch=qos", *LOCAL], "--sbatch: got 'qos', expected an option"),
+    ("slurm.sh", ["--nodes=2", "--gpus-per-node=8", "--restarts=0", *LOCAL], "--restarts: got '0', expected a whole"),
     ("xpk.sh", XPK[:3], "--image: got nothing, expected a container image"),
     ("xpk.sh", ["--dry-run", *XPK, *LOCAL], "hosts of a slice share no disk, expected gs://BUCKET/FOLDER"),
     ("tpu_vm.sh", ["launch"], "got verb 'launch', expected up, create"),
     ("tpu_vm.sh", ["up", "--dry-run", *TPU, *TRAIN], "--type: got nothing, expected an accelerator such as"),
     ("tpu_vm.sh", ["start", "--dry-run", *TPU, *LOCAL], "workers share no disk"),
+    ("tpu_vm.sh", ["stop", "--dry-run", "--name=My_Run", TPU[1]], "--name: got 'My_Run', expected small letters"),
+    ("tpu_vm.sh", ["logs", "--dry-run", *TPU, "--worker=first"], "--worker: got 'first', expected a number"),
   ],
 )
 def test_wrong_arguments_are_explained(script, arguments, message):
@@ -164,6 +169,96 @@ def test_gpu_passes_sigterm_on_and_then_ends(tmp_path):
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
   assert process.wait(10) == 75 and (tmp_path / "told").exists()
+
+
+GCLOUD = """#!/bin/bash
+# Stands in for gcloud: answers `describe` and the follower's ssh from two lists, and writes down what else was asked.
+next() {  # the first line of a file; the last one stays
+  head -n 1 "$1"
+  [[ $(wc -l < "$1") == 1 ]] || sed -i 1d "$1"
+}
+cd "$(dirname "$0")"
+case "$*" in
+  *describe*)
+    state=$(next states)
+    [[ $state != NONE ]] || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; }
+    [[ $state != DOWN ]] || { echo "ERROR: connection refused" >&2; exit 1; }
+    echo "$state" ;;
+  *"storage ls"*) next steps ;;
+  *"tail -n"*) echo follow >> calls; exit "$(next ends)" ;;
+  *create*) echo create >> calls ;;
+  *delete*) echo delete >> calls ;;
+  *nohup*) echo start >> calls ;;
+esac
+"""
+
+
+def up(tmp_path, states, ends, steps=("gs://bucket/run/checkpoints/1/",), *arguments):
+  """What `up` does where the cloud says `states`, following ends with `ends` and the newest checkpoint is `steps`."""
+  for program, text in (("gcloud", GCLOUD), ("git", "#!/bin/true\n")):
+    (tmp_path / program).write_text(text)
+    (tmp_path / program).chmod(0o755)
+  for name, lines in (("states", states), ("ends", ends), ("steps", steps)):
+    (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+  environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TPU_VM_PAUSE": "0.01"}
+  done = run("tpu_vm.sh", "up", *TPU, "--type=v5litepod-16", *arguments, *TRAIN, env=environment)
+  return done, (tmp_path / "calls").read_text().split()
+
+
+def test_up_follows_again_when_only_the_connection_was_lost(tmp_path):
+  done, calls = up(tmp_path, ["ACTIVE"], [255, 255, 0])
+  assert done.returncode == 0 and calls == ["start", "follow", "follow", "follow"], done.stderr
+  assert done.stdout.count("following again") == 2
+
+
+def test_up_takes_silence_of_the_cloud_for_no_preemption(tmp_path):
+  done, calls = up(tmp_path, ["ACTIVE", *["DOWN"] * 3, "ACTIVE"], [255, 0])
+  assert done.returncode == 0 and calls == ["start", "follow", "follow"], done.stderr
+
+
+def test_up_asks_again_when_an_old_resource_was_just_being_deleted(tmp_path):
+  done, calls = up(tmp_path, ["DELETING", "DELETING", "NONE", "WAITING_FOR_RESOURCES", "ACTIVE"], [0])
+  assert done.returncode == 0 and calls == ["create", "start", "follow"], done.stderr
+
+
+def test_up_starts_anew_where_the_slice_was_taken_away(tmp_path):
+  steps = ["gs://bucket/run/checkpoints/9/", "gs://bucket/run/checkpoints/10/"]
+  done, calls = up(tmp_path, ["NONE", "ACTIVE", "SUSPENDED", "SUSPENDED", "NONE", "ACTIVE"], [255, 0], steps)
+  assert done.returncode == 0, done.stderr
+  assert calls == ["create", "start", "follow", "delete", "create", "start", "follow"]
+
+
+def test_up_ends_where_the_run_was_stopped_on_purpose(tmp_path):
+  done, calls = up(tmp_path, ["ACTIVE"], [76])
+  assert done.returncode == 75 and "stopped by tpu_vm.sh stop" in done.stdout and calls == ["start", "follow"]
+  assert "touch train.stop" in run("tpu_vm.sh", "stop", "--dry-run", *TPU).stdout
+  assert "rm -f train.status train.stop" in run("tpu_vm.sh", "start", "--dry-run", *TPU, *TRAIN).stdout
+
+
+def test_up_gives_up_on_a_run_that_gets_nowhere(tmp_path):
+  done, calls = up(tmp_path, ["ACTIVE"], [75], ["gs://bucket/run/checkpoints/7/"], "--restarts=2")
+  assert done.returncode == 2 and "got 2 starts in a row without a new checkpoint" in done.stderr
+  assert calls == ["start", "follow"] * 2
+
+
+@pytest.mark.parametrize(
+  ("status", "mark", "ends"), [("75", True, 76), ("75", False, 75), ("1", True, 1), (None, False, 75)]
+)
+def test_what_following_ends_with(tmp_path, status, mark, ends):
+  """What `up` sends to follow a run is run here by a shell, after a run that has ended."""
+  sent = commands(run("tpu_vm.sh", "up", "--dry-run", *TPU, "--type=v6e-8", *TRAIN))[-1][-1]
+  folder = tmp_path / "semanticvla_jax"
+  folder.mkdir()
+  ended = subprocess.Popen(["true"])
+  ended.wait()
+  (folder / "train.pid").write_text(str(ended.pid))
+  (folder / "train.log").write_text("")
+  if status is not None:
+    (folder / "train.status").write_text(status)
+  if mark:
+    (folder / "train.stop").touch()
+  done = subprocess.run(["sh", "-c", sent.removeprefix("--command=")], cwd=tmp_path, timeout=20, check=False)
+  assert done.returncode == ends
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
