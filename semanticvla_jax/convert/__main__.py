@@ -48,6 +48,7 @@ def to_orbax_verb(args: argparse.Namespace) -> int:
     tokenizers=args.tokenizers,
     need_statistics=not args.no_statistics,
     merged=MERGED[args.merged],
+    only=args.only,
     say=lambda line: print(line, flush=True),
   )
   print("\n".join(to_orbax.table(report)))
@@ -150,6 +151,7 @@ def _to_orbax_arguments(verb: argparse.ArgumentParser) -> None:
   verb.add_argument("--lora", choices=("keep", "merge"), default="keep", help="adapters apart, or folded in")
   _merged_argument(verb)
   verb.add_argument("--tokenizers", metavar="DIR", help="folder of tokenizer.model; default: the source")
+  verb.add_argument("--only", choices=("siglip", "text"), help="one tower of a source that has both")
   verb.add_argument("--no-statistics", action="store_true", help="convert a model that has no action statistics")
 
 

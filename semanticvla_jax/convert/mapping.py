@@ -19,6 +19,7 @@ from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, bui
 
 Shapes = dict[str, tuple[int, ...]]
 _NOT_IN_A_TOWER = re.compile(r".*/film/.*")  # made by fine-tuning
+_TOWER_KEYS = {"siglip/": r"(vision_model\.|siglip/).*", "text/": r"(text_model\.|text/).*"}  # where a source has both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,9 @@ def parameter_shapes(model: SemanticVLA | lora.LoRA, bare: SemanticVLA) -> Shape
   return {path: tuple(x.shape) for path, x in flat.items()}
 
 
-def make_plan(source: Source, model_config: Any, lora_config: Mapping | None, keep: bool) -> Plan:
+def make_plan(
+  source: Source, model_config: Any, lora_config: Mapping | None, keep: bool, only: str | None = None
+) -> Plan:
   """Matches a source with the model of a config.
 
   Args:
@@ -62,14 +65,18 @@ def make_plan(source: Source, model_config: Any, lora_config: Mapping | None, ke
     model_config: fields of semanticvla.DEFAULTS.
     lora_config: {"rank", "alpha", "targets"} of the config; read where the source has adapters.
     keep: whether adapters stay apart from the kernels.
+    only: the one tower that is wanted of a source with several, "siglip" or "text"; None for all.
 
   Raises:
     Mismatch: source and model do not cover each other.
-    ValueError: adapters of another rank or alpha than the config's, or half folded ones that are to be kept.
+    ValueError: adapters of another rank or alpha than the config's, half folded ones that are to be kept, or a tower
+      that the source does not have.
   """
   bare = build(model_config)
+  if only is not None:
+    check_only(source, only)
   if source.kind not in VLA:
-    return _tower_plan(source, bare)
+    return _tower_plan(source, bare, source.prefixes if only is None else (f"{only}/",))
   if not source.has_adapters:
     entries, skipped = _match(source, bare, parameter_shapes(bare, bare), adapted=False)
     return Plan(entries, {}, None, skipped)
@@ -140,13 +147,26 @@ def _adapter(source: Source, config: Mapping | None) -> Adapter:
   return Adapter(int(config["rank"]), float(config["alpha"]), config.get("targets", "release"))
 
 
-def _tower_plan(source: Source, bare: SemanticVLA) -> Plan:
+def check_only(source: Source, only: str) -> None:
+  """Raises ValueError unless `source` is of single towers and has this one."""
+  towers = [] if source.kind in VLA else [prefix.rstrip("/") for prefix in source.prefixes]
+  if only not in towers:
+    expected = f"one of {towers}" if towers else "a source of single towers"
+    raise ValueError(
+      f"--only: got {only!r} of {source.kind}; expected {expected}; leave --only out, or name another source."
+    )
+
+
+def _tower_plan(source: Source, bare: SemanticVLA, prefixes: tuple[str, ...]) -> Plan:
   target = {
     path: shape
     for path, shape in parameter_shapes(bare, bare).items()
-    if path.startswith(source.prefixes) and not _NOT_IN_A_TOWER.fullmatch(path)
+    if path.startswith(prefixes) and not _NOT_IN_A_TOWER.fullmatch(path)
   }
   rules, spare = tower_rules(source, target)
+  rules = [rule for rule in rules if rule.target.startswith(prefixes)]
+  left_out = set(source.prefixes) - set(prefixes)
+  spare = {_TOWER_KEYS[prefix]: "another tower than was asked for (--only)" for prefix in left_out} | spare
   entries, skipped = table.plan(rules, spare | _deep(source, bare), source.shapes, target)
   return Plan({e.target: e for e in sorted(entries, key=lambda e: e.target)}, {}, None, skipped)
 

@@ -49,6 +49,7 @@ def to_orbax(
   tokenizers: str | Path | None = None,
   need_statistics: bool = True,
   merged: bool | None = None,
+  only: str | None = None,
   say: Callable[[str], None] = logging.info,
 ) -> dict:
   """Converts a checkpoint and returns the report that is written as conversion.json.
@@ -62,6 +63,7 @@ def to_orbax(
     tokenizers: folder of tokenizer.model (and spiece.model); None: that of the source, where it has one.
     need_statistics: whether a whole model without action statistics is an error.
     merged: see source.recognise.
+    only: "siglip" or "text": one tower of a source that has both.
     say: is given lines of progress.
 
   Raises:
@@ -74,7 +76,7 @@ def to_orbax(
   for line in describe(source):
     say(line)
   _refuse_second_adapter(source)
-  plan = mapping.make_plan(source, config["model"], config.get("lora"), keep=lora == "keep")
+  plan = mapping.make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only)
   stats = _statistics(source, need_statistics)
   leaves = {path: _lazy(plan, source, path, DTYPES[dtype]) for path in plan.entries}
   models = _tokenizers(tokenizers, sources)
@@ -258,7 +260,7 @@ def _metadata(source: Source, plan: Plan, leaves: Mapping[str, stream.Lazy], par
     "params_sha256": params_sha256,
   }
   if source.kind not in VLA:
-    facts["parts"] = [prefix.rstrip("/") for prefix in source.prefixes]
+    facts["parts"] = sorted({path.split("/")[0] for path in leaves})
   if plan.adapter is not None:
     facts["lora"] = dataclasses.asdict(plan.adapter)
   elif source.folded:

@@ -6,15 +6,19 @@ policy folder `<workdir>/policy` for evaluation, serving and conversion. On seve
     --explain            prints mesh, shardings and bytes per device, and ends
     --profile_steps=a:b  writes a profiler trace of steps a … b to <workdir>/profile
 
-Exit status: 0 finished; 1 an error, told on stderr; 75 told to stop (SIGTERM), saved, goes on when run again.
+Exit status: 0 finished; 1 an error, told on stderr; 75 told to stop (SIGTERM): saved, or still setting up, and nothing
+is lost; goes on when run again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import io
 import json
 import logging
+import operator
 import statistics as numbers
 import sys
 import time
@@ -27,6 +31,7 @@ import jax
 import numpy as np
 from absl import app, flags
 from etils import epath
+from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
 from semanticvla_jax import checkpoint
@@ -51,11 +56,21 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0")
 _MULTIHOST = flags.DEFINE_enum("multihost", "auto", distributed.METHODS, "Where to find the other hosts")
 _HOST_DEADLINE = flags.DEFINE_float("host_deadline", 300.0, "Seconds that hosts wait for each other")
 
+AHEAD = 2  # updates that may wait for the device: their batches take its memory
+
 # Config fields that runs of earlier versions did not store, with the value they had.
 LATER = {
   "frozen_dtype": None, "optim.ema": None, "data.starts": 0.0, "data.diagonal_crop": False, "data.dct": "accurate",
   "data.pruner_text_eval": None, "data.cache_dir": None,
 }  # fmt: skip
+
+# Config fields that may change when a run goes on, each with what lies below it: how long and where it runs, not what
+# it computes. Base, tokenisers and data are known by what they hold (`origin`), wherever they lie.
+MOVABLE = (
+  "mesh", "model.remat", "init_from", "data.dir", "data.cache_dir", "data.tokenizers",
+  "train.steps", "train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.spike",
+  "train.wandb",
+)  # fmt: skip
 
 
 class Diverged(RuntimeError):
@@ -244,32 +259,80 @@ def load_base(folder: str, mesh: Any, overrides: sharding.Overrides) -> checkpoi
   )
 
 
-def resume(checkpointer: checkpoint.Checkpointer, state: Any, config: dict) -> tuple[Any, int]:
-  """The newest checkpoint of the workdir, or the state as it is. Raises ValueError in the workdir of another config."""
+def resume(checkpointer: checkpoint.Checkpointer, state: Any, config: dict) -> tuple[Any, int, dict]:
+  """(state, step, the JSON beside it) of the workdir's newest checkpoint, or (the state as it is, 0, {}).
+
+  Raises:
+    ValueError: in the workdir of another config.
+  """
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
   restored = checkpointer.restore({"train": abstract})
   if restored is None:
-    return state, 0
-  saved = restored.json["config"]
-  differing = [key for key in config if key not in ("train", "mesh") and differs(saved, config, key)]
-  if differing:
+    return state, 0, {}
+  if lines := differences(restored.json["config"], config):
     raise ValueError(
-      f"workdir {checkpointer.folder.parent}: its run had another config (fields {differing} differ), expected the "
-      "same; use a new --workdir, or the config it began with."
+      f"workdir {checkpointer.folder.parent}: its run had another config, got {'; '.join(lines)} (before → now), "
+      "expected the same; use a new --workdir, or the config it began with."
     )
   logging.info("resumed from step %d", restored.step)
-  return restored.trees["train"], restored.step
+  return restored.trees["train"], restored.step, restored.json
 
 
-def differs(saved: dict, config: dict, key: str, prefix: str = "") -> bool:
-  """Whether a field has another value than in the saved config; see LATER for fields that it may lack."""
-  path = prefix + key
-  if key not in saved and path not in LATER:
-    return True
-  before, now = saved.get(key, LATER.get(path)), config[key]
-  if isinstance(before, dict) and isinstance(now, dict):
-    return any(differs(before, now, inner, f"{path}.") for inner in now)
-  return before != now
+def differences(saved: dict, config: dict) -> list[str]:
+  """ "optim.lr: 0.001 → 0.0005" for each field that differs and is not MOVABLE; see LATER for those it may lack."""
+  before, now = LATER | flatten_dict(saved, sep="."), flatten_dict(config, sep=".")
+  fixed = [name for name in now if not any(name == free or name.startswith(f"{free}.") for free in MOVABLE)]
+  missing = object()
+  return [
+    f"{name}: {before.get(name, 'not there')} → {now[name]}"
+    for name in sorted(fixed)
+    if before.get(name, missing) != now[name]
+  ]
+
+
+def origin(config: Any, stats: dict) -> dict:
+  """What a run stands on beside its config, as JSON: hashes of its bases and tokenisers, statistics of its data."""
+  folders, _ = init.bases(config.init_from)
+  tokenizers = epath.Path(config.data.tokenizers or text.EMBEDDED)
+  words = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(tokenizers.glob("*.model"))))
+  return {
+    "base": [checkpoint.policy_hash(folder) for folder in folders],
+    "tokenizers": words.hexdigest()[:16],
+    "statistics": {name: statistics.to_openvla(entry) for name, entry in stats.items()},
+  }
+
+
+def check_origin(saved: dict, now: dict, workdir: Path) -> None:
+  """Compares `origin` now with that of the checkpoint a run goes on from; one that says nothing is taken, and told.
+
+  Raises:
+    ValueError: another base, other tokenisers or other data.
+  """
+  if unknown := sorted(set(now) - set(saved)):
+    logging.warning("the checkpoint is of an earlier version: its %s cannot be compared", ", ".join(unknown))
+  known = [name for name in now if name in saved and name != "config"]
+  differing = [name for name in known if not (same if name == "statistics" else operator.eq)(saved[name], now[name])]
+  if differing:
+    told = {name: describe(saved[name]) + " → " + describe(now[name]) for name in differing}
+    raise ValueError(
+      f"workdir {workdir}: its run had another {' and '.join(differing)}, got "
+      f"{'; '.join(f'{name} {change}' for name, change in told.items())} (before → now), expected the same under any "
+      "path; pass the base (config.init_from), tokenisers and data it began with, or use a new --workdir."
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+  """Whether statistics are equal up to the rounding of another machine."""
+  if isinstance(a, dict) and isinstance(b, dict):
+    return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+  return np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def describe(value: Any) -> str:
+  """Hashes as they are; of statistics the datasets and how many frames they have."""
+  if not isinstance(value, dict):
+    return str(value)
+  return ", ".join(f"{name} ({entry.get('num_transitions')} frames)" for name, entry in value.items())
 
 
 def check(recent: list[dict], history: deque, first: int, spike: float | None, trainable: dict) -> None:
@@ -345,29 +408,44 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
   with checkpoint.Checkpointer(
     workdir, config.train.keep_last, config.train.save_every, config.train.get("keep_every")
   ) as checkpointer:
-    state, start = resume(checkpointer, state, plain(config))
+    state, start, saved = resume(checkpointer, state, plain(config))
     sources = functools.partial(make_source, config, bare, tokenizers, mesh, base=base_statistics)
     source, stats = sources(start)
+    facts = {"config": plain(config)} | origin(config, stats)
+    if saved:
+      check_origin(saved, facts, workdir)
     rate, turns = optimizer.schedule(config.optim), config.optim.accumulate
     step = stepping.make_step(model, transform, rate, config.seed, config.train.grounding, turns)
     meet = functools.partial(distributed.meet, "compiled", deadline) if jax.process_count() > 1 else None
     run = stepping.compile_step(step, mesh, state, frozen, overrides, meet)
     distributed.meet("ready to train", deadline)
+    history = deque(saved.get("losses", ()), maxlen=200)
     try:
-      state = loop(config, workdir, checkpointer, run, source, state, frozen, start, profile)
+      state = loop(config, workdir, checkpointer, run, source, state, frozen, start, facts, history, profile)
     except Diverged as error:
       batch, _ = sources(error.step - 1)[0](error.step - 1)
       raise type(error)(f"{error} Its batch: {save_batch(batch, workdir, error.step)}") from error
   return write_policy(config, workdir, state, frozen, stats, deadline)
 
 
-def loop(config, workdir: Path, checkpointer, run: Callable, source: Callable, state, frozen, start: int, profile=None):
-  """Steps start … config.train.steps − 1, with metrics and checkpoints."""
+def loop(
+  config, workdir: Path, checkpointer, run: Callable, source: Callable, state, frozen, start: int, facts: dict,
+  history: deque, profile=None,
+):  # fmt: skip
+  """Steps start … config.train.steps − 1, with metrics and checkpoints.
+
+  Args:
+    facts: JSON that checkpoints carry. history: losses of the last updates, to know a spike by; saved and added to.
+  """
   rates = program.rates(config) if start < config.train.steps else {}
   metrics = Metrics(workdir, config.train.steps, config.train.log_every, start, config.data.batch_size, **rates)
   metrics.also_to_wandb(config.train.get("wandb"), plain(config))
-  history: deque = deque(maxlen=200)
-  with distributed.preemption() as preempted, Trace(workdir / "profile", profile) as trace:
+  ahead: deque = deque()  # losses of updates that the device may still be busy with
+  with (
+    contextlib.closing(metrics),
+    distributed.preemption() as preempted,
+    Trace(workdir / "profile", profile) as trace,
+  ):
     for step in range(start, config.train.steps):
       trace.before(step + 1)
       before = time.perf_counter()
@@ -375,6 +453,9 @@ def loop(config, workdir: Path, checkpointer, run: Callable, source: Callable, s
       wait = time.perf_counter() - before
       state, values = run(state, frozen, batch, hints)
       trace.after(step + 1, values)
+      ahead.append(values["loss"])
+      if len(ahead) > AHEAD:
+        jax.block_until_ready(ahead.popleft())
       stop = preempted(step + 1) and step + 1 < config.train.steps
       save = stop or checkpointer.due(step + 1) or step + 1 == config.train.steps
       means = metrics.add(step + 1, values, wait, flush=save)
@@ -382,12 +463,10 @@ def loop(config, workdir: Path, checkpointer, run: Callable, source: Callable, s
         recent = metrics.recent
         check(recent, history, step + 2 - len(recent), config.train.get("spike"), state.trainable)
       if save:  # only what was found finite is kept
-        checkpointer.save(step + 1, {"train": state}, {"config": plain(config)})
+        checkpointer.save(step + 1, {"train": state}, facts | {"losses": list(history)})
       if stop:
         checkpointer.wait()
-        metrics.close()
         raise Preempted(f"told to stop; saved at step {step + 1} of {config.train.steps}; run it again to go on")
-  metrics.close()
   return state
 
 
@@ -422,6 +501,7 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  distributed.leave_on_sigterm()
   try:
     profile = parse_steps(_PROFILE.value)
     if _EXPLAIN.value:
