@@ -6,7 +6,6 @@ Works on names and shapes alone: the target tree comes from `jax.eval_shape`, no
 from __future__ import annotations
 
 import collections
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from semanticvla_jax.convert import semanticvla, table
+from semanticvla_jax.convert.golden.files import read_json
 from semanticvla_jax.convert.golden.whole import OFT, OPENVLA
 from semanticvla_jax.models.lora import ALL_LINEAR_TARGETS, RELEASE_TARGETS, LoRA
 from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_observation
@@ -25,15 +25,17 @@ Report = tuple[str, int, dict[str, str]]  # what was checked, parameters made, {
 
 def verify(path: str | Path) -> list[str]:
   """Lines that say what was mapped. Raises table.Mismatch, or ValueError when the file is of neither known layout."""
-  keys = json.loads(Path(path).read_text())
-  if "base_hf_state_dict" in keys:
-    reports, notes = list(_release(keys)), _release_counts(keys)
-  elif "base" in keys:
-    reports, notes = list(_oft(keys)), []
-  else:
+  keys = read_json(path)
+  try:
+    if "base_hf_state_dict" in keys:
+      reports, notes = list(_release(keys)), _release_counts(keys)
+    else:
+      reports, notes = list(_oft(keys)), []
+  except KeyError as error:
     raise ValueError(
-      f"{path}: got keys {sorted(keys)}, expected those of full_size_keys.json or full_size_keys_oft.json."
-    )
+      f"verify-golden: got {path} without {error} (keys {sorted(keys)[:12]}), expected the layout of "
+      "full_size_keys.json or full_size_keys_oft.json; copy the file whole."
+    ) from error
   return [line for report in reports for line in _lines(*report)] + notes
 
 
@@ -60,6 +62,17 @@ def _source(*parts: Mapping[str, Any], **named: Mapping[str, Any]) -> Shapes:
   return out
 
 
+def _rank(shapes: Mapping[str, Any]) -> int:
+  """The rank of a file's adapters."""
+  ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key}
+  if len(ranks) != 1:
+    raise ValueError(
+      f"verify-golden: got adapters of ranks {sorted(ranks)}, expected one rank in lora_A of every adapted layer; copy "
+      "the file whole."
+    )
+  return ranks.pop()
+
+
 def _check(what: str, model: Any, source: Shapes, prefixes=("",), lora: bool = False, more_unused=None) -> Report:
   bare = model.model if lora else model
   target = shapes_of(model, prefixes)
@@ -76,7 +89,7 @@ def _release(keys: dict) -> Iterator[Report]:
     keys["lora_adapter"],
     keys["vision_backbone_checkpoint"],
   )
-  rank = next(shape[0] for key, shape in keys["lora_adapter"].items() if ".lora_A." in key)
+  rank = _rank(keys["lora_adapter"])
   adapted = LoRA(build({}), rank, 2 * rank)
   yield _check("SemanticVLA, fine-tuning checkpoint with adapters", adapted, _source(*files, **heads), lora=True)
   _check_targets(keys["lora_target_modules"], adapted)
@@ -94,7 +107,7 @@ def _oft(keys: dict) -> Iterator[Report]:
   yield _check("OpenVLA, merged shards", openvla, _source(keys["base"]))
   film = build(OFT | dict(film=("dino", "siglip")))
   file = keys["film_vision_backbone_file"]
-  rank = next(shape[0] for key, shape in file.items() if ".lora_A." in key)
+  rank = _rank(file)
   adapted = LoRA(film, rank, rank / 2, ALL_LINEAR_TARGETS)
   yield _check("OpenVLA-OFT with FiLM, vision file", adapted, _source(file), prefixes=("dino/", "siglip/"), lora=True)
   _check_targets(keys["lora_targets"], adapted)
@@ -145,7 +158,7 @@ def lora_difference(rank: int) -> dict[str, int]:
 
 
 def _release_counts(keys: dict) -> list[str]:
-  rank = next(shape[0] for key, shape in keys["lora_adapter"].items() if ".lora_A." in key)
+  rank = _rank(keys["lora_adapter"])
   ours, theirs = release_counts(LoRA(build({}), rank, 2 * rank, RELEASE_TARGETS)), dict(keys["trainable_params"])
   theirs |= dict(action_head=keys["action_head_params"], proprio_projector=keys["proprio_projector_params"])
   difference = lora_difference(rank)

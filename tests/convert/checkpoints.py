@@ -24,14 +24,15 @@ def model_config(name: str, **fields) -> dict:
   inputs, outputs = (
     {k: x.shape for k, x in load_file(GOLDEN / name / f"{w}.safetensors").items()} for w in ("inputs", "outputs")
   )
+  weights = files.load(GOLDEN / name, "base_hf.safetensors" if name == "lora_checkpoint" else "weights.safetensors")
   proprio = inputs.get("predict0.proprio")
   if name == "openvla":
     own = dict(whole.OPENVLA)
   else:
     chunk, width = outputs["predict0.unnormalized_actions"]
-    own = (whole.OFT if name == "oft" else whole._semantic_fields(config)) | dict(chunk=chunk, action_dim=width)
+    own = (whole.OFT if name == "oft" else whole.semantic_fields(config)) | dict(chunk=chunk, action_dim=width)
   own |= dict(num_views=config["config"]["num_images"], proprio_dim=None if proprio is None else proprio[-1])
-  return dict(variant=files.variant_of(config)) | own | fields
+  return dict(variant=files.variant_of(config, weights)) | own | fields
 
 
 def config(name: str, lora: dict | None = None, **fields) -> dict:

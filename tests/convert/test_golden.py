@@ -1,11 +1,17 @@
 """Every stored tensor of the reference, through the one documented entry point."""
 
+import json
+import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from semanticvla_jax.convert import golden
 from semanticvla_jax.convert.__main__ import main
+from semanticvla_jax.convert.golden import files, whole
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FOLDERS = ["backbones", "id_pruner", "dense_fuser", "full", "full_aloha", "lora_checkpoint", "oft", "openvla"]
@@ -32,3 +38,146 @@ def test_a_wrong_number_fails(monkeypatch, capsys):
 def test_not_a_golden_folder(tmp_path, capsys):
   assert main(["verify-golden", str(tmp_path)]) == 1
   assert "expected a folder with config.json" in capsys.readouterr().err
+
+
+def remove(name):
+  return lambda folder: (folder / name).unlink()
+
+
+def write(name, text):
+  return lambda folder: (folder / name).write_text(text)
+
+
+def change(entry, value):
+  """Sets, or with None removes, an entry of config.json, given as a path of keys."""
+
+  def edit(folder):
+    config = json.loads((folder / "config.json").read_text())
+    part = config
+    for key in entry[:-1]:
+      part = part[key]
+    if value is None:
+      del part[entry[-1]]
+    else:
+      part[entry[-1]] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+  return edit
+
+
+def rename_an_output(folder):
+  outputs = load_file(folder / "outputs.safetensors")
+  save_file({name.replace("similarity", "likeness"): x for name, x in outputs.items()}, folder / "outputs.safetensors")
+
+
+@pytest.mark.parametrize(
+  ("name", "edit", "message"),
+  [
+    ("id_pruner", remove("outputs.safetensors"), "outputs.safetensors, which cannot be read.*copy the folder whole"),
+    ("id_pruner", write("weights.safetensors", "no"), "weights.safetensors, which cannot be read.*expected a safetens"),
+    ("id_pruner", write("config.json", "{"), "config.json, which is no JSON.*expected an object"),
+    ("id_pruner", write("config.json", "[]"), "got a list in .*expected an object"),
+    ("id_pruner", write("config.json", "{}"), "got config.json with keys .*expected one that says what the folder is"),
+    ("id_pruner", change(["cases", "low_temp", "temp"], None), "got no 'temp' in .*kind 'id_pruner'.*complete config"),
+    ("id_pruner", rename_an_output, "stored outputs .* nothing was compared with .*likeness.*rename them"),
+    ("full", change(["config", "dino"], None), "got no 'dino' in .*complete config.json"),
+    ("full", change(["config", "llama", "num_key_value_heads"], 2), "got num_key_value_heads = 2 .*expected 4"),
+    ("full", change(["config", "num_action_tokens"], 6), "got num_action_tokens = 6 .*expected 3"),
+    ("full", change(["fused_featurizer_cfg", "vision_topk"], 5), r"got \[5, 6\] queries and kept patches"),
+    ("full", change(["featurizer_cfg", "use_mm_sampler"], True), "use_mm_sampler of featurizer_cfg = True"),
+    ("lora_checkpoint", remove("vision_backbone--10_checkpoint.safetensors"), "got 0 files vision_backbone--"),
+  ],
+)
+def test_a_broken_folder_says_what_is_wrong(name, edit, message, tmp_path):
+  folder = tmp_path / name
+  shutil.copytree(GOLDEN / name, folder)
+  edit(folder)
+  with pytest.raises(ValueError, match=message):
+    golden.verify(folder)
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (None, "No such file"),
+    ("{}", r"got .* without 'action_head' \(keys \[\]\), expected the layout of full_size_keys.json"),
+    ('{"base_hf_state_dict": {}}', "without 'action_head'"),
+  ],
+)
+def test_a_broken_list_of_keys_says_what_is_wrong(content, message, tmp_path, capsys):
+  path = tmp_path / "keys.json"
+  if content is not None:
+    path.write_text(content)
+  assert main(["verify-golden", str(path)]) == 1
+  assert re.search(message, capsys.readouterr().err)
+
+
+# The switches that a folder's config.json may carry, and the fields of the model that they stand for.
+OFF = dict(use_film=False, use_reg=False, use_mm_sampler=False, num_vision_queries=-1, vision_topk=-1, text_topk=-1)
+SAMPLER = dict(use_mm_sampler=True, vision_topk=9, text_topk=0, temp=0.5)
+SIZES = dict(queries=6, vision_topk=6, text_topk=3)
+NO_PRUNERS = dict(film=(), dino_pruner=None, siglip_pruner=None)
+
+
+@pytest.mark.parametrize(
+  ("switches", "fuses", "fields"),
+  [
+    ({}, True, dict(film=("dino",), dino_pruner="sa", siglip_pruner="id", keep=6, cues=3, vision_layer="last")),
+    ({}, False, dict(dense_fuser=None, vision_layer="second_to_last")),
+    (dict(featurizer_cfg=OFF, fused_featurizer_cfg=OFF), True, NO_PRUNERS | dict(dense_fuser="variant")),
+    (dict(featurizer_cfg=OFF | dict(use_reg=True, num_vision_queries=4), fused_featurizer_cfg=OFF), True,
+     dict(dino_pruner="sa", siglip_pruner=None, keep=4)),
+    (dict(fused_featurizer_cfg=OFF | dict(use_film=True, use_reg=True)), True,
+     dict(film=("dino", "siglip"), siglip_pruner="sa", keep=6)),
+    (dict(featurizer_cfg=OFF, fused_featurizer_cfg=OFF | SAMPLER), True,
+     dict(dino_pruner=None, siglip_pruner="id", keep=9, cues=0, temperature=0.5)),
+  ],
+)  # fmt: skip
+def test_switches_decide_the_parts(switches, fuses, fields):
+  found = files.encoder_fields(switches, SIZES, fuses)
+  assert {name: found[name] for name in fields} == fields
+
+
+def test_sizes_come_from_the_folder():
+  weights = {
+    "featurizer.blocks.0.mlp.fc1.weight": np.zeros((28, 8)), "featurizer.blocks.0.ls1.gamma": np.zeros(8),
+    "featurizer.reg_token": np.zeros((1, 7, 8)), "fused_featurizer.blocks.0.mlp.fc1.weight": np.zeros((29, 8)),
+  }  # fmt: skip
+  c = dict(embed_dim=8, depth=2, num_heads=2)
+  dino, siglip = (files.vit_sizes(c, weights, f"{name}.") for name in ("featurizer", "fused_featurizer"))
+  assert (dino["registers"], dino["mlp_dim"], dino["layer_scale"]) == (7, 28, 1.0)
+  assert siglip["mlp_dim"] == 29 and not {"registers", "layer_scale"} & set(siglip)
+  assert files.pairs_of({"pairs": []}) == files.pairs_of({}) == ()
+
+
+def test_token_ids_come_from_the_folder():
+  constants = dict(empty_token=7, pad_token_llm=60, pad_token_text=0, ACTION_TOKEN_BEGIN_IDX=40, STOP_INDEX=2)
+  special = files.ids_of({"constants": constants})
+  assert special == files.Ids(empty=7, pad=60, text_pad=0, first_action=41) and files.ids_of({}) == files.Ids()
+  with pytest.raises(ValueError, match="got STOP_INDEX = 3 .*expected 2"):
+    files.ids_of({"constants": {"STOP_INDEX": 3}})
+
+  ids, mask = whole._prompt({"predict0.input_ids": np.array([[1, 5]])}, "predict0", special)
+  assert ids.tolist() == [[1, 5, 7]] and mask.all()
+  labels = [[-100] * 3 + [41, 2], [-100] * 2 + [45, 2, -100]]
+  rows = {"input_ids": [[1, 5, 7, 41, 2], [1, 7, 45, 2, 60]], "labels": labels}
+  ids, mask = whole._prompt({f"train.{name}": np.array(x) for name, x in rows.items()}, "train", special)
+  assert ids.tolist() == [[1, 5, 7], [1, 7, 60]] and mask.tolist() == [[True] * 3, [True, True, False]]
+
+  bins = whole._bins({"constants": dict(ACTION_DIM=9, n_action_bins=256, action_token_ids=[100, 355])})
+  assert bins == whole.Bins(tokens=9, vocab=356, ids=slice(100, 357))
+
+
+def test_every_case_of_an_adapted_model_is_compared():
+  config = files.read_json(GOLDEN / "lora_checkpoint" / "config.json")
+  actions, stats = np.zeros((1, 8, 7), np.float32), "unnormalized_actions"
+  outputs = {f"predict{i}.{name}": actions[0] for i in (0, 3) for name in (stats, f"{stats}_after_merge")}
+  outputs |= {"train.normalized_actions": actions, "train.loss_l1": np.float32(0)}
+  assert whole._cases(outputs) == ["predict0", "predict3", "train"]
+  inputs = {"train.actions": actions}
+  found = [
+    name
+    for case in whole._cases(outputs)
+    for name, *_ in whole._adapted_case(case, config, inputs, outputs, actions, actions)
+  ]
+  assert set(outputs) < set(found) and set(found) - set(outputs) == {"train.normalized_actions (merged)"}

@@ -7,15 +7,13 @@ inputs and every intermediate output. All sizes come from the folder. See `verif
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.flax import load_file
 
-from semanticvla_jax.convert.golden import parts, whole
+from semanticvla_jax.convert.golden import files, parts, whole
 
 TOLERANCE = 5e-5
 
@@ -36,20 +34,32 @@ def verify(folder: str | Path) -> list[Row]:
   """Compares every stored output of a golden folder.
 
   Raises:
-    ValueError: no such folder or an unknown kind of folder; an output that no comparison covers; or table.Mismatch
-      when the weights do not fit the model that config.json describes.
+    ValueError: no such folder or an unknown kind of folder; a file or an entry of config.json that is missing; an
+      output that no comparison covers; or table.Mismatch when the weights do not fit the model that config.json
+      describes.
   """
   folder = Path(folder)
-  path = folder / "config.json"
-  if not path.exists():
-    raise ValueError(f"verify-golden: got {folder}, expected a folder with config.json (or a *_keys*.json file).")
-  config = json.loads(path.read_text())
+  if not (folder / "config.json").exists():
+    raise ValueError(
+      f"verify-golden: got {folder}, expected a folder with config.json (or a *_keys*.json file); check the path."
+    )
+  config = files.read_json(folder / "config.json")
   kind = _kind(config)
-  with jax.default_matmul_precision("highest"):
-    rows = [Row(name, _error(ours, theirs)) for name, ours, theirs in KINDS[kind](folder, config)]
+  try:
+    with jax.default_matmul_precision("highest"):
+      rows = [Row(name, _error(ours, theirs)) for name, ours, theirs in KINDS[kind](folder, config)]
+  except KeyError as error:
+    raise ValueError(
+      f"verify-golden: got no {error} in {folder}, expected what a folder of kind {kind!r} holds; complete config.json "
+      "or the tensors."
+    ) from error
   missed = _stored_outputs(folder, kind) - {row.name for row in rows}
-  if missed:
-    raise ValueError(f"verify-golden: {len(missed)} stored outputs were not compared: {sorted(missed)[:8]}")
+  if missed or not rows:
+    raise ValueError(
+      f"verify-golden: got {len(missed)} stored outputs in {folder} that nothing was compared with "
+      f"({sorted(missed)[:8]}), expected names of a folder of kind {kind!r}; rename them, or teach convert/golden to "
+      "compute them."
+    )
   return rows
 
 
@@ -63,10 +73,13 @@ def _kind(config: dict) -> str:
   if "openvla" in config.get("sources", {}):
     return "openvla"
   if "cases" in config:
-    return "dense_fuser" if "pairs" in config["config"] else "id_pruner"
+    return "dense_fuser" if "pairs" in config.get("config", {}) else "id_pruner"
   if "constants" in config:
     return "full"
-  raise ValueError(f"verify-golden: cannot tell what this folder is from config.json keys {sorted(config)}.")
+  raise ValueError(
+    f"verify-golden: got config.json with keys {sorted(config)}, expected one that says what the folder is (parts, "
+    "adapter_keys, sources, cases or constants); compare a folder of the reference's."
+  )
 
 
 def _error(ours: Any, theirs: Any) -> float:
@@ -84,7 +97,7 @@ def _stored_outputs(folder: Path, kind: str) -> set[str]:
   for path in folder.glob("*outputs.safetensors"):
     prefix = path.name.removesuffix("outputs.safetensors").rstrip("_")
     separator = "/" if kind in ("backbones", "dense_fuser") else ""
-    names |= {prefix + separator + key for key in load_file(path)}
+    names |= {prefix + separator + key for key in files.tensors(path)}
   return names
 
 
