@@ -93,12 +93,13 @@ class Coupler(nn.Module):
   def _check(self, length: int) -> None:
     if self.read not in ("step", "own") or self.head not in ("resnet", "linear"):
       raise ValueError(
-        f"coupler: got read={self.read!r}, head={self.head!r}; expected 'step' or 'own', 'resnet' or 'linear'."
+        f"coupler: got read={self.read!r}, head={self.head!r}; expected 'step' or 'own', 'resnet' or 'linear'; "
+        "set model.coupler, which chooses both."
       )
     if length % self.tokens or (self.read == "own" and self.tokens % len(self.groups)):
       raise ValueError(
-        f"coupler: {length} states, {self.tokens} tokens a step and {len(self.groups)} heads do not divide; "
-        "set model.action_tokens to a multiple of the number of heads."
+        f"coupler: got {length} states, {self.tokens} tokens a step and {len(self.groups)} heads, expected states that "
+        "the tokens divide (and tokens that the heads divide, where each reads its own); pass chunk × tokens states."
       )
 
 

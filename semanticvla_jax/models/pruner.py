@@ -55,7 +55,9 @@ def top_indices(scores: Float[Array, "b n"], k: int, what: str) -> Int[Array, "b
   """Indices of the k highest scores, ascending (raster or text order, not by score: the released code re-sorts)."""
   n = scores.shape[-1]
   if k > n:
-    raise ValueError(f"pruner: asked to keep {k} {what} of {n}; lower it to {n} or less.")
+    raise ValueError(
+      f"pruner: asked to keep {k} {what} of {n}, expected {n} or fewer; lower model.keep (patches) or model.cues."
+    )
   return jnp.sort(jax.lax.top_k(scores, k)[1], axis=-1)
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import Array, Bool, Float, Int
 
-from semanticvla_jax.models import masks
+from semanticvla_jax.models import checks, masks
 from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, grouped, tokens_to_actions
 from semanticvla_jax.models.fuser import DenseFuser, SparseFuser, check_pairs
 from semanticvla_jax.models.llama import Llama
@@ -344,17 +344,25 @@ def resolve(config: Any) -> dict[str, Any]:
   resolved = DEFAULTS | {name: config[name] for name in config}
   if isinstance(resolved["variant"], str):
     if resolved["variant"] not in VARIANTS:
-      raise ValueError(f"model config: got variant {resolved['variant']!r}, expected one of {sorted(VARIANTS)}.")
+      raise ValueError(
+        f"model config: got variant {resolved['variant']!r}, expected one of {sorted(VARIANTS)}; set model.variant to "
+        "one of them, or to a row of sizes."
+      )
     resolved["variant"] = VARIANTS[resolved["variant"]]
   resolved["remat"] = None if resolved["remat"] == "none" else resolved["remat"]
   return resolved
 
 
 def build(config: Any) -> SemanticVLA:
-  """A model from a mapping (dict, ConfigDict) of fields of DEFAULTS: the one place that decides which parts exist."""
+  """A model from a mapping (dict, ConfigDict) of fields of DEFAULTS: the one place that decides which parts exist.
+
+  Raises:
+    ValueError: a field that does not exist, or a value that no model can be built from (checks.check).
+  """
   c = resolve(config)
+  checks.check(c)
   sizes, dtype = c["variant"], jnp.dtype(c["dtype"])
-  pruners = {name: _pruner_kinds(c, name) for name in c["encoders"]}
+  pruners = {name: (c[f"{name}_pruner"] or "").split("+") for name in c["encoders"]}
   parts: dict[str, Any] = dict.fromkeys(
     ("dino", "siglip", *(f"{n}_{k}_pruner" for n in ("dino", "siglip") for k in ("sa", "id")))
   )
@@ -372,32 +380,19 @@ def build(config: Any) -> SemanticVLA:
     **parts,
     text=TextEncoder(**sizes["text"], dtype=dtype) if uses_text else None,
     dense_fuser=_dense_fuser(c, dtype),
-    sparse_fuser=SparseFuser(width, joint=_choice(c, "sparse_fuser", ("joint", "separate")) == "joint", dtype=dtype),
+    sparse_fuser=SparseFuser(width, joint=c["sparse_fuser"] == "joint", dtype=dtype),
     proprio_projector=None if c["proprio_dim"] is None else MLP((width, width), dtype=dtype),
     llm=Llama(**sizes["llm"], scan=c["scan"], remat=c["remat"], dtype=dtype),
     coupler=_coupler(c, width, dtype),
     film=tuple(name for name in c["encoders"] if name in c["film"]),
-    film_pool=_choice(c, "film_pool", ("words", "all")),
-    vision_layer=_choice(c, "vision_layer", ("last", "second_to_last")),
-    mask=_choice(c, "mask", masks.KINDS),
+    film_pool=c["film_pool"],
+    vision_layer=c["vision_layer"],
+    mask=c["mask"],
     shift=c["coupler"] != "paper",
     chunk=c["chunk"],
     num_views=c["num_views"],
     proprio_dim=c["proprio_dim"],
   )
-
-
-def _choice(c: Mapping[str, Any], field: str, allowed: tuple) -> Any:
-  if c[field] not in allowed:
-    raise ValueError(f"model config: got {field}={c[field]!r}, expected one of {allowed}.")
-  return c[field]
-
-
-def _pruner_kinds(c: Mapping[str, Any], name: str) -> tuple[str, ...]:
-  if name not in ("dino", "siglip"):
-    raise ValueError(f"model config: got encoder {name!r}, expected 'dino' and/or 'siglip' in model.encoders.")
-  kind = _choice(c, f"{name}_pruner", ("id", "sa", "sa+id", None))
-  return tuple(kind.split("+")) if kind else ()
 
 
 def _encoder(c: Mapping[str, Any], name: str, queries: int, dtype: Any) -> ViT:
@@ -407,7 +402,7 @@ def _encoder(c: Mapping[str, Any], name: str, queries: int, dtype: Any) -> ViT:
 
 
 def _dense_fuser(c: Mapping[str, Any], dtype: Any) -> DenseFuser | None:
-  if c["dense_fuser"] is None or len(c["encoders"]) < 2:
+  if c["dense_fuser"] is None:
     return None
   pairs = c["variant"]["pairs"] if c["dense_fuser"] == "variant" else c["dense_fuser"]
   pairs = tuple((first, second) for first, second in pairs)
@@ -416,8 +411,7 @@ def _dense_fuser(c: Mapping[str, Any], dtype: Any) -> DenseFuser | None:
 
 
 def _coupler(c: Mapping[str, Any], width: int, dtype: Any) -> Coupler | None:
-  a = c["action_dim"]
-  kind = _choice(c, "coupler", ("grouped", "paper", "single", None))
+  a, kind = c["action_dim"], c["coupler"]
   if kind is None:
     return None
   if kind == "single":

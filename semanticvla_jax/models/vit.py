@@ -248,7 +248,9 @@ class ViT(nn.Module):
       return nn.initializers.normal(self.width**-0.5)
     if self.position_init == "sincos":
       return lambda key, shape: sincos_2d(self.image // self.patch, self.width)
-    raise ValueError(f"ViT: got position_init={self.position_init!r}, expected 'normal' or 'sincos'.")
+    raise ValueError(
+      f"ViT: got position_init={self.position_init!r}, expected 'normal' or 'sincos'; set it so in the variant's row."
+    )
 
   def normalise(self, images: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3"]:
     """RGB bytes → this encoder's normalised float32."""

@@ -62,7 +62,7 @@ def test_centre_and_uniform_controls_are_what_they_say():
 
 
 def test_too_many_tokens_and_unknown_rule():
-  with pytest.raises(ValueError, match=r"keep 17 anchors \(patches\) of 16; lower"):
+  with pytest.raises(ValueError, match=r"keep 17 anchors \(patches\) of 16, expected 16 or fewer; lower model\.keep"):
     prune(anchors=17)
   with pytest.raises(ValueError, match=r"keep 7 cues \(instruction tokens\) of 6"):
     prune(cues=7)

@@ -1,0 +1,120 @@
+"""Wrong values of a model config, refused before anything is built: each message names the field and what to set."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from semanticvla_jax.models import masks
+from semanticvla_jax.models.llama import REMAT
+from semanticvla_jax.models.pruner import ANCHOR_RULES
+
+ENCODERS = ("dino", "siglip")
+PRUNERS = ("id", "sa", "sa+id", None)
+CHOICES = {
+  "dino_pruner": PRUNERS,
+  "siglip_pruner": PRUNERS,
+  "film_pool": ("words", "all"),
+  "anchor_rule": ANCHOR_RULES,
+  "sparse_fuser": ("joint", "separate"),
+  "vision_layer": ("last", "second_to_last"),
+  "siglip_gelu": ("erf", "tanh"),
+  "coupler": ("grouped", "paper", "single", None),
+  "mask": masks.KINDS,
+  "scan": (True, False),
+  "remat": (*REMAT,),
+  "dtype": ("float32", "bfloat16", "float16"),
+}
+COUNTS = {"keep": 1, "cues": 0, "num_views": 1, "action_dim": 1, "chunk": 1}  # field: the least
+AMOUNTS = ("similarity_noise", "aggregation_std")  # numbers from 0
+# Sizes that a part of a variant must have, and values that it may have.
+VIT = ("width", "depth", "num_heads", "mlp_dim")
+SIZES = {"dino": VIT, "siglip": VIT, "text": ("vocab", "positions", *VIT), "llm": ("vocab", *VIT)}
+VIT_OPTIONS = ("registers", "layer_scale", "position_init")
+OPTIONS = {"dino": VIT_OPTIONS, "siglip": VIT_OPTIONS, "text": ("gelu",), "llm": ("eps", "theta")}
+
+
+def check(c: Mapping[str, Any]) -> None:
+  """Raises ValueError at the first value of a resolved model config that no model can be built from."""
+  for field, allowed in CHOICES.items():
+    if c[field] not in allowed:
+      _refuse(field, c[field], f"one of {allowed}", f"set model.{field} to one of them")
+  for field, least in COUNTS.items():
+    if not _is_count(c[field], least):
+      _refuse(field, c[field], f"a whole number from {least}", f"set model.{field} to one")
+  if c["proprio_dim"] is not None and not _is_count(c["proprio_dim"], 1):
+    _refuse("proprio_dim", c["proprio_dim"], "a whole number from 1, or None", "None leaves proprioception out")
+  for field in AMOUNTS:
+    if not _is_number(c[field]) or c[field] < 0:
+      _refuse(field, c[field], "a number from 0", f"set model.{field} to one; 0 turns it off")
+  if not _is_number(c["temperature"]) or c["temperature"] <= 0:
+    _refuse("temperature", c["temperature"], "a number above 0", "small ones sharpen the cues, 1 is the release's")
+  _check_encoders(c)
+  _check_dense_fuser(c)
+  _check_variant(c)
+
+
+def _refuse(field: str, got: Any, expected: str, remedy: str) -> None:
+  raise ValueError(f"model config: got {field}={got!r}, expected {expected}; {remedy}.")
+
+
+def _is_count(x: Any, least: int) -> bool:
+  return isinstance(x, numbers.Integral) and not isinstance(x, bool) and x >= least
+
+
+def _is_number(x: Any) -> bool:
+  return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def _check_encoders(c: Mapping[str, Any]) -> None:
+  """Encoders in channel order, and FiLM on none but them."""
+  encoders, film = c["encoders"], c["film"]
+  is_list = isinstance(encoders, (list, tuple))
+  if not is_list or not encoders or [*encoders] != [name for name in ENCODERS if name in encoders]:
+    remedy = "one of them is written ('siglip',); DINOv2's channels come first"
+    _refuse("encoders", encoders, f"one or both of {ENCODERS}, in this order", remedy)
+  if not isinstance(film, (list, tuple)) or any(name not in encoders for name in film):
+    remedy = "() leaves FiLM out; one encoder is written ('dino',)"
+    _refuse("film", film, f"some of the encoders {(*encoders,)}", remedy)
+
+
+def _check_dense_fuser(c: Mapping[str, Any]) -> None:
+  """None, 'variant' or pairs of block numbers; whether the blocks exist is `fuser.check_pairs`'s to say."""
+  fuser = c["dense_fuser"]
+  if fuser is None:
+    return
+  if len(c["encoders"]) < 2:
+    remedy = "set model.dense_fuser=None and model.vision_layer='second_to_last', or both encoders"
+    _refuse("dense_fuser", fuser, f"None beside the one encoder {(*c['encoders'],)}", remedy)
+  if fuser != "variant" and not _are_pairs(fuser):
+    remedy = "None (in a config file, not on the command line) leaves the fuser out"
+    _refuse("dense_fuser", fuser, "'variant', None or pairs ((dino block, siglip block), …)", remedy)
+
+
+def _are_pairs(x: Any) -> bool:
+  pairs = isinstance(x, (list, tuple)) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in x)
+  return pairs and all(isinstance(block, numbers.Integral) for pair in x for block in pair)
+
+
+def _check_variant(c: Mapping[str, Any]) -> None:
+  """A row of sizes has every part that this model has, with every size and nothing unknown."""
+  row, remedy = c["variant"], "copy a row of semanticvla.VARIANTS and change its numbers"
+  uses_text = any("id" in (c[f"{name}_pruner"] or "") for name in c["encoders"])
+  parts = [*c["encoders"], *(["text"] if uses_text else []), "llm"]
+  needed = ["image", "patch", *parts, *(["pairs"] if c["dense_fuser"] == "variant" else [])]
+  if missing := [name for name in needed if name not in row or row[name] is None]:
+    raise ValueError(f"model config: got a variant without {missing}, expected {needed}; {remedy}.")
+  for part in parts:
+    missing = [name for name in SIZES[part] if name not in row[part]]
+    unknown = [name for name in row[part] if name not in (*SIZES[part], *OPTIONS[part])]
+    if missing or unknown:
+      raise ValueError(
+        f"model config: got variant.{part} without {missing} and with unknown {unknown}, expected {SIZES[part]} and "
+        f"perhaps {OPTIONS[part]}; {remedy}."
+      )
+  sizes = {name: row[name] for name in ("image", "patch")}
+  sizes |= {f"{part}.{name}": row[part][name] for part in parts for name in SIZES[part]}
+  for name, size in sizes.items():
+    if not _is_count(size, 1):
+      _refuse(f"variant.{name}", size, "a whole number from 1", remedy)
