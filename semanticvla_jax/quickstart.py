@@ -4,12 +4,14 @@
 
 Runs the commands that a user would type, each printed before it starts, on something the base has not seen, and ends
 with the success before and after. Run again after an interruption it goes on where it was: finished demonstrations and
-a finished evaluation are kept, training resumes from its last checkpoint.
+a finished evaluation are kept where they are of the same flags and policies, training resumes from its last checkpoint
+(and refuses to go on with another base, config or data).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import subprocess
@@ -32,9 +34,9 @@ def demonstrate(args: argparse.Namespace) -> list[str] | None:
   facts = args.out / "data" / f"tabletop_{args.suite}" / "1.0.0" / "demonstrations.json"
   if facts.exists():
     found = json.loads(facts.read_text())
-    if any(found[key] != value for key, value in wanted.items()):
+    if any(found.get(key) != value for key, value in wanted.items()):
       raise ValueError(
-        f"{facts.parent}: got demonstrations of { {key: found[key] for key in wanted} }, expected {wanted}; choose "
+        f"{facts.parent}: got demonstrations of { {key: found.get(key) for key in wanted} }, expected {wanted}; choose "
         "another --out, or remove that folder."
       )
     return None
@@ -52,14 +54,51 @@ def train(args: argparse.Namespace) -> list[str]:
 
 
 def evaluate(args: argparse.Namespace) -> list[str] | None:
-  """The command that measures before, after and the controls; None when that was done."""
-  if (args.out / "report" / "results.json").exists():
-    return None
-  return [
-    "semanticvla_jax.evaluate", f"--policy={args.out / 'policy'}", f"--baseline={args.base}", f"--suite={args.suite}",
+  """The command that measures before, after and the controls; None when just that was done, of the same policies.
+
+  A report of anything else is set aside, which is said.
+  """
+  report, policy = args.out / "report", args.out / "policy"
+  command = [
+    "semanticvla_jax.evaluate", f"--policy={policy}", f"--baseline={args.base}", f"--suite={args.suite}",
     f"--split={args.split}", f"--episodes={args.episodes}", f"--seed={EVALUATION_SEED}", f"--controls={args.controls}",
-    f"--metrics={args.out / 'metrics.jsonl'}", f"--out={args.out / 'report'}",
+    f"--metrics={args.out / 'metrics.jsonl'}", f"--out={report}",
   ]  # fmt: skip
+  if not (report / "results.json").exists():
+    return command
+  reason = outdated(report / "results.json", command, {"policy": policy, "baseline": args.base})
+  if reason is None:
+    return None
+  print(f"\n{report} {reason}: kept as {set_aside(report)}, measured again", flush=True)
+  return command
+
+
+def outdated(results: Path, command: Sequence[str], policies: Mapping[str, Path]) -> str | None:
+  """Why results.json is not what a command would give, or None.
+
+  Args:
+    results: the file.
+    command: of the evaluation, with all its flags.
+    policies: folders by the kind of their row in the results.
+  """
+  from semanticvla_jax import checkpoint  # takes seconds to import, and most runs do not need it
+
+  try:
+    found = json.loads(results.read_text())
+    flags = shlex.split(found["command"])
+    hashes = {row["kind"]: row["fingerprint"]["policy"]["policy_hash"] for row in found["results"]}
+  except (ValueError, KeyError, TypeError, AttributeError):
+    return "holds a results.json that cannot be read"
+  if other := [flag for flag in command if flag not in flags]:
+    return f"was measured without {' '.join(other)}"
+  other = [kind for kind, folder in policies.items() if hashes.get(kind) != checkpoint.policy_hash(folder)]
+  return f"was measured with another {' and another '.join(other)}" if other else None
+
+
+def set_aside(folder: Path) -> Path:
+  """Renames a folder to the first free of folder_1, folder_2, … and returns that."""
+  free = next(path for i in itertools.count(1) if not (path := folder.with_name(f"{folder.name}_{i}")).exists())
+  return folder.rename(free)
 
 
 def run(name: str, command: Sequence[str] | None) -> float:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
   "policy": {"types", "models", "data", "checkpoint"},
   "evaluate": {"types", "models", "data", "envs", "checkpoint", "policy"},
   "serve": {"types", "policy"},
-  "quickstart": set(),
+  "quickstart": {"checkpoint"},
   "benchmark": {"types", "models", "data", "envs", "checkpoint", "policy", "train", "evaluate"},
 }
 FORBIDDEN = {  # third-party packages that must not be imported when the module is

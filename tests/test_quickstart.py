@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,46 @@ def test_a_stage_that_fails_ends_the_command(tmp_path, command, capfd):
   with pytest.raises(SystemExit) as ended:
     quickstart.main([base, "--suite=pik", f"--out={tmp_path}"])
   assert ended.value.code == 1 and "did you mean 'pick'" in capfd.readouterr().err
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+  """(the command's arguments, its evaluation): a report of just that evaluation is there."""
+  monkeypatch.setattr(checkpoint, "policy_hash", lambda folder: f"hash of {folder.name}")
+  args = quickstart._arguments([f"--out={tmp_path}", "--episodes=4"])
+  command = quickstart.evaluate(args)
+  names = {"policy": "policy", "baseline": quickstart.BASE.name}
+  rows = [{"kind": kind, "fingerprint": {"policy": {"policy_hash": f"hash of {name}"}}} for kind, name in names.items()]
+  (tmp_path / "report").mkdir()
+  results = {"command": "python -m " + shlex.join(command), "results": rows}
+  (tmp_path / "report" / "results.json").write_text(json.dumps(results))
+  return args, command
+
+
+def test_a_report_of_the_same_evaluation_is_kept(measured):
+  args, _ = measured
+  assert quickstart.evaluate(args) is None and (args.out / "report").exists()
+
+
+@pytest.mark.parametrize("change", [{"episodes": 5}, {"split": "heldout"}, {"controls": "shuffled"}, {"suite": "pick"}])
+def test_a_report_of_another_evaluation_is_set_aside(measured, change, capsys):
+  args, _ = measured
+  vars(args).update(change)
+  ((name, value),), (report, aside) = change.items(), (args.out / "report", args.out / "report_1")
+  assert f"--{name}={value}" in quickstart.evaluate(args)
+  assert f"{report} was measured without --{name}={value}: kept as {aside}" in capsys.readouterr().out
+  assert (aside / "results.json").exists() and not report.exists()
+
+
+def test_a_report_of_another_policy_or_a_broken_one_is_set_aside(measured, monkeypatch, capsys):
+  args, command = measured
+  monkeypatch.setattr(checkpoint, "policy_hash", lambda folder: f"newer hash of {folder.name}")
+  assert quickstart.evaluate(args) == command
+  assert "was measured with another policy and another baseline: kept as" in capsys.readouterr().out
+  (args.out / "report").mkdir()
+  (args.out / "report" / "results.json").write_text("[]")
+  assert quickstart.evaluate(args) == command
+  assert "cannot be read: kept as" in capsys.readouterr().out and (args.out / "report_2").exists()
 
 
 def test_the_summary_reads_from_before_to_after(tmp_path):
