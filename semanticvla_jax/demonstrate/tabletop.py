@@ -63,7 +63,7 @@ def write(recipe: Recipe, out: str | pathlib.Path, name: str, progress: Callable
   seeds. `<name>` decides how the data is read, so it starts with "tabletop".
 
   Raises:
-    ValueError: the dataset exists, a name is unknown, or the expert fails too often.
+    ValueError: the dataset exists, a name is unknown, seeds leave the split, or the expert fails too often.
   """
   _check(recipe, name)
   dropped, lengths, kept = [], [], []
@@ -99,6 +99,7 @@ def demonstrations(recipe: Recipe) -> Iterator[tuple[int, writer.Episode | None]
     rollouts = _rollouts(jnp.asarray(seeds), recipe.noise, recipe.suite, recipe.split, steps)
     rollouts = jax.tree.map(np.asarray, rollouts)
     for i, seed in enumerate(seeds.tolist()):
+      tasks.check_seeds([seed], recipe.split)  # episodes that were dropped push the last seed on
       yield seed, _episode(recipe, seed, jax.tree.map(lambda x: x[i], rollouts), steps)  # noqa: B023
     first += _CHUNK
 
@@ -137,7 +138,7 @@ def _episode(recipe: Recipe, seed: int, rollout: expert.Rollout, steps: int) -> 
 
 def _check(recipe: Recipe, name: str) -> None:
   tasks.suite_index(recipe.suite)
-  tasks.check_split(recipe.split)
+  tasks.check_seeds([recipe.seed, recipe.seed + max(recipe.episodes, 1) - 1], recipe.split)
   if not name.startswith("tabletop"):
     raise ValueError(
       f"Dataset name {name!r} would be read by another recipe; expected one that starts with 'tabletop'; "

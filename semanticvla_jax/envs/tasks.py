@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -148,20 +149,30 @@ def max_steps(suite: str | int) -> int:
   return MAX_STEPS[suite_index(suite)]
 
 
+def check_seeds(seeds: Sequence[int] | np.ndarray, split: str) -> None:
+  """Raises ValueError unless all seeds lie in the split: beside it are another split's layouts. On the host."""
+  first = SPLITS[check_split(split)]
+  size = min([s for s in SPLITS.values() if s > first], default=_LAST_SEED) - first
+  for seed in (min(seeds), max(seeds)) if len(seeds) else ():
+    if not 0 <= seed < size:
+      raise ValueError(
+        f"Seed {seed} is outside split {split!r}; expected 0 to {size - 1}: each split counts from 0; choose another "
+        "first seed, or fewer episodes."
+      )
+
+
 def seed_key(seed: int | Int[Array, ""], split: str = "train") -> PRNGKeyArray:
   """The key of episode `seed` of a split.
 
   Splits own disjoint ranges of seeds, so a held-out layout is never a training layout: train has 0 .. 999,999,999,
-  heldout and unseen 500 million each after that; `seed` counts from 0 within its split. Traceable in `seed`.
+  heldout and unseen 500 million each after that; `seed` counts from 0 within its split. Traceable in `seed`; what is
+  traced is not checked, so callers under jit or vmap call `check_seeds` before.
 
   Raises:
     ValueError: the split does not exist or, for a Python int, the seed is outside it.
   """
-  first = SPLITS[check_split(split)]
-  size = min([s for s in SPLITS.values() if s > first], default=_LAST_SEED) - first
-  if isinstance(seed, (int, np.integer)) and not 0 <= seed < size:
-    raise ValueError(f"Seed {seed} is outside split {split!r}; expected 0 to {size - 1}: each split counts from 0.")
-  return jax.random.key(first + seed)
+  check_seeds([int(seed)] if isinstance(seed, (int, np.integer)) else [], split)
+  return jax.random.key(SPLITS[split] + seed)
 
 
 def _allowed(held_out: bool) -> np.ndarray:

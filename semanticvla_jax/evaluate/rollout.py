@@ -220,8 +220,12 @@ class OnDevice:
       seeds: of the split, counted from 0.
       told: a sentence of the suite for each episode, instead of its own instruction.
       progress: called after each batch.
+
+    Raises:
+      ValueError: a seed outside the split, or a sentence of another suite.
     """
     seeds = np.asarray(seeds, np.int64)
+    tasks.check_seeds(seeds, self._setup.split)
     index = np.full(len(seeds), -1) if told is None else np.array([self._index(sentence) for sentence in told])
     parts, successes = [], 0
     for first in range(0, len(seeds), self.batch):

@@ -325,5 +325,10 @@ def test_wrong_names_say_what_is_right():
     tabletop.reset(tabletop.seed_key(0), "pick", "held_out")
   with pytest.raises(ValueError, match="outside split 'heldout'"):
     tabletop.seed_key(500_000_000, "heldout")
+  for split, size in (("train", 1_000_000_000), ("heldout", 500_000_000), ("unseen", 500_000_000)):
+    tasks.check_seeds(range(size - 2, size), split)
+    for seeds in (range(-1, 2), range(size - 1, size + 1)):
+      with pytest.raises(ValueError, match=f"outside split '{split}'; expected 0 to {size - 1}: .*; choose another"):
+        tasks.check_seeds(seeds, split)
   with pytest.raises(ValueError, match="call reset first"):
     print(tabletop.TabletopEnvironment("pick").instruction)

@@ -156,6 +156,14 @@ def test_what_a_policy_is_told_changes_what_it_does(device):
     device.run([0], ["push the red cube to the left"])
 
 
+@pytest.mark.parametrize("seeds", [[-5, 0], [499_999_999, 500_000_000]])
+def test_seeds_of_another_split_are_refused_before_anything_runs(seeds, device, environment):
+  with pytest.raises(ValueError, match="outside split 'heldout'; expected 0 to 499999999"):
+    device.run(seeds, progress=lambda *_: pytest.fail("an episode ran"))
+  with pytest.raises(ValueError, match="outside split 'heldout'; expected 0 to 499999999"):
+    environment.reset(seeds[0] if seeds[0] < 0 else seeds[1])
+
+
 def test_policies_that_do_not_fit_say_why():
   with pytest.raises(ValueError, match="replay=9; expected 1 to 8"):
     OnDevice(policies.policy(), "pick", replay=9)
