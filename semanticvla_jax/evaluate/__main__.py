@@ -40,6 +40,7 @@ from PIL import Image
 from semanticvla_jax.envs import tabletop, tasks
 from semanticvla_jax.evaluate import compare, controls, doctor, libero, protocol, report, visualize
 from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost
+from semanticvla_jax.models import checks
 from semanticvla_jax.policy import Policy
 
 _COLOURS = re.compile(rf" ?\b({'|'.join((*tasks.COLOURS, 'white'))})\b")
@@ -62,6 +63,7 @@ class Evaluation:
   def __init__(self, args: argparse.Namespace, policy: Policy, suite: str):
     self.args, self.policy, self.suite = args, policy, suite
     self.seeds = range(args.seed, args.seed + args.episodes)
+    tasks.check_seeds(self.seeds, args.split)
     self.runner = self.make(policy)
 
   def fingerprint(self, **changes: Any) -> dict:
@@ -237,6 +239,9 @@ def main(argv: list[str]) -> None:
   try:
     if args.episodes < 1 or args.batch < 1:
       raise ValueError(f"Evaluation: got episodes={args.episodes}, batch={args.batch}; expected at least 1 each.")
+    controls.check(args.controls.split(",") if args.controls else ())
+    if args.dtype not in (None, *checks.CHOICES["dtype"]):
+      raise ValueError(f"--dtype: got {args.dtype!r}; expected one of {checks.CHOICES['dtype']}; choose one, or none.")
     if (out / "results.json").exists():
       raise ValueError(f"Report exists: got {out}; expected a folder without results.json; choose another.")
     metrics = report.read_metrics(args.metrics) if args.metrics else []

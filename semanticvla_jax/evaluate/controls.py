@@ -47,6 +47,13 @@ def shuffle(instructions: Sequence[str], seed: int = 0) -> list[str]:
   return [instructions[j] for j in order]
 
 
+def check(names: Sequence[str]) -> None:
+  """Raises ValueError for a control that there is not, before anything is measured for it."""
+  unknown = sorted(set(names) - set(NAMES))
+  if unknown:
+    raise ValueError(f"Controls: got {unknown}; expected some of {[*NAMES]}; choose among them.")
+
+
 def run(
   policy: Policy,
   runner: Any,
@@ -68,9 +75,7 @@ def run(
   Returns:
     {description: (episodes, what was changed in the model's config)}.
   """
-  unknown = sorted(set(names) - set(NAMES))
-  if unknown:
-    raise ValueError(f"Controls: got {unknown}; expected some of {[*NAMES]}; choose among them.")
+  check(names)
   prunes = policy.bare.siglip_id_pruner is not None or policy.bare.dino_id_pruner is not None
   own = policy.config["model"].get("anchor_rule", "similarity")
   found = {}

@@ -13,7 +13,7 @@ from semanticvla_jax import checkpoint
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.evaluate import controls, protocol, report
 from semanticvla_jax.evaluate.__main__ import choose, main, task
-from semanticvla_jax.evaluate.rollout import Episodes
+from semanticvla_jax.evaluate.rollout import Episodes, OnDevice
 from semanticvla_jax.evaluate.visualize import Tile
 
 SUCCESS = {"policy": [1, 1, 1, 0], "baseline": [0, 1, 0, 0], "control": [0, 0, 0, 0]}
@@ -149,7 +149,17 @@ def test_the_command_measures_and_reports(folders, tmp_path, capsys):
   )
   with pytest.raises(SystemExit, match="replay: 8 against 4"):
     main([*flags, f"--baseline={folders / 'short'}", f"--out={tmp_path / 'other'}"])
-  for wrong, message in [(["--episodes=0"], "at least 1"), (["--policy=nowhere"], "does not exist"),
-                         (["--suite=pik"], "did you mean 'pick'"), (["--controls=middle"], "got \\['middle'\\]")]:
-    with pytest.raises(SystemExit, match=message):
-      main([*flags, f"--out={tmp_path / 'other'}", *wrong])
+
+
+@pytest.mark.parametrize(
+  ("wrong", "message"),
+  [
+    ("--episodes=0", "at least 1"), ("--policy=nowhere", "does not exist"), ("--suite=pik", "did you mean 'pick'"),
+    ("--controls=middle", r"got \['middle'\]; expected some of"), ("--dtype=float7", "got 'float7'; expected one of"),
+    ("--seed=-1", "Seed -1 is outside split 'heldout'"), ("--seed=499999997", "Seed 500000000 is outside split"),
+  ],
+)  # fmt: skip
+def test_wrong_flags_end_the_command_before_an_episode_runs(wrong, message, folders, tmp_path, monkeypatch):
+  monkeypatch.setattr(OnDevice, "run", lambda *_, **__: pytest.fail("an episode ran"))
+  with pytest.raises(SystemExit, match=message):
+    main([f"--policy={folders / '0'}", "--suite=pick", "--episodes=4", f"--out={tmp_path / 'other'}", wrong])
