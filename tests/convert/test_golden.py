@@ -5,13 +5,15 @@ import re
 import shutil
 from pathlib import Path
 
+import checkpoints
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from semanticvla_jax.convert import golden
+from semanticvla_jax.convert import full_size, golden, semanticvla
 from semanticvla_jax.convert.__main__ import main
 from semanticvla_jax.convert.golden import files, whole
+from semanticvla_jax.models.semanticvla import build
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FOLDERS = ["backbones", "id_pruner", "dense_fuser", "full", "full_aloha", "lora_checkpoint", "oft", "openvla"]
@@ -181,3 +183,46 @@ def test_every_case_of_an_adapted_model_is_compared():
     for name, *_ in whole._adapted_case(case, config, inputs, outputs, actions, actions)
   ]
   assert set(outputs) < set(found) and set(found) - set(outputs) == {"train.normalized_actions (merged)"}
+
+
+def other_folder(pairs: list, views: int, switches: dict) -> tuple:
+  """(config, weights, inputs, outputs) of a whole model of sizes and ids that no stored folder has; random numbers."""
+  c = dict(
+    img=12, patch=4, num_images=views, queries=5, vision_topk=5, text_topk=2, pairs=pairs, num_action_tokens=3,
+    dino=dict(embed_dim=12, depth=3, num_heads=3), siglip=dict(embed_dim=8, depth=2, num_heads=2),
+    text=dict(vocab_size=20, max_position_embeddings=6, hidden_size=10, num_hidden_layers=1, num_attention_heads=2,
+              intermediate_size=14),
+    llama=dict(vocab_size=70, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=18),
+  )  # fmt: skip
+  constants = dict(empty_token=7, pad_token_llm=60, pad_token_text=0, ACTION_TOKEN_BEGIN_IDX=40, STOP_INDEX=2)
+  stats = {"action": {name: [float(x)] * 7 for name, x in dict(q01=-1, q99=1, min=-1, max=1, mean=0, std=1).items()}}
+  config = {"config": c, "constants": constants, "norm_stats": {"any": stats}} | switches
+  headers = {f"{name}.blocks.0.mlp.fc1.weight": np.zeros((22, 1)) for name in ("featurizer", "fused_featurizer")}
+  headers |= {"featurizer.reg_token": np.zeros((1, 2, 12)), "featurizer.blocks.0.ls1.gamma": np.zeros(12)}
+  fields = whole.semantic_fields(config) | dict(chunk=3, action_dim=7, proprio_dim=4, num_views=views)
+  model = build(dict(variant=files.variant_of(config, headers)) | fields)
+  shapes = checkpoints.source_shapes(semanticvla.rules_for(model), full_size.shapes_of(model))
+  inputs = checkpoints.random({"predict0.pixel_values": (1, 6 * views, 12, 12), "predict0.proprio": (1, 4)}, seed=1)
+  inputs |= {"predict0.input_ids": np.array([[1, 9, 11]]), "predict0.instruction_ids": np.array([[5, 3, 8, 0, 0, 0]])}
+  return config, checkpoints.random(shapes), inputs, {"predict0.unnormalized_actions": np.zeros((3, 7), np.float32)}
+
+
+@pytest.mark.parametrize(
+  ("pairs", "views", "switches", "kept", "tokens"),
+  [
+    ([[0, 0], [2, 1]], 3, {}, 5, 2 + 5),
+    ([], 1, dict(featurizer_cfg=OFF, fused_featurizer_cfg=OFF), None, 9),
+  ],
+)
+def test_a_folder_of_other_sizes_and_switches(pairs, views, switches, kept, tokens):
+  config, weights, inputs, outputs = other_folder(pairs, views, switches)
+  model = whole._model(config, weights, inputs, outputs, **whole.semantic_fields(config))
+  assert model.dino.registers == 2 and model.dino.mlp_dim == 22 and (model.dense_fuser is None) == (not pairs)
+  params = whole._params(model, weights)
+  seen = {name: np.shape(x) for name, x in whole._whole(model, params, config, inputs, outputs, "predict0")}
+  assert seen["normalized_actions"] == (1, 3, 7) and seen["unnormalized_actions"] == (3, 7)
+  assert seen[f"image{views - 1}.llm_tokens"] == (1, tokens, 16)
+  assert seen["visual_and_proprio_tokens"] == (1, views * tokens + 1, 16)
+  assert seen["llm_input_embeddings"] == (1, views * tokens + 1 + 4 + 9 + 1, 16)  # proprio; <s> … 7; 3 × 3; </s>
+  assert seen.get("image0.dino_queries") == (None if kept is None else (1, kept, 12))
+  assert ("text_projected" in seen) == (kept is not None)
