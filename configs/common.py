@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 PATCHES = {"tiny": 64, "small": 36, "7b": 256}  # per view, (image / patch)² of the variant
+WORDS = {"tiny": 32, "small": 24, "7b": 64}  # of an instruction: positions of the variant's text tower
 
 
 # OpenVLA and OpenVLA-OFT as values of `model`: no pruners, no fusers, no FiLM, the second-to-last block's patches.
@@ -105,7 +106,7 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
       pruner_text="question",
       pruner_text_eval=placeholder(str),  # None: as trained; "prompt" is the release's
       prompt_length=64,
-      instruction_length=64,
+      instruction_length=WORDS[variant],
       tokenizers=placeholder(str),  # a folder; None: the embedded pair
       keep_statistics=False,  # normalise with the statistics of init_from
       suites=placeholder(tuple),  # weights of the tabletop suites where the expert makes the batches
