@@ -404,6 +404,7 @@ def main(argv: Sequence[str]) -> None:
   command = "python -m semanticvla_jax.evaluate " + shlex.join(argv)
   out = pathlib.Path(args.out)
   try:
+    controls.check(args.controls.split(",") if args.controls else ())
     if (out / "results.json").exists():
       raise ValueError(f"Report exists: got {out}; expected a folder without results.json; choose another.")
     metrics = report.read_metrics(args.metrics) if args.metrics else []

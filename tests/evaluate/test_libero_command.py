@@ -70,6 +70,11 @@ def test_a_policy_of_another_suite_is_refused_by_the_command(tmp_path):
     main([f"--policy={folder}", "--suite=libero_goal", f"--out={tmp_path / 'out'}"])
 
 
+def test_a_misspelt_control_is_told_before_anything_is_loaded(tmp_path):
+  with pytest.raises(SystemExit, match=r"got \['shufled'\]; expected some of .*choose among them"):
+    main(["--policy=nowhere", "--suite=libero_goal", "--controls=shufled", f"--out={tmp_path / 'out'}"])
+
+
 def test_a_report_has_a_place_unless_told():
   def place(*words):
     return libero.arguments(["--suite=libero_goal,libero_10", *words]).out
