@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -208,6 +209,21 @@ def set_up_logging() -> None:
     force=True,
   )  # fmt: skip
   logging.getLogger("absl").setLevel(logging.WARNING if index == 0 else logging.ERROR)  # Orbax: a dozen lines a save
+
+
+def leave_on_sigterm() -> None:
+  """From here on SIGTERM ends this process with PREEMPTED, where nothing catches it (see `preemption`).
+
+  For the time in which a run sets up or restores and has nothing to save. Several processes: until they have joined,
+  when jax takes the notice and the first step acts on it.
+  """
+
+  def leave(number, frame):
+    logging.warning("told to stop while setting up or writing the policy; run it again to go on")
+    sys.exit(PREEMPTED)
+
+  if threading.current_thread() is threading.main_thread():  # Python delivers signals there only
+    signal.signal(signal.SIGTERM, leave)
 
 
 @contextlib.contextmanager

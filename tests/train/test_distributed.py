@@ -135,6 +135,21 @@ def test_sigterm_is_noticed_and_its_handler_put_back():
   assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_sigterm_before_the_loop_leaves_with_the_same_status(caplog):
+  before = signal.getsignal(signal.SIGTERM)
+  try:
+    distributed.leave_on_sigterm()
+    with distributed.preemption() as preempted:  # the loop takes over, and gives back
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert preempted(1)
+    with pytest.raises(SystemExit) as left:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(1)
+    assert left.value.code == distributed.PREEMPTED and "told to stop while setting up" in caplog.text
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
 def start(arguments, devices):
   xla = f"--xla_force_host_platform_device_count={devices}"
   return subprocess.Popen(
@@ -152,6 +167,22 @@ def test_command_with_a_missing_host_ends_with_its_number(tmp_path):
   _, errors = process.communicate(timeout=120)
   assert process.returncode == 1
   assert "error: distributed: process 1 of 2 did not come within 1 s" in errors
+
+
+@pytest.mark.processes
+def test_command_told_to_stop_while_it_waits_for_hosts(tmp_path):
+  port = free_port()
+  arguments = [f"--coordinator=localhost:{port}", "--processes=2", "--process=0", "--host_deadline=600"]
+  process = start([*flags(tmp_path, tmp_path), *arguments], devices=1)
+  for _ in range(600):
+    try:
+      socket.create_connection(("localhost", port), timeout=1).close()
+      break
+    except OSError:
+      time.sleep(0.5)
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == distributed.PREEMPTED and "told to stop while setting up" in errors
 
 
 def run_both(data, workdir, **train):

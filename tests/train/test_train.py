@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import deque
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -87,20 +88,57 @@ def test_workdir_of_another_config_is_refused(straight, data):
   config = make_config(data)
   config.optim.lr = 5e-3
   before = sorted(p.name for p in (straight[0] / "checkpoints").iterdir())
-  with pytest.raises(ValueError, match=r"its run had another config \(fields \['optim'\] differ\)"):
+  with pytest.raises(ValueError, match=r"its run had another config, got optim.lr: 0.01 → 0.005 \(before"):
     command.train(config, straight[0])
   assert sorted(p.name for p in (straight[0] / "checkpoints").iterdir()) == before
 
 
 def test_a_later_version_resumes_an_earlier_run():
   config = command.plain(common.get_config("tiny"))
-  older = command.json.loads(json.dumps(config))
-  del older["frozen_dtype"], older["optim"]["ema"]
-  assert not any(command.differs(older, config, key) for key in config if key not in ("train", "mesh"))
+  older = json.loads(json.dumps(config))
+  for path in command.LATER:
+    *folders, name = path.split(".")
+    del (older[folders[0]] if folders else older)[name]
+  assert command.differences(older, config) == []
   config["optim"]["ema"] = 0.99
-  assert command.differs(older, config, "optim")
   config["seed"] += 1
-  assert command.differs(older, config, "seed")
+  assert command.differences(older, config) == ["optim.ema: None → 0.99", "seed: 7 → 8"]
+
+
+def test_what_may_change_when_a_run_moves():
+  saved = command.plain(common.get_config("tiny"))
+  moved = json.loads(json.dumps(saved))
+  moved["mesh"]["fsdp"], moved["model"]["remat"], moved["init_from"] = 2, "full", "elsewhere/policy"
+  moved["data"] |= {"dir": "gs://bucket/data", "tokenizers": "elsewhere/words"}
+  moved["train"] |= {"steps": 10, "spike": 4.0}
+  assert command.differences(saved, moved) == []
+  moved["model"]["scan"], moved["train"]["grounding"], moved["lora"] = False, {"naming": 0.1}, None
+  assert [line.split(":")[0] for line in command.differences(saved, moved)] == [
+    "lora", "model.scan", "train.grounding.naming"
+  ]  # fmt: skip
+
+
+def test_a_run_goes_on_with_its_base_data_and_tokenisers(caplog):
+  run = Path("run")
+  stats = {"tabletop": {"action": {"mean": [0.1, 0.2], "mask": [True, False]}, "num_transitions": 100}}
+  saved = {"config": {}, "base": ["ab"], "tokenizers": "cd", "statistics": stats}
+  rounded = {"tabletop": {"action": {"mean": [0.1 + 1e-8, 0.2], "mask": [True, False]}, "num_transitions": 100}}
+  command.check_origin(saved, saved | {"statistics": rounded}, run)
+  with pytest.raises(ValueError, match=r"workdir run: its run had another base, got base \['ab'\] → \['ef'\]"):
+    command.check_origin(saved, saved | {"base": ["ef"]}, run)
+  more = {"tabletop": stats["tabletop"] | {"num_transitions": 120}}
+  with pytest.raises(ValueError, match=r"got statistics tabletop \(100 frames\) → tabletop \(120 frames\)"):
+    command.check_origin(saved, saved | {"statistics": more}, run)
+  assert not caplog.text
+  command.check_origin({"config": {}}, saved, run)  # a checkpoint of an earlier version
+  assert "its base, statistics, tokenizers cannot be compared" in caplog.text
+
+
+def test_checkpoints_say_what_the_run_stands_on(straight):
+  with checkpoint.Checkpointer(straight[0]) as checkpointer:
+    saved = checkpointer.restore({}).json
+  assert saved["base"] == [] and list(saved["statistics"]) == ["tabletop_test"] and len(saved["tokenizers"]) == 16
+  assert len(saved["losses"]) == 4  # a spike is known from the start when the run goes on
 
 
 def values(loss, **norms):
@@ -191,7 +229,7 @@ def test_action_tokens_with_adapters_from_the_command(data, tmp_path):
   assert "lora_a" in files.params["llm"]["lm_head"]
 
 
-def test_base_of_another_size_is_refused(straight):
+def test_base_of_another_size_is_refused():
   fresh = {"llm": {"kernel": np.zeros((3, 3))}}
   with pytest.raises(ValueError, match=r"init_from base: got 1 parameters the model does not have.*1 of another shape"):
     command.init.take_over(fresh, {"llm": {"kernel": np.zeros((3, 4)), "bias": np.zeros(3)}}, "base")
