@@ -49,8 +49,8 @@ class Metrics:
   """Collects device metrics without waiting for them, writes their means every `every` steps (first process only).
 
   Attributes:
-    path: `metrics.jsonl` in the workdir; one object a line with `step` and floats. A resumed run appends; lines past
-      the step it resumes from are dropped first, so each step stands there once.
+    path: `metrics.jsonl` in the workdir; one object a line with `step` and floats, null for NaN and Inf. A resumed run
+      appends; lines past the step it resumes from are dropped first, so each step stands there once.
     recent: the metrics of every update of the last flush, one dict each.
 
   Args:
@@ -77,7 +77,7 @@ class Metrics:
     self._pending: list[Mapping] = []
     self._first = jax.process_index() == 0
     self._began, self._start, self._last = time.perf_counter(), start, time.perf_counter()
-    self._wait = 0.0
+    self._wait, self._untimed = 0.0, 0
     self._board = None
     if self._first:
       self._truncate(start)
@@ -119,29 +119,43 @@ class Metrics:
     lines = self.path.read_text().splitlines()
     whole = [line for line in lines if line.startswith("{") and line.endswith("}")]  # a kill may leave half a line
     kept = [line for line in whole if json.loads(line)["step"] <= start]
-    self.path.write_text("".join(line + "\n" for line in kept))
+    self._replace("".join(line + "\n" for line in kept))
+
+  def _replace(self, content: str) -> None:
+    """Writes the file anew: whole or not at all (objects of a bucket are so by themselves)."""
+    if not isinstance(self.path, Path):
+      self.path.write_text(content)
+      return
+    partial = self.path.with_name(f".{self.path.name}.partial")
+    partial.write_text(content)
+    partial.replace(self.path)
 
   def add(self, step: int, metrics: Mapping, wait: float, flush: bool = False) -> dict | None:
     """Takes the metrics of update `step` (1, 2, …) and the seconds spent waiting for its batch.
 
-    Returns the means every `every` steps and where `flush` is set (then it waits for the device), else None.
+    Returns the means every `every` steps and where `flush` is set (then it waits for the device), else None. Time
+    counts from the end of the first update, which compiles, on (unless a window holds nothing else).
     """
     self._pending.append(metrics)
     self._wait += wait
+    if step == self._start + 1 and self.every > 1 and not flush:
+      jax.block_until_ready(metrics)
+      self._began = self._last = time.perf_counter()
+      self._wait, self._untimed = 0.0, 1
     if step % self.every and not flush:
       return None
     values = self.recent = jax.device_get(self._pending)
     means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
     now = time.perf_counter()
-    seconds = now - self._last
+    seconds, timed = now - self._last, len(values) - self._untimed
     means |= {
       "step": step,
-      "examples_per_s": self.examples * len(values) / seconds,
-      "step_ms": 1e3 * seconds / len(values),
-      "input_wait_ms": 1e3 * self._wait / len(values),
+      "examples_per_s": self.examples * timed / seconds,
+      "step_ms": 1e3 * seconds / timed,
+      "input_wait_ms": 1e3 * self._wait / timed,
     }
     means |= self._rates(means)
-    self._pending, self._wait, self._last = [], 0.0, now
+    self._pending, self._wait, self._last, self._untimed = [], 0.0, now, 0
     if self._first:
       self._write(step, means)
     return means
@@ -157,12 +171,12 @@ class Metrics:
     return rates | ({"hbm_gib": max(used) / 2**30} if used else {})
 
   def _write(self, step: int, means: dict) -> None:
-    line = json.dumps(means) + "\n"
+    line = json.dumps({name: value if np.isfinite(value) else None for name, value in means.items()}) + "\n"
     if isinstance(self.path, Path):
       with self.path.open("a") as f:
         f.write(line)
     else:  # a bucket has no appending
-      self.path.write_text((self.path.read_text() if self.path.exists() else "") + line)
+      self._replace((self.path.read_text() if self.path.exists() else "") + line)
     for name, value in means.items():
       if name != "step" and self._board is not None:
         self._board.add_scalar(name, value, step)

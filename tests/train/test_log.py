@@ -36,15 +36,29 @@ def test_rates_mfu_and_memory(tmp_path, monkeypatch):
   monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
   monkeypatch.setattr(log.jax, "local_devices", lambda: [Device(12), Device(14)])
   run = metrics(tmp_path, flops=5e12, peak=400e12)
-  now[0] += 1.0
+  now[0] += 60.0  # compiling
   assert run.add(1, values(3.0), wait=0.1) is None
   now[0] += 1.0
   run.add(2, values(1.0), wait=0.2)
   (line,) = written(tmp_path)
-  assert line["loss"] == 2.0 and line["step_ms"] == 1000 and line["input_wait_ms"] == pytest.approx(150)
+  assert line["loss"] == 2.0 and line["step_ms"] == 1000 and line["input_wait_ms"] == pytest.approx(200)
   assert line["examples_per_s"] == 16 and line["tokens_per_s"] == 480
   assert line["mfu"] == pytest.approx(5e12 * 16 / 400e12) and line["hbm_gib"] == 14
   run.close()
+
+
+def test_not_a_number_is_null_and_a_resumed_file_is_replaced_whole(tmp_path):
+  run = metrics(tmp_path)
+  run.add(2, values(float("nan")), wait=0.0)
+  run.add(4, values(float("inf")), wait=0.0)
+  run.close()
+  assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+  assert [line["loss"] for line in written(tmp_path)] == [None, None]
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 5, "lo')  # killed
+  metrics(tmp_path, start=2).close()
+  assert [line["step"] for line in written(tmp_path)] == [2]
+  assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_what_is_not_known_is_not_written(tmp_path):
