@@ -126,5 +126,6 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
     )
   )
   # Sizes; one -1 takes what is left. overrides: (regular expression over parameter paths, (axis or None, …)), …
-  config.mesh = ConfigDict(dict(replica=1, data=1, fsdp=-1, tensor=1, overrides=()))
+  # Parameters of fewer numbers than split_above are copied over fsdp.
+  config.mesh = ConfigDict(dict(replica=1, data=1, fsdp=-1, tensor=1, overrides=(), split_above=2**16))
   return config.lock()

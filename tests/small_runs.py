@@ -25,6 +25,7 @@ CHANGES = {
   "train.keep_last": 3,
   "train.log_every": 1,
   "model.cues": 3,
+  "mesh.split_above": 256,  # all parameters are small at this size: some are to be split
 }
 
 

@@ -235,26 +235,26 @@ def without_unread(batch: Batch, bare: Any) -> Batch:
 
 def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict, dict | None]:
   """Parameters where they belong, and the statistics of the base they came from (None for a fresh draw)."""
-  overrides = config.mesh.get("overrides", ())
+  rule = sharding.rule_of(config.mesh)
   wanted = init.shapes(model, bare, config.trainable, config.frozen_dtype)
-  sharding.check(wanted, mesh, overrides)
+  sharding.check(wanted, mesh, rule)
   folders, random = init.bases(config.init_from)
   found = {folder: checkpoint.read_policy_shapes(folder) for folder in folders}  # before any weight is read
   taken, new = init.origins(wanted, found, config.trainable, random)
-  params = init.draw(model, bare, config.seed, new, sharding.param_sharding(new, mesh, overrides)) if new else {}
+  params = init.draw(model, bare, config.seed, new, sharding.param_sharding(new, mesh, rule)) if new else {}
   stats = None
   for folder, paths in taken.items():
-    base = load_base(folder, mesh, overrides)
+    base = load_base(folder, mesh, rule)
     stats = base.statistics if stats is None else stats  # of the first
     params = combine(params, init.cast(init.only(base.params, paths), init.only(wanted, paths)))
   return params, stats and {name: statistics.from_openvla(entry) for name, entry in stats.items()}
 
 
-def load_base(folder: str, mesh: Any, overrides: sharding.Overrides) -> checkpoint.PolicyFiles:
+def load_base(folder: str, mesh: Any, rule: sharding.Rule) -> checkpoint.PolicyFiles:
   """A policy folder with its parameters on the mesh."""
   return checkpoint.load_policy(
     folder,
-    sharding=lambda tree: sharding.param_sharding(tree, mesh, overrides),
+    sharding=lambda tree: sharding.param_sharding(tree, mesh, rule),
     verify=jax.process_count() == 1,  # hashing would gather every parameter on every host
   )
 
@@ -392,7 +392,7 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
     ValueError: what a user can put right. NotFinite, Diverged: the loss broke. Preempted: after SIGTERM, all saved.
   """
   mesh = sharding.make_mesh(config.mesh)
-  overrides = config.mesh.get("overrides", ())
+  rule = sharding.rule_of(config.mesh)
   sharding.check_rows(config.data.batch_size, sharding.devices_of_rows(mesh), config.optim.accumulate)
   model, bare = init.make_model(config)
   tokenizers = load_tokenizers(config, bare)
@@ -401,7 +401,7 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
   trainable, frozen = partition(params, config.trainable)
   transform = optimizer.transform(config.optim)
   new = functools.partial(stepping.new_state, transform)
-  where = stepping.state_sharding(jax.eval_shape(new, trainable), mesh, overrides)
+  where = stepping.state_sharding(jax.eval_shape(new, trainable), mesh, rule)
   state = jax.jit(new, out_shardings=where)(trainable)
   del params, trainable
   logging.info("%s trainable, %s frozen parameters on %s", f"{count(state.trainable):,}", f"{count(frozen):,}", mesh)
@@ -417,7 +417,7 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
     rate, turns = optimizer.schedule(config.optim), config.optim.accumulate
     step = stepping.make_step(model, transform, rate, config.seed, config.train.grounding, turns)
     meet = functools.partial(distributed.meet, "compiled", deadline) if jax.process_count() > 1 else None
-    run = stepping.compile_step(step, mesh, state, frozen, overrides, meet)
+    run = stepping.compile_step(step, mesh, state, frozen, rule, meet)
     distributed.meet("ready to train", deadline)
     history = deque(saved.get("losses", ()), maxlen=200)
     try:

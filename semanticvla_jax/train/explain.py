@@ -26,11 +26,11 @@ class Family(NamedTuple):
 
 def families(config: Any, mesh: Any) -> Counter:
   """How many parameters each family has."""
-  step, overrides = program.of(config), config.mesh.get("overrides", ())
+  step, rule = program.of(config), sharding.rule_of(config.mesh)
   found: Counter = Counter()
   for tree, trainable in ((step.state.trainable, True), (step.frozen, False)):
     for path, x in flatten_dict(tree, sep="/").items():
-      spec = sharding.param_spec(path, tuple(x.shape), mesh, overrides)
+      spec = sharding.param_spec(path, tuple(x.shape), mesh, rule)
       name = re.sub(r"(encoderblock|layers|block|pair)_\d+", r"\1_*", path)
       found[Family(name, tuple(x.shape), str(x.dtype), trainable, _show(spec, len(x.shape)))] += 1
   return found
@@ -41,12 +41,12 @@ def _show(spec: Any, dims: int) -> str:
   return "copied" if not any(axes) else "·".join(axis or "-" for axis in axes)
 
 
-def local_bytes(tree: Any, mesh: Any, overrides: sharding.Overrides = ()) -> int:
+def local_bytes(tree: Any, mesh: Any, rule: sharding.Rule = sharding.PLAIN) -> int:
   """Bytes of a tree of arrays or shapes on each device under the rule."""
 
   def one(path, x):
     name = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
-    spec = sharding.param_spec(name, tuple(x.shape), mesh, overrides)
+    spec = sharding.param_spec(name, tuple(x.shape), mesh, rule)
     parts = math.prod(mesh.shape[axis] for axis in spec if axis is not None)
     return math.prod(x.shape) // parts * jnp.dtype(x.dtype).itemsize
 
@@ -65,12 +65,12 @@ def table(config: Any, mesh: Any) -> str:
 
 def memory(config: Any, mesh: Any) -> dict[str, int]:
   """Bytes on each device of what lives across steps, and of the gradients; activations come on top (see preflight)."""
-  step, overrides = program.of(config), config.mesh.get("overrides", ())
+  step, rule = program.of(config), sharding.rule_of(config.mesh)
   return {
-    "frozen parameters": local_bytes(step.frozen, mesh, overrides),
-    "trainable parameters": local_bytes(step.state.trainable, mesh, overrides),
-    "optimizer": local_bytes(step.state.optimizer, mesh, overrides),
-    "gradients": local_bytes(step.state.trainable, mesh, overrides) * min(2, config.optim.accumulate),  # and their sum
+    "frozen parameters": local_bytes(step.frozen, mesh, rule),
+    "trainable parameters": local_bytes(step.state.trainable, mesh, rule),
+    "optimizer": local_bytes(step.state.optimizer, mesh, rule),
+    "gradients": local_bytes(step.state.trainable, mesh, rule) * min(2, config.optim.accumulate),  # and their sum
   }
 
 
@@ -83,7 +83,7 @@ def explain(config: Any, devices: int | None = None) -> str:
   n = len(jax.devices()) if devices is None else devices
   mesh, step = sharding.abstract_mesh(config.mesh, n), program.of(config)
   both = flatten_dict(step.frozen) | flatten_dict(step.state.trainable)
-  sharding.check({"/".join(path): x for path, x in both.items()}, mesh, config.mesh.get("overrides", ()))
+  sharding.check({"/".join(path): x for path, x in both.items()}, mesh, sharding.rule_of(config.mesh))
   rows, turns = sharding.devices_of_rows(mesh), config.optim.accumulate
   sharding.check_rows(config.data.batch_size, rows, turns)
   sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

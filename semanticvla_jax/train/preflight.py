@@ -107,9 +107,9 @@ def slice_devices(topology: str | None, slices: int = 1) -> list:
 
 def lower_train(config: Any, mesh: Mesh) -> Callable[[], Any]:
   """A function that lowers the training step over `mesh`."""
-  p, overrides = program.of(config), config.mesh.get("overrides", ())
+  p, rule = program.of(config), sharding.rule_of(config.mesh)
   sharding.check_rows(config.data.batch_size, sharding.devices_of_rows(mesh), config.optim.accumulate)
-  jitted = stepping.jit_step(p.step, mesh, p.state, p.frozen, overrides)
+  jitted = stepping.jit_step(p.step, mesh, p.state, p.frozen, rule)
   return lambda: jitted.lower(p.state, p.frozen, p.batch, p.hints)
 
 
@@ -118,7 +118,7 @@ def lower_policy(config: Any, mesh: Mesh) -> Callable[[], Any]:
   _, bare = init.make_model(config)
   shapes = abstract_params(bare, dummy_observation(bare))
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.model.dtype)), shapes)
-  where = sharding.param_sharding(params, mesh, config.mesh.get("overrides", ()))
+  where = sharding.param_sharding(params, mesh, sharding.rule_of(config.mesh))
   jitted = jax.jit(
     lambda params, observation: bare.apply({"params": params}, observation).actions,
     in_shardings=(where, NamedSharding(mesh, P())),

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +27,6 @@ AXES = ("replica", "data", "fsdp", "tensor")
 ROWS = AXES[:3]  # the examples of a batch lie over these
 # Logical axes of activations (nn.with_logical_constraint in the models) → mesh axes.
 ACTIVATIONS = (("batch", ROWS), ("length", None), ("embed", None))
-SMALL = 2**16  # parameters below this many numbers are copied over `fsdp`
 
 _LLM, _VIT = r"llm/layers(_\d+)?", r".+/encoderblock_\d+"
 # Which axis, counted from the last, `tensor` splits: heads of attention, columns of MLPs.
@@ -42,7 +41,25 @@ TENSOR = (
   (rf"{_VIT}/MlpBlock_0/Dense_1/(kernel|lora_a)", -2),
 )
 
-Overrides = Sequence[tuple[str, Sequence[str | None]]]
+
+class Rule(NamedTuple):
+  """What config.mesh says about parameters.
+
+  Attributes:
+    overrides: (regular expression over whole paths, a mesh axis or None for each axis of the array), …; come first.
+    split_above: parameters of fewer numbers are copied over `fsdp`.
+  """
+
+  overrides: Sequence[tuple[str, Sequence[str | None]]] = ()
+  split_above: int = 2**16
+
+
+PLAIN = Rule()  # of a config that says nothing
+
+
+def rule_of(mesh: Any) -> Rule:
+  """The rule of config.mesh, whose fields earlier runs may lack."""
+  return Rule(**{name: mesh[name] for name in Rule._fields if name in mesh})
 
 
 def mesh_shape(sizes: Any, devices: int) -> dict[str, int]:
@@ -52,7 +69,7 @@ def mesh_shape(sizes: Any, devices: int) -> dict[str, int]:
     ValueError: when the sizes do not multiply to the number of devices.
   """
   shape = [sizes.get(axis, 1) for axis in AXES]
-  if shape.count(-1) == 1:
+  if shape.count(-1) == 1 and 0 not in shape:
     known = -math.prod(shape)
     shape[shape.index(-1)] = max(1, devices // known)
   if math.prod(shape) != devices or min(shape) < 1:
@@ -91,7 +108,7 @@ def abstract_mesh(sizes: Any, devices: int) -> AbstractMesh:
   return AbstractMesh(tuple(shape.values()), AXES)
 
 
-def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, overrides: Overrides = ()) -> P:
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rule: Rule = PLAIN) -> P:
   """Where a parameter lies: the first override that matches its path, else the one rule.
 
   The rule: `tensor` splits heads and MLP columns where it divides them (TENSOR); `fsdp` splits the largest other axis
@@ -101,12 +118,12 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, ove
     path: "llm/layers/attn/q_proj/kernel"; a moment of an optimizer may have names before it.
     shape: of the array.
     mesh: gives the sizes of the axes.
-    overrides: (regular expression over the whole path, a mesh axis or None for each axis of the array), …
+    rule: of config.mesh.
 
   Raises:
     ValueError: an override that does not fit the array.
   """
-  for pattern, names in overrides:
+  for pattern, names in rule.overrides:
     if _matches(pattern, path):
       return _override(pattern, tuple(name or None for name in names), path, shape, mesh)
   axes: list[str | None] = [None] * len(shape)
@@ -115,7 +132,7 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, ove
     at = next((at for pattern, at in TENSOR if _matches(pattern, path)), None)
     if at is not None and shape[at] % tensor == 0:
       axes[at] = "tensor"
-  if fsdp > 1 and math.prod(shape) >= SMALL:
+  if fsdp > 1 and math.prod(shape) >= rule.split_above:
     free = [i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0]
     if free:
       axes[max(free, key=lambda i: shape[i])] = "fsdp"
@@ -149,20 +166,20 @@ def _matches(pattern: str, path: str) -> bool:
   return _expression(pattern).fullmatch(path) is not None
 
 
-def param_sharding(tree: Any, mesh: Mesh, overrides: Overrides = ()) -> Any:
+def param_sharding(tree: Any, mesh: Mesh, rule: Rule = PLAIN) -> Any:
   """NamedShardings for arrays or shapes: parameters, or optimizer state, whose moments are named like them."""
 
   def where(path, x):
     name = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
-    return NamedSharding(mesh, param_spec(name, tuple(x.shape), mesh, overrides))
+    return NamedSharding(mesh, param_spec(name, tuple(x.shape), mesh, rule))
 
   return jax.tree_util.tree_map_with_path(where, tree)
 
 
-def check(params: Any, mesh: Mesh | AbstractMesh, overrides: Overrides = ()) -> None:
+def check(params: Any, mesh: Mesh | AbstractMesh, rule: Rule = PLAIN) -> None:
   """Logs what `tensor` would split and does not divide. Raises ValueError for an override that matches nothing."""
   shapes = {path: tuple(x.shape) for path, x in flatten_dict(params, sep="/").items()}
-  for pattern, _ in overrides:
+  for pattern, _ in rule.overrides:
     if not any(_matches(pattern, path) for path in shapes):
       raise ValueError(
         f"config.mesh.overrides: got {pattern!r}, which matches no parameter, expected a regular expression over whole "

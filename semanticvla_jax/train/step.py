@@ -146,22 +146,22 @@ def new_state(transform: optax.GradientTransformation, trainable: dict) -> State
   return State(jnp.zeros((), jnp.int32), trainable, transform.init(trainable))
 
 
-def state_sharding(state: Any, mesh: Mesh, overrides: sharding.Overrides = ()) -> State:
+def state_sharding(state: Any, mesh: Mesh, rule: sharding.Rule = sharding.PLAIN) -> State:
   """Where the state lives: parameters and moments by the one rule, counters everywhere."""
   return State(
     NamedSharding(mesh, P()),
-    sharding.param_sharding(state.trainable, mesh, overrides),
-    sharding.param_sharding(state.optimizer, mesh, overrides),
+    sharding.param_sharding(state.trainable, mesh, rule),
+    sharding.param_sharding(state.optimizer, mesh, rule),
   )
 
 
-def jit_step(step: Callable, mesh: Mesh, state: Any, frozen: Any, overrides: sharding.Overrides = ()) -> Callable:
+def jit_step(step: Callable, mesh: Mesh, state: Any, frozen: Any, rule: sharding.Rule = sharding.PLAIN) -> Callable:
   """The step under jit with its shardings; the state is donated. Call or lower it inside `over(mesh)`."""
   batch = sharding.batch_sharding(mesh)
-  where = state_sharding(state, mesh, overrides)
+  where = state_sharding(state, mesh, rule)
   return jax.jit(
     step,
-    in_shardings=(where, sharding.param_sharding(frozen, mesh, overrides), batch, batch),
+    in_shardings=(where, sharding.param_sharding(frozen, mesh, rule), batch, batch),
     out_shardings=(where, NamedSharding(mesh, P())),
     donate_argnums=0,
   )
@@ -179,7 +179,7 @@ def compile_step(
   mesh: Mesh,
   state: Any,
   frozen: Any,
-  overrides: sharding.Overrides = (),
+  rule: sharding.Rule = sharding.PLAIN,
   meet: Callable[[], None] | None = None,
 ) -> Callable:
   """The step as one program over `mesh`.
@@ -187,7 +187,7 @@ def compile_step(
   Several processes pass `meet`, where each waits for the others once it has compiled: whoever runs first would give up
   on the others' part of a collective after half a minute (Gloo, on CPUs).
   """
-  jitted = jit_step(step, mesh, state, frozen, overrides)
+  jitted = jit_step(step, mesh, state, frozen, rule)
   compiled: list[Callable] = [] if meet is not None else [jitted]
 
   def run(*args):

@@ -66,6 +66,8 @@ def test_mesh_fills_and_refuses():
   assert dict(mesh.shape) == {"replica": 1, "data": 2, "fsdp": 4, "tensor": 1}
   with pytest.raises(ValueError, match=r"mesh: got .*'data': 3.* for 8 devices"):
     sharding.make_mesh(dict(data=3, fsdp=1, tensor=1))
+  with pytest.raises(ValueError, match=r"mesh: got .*'data': 0.* for 8 devices"):
+    sharding.make_mesh(dict(data=0, fsdp=-1))
 
 
 def test_parameter_rule():

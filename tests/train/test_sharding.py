@@ -28,7 +28,13 @@ TOPOLOGIES = {
   "fsdp4_tensor4": (dict(fsdp=4, tensor=4), 16),
   "replica2_fsdp16": (dict(replica=2, fsdp=16), 32),  # two slices of v5e:4x4
 }
-MESHES = {"data": dict(data=8), "fsdp": dict(fsdp=8), "all": dict(data=2, fsdp=2, tensor=2), "tensor": dict(tensor=8)}
+MESHES = {
+  "data": dict(data=8),
+  "fsdp": dict(fsdp=8),
+  "data2_fsdp4": dict(data=2, fsdp=4),
+  "all": dict(data=2, fsdp=2, tensor=2),
+  "tensor": dict(tensor=8),
+}
 BATCH, STEPS = 8, 10
 TOLERANCE = 2e-3  # relative, on the loss; float32 sums in another order, ten updates long
 LLM = "llm/layers/attn/q_proj/kernel"
@@ -40,7 +46,7 @@ def config(**mesh):
   c.optim.update(lr=1e-3, warmup_steps=0, decay_steps=100)
   c.data.update(batch_size=BATCH, prompt_length=12, instruction_length=8)
   c.model.cues = 3
-  c.mesh.update(dict(replica=1, data=1, fsdp=1, tensor=1) | mesh)
+  c.mesh.update(dict(replica=1, data=1, fsdp=1, tensor=1, split_above=256) | mesh)  # all are small at tiny size
   return c
 
 
@@ -55,11 +61,12 @@ def start(c, mesh):
   """(state, frozen, step, batch, hints) on the mesh."""
   model, bare = init.make_model(c)
   wanted = init.shapes(model, bare, c.trainable, c.frozen_dtype)
-  params = init.draw(model, bare, c.seed, wanted, sharding.param_sharding(wanted, mesh))
+  rule = sharding.rule_of(c.mesh)
+  params = init.draw(model, bare, c.seed, wanted, sharding.param_sharding(wanted, mesh, rule))
   trainable, frozen = partition(params, c.trainable)
   transform = optimizer.transform(c.optim)
   state = stepping.new_state(transform, trainable)
-  state = jax.device_put(state, stepping.state_sharding(state, mesh))
+  state = jax.device_put(state, stepping.state_sharding(state, mesh, rule))
   step = stepping.make_step(model, transform, optimizer.schedule(c.optim), c.seed)
   return state, frozen, step, *sharding.place_whole((batch(c, bare), None), mesh)
 
@@ -68,18 +75,12 @@ def losses(mesh_sizes, devices):
   c = config(**mesh_sizes)
   mesh = sharding.make_mesh(c.mesh, devices)
   state, frozen, step, examples, hints = start(c, mesh)
-  run = stepping.compile_step(step, mesh, state, frozen)
+  run = stepping.compile_step(step, mesh, state, frozen, sharding.rule_of(c.mesh))
   out = []
   for _ in range(STEPS):
     state, metrics = run(state, frozen, examples, hints)
     out.append(float(metrics["loss"]))
   return out
-
-
-@pytest.fixture
-def small_is_split(monkeypatch):
-  """At tiny size all parameters are below the limit under which nothing is split."""
-  monkeypatch.setattr(sharding, "SMALL", 256)
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +89,13 @@ def alone():
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_every_mesh_gives_the_losses_of_one_device(name, alone, small_is_split):
+def test_every_mesh_gives_the_losses_of_one_device(name, alone):
   found = losses(MESHES[name], jax.devices())
   assert found == pytest.approx(alone, rel=TOLERANCE)
   assert found[-1] < found[0]
 
 
-def test_activations_are_constrained_at_block_ends(small_is_split):
+def test_activations_are_constrained_at_block_ends():
   c = config(fsdp=8)
   mesh = sharding.make_mesh(c.mesh)
   p = program.of(c)
@@ -141,14 +142,26 @@ def test_what_tensor_does_not_divide_is_told(caplog):
   assert "tensor=8 does not divide the heads or columns of 1 arrays" in caplog.text
 
 
+def rule(*overrides):
+  return sharding.Rule(overrides)
+
+
+def test_what_is_small_is_copied():
+  mesh = mesh_of(8, fsdp=8)
+  assert sharding.param_spec("x", (64, 64), mesh) == P()
+  assert sharding.param_spec("x", (64, 64), mesh, sharding.Rule(split_above=4096)) == P("fsdp")
+  assert sharding.rule_of(config(split_above=7).mesh) == sharding.Rule((), 7)
+  assert sharding.rule_of(dict(fsdp=8)) == sharding.Rule()  # of an earlier run
+
+
 def test_overrides_come_first_and_are_checked():
   mesh, shape = mesh_of(4, data=2, fsdp=2), (8, 6)
-  assert sharding.param_spec("coupler/in/kernel", shape, mesh, ((r"coupler/.*", ("data", None)),)) == P("data")
+  assert sharding.param_spec("coupler/in/kernel", shape, mesh, rule((r"coupler/.*", ("data", None)))) == P("data")
   for spec in (("data",), ("batch", None), ("data", "data")):
     with pytest.raises(ValueError, match=r"config.mesh.overrides: got 'coupler/.\*'.*coupler/in/kernel of shape"):
-      sharding.param_spec("coupler/in/kernel", shape, mesh, ((r"coupler/.*", spec),))
+      sharding.param_spec("coupler/in/kernel", shape, mesh, rule((r"coupler/.*", spec)))
   with pytest.raises(ValueError, match="'copler', which matches no parameter"):
-    sharding.check({"coupler": {"bias": jax.ShapeDtypeStruct((5,), jnp.float32)}}, mesh, (("copler", ("fsdp",)),))
+    sharding.check({"coupler": {"bias": jax.ShapeDtypeStruct((5,), jnp.float32)}}, mesh, rule(("copler", ("fsdp",))))
 
 
 def test_explain_tells_mesh_families_and_bytes():
@@ -161,7 +174,7 @@ def test_explain_tells_mesh_families_and_bytes():
     explain.explain(config(fsdp=16), 16)
 
 
-def test_bytes_a_device_are_those_of_its_shards(small_is_split):
+def test_bytes_a_device_are_those_of_its_shards():
   c = config(fsdp=8)
   mesh = sharding.make_mesh(c.mesh)
   state, frozen, *_ = start(c, mesh)
