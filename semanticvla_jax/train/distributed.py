@@ -55,7 +55,7 @@ def initialize(
   if not any(given):
     if multihost not in METHODS:
       raise ValueError(f"distributed: got --multihost={multihost}, expected one of {METHODS}.")
-    if multihost == "none" or (multihost == "auto" and not several_hosts(os.environ)):
+    if multihost == "none" or (multihost == "auto" and not several_hosts(os.environ) and not on_tpu_vm()):
       return
     coordinator, processes, process, devices = detect(multihost, deadline)
   if processes < 1 or not 0 <= process < processes or ":" not in coordinator:
@@ -88,6 +88,13 @@ def several_hosts(environment: Mapping[str, str]) -> bool:
   return (
     slurm or "," in environment.get("TPU_WORKER_HOSTNAMES", "") or int(environment.get("MEGASCALE_NUM_SLICES", 1)) > 1
   )
+
+
+def on_tpu_vm() -> bool:
+  """Whether this is a Cloud TPU VM, whose metadata know the other workers (on GKE the environment does)."""
+  from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster  # it has no public name
+
+  return GceTpuCluster.is_env_present()
 
 
 def detect(multihost: str, deadline: float) -> tuple[str, int, int, list[int] | None]:
@@ -189,8 +196,14 @@ def meet(name: str, deadline: float) -> None:
     return
   from jax._src import distributed  # the barrier of the coordination service; it has no public name
 
+  client = distributed.global_state.client
+  if client is None:
+    raise ValueError(
+      f"distributed: got {jax.process_count()} processes that have not joined, expected jax.distributed; start with "
+      "--multihost=tpu, --multihost=slurm, or --coordinator, --processes and --process."
+    )
   try:
-    distributed.global_state.client.wait_at_barrier(name, int(1000 * deadline))
+    client.wait_at_barrier(name, int(1000 * deadline))
   except jax.errors.JaxRuntimeError as error:
     late = sorted({int(task) for task in re.findall(r"/task:(\d+)", str(error).partition("timed out task")[2])})
     who = f"process {', '.join(map(str, late))}" if late else "another process"

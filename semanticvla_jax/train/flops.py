@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,19 +11,24 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Dense bfloat16 FLOP/s of one device, as the makers publish it; the first name that the device kind contains counts.
+# Dense bfloat16 FLOP/s of one device, as the makers publish it; the first name that the device kind holds as words.
 PEAK = (
   ("TPU v4", 275e12),
   ("TPU v5 lite", 197e12),
   ("TPU v5e", 197e12),
+  ("TPU v5p", 459e12),
   ("TPU v5", 459e12),
-  ("TPU v6", 918e12),
+  ("TPU v6 lite", 918e12),
+  ("TPU v6e", 918e12),
   ("TPU7x", 2307e12),
   ("H200", 989e12),
+  ("H100 PCIe", 756e12),
+  ("H100 NVL", 835e12),
   ("H100", 989e12),
   ("A100", 312e12),
   ("A800", 312e12),
   ("L40S", 362e12),
+  ("L40", 181e12),
   ("L4", 121e12),
   ("B200", 2250e12),
 )
@@ -30,7 +36,7 @@ PEAK = (
 
 def peak(kind: str) -> float | None:
   """Dense bfloat16 FLOP/s of a device of this kind (`jax.Device.device_kind`), None where it is not known."""
-  return next((value for name, value in PEAK if name in kind), None)
+  return next((value for name, value in PEAK if re.search(rf"\b{name}\b", kind)), None)
 
 
 def count(function: Callable, *args: Any) -> int:

@@ -94,6 +94,18 @@ def test_who_is_several_hosts():
   assert distributed.several_hosts({"MEGASCALE_NUM_SLICES": "2"})
 
 
+def test_a_tpu_vm_is_asked_for_its_other_hosts(monkeypatch):
+  asked = []
+  monkeypatch.setattr(distributed, "several_hosts", lambda environment: False)
+  monkeypatch.setattr(distributed, "on_tpu_vm", lambda: True)
+  monkeypatch.setattr(distributed, "detect", lambda method, deadline: asked.append(method) or ("h:1", 1, 0, None))
+  monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *who, **options: asked.append(who))
+  distributed.initialize()
+  assert asked == ["auto", ("h:1", 1, 0)]
+  monkeypatch.undo()
+  assert not distributed.on_tpu_vm()  # here
+
+
 def test_collectives_on_cpus_wait_as_long_as_hosts(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_timeout_seconds=7")
   distributed.be_patient(500.0)
@@ -124,6 +136,13 @@ def test_meeting_names_who_is_late(monkeypatch):
   monkeypatch.setattr(service.global_state, "client", Client())
   with pytest.raises(ValueError, match=r"process 1, 2 did not come to 'policy' within 5 s, expected all 3"):
     distributed.meet("policy", 5.0)
+
+
+def test_meeting_without_having_joined_says_so(monkeypatch):
+  monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(service.global_state, "client", None)
+  with pytest.raises(ValueError, match="got 2 processes that have not joined.*--multihost=tpu"):
+    distributed.meet("start", 1.0)
 
 
 def test_sigterm_is_noticed_and_its_handler_put_back():
