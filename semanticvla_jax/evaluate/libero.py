@@ -244,7 +244,7 @@ class _Runner:
   def __init__(self, owner: Evaluation, policy: Any, label: str):
     self.owner, self.policy, self.label = owner, policy, label
 
-  def run(self, seeds: Sequence[int], told: Sequence[str] | None = None) -> Episodes:
+  def run(self, seeds: Sequence[int] | np.ndarray, told: Sequence[str] | None = None) -> Episodes:
     owner, label = self.owner, self.label if told is None else "shuffled"
     records = Records(owner.out / f"{owner.suite}_{label}.jsonl")
     owner.simulators.policy = self.policy
