@@ -40,6 +40,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--seed", type=int, default=default.seed, help="of the first episode (default: 0)")
   parser.add_argument("--size", type=int, default=default.size, help="pixels of a side of both views (default: 64)")
   parser.add_argument("--noise", type=float, default=default.noise, help="of the expert's movements (default: 0.3)")
+  parser.add_argument(
+    "--perturbed", type=float, default=default.perturbed, help="share of episodes that begin anywhere (default: 0)"
+  )
   parser.add_argument("--label", default=default.label, help=f"which action is recorded: {', '.join(tabletop.LABELS)}")
   parser.add_argument("--out", default="data", help="folder of datasets (default: data)")
   parser.add_argument("--name", help="of the dataset (default: tabletop_<suite>)")
@@ -107,7 +110,9 @@ def main(argv: list[str]) -> None:
       f"demonstrations, for the expert knows only {', '.join(tasks.SUITES)}; add --from-hdf5=DIR."
     )
   name = args.name or f"tabletop_{args.suite}"
-  recipe = tabletop.Recipe(args.suite, args.split, args.episodes, args.seed, args.size, args.noise, args.label)
+  recipe = tabletop.Recipe(
+    args.suite, args.split, args.episodes, args.seed, args.size, args.noise, args.label, args.perturbed
+  )
   start = time.perf_counter()
 
   def progress(done: int) -> None:

@@ -33,6 +33,8 @@ class Recipe(NamedTuple):
     seed: the first episode's.
     size: pixels of a side of both views.
     noise: of the executed actions, see expert.disturb.
+    perturbed: share of the episodes that begin at a random moment (expert.perturbed_state) instead of where `reset`
+      puts the gripper. With it states are many without noise, which makes the later actions of a chunk a guess.
     label: "intended" records what the expert would do in each state it got into (so recovery is taught and noise is
       not), "executed" what was done, noise included (a replay of the actions then gives the same states).
   """
@@ -44,6 +46,7 @@ class Recipe(NamedTuple):
   size: int = 64
   noise: float = NOISE
   label: str = "intended"
+  perturbed: float = 0.0
 
 
 class Report(NamedTuple):
@@ -96,7 +99,8 @@ def demonstrations(recipe: Recipe) -> Iterator[tuple[int, writer.Episode | None]
   first = recipe.seed
   while True:
     seeds = np.arange(first, first + _CHUNK)
-    rollouts = _rollouts(jnp.asarray(seeds), recipe.noise, recipe.suite, recipe.split, steps)
+    shares = (recipe.noise, recipe.perturbed)
+    rollouts = _rollouts(jnp.asarray(seeds), *shares, recipe.suite, recipe.split, steps)
     rollouts = jax.tree.map(np.asarray, rollouts)
     for i, seed in enumerate(seeds.tolist()):
       tasks.check_seeds([seed], recipe.split)  # episodes that were dropped push the last seed on
@@ -105,8 +109,19 @@ def demonstrations(recipe: Recipe) -> Iterator[tuple[int, writer.Episode | None]
 
 
 @functools.partial(jax.jit, static_argnames=("suite", "split", "steps"))
-def _rollouts(seeds: Int[Array, "n"], noise: float | Array, suite: str, split: str, steps: int) -> expert.Rollout:
-  return jax.vmap(lambda seed: expert.rollout(tabletop.seed_key(seed, split), suite, split, noise, steps))(seeds)
+def _rollouts(
+  seeds: Int[Array, "n"], noise: float | Array, perturbed: float | Array, suite: str, split: str, steps: int
+) -> expert.Rollout:
+  def one(seed):
+    k_reset, k_noise = jax.random.split(tabletop.seed_key(seed, split))
+    first = tasks.reset(k_reset, suite, split)
+    k_perturb, k_which = jax.random.split(jax.random.fold_in(k_reset, 1))
+    other = expert.perturbed_state(k_perturb, first)
+    anywhere = jax.random.bernoulli(k_which, perturbed)
+    start = jax.tree.map(lambda a, b: jnp.where(anywhere, a, b), other, first)
+    return expert.rollout_from(start, k_noise, noise, steps)
+
+  return jax.vmap(one)(seeds)
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -144,10 +159,10 @@ def _check(recipe: Recipe, name: str) -> None:
       f"Dataset name {name!r} would be read by another recipe; expected one that starts with 'tabletop'; "
       f"call it tabletop_{recipe.suite}."
     )
-  if recipe.episodes < 1 or recipe.size < 8 or not 0 <= recipe.noise <= 1:
+  if recipe.episodes < 1 or recipe.size < 8 or not (0 <= recipe.noise <= 1 and 0 <= recipe.perturbed <= 1):
     raise ValueError(
-      f"Demonstrations: got episodes={recipe.episodes}, size={recipe.size}, noise={recipe.noise}; expected at least 1 "
-      "episode, 8 pixels, and noise from 0 to 1."
+      f"Demonstrations: got episodes={recipe.episodes}, size={recipe.size}, noise={recipe.noise}, "
+      f"perturbed={recipe.perturbed}; expected at least 1 episode, 8 pixels, noise and perturbed from 0 to 1."
     )
   if recipe.label not in LABELS:
     raise ValueError(f"Demonstrations: got label={recipe.label!r}; expected one of {LABELS}; choose one of them.")

@@ -98,8 +98,19 @@ def test_the_command_writes_one_and_says_what_is_wrong(written, tmp_path, capsys
   for wrong, message in [
     ([f"--out={out}"], "Dataset exists"), (["--name=pick"], "starts with 'tabletop'"),
     (["--suite=pik"], "did you mean 'pick'"), (["--label=both"], "expected one of"),
-    (["--noise=2"], "noise from 0 to 1"), (["--split=test"], "Split 'test'"),
+    (["--noise=2"], "noise and perturbed from 0 to 1"), (["--perturbed=-1"], "perturbed=-1.0"), (["--split=test"], "Split 'test'"),
     (["--seed=-1"], "Seed -1 is outside split 'train'"), (["--seed=999999999"], "outside split 'train'"),
   ]:  # fmt: skip
     with pytest.raises(SystemExit, match=message):
       main([*flags, f"--out={tmp_path / 'other'}", *wrong])
+
+
+def test_perturbed_episodes_begin_anywhere():
+  recipe = RECIPE._replace(episodes=8, noise=0.0)
+  usual, other, half = (
+    np.stack([e.state[0, :3] for _, e in itertools.islice(demonstrate.demonstrations(recipe._replace(perturbed=p)), 8)])
+    for p in (0.0, 1.0, 0.5)
+  )
+  assert np.ptp(usual, axis=0).max() < 0.2 < np.ptp(other, axis=0).max()
+  as_usual = (half == usual).all(axis=1)
+  assert as_usual.any() and not as_usual.all() and ((half == other).all(axis=1) | as_usual).all()
