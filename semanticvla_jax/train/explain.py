@@ -53,13 +53,23 @@ def local_bytes(tree: Any, mesh: Any, rule: sharding.Rule = sharding.PLAIN) -> i
   return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(one, tree)))
 
 
-def table(config: Any, mesh: Any) -> str:
-  """One line a family: how many, shape, type, trainable or frozen, which mesh axis splits each of its axes."""
+def family_bytes(family: Family, n: int, mesh: Any) -> int:
+  """Bytes of a family's `n` parameters on each device."""
+  parts = math.prod(mesh.shape.get(axis, 1) for axis in family.spec.split("·"))
+  return n * math.prod(family.shape) // parts * jnp.dtype(family.dtype).itemsize
+
+
+def table(config: Any, mesh: Any, sizes: bool = False) -> str:
+  """One line a family: how many, shape, type, trainable or frozen, which mesh axis splits each of its axes.
+
+  With `sizes` the bytes on each device come first.
+  """
   lines = []
   for family, n in sorted(families(config, mesh).items()):
     shape = "x".join(map(str, family.shape)) or "scalar"
     kind = "trainable" if family.trainable else "frozen"
-    lines.append(f"{family.name:<76} {n:>3} × {shape:<18} {family.dtype:<9} {kind:<10} {family.spec}")
+    line = f"{family.name:<76} {n:>3} × {shape:<18} {family.dtype:<9} {kind:<10} {family.spec}"
+    lines.append(f"{size(family_bytes(family, n, mesh))}  {line}" if sizes else line)
   return "\n".join(lines)
 
 
@@ -92,7 +102,7 @@ def explain(config: Any, devices: int | None = None) -> str:
     f"batch: {config.data.batch_size}, {config.data.batch_size // rows} a device"
     + (f" in {turns} turns" if turns > 1 else ""),
     "",
-    table(config, mesh),
+    table(config, mesh, sizes=True),
     "",
     "on each device:",
   ]

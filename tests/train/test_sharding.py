@@ -164,6 +164,13 @@ def test_overrides_come_first_and_are_checked():
     sharding.check({"coupler": {"bias": jax.ShapeDtypeStruct((5,), jnp.float32)}}, mesh, rule(("copler", ("fsdp",))))
 
 
+def test_bytes_of_a_family_are_those_of_its_shards():
+  mesh = mesh_of(8, fsdp=4, tensor=2)
+  split = explain.Family("x", (8, 16, 3), "bfloat16", True, "fsdp·tensor·-")
+  assert explain.family_bytes(split, 5, mesh) == 5 * (2 * 8 * 3) * 2
+  assert explain.family_bytes(explain.Family("x", (8,), "float32", True, "copied"), 2, mesh) == 2 * 8 * 4
+
+
 def test_explain_tells_mesh_families_and_bytes():
   text = explain.explain(config(fsdp=-1, tensor=2), 8)
   assert "mesh: replica 1, data 1, fsdp 4, tensor 2 (8 devices)" in text
