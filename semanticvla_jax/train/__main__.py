@@ -36,7 +36,7 @@ from ml_collections import config_flags
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import statistics, text
-from semanticvla_jax.train import distributed, grounding, init, optimizer, program, sharding
+from semanticvla_jax.train import command_line, distributed, grounding, init, optimizer, program, sharding
 from semanticvla_jax.train import explain as explaining
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.log import Metrics, Trace
@@ -525,4 +525,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=command_line.parse)

@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from semanticvla_jax.models.semanticvla import abstract_params, dummy_observation
-from semanticvla_jax.train import explain, flops, init, program, sharding
+from semanticvla_jax.train import command_line, explain, flops, init, program, sharding
 from semanticvla_jax.train import step as stepping
 
 # libtpu looks for a TPU VM's metadata and takes a lock; there is neither a VM nor a device here.
@@ -86,8 +86,8 @@ def slice_devices(topology: str | None, slices: int = 1) -> list:
     return jax.devices()
   if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
     raise ValueError(
-      f"--topology: got {topology!r} without libtpu, expected its compiler; make aot shows how: pip install --no-deps "
-      "--target=DIR 'libtpu==0.0.42.*' and PYTHONPATH=DIR."
+      f"--topology: got {topology!r} without libtpu, expected its compiler; make aot installs it, then start this with "
+      "PYTHONPATH=.venv-aot before it."
     )
   for name, value in OFFLINE.items():
     os.environ.setdefault(name, value)
@@ -328,4 +328,4 @@ if __name__ == "__main__":  # here, so that the module can be imported beside an
   _PROGRAM = flags.DEFINE_enum("program", "train", sorted(PROGRAMS), "What to compile")
   _SWEEP = flags.DEFINE_bool("sweep", False, "Find the largest batch that fits")
   flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=command_line.parse)

@@ -96,7 +96,7 @@ def test_sweep_finds_the_largest_batch(monkeypatch):
 def test_without_libtpu_it_says_how(monkeypatch):
   monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
   monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match=r"--topology: got 'v5e:4x4' without libtpu"):
+  with pytest.raises(ValueError, match=r"--topology: got 'v5e:4x4' without libtpu.*PYTHONPATH=.venv-aot"):
     preflight.slice_devices("v5e:4x4")
 
 

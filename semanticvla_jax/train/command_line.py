@@ -1,0 +1,51 @@
+"""How the commands of this folder read their arguments: either spelling, and one line about what is wrong."""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+
+PARSING = "Error whilst parsing config file"  # ml_collections' words before a traceback of the config file
+
+
+def parse(argv: list[str]) -> list[str]:
+  """The `flags_parser` of absl's `app.run`, for commands with a --config; ends the program where that is no config."""
+  sys.argv = spelled(argv)  # ml_collections looks for --config.… there
+  try:
+    rest = flags.FLAGS(sys.argv)
+    if flags.FLAGS["config"].value is not None:
+      flags.FLAGS["config"].value.keys()  # a file that cannot be loaded says so when it is read
+    return rest
+  except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    sys.exit(f"error: {told(error)}")
+  except flags.Error as error:
+    sys.exit(f"error: {told(error) if PARSING in str(error) else error} (--help lists the flags)")
+
+
+def spelled(argv: list[str]) -> list[str]:
+  """`--profile-steps=…` for `--profile_steps=…`, of every flag; `--init-from=DIR` for `--config.init_from=DIR`."""
+  out, known = [], set(flags.FLAGS)
+  for i, word in enumerate(argv):
+    name, equals, value = word.partition("=")
+    plain = name.removeprefix("--").replace("-", "_")
+    if name.startswith("--") and "--" not in argv[:i] and (plain == "init_from" or plain in known):
+      word = f"--{'config.init_from' if plain == 'init_from' else plain}{equals}{value}"
+    out.append(word)
+  return out
+
+
+def told(error: Exception) -> str:
+  """What is wrong with a config, in four parts."""
+  text = str(error.args[0] if error.args else error).replace("\\n", "\n")
+  lines = [line.strip(" '\"\\") for line in text.splitlines() if line.strip()] or [type(error).__name__]
+  if isinstance(error, OSError):
+    named = next((word.partition("=")[2] for word in sys.argv if word.startswith("--config=")), None)
+    return (
+      f"--config: got {named}, which cannot be loaded ({lines[-1]}), expected a Python file with get_config; name one "
+      "of configs/, such as configs/libero.py:lite@7b."
+    )
+  if PARSING in text:  # a traceback; its last line is what the file said
+    return lines[-1].removeprefix("ValueError: ")
+  what = ": ".join(lines)
+  return f"--config: got {what} Expected fields and values as in configs/common.py; correct --config.FIELD=VALUE."
