@@ -41,7 +41,7 @@ from semanticvla_jax.train import explain as explaining
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.log import Metrics, Trace
 from semanticvla_jax.train.partition import combine, count, partition
-from semanticvla_jax.types import Batch
+from semanticvla_jax.types import Batch, Observation
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, e.g. configs/libero.py:lite@7b")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the final policy; local or gs://")
@@ -380,6 +380,14 @@ def save_batch(batch: Any, folder: Path, step: int) -> Path:
   np.savez(contents, **named)
   path.write_bytes(contents.getvalue())
   return path
+
+
+def load_batch(path: Path) -> Batch:
+  """What `save_batch` wrote, as arrays: to look at, or to run a step on (`step.make_step`)."""
+  with np.load(path) as file:
+    arrays = dict(file)
+  seen = {name.removeprefix("observation."): x for name, x in arrays.items() if name.startswith("observation.")}
+  return Batch(Observation(**{"proprio": None} | seen), arrays["actions"], arrays["action_mask"])
 
 
 def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, deadline: float = 300.0) -> Path:

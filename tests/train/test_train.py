@@ -178,6 +178,8 @@ def test_nan_stops_with_step_and_family(data, tmp_path):
   batch = np.load(saved)
   assert batch["actions"].shape == (8, config.model.chunk, 7)
   assert batch["observation.images"].dtype == np.uint8
+  again = command.load_batch(saved)
+  np.testing.assert_array_equal(again.observation.prompt, batch["observation.prompt"])
 
 
 def test_tokenisers_of_another_model_are_refused(data):
