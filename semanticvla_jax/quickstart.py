@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 BASE = Path("checkpoints/tabletop_small")
-# States are varied by where episodes begin: under the noise of `demonstrate`'s default the later actions of a chunk answer
-# what has yet to happen, and fine-tuning on them lost a third of the base's success.
+# States are varied by where episodes begin: under the noise of `demonstrate`'s default the later actions of a chunk
+# answer what has yet to happen, and fine-tuning on them lost a third of the base's success.
 VARIED = {"noise": 0.1, "perturbed": 0.3}
 EVALUATION_SEED = 100_000  # demonstrations count from 0: no layout that was shown is measured
 
