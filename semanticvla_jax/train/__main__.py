@@ -517,7 +517,8 @@ def main(argv: list[str]) -> None:
       return
     if _WORKDIR.value is None:
       raise ValueError("--workdir: got nothing, expected a folder for checkpoints, metrics and the policy; name one.")
-    distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _MULTIHOST.value, _HOST_DEADLINE.value)
+    who = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _MULTIHOST.value)
+    distributed.initialize(*who, _HOST_DEADLINE.value, json.dumps([plain(_CONFIG.value), _WORKDIR.value]))
     distributed.set_up_logging()
     workdir = epath.Path(_WORKDIR.value) if "://" in _WORKDIR.value else Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)

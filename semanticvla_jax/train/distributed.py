@@ -33,6 +33,7 @@ def initialize(
   process: int | None = None,
   multihost: str = "auto",
   deadline: float = 300.0,
+  config: str = "",
 ) -> None:
   """Joins this process to the others, before any other use of jax.
 
@@ -40,10 +41,11 @@ def initialize(
     coordinator, processes, process: "host:port" of process 0, how many there are, which one this is; all or none.
     multihost: where to find them otherwise. 'tpu': the metadata of a TPU VM or GKE; 'slurm': the job step, one task a
       device; 'auto': either where the environment names several hosts; 'none': this process alone.
-    deadline: seconds to wait for the others.
+    deadline: seconds to wait for the others. config: what all of them must have alike, as text or a hash of it.
 
   Raises:
-    ValueError: flags that contradict each other, or processes that did not come within the deadline, by number.
+    ValueError: flags that contradict each other; or, by number, processes that did not come within the deadline or have
+      another config.
   """
   given = [x is not None for x in (coordinator, processes, process)]
   if any(given) and not all(given):
@@ -63,7 +65,7 @@ def initialize(
       f"distributed: got process {process} of {processes} with coordinator {coordinator!r}, expected 0 … processes-1 "
       "and host:port; fix --process, --processes, --coordinator."
     )
-  call_the_roll(coordinator, processes, process, deadline)
+  call_the_roll(coordinator, processes, process, deadline, config)
   be_patient(deadline)
   jax.distributed.initialize(
     coordinator, processes, process, local_device_ids=devices, initialization_timeout=int(max(deadline, 1))
@@ -117,21 +119,25 @@ def detect(multihost: str, deadline: float) -> tuple[str, int, int, list[int] | 
   return found
 
 
-def call_the_roll(coordinator: str, processes: int, process: int, deadline: float) -> None:
-  """Returns when all processes have answered. Raises ValueError with the numbers of those missing at the deadline."""
+def call_the_roll(coordinator: str, processes: int, process: int, deadline: float, config: str = "") -> None:
+  """Returns when all processes have answered, with the config of process 0.
+
+  Raises:
+    ValueError: with the numbers of those missing at the deadline, or of those with another config; on all processes.
+  """
   if processes == 1:
     return
   host, _, port = coordinator.rpartition(":")
   end = time.monotonic() + deadline
   if process == 0:
-    _ask(int(port), processes, end, deadline)
+    _ask(int(port), processes, end, deadline, config)
   else:
-    _answer(host.strip("[]"), int(port), process, end, deadline)
+    _answer(host.strip("[]"), int(port), process, end, deadline, config)
 
 
-def _ask(port: int, processes: int, end: float, deadline: float) -> None:
+def _ask(port: int, processes: int, end: float, deadline: float, config: str) -> None:
   """Process 0's part: hears everybody and tells everybody the outcome."""
-  present: dict[int, tuple[socket.socket, str]] = {}
+  present: dict[int, tuple[socket.socket, str]] = {}  # with its config
   dual = socket.has_dualstack_ipv6()
   try:
     family = socket.AF_INET6 if dual else socket.AF_INET
@@ -145,26 +151,27 @@ def _ask(port: int, processes: int, end: float, deadline: float) -> None:
     while len(present) < processes - 1 and (left := end - time.monotonic()) > 0:
       server.settimeout(left)
       try:
-        connection, address = server.accept()
+        connection, _ = server.accept()
         stack.enter_context(connection)
         connection.settimeout(10)
-        present[int(json.loads(connection.makefile().readline())["process"])] = (connection, address[0])
+        said = json.loads(connection.makefile().readline())
+        present[int(said["process"])] = (connection, said["config"])
       except (OSError, ValueError, KeyError):
         continue  # the deadline, or a stranger at the port
     missing = sorted(set(range(1, processes)) - set(present))
+    other = sorted(number for number, (_, theirs) in present.items() if theirs != config)
     for connection, _ in present.values():
       with contextlib.suppress(OSError):
-        connection.sendall((json.dumps({"missing": missing}) + "\n").encode())
-  if missing:
-    raise ValueError(_missing(missing, processes, deadline))
+        connection.sendall((json.dumps({"missing": missing, "other": other}) + "\n").encode())
+  _check_the_roll(missing, other, processes, deadline)
 
 
-def _answer(host: str, port: int, process: int, end: float, deadline: float) -> None:
+def _answer(host: str, port: int, process: int, end: float, deadline: float, config: str) -> None:
   """The part of every other process."""
   while True:
     try:
       with socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())) as connection:
-        connection.sendall((json.dumps({"process": process}) + "\n").encode())
+        connection.sendall((json.dumps({"process": process, "config": config}) + "\n").encode())
         connection.settimeout(max(0.1, end - time.monotonic()) + 10)
         reply = connection.makefile().readline()
       if reply:
@@ -177,17 +184,22 @@ def _answer(host: str, port: int, process: int, end: float, deadline: float) -> 
         "expected it there; look at its log, and whether that port is open between the hosts."
       )
     time.sleep(min(0.5, max(0.0, end - time.monotonic())))
-  if missing := json.loads(reply)["missing"]:
-    raise ValueError(_missing(missing, None, deadline))
+  said = json.loads(reply)
+  _check_the_roll(said["missing"], said["other"], None, deadline)
 
 
-def _missing(missing: list[int], processes: int | None, deadline: float) -> str:
-  names = ", ".join(map(str, missing))
+def _check_the_roll(missing: list[int], other: list[int], processes: int | None, deadline: float) -> None:
   of = "" if processes is None else f" of {processes}"
-  return (
-    f"distributed: process {names}{of} did not come within {deadline:g} s, expected all of them; look at the logs of "
-    "those hosts, start the command on every host, or give them longer: --host_deadline."
-  )
+  if missing:
+    raise ValueError(
+      f"distributed: process {', '.join(map(str, missing))}{of} did not come within {deadline:g} s, expected all of "
+      "them; look at the logs of those hosts, start the command on every host, or give them longer: --host_deadline."
+    )
+  if other:
+    raise ValueError(
+      f"distributed: process {', '.join(map(str, other))}{of} got another config than process 0, expected the same "
+      "command and files on every host; start them alike."
+    )
 
 
 def meet(name: str, deadline: float) -> None:

@@ -25,13 +25,13 @@ def free_port() -> int:
     return server.getsockname()[1]
 
 
-def roll(processes, present, deadline):
+def roll(processes, present, deadline, configs=None):
   """What each of the `present` processes gets: None, or its message."""
   outcome, address = {}, f"localhost:{free_port()}"
 
   def call(i):
     try:
-      outcome[i] = distributed.call_the_roll(address, processes, i, deadline)
+      outcome[i] = distributed.call_the_roll(address, processes, i, deadline, (configs or {}).get(i, "same"))
     except ValueError as error:
       outcome[i] = str(error)
 
@@ -51,6 +51,12 @@ def test_a_missing_process_is_named_to_all():
   found = roll(4, (0, 2), 1.0)
   assert "process 1, 3 of 4 did not come within 1 s" in found[0]
   assert "process 1, 3 did not come" in found[2]
+
+
+def test_another_config_is_told_to_all():
+  found = roll(3, (0, 1, 2), 10.0, {2: "other"})
+  assert "process 2 of 3 got another config than process 0" in found[0]
+  assert all("process 2 got another config" in found[i] for i in (1, 2))
 
 
 def test_a_missing_process_0_is_named():
