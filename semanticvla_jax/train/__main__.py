@@ -23,7 +23,7 @@ import statistics as numbers
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from ml_collections import config_flags
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import statistics, text
-from semanticvla_jax.train import command_line, distributed, grounding, init, optimizer, program, sharding
+from semanticvla_jax.train import command_line, distributed, grounding, init, inputs, optimizer, program, sharding
 from semanticvla_jax.train import explain as explaining
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.log import Metrics, Trace
@@ -88,149 +88,6 @@ class Preempted(Exception):
 def plain(config: Any) -> dict:
   """A ConfigDict as JSON values."""
   return json.loads(config.to_json_best_effort())
-
-
-def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
-  """The tokenisers of the config. Raises ValueError when they are not this model's."""
-  folder = {} if config.data.tokenizers is None else {"folder": config.data.tokenizers}
-  tokenizers = text.load(
-    prompt_length=config.data.prompt_length,
-    instruction_length=config.data.instruction_length,
-    pruner_text=config.data.pruner_text,
-    **folder,
-  )
-  if config.data.pruner_text_eval not in (None, *text.PRUNER_TEXTS):
-    raise ValueError(
-      f"config.data.pruner_text_eval: got {config.data.pruner_text_eval!r}, expected None (as trained) or one of "
-      f"{text.PRUNER_TEXTS}; change it."
-    )
-  if not bare.llm.vocab - 64 <= tokenizers.pad_id < bare.llm.vocab:
-    raise ValueError(
-      f"config.data.tokenizers={config.data.tokenizers!r}: got {tokenizers.pad_id} pieces, expected nearly "
-      f"{bare.llm.vocab} (the model's embedding rows); name the folder of the base checkpoint's tokenizer.model."
-    )
-  return tokenizers
-
-
-def expert_source(config: Any, bare: Any, tokenizers: text.Tokenizers) -> tuple[Callable, dict]:
-  """step → (Batch, hints) made by the tabletop's expert on the device, and the statistics in JSON form."""
-  from semanticvla_jax.train import expert
-
-  stats = expert.measure(seed=config.seed)
-  vit = bare.siglip or bare.dino
-  batches = expert.make_batches(
-    batch_size=config.data.batch_size,
-    chunk=config.model.chunk,
-    image=vit.image,
-    patch=vit.patch,
-    suites=config.data.suites,
-    starts=config.data.starts,
-    tokenizers=tokenizers,
-    stats=stats,
-    seed=config.seed,
-  )
-  return batches, {config.data.mixture: stats}
-
-
-def image_options(data: Any) -> dict:
-  """How `rlds.batches` treats images: what evaluation crops is what training cropped.
-
-  Raises:
-    ValueError: random crops without an area, or an area outside (0, 1].
-  """
-  from semanticvla_jax.data import images
-
-  area = data.crop_area
-  if (data.augment and area is None) or (area is not None and not 0 < area <= 1):
-    raise ValueError(
-      f"config.data: got augment={data.augment}, crop_area={area}, expected a share of the image in (0, 1], which the "
-      "random crops of training keep and evaluation cuts out of the middle; set crop_area=0.9 as released, 1.0 to crop "
-      "nothing, or augment=False."
-    )
-  if not data.augment:
-    return dict(crop_area=area, dct=data.dct)
-  return dict(augmentation=images.Augmentation(crop_area=area, diagonal_crop=data.diagonal_crop), dct=data.dct)
-
-
-def kept_statistics(base: dict, name: str) -> statistics.DatasetStatistics:
-  """The base's statistics for a dataset: those of that name, else the only ones it has.
-
-  Raises:
-    ValueError: it has several, none of that name.
-  """
-  if name not in base and len(base) != 1:
-    raise ValueError(
-      f"config.data.keep_statistics: got statistics of {sorted(base)} in the base, expected those of {name!r} or of "
-      "one dataset alone; set it to False, or name the dataset as the base does."
-    )
-  return base[name] if name in base else next(iter(base.values()))
-
-
-def check_widths(config: Any, bare: Any, name: str, recipe: Any) -> None:
-  """Raises ValueError unless a dataset has the views and widths of the model; before anything is read or compiled."""
-  proprio = recipe.proprio_dim if bare.proprio_dim is None else bare.proprio_dim  # None: the model reads none
-  have = (len(recipe.views), recipe.proprio_dim, len(recipe.normalised))
-  want = (bare.num_views, proprio, config.model.action_dim)
-  if have != want:
-    raise ValueError(
-      f"Dataset {name!r} is of another robot than the model: got (views, proprio_dim, action_dim) {have}, expected "
-      f"{want}; take the config of that robot, e.g. configs/aloha.py or configs/bridge.py, or set config.model."
-    )
-
-
-def rlds_source(
-  config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
-) -> tuple[Iterator, dict]:
-  """`rows` of the batches of the RLDS mixture from global step `start` on, and its statistics by dataset."""
-  from semanticvla_jax.data import mixtures, rlds, standardise
-
-  def recipe(name):
-    whole = standardise.recipe(name)
-    seen = whole.views[: bare.num_views]  # OpenVLA looks through the first camera alone
-    return whole._replace(views=seen, mode=config.data.normalisation)
-
-  def load(name):
-    given = kept_statistics(base, name) if base is not None and config.data.keep_statistics else None
-    return rlds.load(config.data.dir, name, recipe=recipe(name), given=given, cache_dir=config.data.cache_dir)
-
-  options, chosen = image_options(config.data), mixtures.mixture(config.data.mixture)
-  for name, _ in chosen:
-    check_widths(config, bare, name, recipe(name))
-  mixture = [(load(name), weight) for name, weight in chosen]
-  batches = rlds.batches(
-    mixture,
-    tokenizers,
-    batch_size=config.data.batch_size,
-    chunk=config.model.chunk,
-    image_size=(bare.siglip or bare.dino).image,
-    seed=config.seed,
-    start_step=start,
-    rows=rows,
-    trajectory_end=config.data.trajectory_end,
-    **options,
-  )
-  return batches, {dataset.name: dataset.statistics for dataset, _ in mixture}
-
-
-def make_source(config: Any, bare: Any, tokenizers: text.Tokenizers, mesh: Any, start: int, base: dict | None):
-  """(step → placed (Batch, hints), statistics by dataset)."""
-  size = config.data.batch_size
-  rows = sharding.host_rows(size, mesh)
-  if config.data.mixture == "expert":
-    batches, stats = expert_source(config, bare, tokenizers)
-    return lambda step: sharding.place_whole(batches(step), mesh), stats
-  iterator, stats = rlds_source(config, bare, tokenizers, rows, start, base)
-  return lambda step: sharding.place_batch((without_unread(next(iterator), bare), None), mesh, size), stats
-
-
-def without_unread(batch: Batch, bare: Any) -> Batch:
-  """The batch without the parts of an observation that the model has no place for."""
-  seen = batch.observation
-  if bare.proprio_dim is None:
-    seen = seen.replace(proprio=None)
-  if bare.text is None:
-    seen = seen.replace(instruction=None, instruction_mask=None)
-  return batch.replace(observation=seen)
 
 
 def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict, dict | None]:
@@ -403,7 +260,7 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
   rule = sharding.rule_of(config.mesh)
   sharding.check_rows(config.data.batch_size, sharding.devices_of_rows(mesh), config.optim.accumulate)
   model, bare = init.make_model(config)
-  tokenizers = load_tokenizers(config, bare)
+  tokenizers = inputs.load_tokenizers(config, bare)
   distributed.meet("start", deadline)
   params, base_statistics = initial_params(config, model, bare, mesh)
   trainable, frozen = partition(params, config.trainable)
@@ -417,7 +274,7 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
     workdir, config.train.keep_last, config.train.save_every, config.train.get("keep_every")
   ) as checkpointer:
     state, start, saved = resume(checkpointer, state, plain(config))
-    sources = functools.partial(make_source, config, bare, tokenizers, mesh, base=base_statistics)
+    sources = functools.partial(inputs.make_source, config, bare, tokenizers, mesh, base=base_statistics)
     source, stats = sources(start)
     facts = {"config": plain(config)} | origin(config, stats)
     if saved:

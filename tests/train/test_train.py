@@ -16,7 +16,7 @@ from small_runs import CHANGES, losses_of, make_config, write_data
 from configs import common, openvla
 from semanticvla_jax import checkpoint
 from semanticvla_jax.train import __main__ as command
-from semanticvla_jax.train import optimizer
+from semanticvla_jax.train import inputs, optimizer
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.partition import partition
 from semanticvla_jax.types import Batch
@@ -186,7 +186,7 @@ def test_tokenisers_of_another_model_are_refused(data):
   config = make_config(data)
   _, bare = command.init.make_model(common.get_config("7b"))
   with pytest.raises(ValueError, match="got 499 pieces, expected nearly 32064.*tokenizer.model"):
-    command.load_tokenizers(config, bare)
+    inputs.load_tokenizers(config, bare)
 
 
 def token_config(**values):
@@ -267,3 +267,20 @@ def test_heads_of_another_policy_are_left_unread_and_said(caplog):
   assert command.init.take_over(wanted, wanted, "base") == ["coupler/queries", "coupler/trans/kernel", "llm/kernel"]
   with pytest.raises(ValueError, match="got 1 parameters the model does not have"):  # adapters are no head
     command.init.take_over(wanted, wanted | {"coupler": {"trans": {"lora_a": np.zeros(2)}}}, "base")
+
+
+def test_the_command_starts_from_a_base_and_completes_it_from_another(straight, data, tmp_path):
+  base = checkpoint.load_policy(straight[1])
+  towers = {name: base.params[name] for name in ("text", "siglip")}
+  whole = {k: v for k, v in base.params.items() if k not in ("text", "coupler")}
+  facts = dict(config=base.config, statistics=base.statistics)
+  a = checkpoint.save_policy(tmp_path / "a", whole | {"coupler": {"other": {"kernel": jnp.ones((2, 2))}}}, **facts)
+  b = checkpoint.save_policy(tmp_path / "b", towers, config=base.config, statistics={})
+  config = make_config(data, steps=1)
+  config.init_from = str(a)
+  with pytest.raises(ValueError, match="frozen parameters without values .text/"):
+    command.train(config, tmp_path / "run")
+  config.init_from = f"{a},{b}"
+  after = checkpoint.load_policy(command.train(config, tmp_path / "run")).params
+  jax.tree.map(np.testing.assert_array_equal, after["text"], base.params["text"])
+  np.testing.assert_array_equal(after["llm"]["embed"]["embedding"], base.params["llm"]["embed"]["embedding"])

@@ -7,6 +7,7 @@ from small_runs import NAME, make_config, write_data
 from configs import aloha, common
 from semanticvla_jax.data import images, records, rlds, statistics
 from semanticvla_jax.train import __main__ as command
+from semanticvla_jax.train import init, inputs, sharding
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +24,9 @@ def source(data, base=None, **changes):
   """The first batch of a tiny config with changes of config.data, and the statistics that go with it."""
   config = make_config(data)
   config.data.update(changes)
-  _, bare = command.init.make_model(config)
-  tokenizers = command.load_tokenizers(config, bare)
-  batches, stats = command.rlds_source(config, bare, tokenizers, np.arange(config.data.batch_size), 0, base)
+  _, bare = init.make_model(config)
+  tokenizers = inputs.load_tokenizers(config, bare)
+  batches, stats = inputs.rlds_source(config, bare, tokenizers, np.arange(config.data.batch_size), 0, base)
   return next(batches), stats
 
 
@@ -65,10 +66,10 @@ def test_an_index_is_kept_where_the_config_says(data, tmp_path):
 
 def test_data_of_another_robot_is_refused_before_it_is_read(tmp_path):
   config = aloha.get_config("@tiny")
-  _, bare = command.init.make_model(config)
+  _, bare = init.make_model(config)
   config.data.update(mixture="libero_object_no_noops", dir=str(tmp_path))
   with pytest.raises(ValueError, match=r"got \(views, proprio_dim, action_dim\) \(2, 8, 7\), expected \(3, 14, 14\)"):
-    command.rlds_source(config, bare, command.load_tokenizers(config, bare), np.arange(8), 0, None)
+    inputs.rlds_source(config, bare, inputs.load_tokenizers(config, bare), np.arange(8), 0, None)
 
 
 def test_runs_from_before_these_fields_had_what_they_say_now():
@@ -115,3 +116,32 @@ def test_without_augmentation_training_sees_what_evaluation_will(data, dataset, 
 def test_crops_that_evaluation_could_not_repeat_are_refused(data, augment, area):
   with pytest.raises(ValueError, match=f"augment={augment}, crop_area={area}, expected a share"):
     source(data, augment=augment, crop_area=area)
+
+
+def expert_config(**changes):
+  config = make_config("nowhere")
+  config.update_from_flattened_dict({"data.mixture": "expert", "data.crop_area": None, "data.augment": False} | changes)
+  with config.unlocked(), config.data.ignore_type():
+    config.data.suites = changes.get("data.suites", (1, 1, 0, 0, 0, 0))
+  return config
+
+
+def test_the_expert_gives_batches_without_hints_where_nothing_asks_for_them():
+  """So that its batches serve LoRA and plain L1 too, normalised with the base's statistics where these are kept."""
+  config = expert_config(**{"data.keep_statistics": True, "data.batch_size": 8})
+  _, bare = init.make_model(config)
+  tokenizers = inputs.load_tokenizers(config, bare)
+  _, base = inputs.expert_source(config, bare, tokenizers, None)
+  mesh = sharding.make_mesh(config.mesh)
+  source, stats = inputs.make_source(config, bare, tokenizers, mesh, 0, base)
+  batch, hints = source(0)
+  assert hints is None and stats["expert"] is base["expert"]
+  assert batch.actions.shape == (8, config.model.chunk, 7)
+
+
+@pytest.mark.parametrize("suites", [None, (1, 1), (0,) * 6, (-1, 1, 0, 0, 0, 0)])
+def test_suites_of_the_expert_are_six_weights(suites):
+  with pytest.raises(ValueError, match="config.data.suites: got .*expected a weight for each of"):
+    inputs.check_suites(suites, "bounds_q99")
+  with pytest.raises(ValueError, match="config.data.normalisation: got 'bounds' with mixture 'expert'"):
+    inputs.check_suites((1,) * 6, "bounds")
