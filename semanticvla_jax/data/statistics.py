@@ -136,15 +136,15 @@ def check(
   Reported per dimension: a wrong width; non-finite numbers; low above high; a range that is tiny against the extremes
   (such a dimension sits at one value and jumps: everything else is blown up to -1 and 1); an action dimension outside
   the mask (a gripper command) that leaves [0, 1]. A dimension that never changes is allowed, becomes 0 and is logged.
+  `proprio_dim` None is a model without proprioception (OpenVLA), whose datasets may well have its statistics: not read.
 
   Raises:
     ValueError: naming dataset, dimension, value and remedy for every problem found.
   """
   problems = _problems("action", statistics.action, action_dim, mode) + _gripper_problems(statistics.action)
-  if (statistics.proprio is None) != (proprio_dim is None):
-    have = None if statistics.proprio is None else len(statistics.proprio.q01)
-    problems.append(f"proprio: got width {have}; expected {proprio_dim}; use the statistics of this dataset")
-  elif statistics.proprio is not None:
+  if proprio_dim is not None and statistics.proprio is None:
+    problems.append(f"proprio: got no statistics; expected width {proprio_dim}; use the statistics of this dataset")
+  elif proprio_dim is not None:
     problems += _problems("proprio", statistics.proprio, proprio_dim, mode)
   if problems:
     raise ValueError(f"Statistics of dataset {name!r} cannot be used:\n  " + "\n  ".join(problems))

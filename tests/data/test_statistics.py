@@ -141,12 +141,17 @@ def test_check_accepts_good_statistics_and_constant_dimensions():
     (changed(q99=(1, np.nan)), "action dimension 1: got q01=.*, q99=nan; expected finite"),
     (changed(q99=(1, -50.0)), "action dimension 1: got q01=.* above q99=-50.0"),
     (changed(min=(6, -1.0)), r"action dimension 6: got gripper commands in \[-1, 1\]; expected \[0, 1\]"),
-    (dataset()._replace(proprio=None), "proprio: got width None; expected 8"),
+    (dataset()._replace(proprio=None), "proprio: got no statistics; expected width 8"),
   ],
 )
 def test_check_names_dataset_dimension_value_and_remedy(one, message):
   with pytest.raises(ValueError, match=message):
     check(one)
+
+
+def test_a_model_without_proprioception_does_not_read_its_statistics():
+  check(dataset(), proprio_dim=None)
+  check(dataset()._replace(proprio=None), proprio_dim=None)
 
 
 def test_check_reports_all_problems_at_once():
