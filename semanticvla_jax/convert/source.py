@@ -47,6 +47,8 @@ class Source:
     adapter: adapter_config.json of lora_adapter/, or None.
     folded: True where the adapter's language part is in the shards already (they lie in one folder with it, as the
       release's merge writes them, or only the vision file has adapters), so that its tensors are not listed.
+    mark: what to_torch wrote into the config.json of the folder whose shards are read, whichever config.json is the
+      newest; {} for the shards of others.
   """
 
   kind: str
@@ -58,6 +60,7 @@ class Source:
   statistics_file: Path | None
   adapter: dict | None
   folded: bool
+  mark: dict = dataclasses.field(default_factory=dict)
 
   @property
   def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -65,7 +68,7 @@ class Source:
 
   @property
   def has_adapters(self) -> bool:
-    return any(".lora_A." in key for key in self.tensors)
+    return any(".lora_" in key for key in self.tensors)
 
   @property
   def prefixes(self) -> tuple[str, ...]:
@@ -138,7 +141,9 @@ def _recognise(paths: list[Path], merged: bool | None) -> Source:
   config = _newest_json(found, "config.json") or {}
   statistics, where = _statistics(found, config)
   kind = _kind(tensors, found, where)
-  source = Source(kind, tuple(p for p, _ in groups), tensors, superseded, config, statistics, where, adapter, folded)
+  mark = next((mark for shard in found.shards if (mark := _mark(shard.parent))), {})
+  read = tuple(p for p, _ in groups)
+  source = Source(kind, read, tensors, superseded, config, statistics, where, adapter, folded, mark)
   return _canonical_tower(source)
 
 
@@ -169,8 +174,7 @@ def _collect(path: Path, found: _Found) -> None:
     if p not in shards and (p.suffix not in files.SUFFIXES or _COMPANION.fullmatch(p.name)):
       _sort_file(p, found)
   adapter = path / "lora_adapter" / "adapter_model.safetensors"
-  mark = _json(path / "config.json").get("semanticvla_jax") if path / "config.json" in names else None
-  if mark and mark.get("placeholder_adapters"):
+  if _mark(path).get("placeholder_adapters"):
     found.placeholders.add(path)
   elif adapter.exists():
     found.adapters.append(adapter)
@@ -180,6 +184,12 @@ def _collect(path: Path, found: _Found) -> None:
   elif (path / "adapter_model.safetensors") in shards:
     found.shards.remove(path / "adapter_model.safetensors")
     found.adapters.append(path / "adapter_model.safetensors")
+
+
+def _mark(folder: Path) -> dict:
+  """What to_torch says in a folder's config.json: whether adapters are folded in, and which; {} where it did not."""
+  path = folder / "config.json"
+  return (_json(path).get("semanticvla_jax") if path.exists() else None) or {}
 
 
 def _sort_file(path: Path, found: _Found) -> None:

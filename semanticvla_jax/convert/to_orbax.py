@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 
 import semanticvla_jax
-from semanticvla_jax.convert import mapping, stream, work
+from semanticvla_jax.convert import mapping, stream, uncached, work
 from semanticvla_jax.convert.mapping import Plan
 from semanticvla_jax.convert.source import VLA, Source, describe, recognise
 from semanticvla_jax.data import statistics
@@ -157,8 +157,9 @@ def _cannot_write(target: Path, error: OSError) -> ValueError:
 
 
 def _refuse_second_adapter(source: Source) -> None:
-  mark = source.config.get("semanticvla_jax") or {}
-  if mark.get("merged") and mark.get("lora") and source.adapter is not None:
+  """Raises ValueError where adapters would be added to shards that say that some were folded into them."""
+  mark = source.mark
+  if mark.get("merged") and mark.get("lora") and (source.adapter is not None or source.has_adapters):
     raise ValueError(
       f"Adapter on a merged base: got {source.paths[0].parent}, into which adapters {mark['lora']} were folded, and an "
       "adapter beside it; expected the base that the adapter was trained on; pass that base, or leave the adapter out."
@@ -285,8 +286,10 @@ def _tokenizers(given: str | Path | None, sources: Sequence[str | Path]) -> list
 
 def sha256(path: Path) -> str:
   """Of a file, in hex."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+  digest = hashlib.sha256()
+  for block in uncached.blocks(path):
+    digest.update(block)
+  return digest.hexdigest()
 
 
 def peak_rss() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,8 +88,16 @@ def test_an_adapter_on_a_merged_base_is_refused(tmp_path):
   base, tuned = checkpoints.adapted(tmp_path)
   mark = {"semanticvla_jax": {"merged": True, "lora": {"rank": 4, "alpha": 8.0}}}
   (base / "config.json").write_text(json.dumps(mark))
+  config = checkpoints.config("lora_checkpoint", RELEASE)
   with pytest.raises(ValueError, match="Adapter on a merged base"):
-    to_orbax([base, tuned], tmp_path / "policy", checkpoints.config("lora_checkpoint", RELEASE), lora="merge")
+    to_orbax([base, tuned], tmp_path / "policy", config, lora="merge")
+  (tuned / "config.json").write_text(json.dumps({"model_type": "openvla"}))  # a newer one without a mark
+  with pytest.raises(ValueError, match="Adapter on a merged base"):
+    to_orbax([base, tuned], tmp_path / "policy", config, lora="merge")
+  shutil.rmtree(tuned / "lora_adapter")  # the vision file has adapters still
+  for sources in ([base, tuned], [*sorted(base.glob("model-*")), tuned]):
+    with pytest.raises(ValueError, match="Adapter on a merged base"):
+      to_orbax(sources, tmp_path / "policy", config, lora="merge")
 
 
 @pytest.mark.parametrize("change", [{"rank": 8}, {"alpha": 16}])
