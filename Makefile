@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 SUITE ?= place
 SPLIT ?= unseen
 
-.PHONY: help venv quickstart test processes soak parity sim pretrain bench bench-sim bench-convert aot lint lock
+.PHONY: help venv quickstart test slow processes soak parity sim pretrain bench bench-sim bench-convert aot lint lock
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -32,7 +32,10 @@ quickstart: $(VENV)/.main  ## demonstrations, LoRA training, evaluation, report:
 	$(PY) -m semanticvla_jax.quickstart --suite=$(SUITE) --split=$(SPLIT) --out=runs/quickstart_$(SUITE)_$(SPLIT)
 
 test: $(VENV)/.main  ## all tests that need nothing but the main requirements
-	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not sim and not processes"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not sim and not processes and not slow"
+
+slow: $(VENV)/.main  ## what takes minutes of compilation: every row of the ablations, every config at `small`
+	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not aot"
 
 processes: $(VENV)/.main  ## the commands in processes of their own: the whole chain, two hosts, kill -9, SIGTERM (minutes)
 	$(PY) -m pytest -m processes

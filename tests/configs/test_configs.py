@@ -27,7 +27,7 @@ def load(case, variant):
   return importlib.import_module(f"configs.{name}").get_config(f"{mode}@{variant}")
 
 
-@pytest.mark.parametrize("case", CASES + ROWS)
+@pytest.mark.parametrize("case", CASES + [pytest.param(row, marks=pytest.mark.slow) for row in ROWS])
 def test_builds_and_runs_one_forward_and_one_gradient(case):
   config = load(case, "tiny")
   bare = build(config.model)
