@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from einops import rearrange
 
@@ -214,6 +215,9 @@ class _Rearrange:
 def _shape_problems(entry: Entry, source: Mapping[str, Shape]) -> list[str]:
   problems = []
   for keys in entry.keys:
+    if entry.rule.combine is not None and not entry.rule.pattern and all(key in source for key in keys):
+      problems += _combined_problems(entry, keys, source)
+      continue
     for key in keys:
       if key not in source:
         problems.append(f"+ {entry.target} {entry.shape}: needs {key}")
@@ -221,15 +225,26 @@ def _shape_problems(entry: Entry, source: Mapping[str, Shape]) -> list[str]:
       rule = entry.rule
       if isinstance(rule.combine, _Rearrange):
         expected = rule.combine.source_shape()
-      elif rule.combine is None and not rule.pattern:
+      elif rule.combine is not None:
+        continue  # of a combination that lacks another source
+      elif not rule.pattern:
         expected = entry.shape[1:] if entry.stacked else entry.shape
-      elif rule.pattern:
-        expected = f"{len(_names(rule.pattern.split('->')[1]))} axes in the target"
       else:
-        continue
+        expected = f"{len(_names(rule.pattern.split('->')[1]))} axes in the target"
       if source[key] != expected:
         problems.append(f"! {key}: got shape {source[key]}, expected {expected} for {entry.target} {entry.shape}")
   return problems
+
+
+def _combined_problems(entry: Entry, keys: Sequence[str], source: Mapping[str, Shape]) -> list[str]:
+  """Of a rule whose function makes one parameter out of `keys`: it is traced on their shapes."""
+  expected = entry.shape[1:] if entry.stacked else entry.shape
+  have = ", ".join(f"{key} {source[key]}" for key in keys)
+  try:
+    made = jax.eval_shape(entry.rule.combine, *(jax.ShapeDtypeStruct(source[key], np.float32) for key in keys)).shape
+  except (TypeError, ValueError, IndexError) as error:
+    return [f"! {have}: cannot be combined ({str(error).splitlines()[0][:80]}) to {entry.target} {entry.shape}"]
+  return [] if made == expected else [f"! {have}: make shape {made}, expected {expected} for {entry.target}"]
 
 
 def _groups(side: str) -> list[list[str]]:
@@ -259,13 +274,26 @@ def _repeated(items: Iterable[str]) -> list[tuple[str, int]]:
   return [(item, n) for item, n in counts.items() if n > 1]
 
 
-def _message(problems: list[str], source: Mapping[str, Shape], most: int = 40) -> str:
-  shown = sorted(problems, key=lambda line: "+-!".index(line[0]))
-  lines = [*shown[:most], *([f"… and {len(shown) - most} more"] if len(shown) > most else [])]
-  wanted = [line.split("needs ")[1] for line in shown if "needs " in line][:1]
+def counts(problems: Iterable[str]) -> str:
+  """"3 +, 0 -, 1 !" of lines that begin with these signs."""
+  signs = [line[0] for line in problems]
+  return ", ".join(f"{signs.count(sign)} {sign}" for sign in "+-!")
+
+
+def shown(problems: Sequence[str], most: int = 20) -> list[str]:
+  """The lines for the screen: of each sign the first `most`, and how many there are beyond them."""
+  lines = []
+  for sign in "+-!":
+    own = [line for line in problems if line[0] == sign]
+    lines += [*own[:most], *([f"{sign} … and {len(own) - most} more"] if len(own) > most else [])]
+  return lines
+
+
+def _message(problems: list[str], source: Mapping[str, Shape]) -> str:
+  wanted = [line.split("needs ")[1] for line in problems if "needs " in line][:1]
   near = difflib.get_close_matches(wanted[0], source, n=1) if wanted else []
   hint = f" Nearest source key to {wanted[0]}: {near[0]}." if near else ""
   return (
-    f"source and model do not cover each other ({len(problems)} differences; + missing in the source, - not wanted by "
-    f"the model, ! wrong). Nothing was written. Is this the config of that checkpoint?{hint}\n" + "\n".join(lines)
+    f"source and model do not cover each other ({counts(problems)}; + missing in the source, - not wanted by the "
+    f"model, ! wrong). Nothing was written. Is this the config of that checkpoint?{hint}\n" + "\n".join(shown(problems))
   )

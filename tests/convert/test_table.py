@@ -64,6 +64,33 @@ def test_leftovers_and_shapes_raise_with_both_lists(source, target, line):
   assert line in str(error.value) and "Nothing was written" in str(error.value)
 
 
+COMBINED = [Rule("c", ("cls", "position"), combine=lambda cls, x: cls + x[:, :1], shared=True)]
+
+
+@pytest.mark.parametrize(
+  ("source", "line"),
+  [
+    ({"cls": (1, 1, 8), "position": (1, 5, 4)}, r"! cls \(1, 1, 8\), position \(1, 5, 4\): cannot be combined"),
+    ({"cls": (3, 1, 4), "position": (1, 5, 4)}, r"make shape \(3, 1, 4\), expected \(1, 1, 4\) for c"),
+    ({"cls": (1, 1, 4), "position": (5,)}, "cannot be combined"),
+    ({"cls": (1, 1, 4)}, r"\+ c \(1, 1, 4\): needs position"),
+  ],
+)
+def test_shapes_of_a_combination_are_checked_before_anything_is_read(source, line):
+  with pytest.raises(Mismatch, match=line):
+    plan(COMBINED, {}, source, {"c": (1, 1, 4)})
+  assert plan(COMBINED, {}, {"cls": (1, 1, 4), "position": (1, 5, 4)}, {"c": (1, 1, 4)})
+
+
+def test_long_lists_show_every_sign():
+  source = SOURCE | {f"more.{i}": (1,) for i in range(50)} | {"a.bias": (5,)}
+  with pytest.raises(Mismatch) as error:
+    plan(RULES, {}, source, TARGET | {f"lost/{i}": (1,) for i in range(45)})
+  message = str(error.value)
+  assert "(45 +, 50 -, 1 !;" in message and "+ … and 25 more" in message and "- … and 30 more" in message
+  assert "! a.bias: got shape" in message and len(message.splitlines()) == 1 + 21 + 21 + 1
+
+
 def test_nearest_key_is_named():
   with pytest.raises(Mismatch, match=r"Nearest source key to a\.weight: a\.weigth"):
     plan(RULES, {}, {"a.weigth": (2, 3), "a.bias": (2,)}, TARGET)
