@@ -23,12 +23,12 @@ from einops import rearrange
 
 import semanticvla_jax
 from semanticvla_jax.convert import companions as release
-from semanticvla_jax.convert import files, semanticvla, table, work
+from semanticvla_jax.convert import files, mapping, semanticvla, table, work
 from semanticvla_jax.convert.folder import PolicyFolder
 from semanticvla_jax.convert.source import Source, recognise
 from semanticvla_jax.convert.to_orbax import check_target, peak_rss, whole
 from semanticvla_jax.models import lora
-from semanticvla_jax.models.semanticvla import build
+from semanticvla_jax.models.semanticvla import SemanticVLA, build
 
 SHARD = 5 * 10**9  # bytes, Hugging Face's "5GB"
 _NAMES = {dtype: name for name, dtype in files.DTYPES.items()}
@@ -88,7 +88,8 @@ def to_torch(
     )
   origin = recognise(base) if base else None
   tensors = outputs(folder)
-  added = _from_base(origin, tensors)
+  from_base = _from_base(origin, tensors, build(folder.config["model"]))
+  added = {key: x for key, (x, _) in from_base.items()}
   groups = _groups(tensors | added, folder.metadata.get("step"), shard)
   lora_config = release.settings(folder.config.get("lora") or folder.metadata.get("lora"), tensors)
   vision = next((name for name in groups if name.startswith("vision_backbone")), None)
@@ -112,7 +113,7 @@ def to_torch(
       "converter_version": semanticvla_jax.__version__,
       "policy_sha256": folder.metadata["params_sha256"],
       "files": {_file(name, companions): len(content) for name, content in groups.items()},
-      "from_base": sorted(added),
+      "from_base": {key: why for key, (_, why) in sorted(from_base.items())},
       "merged_adapters": sum(path.endswith("/lora_a") for path in folder.leaves),
       "bytes": progress.done,
       "bytes_per_second": round(progress.rate),
@@ -175,11 +176,36 @@ def _value(folder: PolicyFolder, path: str, layer: int | None) -> np.ndarray:
   return np.asarray(lora.merge(tree, settings["rank"], settings["alpha"])["x"]["kernel"])
 
 
-def _from_base(origin: Source | None, tensors: Mapping[str, Out]) -> dict[str, Out]:
+def _from_base(origin: Source | None, tensors: Mapping[str, Out], model: SemanticVLA) -> dict[str, tuple[Out, str]]:
+  """{canonical key: (tensor, reason why the policy lacks it)} of what the model does not read of its base.
+
+  Raises:
+    Mismatch: the base is of another model: both have a tensor in different shapes, the base has one that this model
+      knows nothing of, or it lacks one of the language model.
+  """
   if origin is None:
     return {}
-  rest = {key: x for key, x in origin.tensors.items() if key not in tensors and ".lora_" not in key}
-  return {key: Out(x.shape, x.dtype, x.read) for key, x in rest.items()}
+  spare = mapping.unused(model)
+  own = {key: x for key, x in origin.tensors.items() if ".lora_" not in key}
+  problems = [
+    f"! {key}: got shape {x.shape} in the base, expected {tensors[key].shape}"
+    for key, x in own.items()
+    if key in tensors and x.shape != tensors[key].shape
+  ]
+  rest = {key: (x, table.reason(spare, key)) for key, x in own.items() if key not in tensors}
+  problems += [f"- {key} {x.shape}: the policy's model has none" for key, (x, why) in rest.items() if why is None]
+  problems += [
+    f"+ {key} {x.shape}: not in the base"
+    for key, x in tensors.items()
+    if key.startswith("language_model.") and key not in own
+  ]
+  if problems:
+    raise table.Mismatch(
+      f"--base is no checkpoint that this policy came from ({table.counts(problems)}; + missing in the base, - not of "
+      "the policy's model, ! wrong). Nothing was written. Name the base that it was converted or trained from.\n"
+      + "\n".join(table.shown(problems))
+    )
+  return {key: (Out(x.shape, x.dtype, x.read), why) for key, (x, why) in rest.items()}
 
 
 def _groups(tensors: Mapping[str, Out], step: int | None, shard: int) -> dict[str, dict[str, Out]]:
