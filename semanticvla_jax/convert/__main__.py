@@ -63,7 +63,8 @@ def to_torch_verb(args: argparse.Namespace) -> int:
   --companions=pt the release's own loaders read the result.
   """
   say = lambda line: print(line, flush=True)  # noqa: E731
-  report = to_torch.to_torch(args.policy, args.target, base=args.base, companions=args.companions, say=say)
+  options = dict(base=args.base, companions=args.companions, check=not args.no_check)
+  report = to_torch.to_torch(args.policy, args.target, **options, say=say)
   print("\n".join(to_torch.lines(report)))
   return 0
 
@@ -171,6 +172,7 @@ def _to_torch_arguments(verb: argparse.ArgumentParser) -> None:
     default="safetensors",
     help="format of action_head--N_checkpoint and the like; pt: as the release's loaders read them (needs torch)",
   )
+  verb.add_argument("--no-check", action="store_true", help="do not read and hash the parameters first")
 
 
 def _inspect_arguments(verb: argparse.ArgumentParser) -> None:

@@ -96,12 +96,7 @@ def _open(path: Paths) -> PolicyFolder | Source:
 
 
 def _policy_readers(policy: PolicyFolder) -> dict[str, Reader]:
-  def reader(path: str) -> Reader:
-    stacked = path.startswith("llm/layers/")
-    layers = range(policy.leaves[path].shape[0]) if stacked else (None,)
-    return lambda: (policy.read(path, layer) for layer in layers)
-
-  return {path: reader(path) for path in policy.leaves}
+  return {path: lambda path=path: policy.pieces(path) for path in policy.leaves}
 
 
 def _source_readers(source: Source, policy: PolicyFolder | None) -> dict[str, Reader]:

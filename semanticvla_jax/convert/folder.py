@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ import tensorstore as ts
 from flax.traverse_util import flatten_dict
 
 from semanticvla_jax import checkpoint
+from semanticvla_jax.convert import work
 
 
 class Leaf(NamedTuple):
@@ -68,6 +71,28 @@ class PolicyFolder:
       self._stores[path] = ts.open(spec, context=self._context, open=True, read=True).result()
     store = self._stores[path]
     return np.asarray((store if layer is None else store[layer]).read().result())
+
+  def pieces(self, path: str) -> Iterator[np.ndarray]:
+    """A parameter whole, or one layer after another where it is a stack over the decoder's layers."""
+    if not path.startswith("llm/layers/"):
+      yield self.read(path)
+      return
+    yield from (self.read(path, layer) for layer in range(self.leaves[path].shape[0]))
+
+  def check_hash(self) -> None:
+    """Raises ValueError where the parameters are not those that metadata.json was written for; reads all of them."""
+    digest = hashlib.sha256()
+    named = ((path, i, piece) for path in self.leaves for i, piece in enumerate(self.pieces(path)))
+    for path, i, piece in work.ahead(named):
+      if i == 0:
+        digest.update(f"{path} {self.leaves[path].dtype} {self.leaves[path].shape or (1,)}\n".encode())
+      digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+    got, wanted = digest.hexdigest(), self.metadata["params_sha256"]
+    if got != wanted:
+      raise ValueError(
+        f"Policy {self.folder} is not what was saved: got parameters of hash {got[:12]}…, expected {wanted[:12]}… "
+        "(metadata.json); copy the folder again from where it was made."
+      )
 
 
 def is_policy(path: str | Path) -> bool:

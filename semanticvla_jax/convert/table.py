@@ -275,7 +275,7 @@ def _repeated(items: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def counts(problems: Iterable[str]) -> str:
-  """"3 +, 0 -, 1 !" of lines that begin with these signs."""
+  """How many lines begin with each sign: "3 +, 0 -, 1 !"."""
   signs = [line[0] for line in problems]
   return ", ".join(f"{signs.count(sign)} {sign}" for sign in "+-!")
 

@@ -57,6 +57,7 @@ def to_torch(
   base: str | Path | Sequence[str | Path] = (),
   companions: str = "safetensors",
   shard: int = SHARD,
+  check: bool = True,
   say: Callable[[str], None] = logging.info,
 ) -> dict:
   """Writes a policy as PyTorch files; returns the report that is written as conversion.json.
@@ -69,10 +70,12 @@ def to_torch(
     companions: "safetensors", or "pt" for files that the release's own loaders read (see companions.py); needs torch,
       and `base` where there is a vision_backbone file.
     shard: largest shard in bytes; a single larger tensor gets a shard of its own.
+    check: reads the parameters once before, and refuses them where their hash is not that of metadata.json.
     say: is given lines of progress.
 
   Raises:
-    ValueError: the target exists, the folder is no policy of a whole model, or something is missing for `companions`.
+    ValueError: the target exists, the folder is damaged or no policy of a whole model, the base is of another model,
+      or something is missing for `companions`.
   """
   began = time.monotonic()
   if companions not in ("safetensors", "pt"):
@@ -96,6 +99,9 @@ def to_torch(
   wrapped = vision is not None and companions == "pt"
   if wrapped:
     groups[vision] = _wrapped(tensors | added, lora_config)
+  if check:
+    say("reading the parameters once, to compare their hash with metadata.json (--no-check leaves this out)")
+    folder.check_hash()
   progress = work.Progress(sum(x.nbytes for content in groups.values() for x in content.values()), say)
   with whole(target) as partial:
     for name, content in groups.items():
