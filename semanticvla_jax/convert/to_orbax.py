@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 
 import semanticvla_jax
-from semanticvla_jax.convert import mapping, stream, uncached, work
+from semanticvla_jax.convert import mapping, place, stream, uncached, work
 from semanticvla_jax.convert.mapping import Plan
 from semanticvla_jax.convert.source import VLA, Source, describe, recognise
 from semanticvla_jax.data import statistics
@@ -81,7 +81,7 @@ def to_orbax(
   leaves = {path: _lazy(plan, source, path, DTYPES[dtype]) for path in plan.entries}
   models = _tokenizers(tokenizers, sources)
   watch = _Watch(sum(leaf.nbytes for leaf in leaves.values()), say)
-  with whole(target) as partial, concurrent.futures.ThreadPoolExecutor(1) as pool:
+  with whole(target, watch.progress.total, say) as partial, concurrent.futures.ThreadPoolExecutor(1) as pool:
     hashes = pool.submit(lambda: {str(path): sha256(path) for path in source.paths})
     params_sha256 = stream.write(partial / "params", leaves, watch.seen)
     report = _report(source, plan, leaves, watch) | {"sources": hashes.result(), "lora": lora, "dtype": dtype}
@@ -120,19 +120,32 @@ def check_target(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole(target: Path) -> Iterator[Path]:
+def whole(target: Path, nbytes: int, say: Callable[[str], None]) -> Iterator[Path]:
   """An empty `.<name>.partial` beside `target` that becomes it when the block ends well, and is removed when not.
 
-  What a killed run left there is removed first. Raises ValueError where the folder cannot be made, or the disk is full.
+  What a killed run left there is removed first. Raises ValueError where another run is writing there, the folder
+  cannot be made, or the disk is full.
   """
+  with contextlib.ExitStack() as stack:
+    try:
+      place.check_room(target, nbytes)
+      stack.enter_context(place.alone(target, say))
+      partial = _empty(target, say)
+    except OSError as error:
+      raise _cannot_write(target, error) from error
+    yield from _renamed(partial, target)
+
+
+def _empty(target: Path, say: Callable[[str], None]) -> Path:
   partial = target.parent / f".{target.name}.partial"
   if partial.exists():
-    logging.info("removing %s, left by a run that did not finish; starting again", partial)
+    say(f"removing {partial}, left by a run that did not finish; starting again")
     shutil.rmtree(partial)
-  try:
-    partial.mkdir(parents=True)
-  except OSError as error:
-    raise _cannot_write(target, error) from error
+  partial.mkdir()
+  return partial
+
+
+def _renamed(partial: Path, target: Path) -> Iterator[Path]:
   try:
     yield partial
     check_target(target)

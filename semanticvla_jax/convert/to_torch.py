@@ -103,7 +103,7 @@ def to_torch(
     say("reading the parameters once, to compare their hash with metadata.json (--no-check leaves this out)")
     folder.check_hash()
   progress = work.Progress(sum(x.nbytes for content in groups.values() for x in content.values()), say)
-  with whole(target) as partial:
+  with whole(target, progress.total, say) as partial:
     for name, content in groups.items():
       say(f"{name}: {len(content)} tensors, {sum(x.nbytes for x in content.values()):,} bytes")
       save(partial / name, content, progress.add)

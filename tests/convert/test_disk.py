@@ -8,14 +8,15 @@ import subprocess
 import checkpoints
 import pytest
 
-from semanticvla_jax.convert import to_torch
+from semanticvla_jax.convert import place, to_torch
 from semanticvla_jax.convert.source import recognise
 from semanticvla_jax.convert.to_orbax import to_orbax
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-  """A folder that takes 400 kB."""
+def small_disk(tmp_path, monkeypatch):
+  """A folder that takes 400 kB, which nobody sees beforehand."""
+  monkeypatch.setattr(place, "check_room", lambda target, nbytes: None)
   folder = tmp_path / "small"
   folder.mkdir()
   mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
@@ -38,7 +39,7 @@ def test_to_torch_onto_a_full_disk(small_disk, made):
 
 
 def test_a_disk_that_fills_up_where_none_can_be_mounted(made, tmp_path, monkeypatch):
-  def full(path, tensors):
+  def full(path, tensors, written):
     path.write_bytes(b"half")
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
