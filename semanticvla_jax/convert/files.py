@@ -17,7 +17,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from semanticvla_jax.convert import vit
+from semanticvla_jax.convert import uncached, vit
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 _MOST_HEADER = 100_000_000  # bytes, as safetensors allows
@@ -134,7 +134,7 @@ def _check_header(path: Path, fields: list[tuple], room: int) -> None:
 def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
   def read() -> np.ndarray:
     count = math.prod(shape)
-    values = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=offset)
+    values = uncached.read(path, offset, count * dtype.itemsize)
     if values.nbytes != count * dtype.itemsize:
       raise ValueError(f"{path} became shorter: got {values.nbytes:,} bytes of a tensor; expected {count:,} numbers.")
     return values.view(dtype).reshape(shape)

@@ -117,7 +117,7 @@ def test_diff_says_where(made, tmp_path, capsys):
 def test_inspect_reads_both_formats(made, tmp_path, capsys, monkeypatch):
   folder, policy = made("openvla")
   monkeypatch.setattr("semanticvla_jax.convert.folder.PolicyFolder.read", None)
-  monkeypatch.setattr(np, "fromfile", None)  # no weight is read
+  monkeypatch.setattr("semanticvla_jax.convert.uncached.read", None)  # no weight is read
   assert __main__.main(["inspect", str(policy)]) == 0
   out = capsys.readouterr().out
   assert (
