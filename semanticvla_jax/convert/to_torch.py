@@ -23,7 +23,7 @@ from einops import rearrange
 
 import semanticvla_jax
 from semanticvla_jax.convert import companions as release
-from semanticvla_jax.convert import files, mapping, semanticvla, table, work
+from semanticvla_jax.convert import files, mapping, semanticvla, table, uncached, work
 from semanticvla_jax.convert.folder import PolicyFolder
 from semanticvla_jax.convert.source import Source, recognise
 from semanticvla_jax.convert.to_orbax import check_target, peak_rss, whole
@@ -261,13 +261,14 @@ def save(path: Path, tensors: Mapping[str, Out], written: Callable[[int, str], N
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)
   with path.open("wb") as file:
-    file.write(struct.pack("<Q", len(text)) + text)
+    writer = uncached.Writer(file)
+    writer.write(struct.pack("<Q", len(text)) + text)
     made = work.in_turn(x.make for x in tensors.values())
     for (name, x), value in zip(tensors.items(), made, strict=True):
       value = np.asarray(value, order="C")
       if (value.shape, value.dtype) != (x.shape, x.dtype):
         raise ValueError(f"{name}: got {value.dtype}{list(value.shape)}, expected {x.dtype}{list(x.shape)}.")
-      file.write(value.reshape(-1).view(np.uint8))
+      writer.write(value.reshape(-1).view(np.uint8))
       written(x.nbytes, name)
 
 

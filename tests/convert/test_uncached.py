@@ -1,5 +1,7 @@
-"""Reads past the page cache give the bytes of the file, wherever they begin and end."""
+"""Reads and writes past the page cache give the bytes of the file, wherever they begin and end."""
 
+import ctypes
+import errno
 import hashlib
 import os
 
@@ -39,3 +41,45 @@ def test_a_file_that_became_shorter_is_named(tmp_path):
   path.write_bytes(bytes(10))
   with pytest.raises(ValueError, match="became shorter: got 8 bytes"):
     files._reader(path, np.dtype(np.float32), (3,), 2)()
+
+
+@pytest.fixture(params=["sync", "no sync", "refused"])
+def writing(request, monkeypatch, system, small_steps):
+  """A system that writes back when told, one without the call, and one where it is refused; how often it was called."""
+  calls, real = [], uncached._sync_file_range
+
+  def call(*args):
+    calls.append(args)
+    if request.param == "sync" and real is not None:
+      return real(*args)
+    ctypes.set_errno(errno.ENOSYS)
+    return -1
+
+  monkeypatch.setattr(uncached, "_BEHIND", 2 * 4096)
+  monkeypatch.setattr(uncached, "_sync_file_range", None if request.param == "no sync" else call)
+  return calls
+
+
+@pytest.mark.parametrize("sizes", [[0], [1], [4096], [5, 4090, 1, 0, 4096], [3, 100_001, 7, 20_000]])
+def test_a_file_is_what_was_written(sizes, tmp_path, writing):
+  rng = np.random.default_rng(0)
+  parts = [rng.integers(0, 256, n, np.uint8) for n in sizes]
+  with (tmp_path / "file").open("wb") as file:
+    writer = uncached.Writer(file)
+    writer.write(b"header")
+    for part in parts:
+      writer.write(part)
+  assert (tmp_path / "file").read_bytes() == b"header" + b"".join(part.tobytes() for part in parts)
+  if writing:
+    ends = [offset + nbytes for _, offset, nbytes, flags in writing if flags == uncached._FINISH]
+    assert ends == sorted(ends) and all(end <= 6 + sum(sizes) - uncached._BEHIND for end in ends)
+
+
+def test_a_full_disk_is_heard_of(tmp_path, monkeypatch):
+  def full(*_):
+    ctypes.set_errno(errno.ENOSPC)
+    return -1
+
+  monkeypatch.setattr(uncached, "_sync_file_range", full)
+  with (tmp_path / "file").open("wb") as file, pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+    uncached.Writer(file).write(bytes(uncached._STEP))
