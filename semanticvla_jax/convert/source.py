@@ -22,7 +22,8 @@ COMPANIONS = ("non_lora_trainables", "vision_backbone", "action_head", "proprio_
 PREFIXED = ("action_head", "proprio_projector")  # whose keys do not say where they belong
 _COMPANION = re.compile(rf"({'|'.join(COMPANIONS)}|noise_predictor)(?:--(.+)_checkpoint)?\.(pt|safetensors)")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.(safetensors|bin)")
-VLA = ("openvla-7b", "OpenVLA fine-tune", "OpenVLA-OFT", "SemanticVLA")
+FINE_TUNES = ("OpenVLA fine-tune", "OpenVLA-OFT", "SemanticVLA")  # whose config.json has the base's statistics
+VLA = ("openvla-7b", *FINE_TUNES)
 TOWERS = {  # kind: keys that it has, and the subtree of ours that it fills
   "SigLIP, big_vision": (r"(siglip|text)/.*", ("siglip/", "text/")),
   "SigLIP, Hugging Face": (r"(vision_model\.embeddings|text_model\.embeddings)\..*", ("siglip/", "text/")),
@@ -43,7 +44,8 @@ class Source:
     tensors: canonical key → tensor.
     superseded: "file: key" → the file whose tensor replaces it.
     config: config.json, {} without one.
-    statistics: {dataset: {"action": …}}, or None where there are none; `statistics_file` says where they were.
+    statistics: {dataset: {"action": …}}, or None where there are none; `statistics_file` says where they were. The
+      norm_stats in the config.json of a fine-tune are its base's, and do not count.
     adapter: adapter_config.json of lora_adapter/, or None.
     folded: True where the adapter's language part is in the shards already (they lie in one folder with it, as the
       release's merge writes them, or only the vision file has adapters), so that its tensors are not listed.
@@ -141,6 +143,8 @@ def _recognise(paths: list[Path], merged: bool | None) -> Source:
   config = _newest_json(found, "config.json") or {}
   statistics, where = _statistics(found, config)
   kind = _kind(tensors, found, where)
+  if kind in FINE_TUNES and where is not None and where.name == "config.json":
+    statistics, where = None, None
   mark = next((mark for shard in found.shards if (mark := _mark(shard.parent))), {})
   read = tuple(p for p, _ in groups)
   source = Source(kind, read, tensors, superseded, config, statistics, where, adapter, folded, mark)

@@ -31,8 +31,9 @@ import numpy as np
 import semanticvla_jax
 from semanticvla_jax.convert import mapping, place, stream, uncached, work
 from semanticvla_jax.convert.mapping import Plan
-from semanticvla_jax.convert.source import VLA, Source, describe, recognise
+from semanticvla_jax.convert.source import FINE_TUNES, VLA, Source, describe, recognise
 from semanticvla_jax.data import statistics
+from semanticvla_jax.models.semanticvla import build
 
 DTYPES = {"keep": None, "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _BLOCK = 1 << 20  # numbers looked at together when NaN and Inf are counted
@@ -61,7 +62,8 @@ def to_orbax(
     dtype: "keep" stores every parameter as it was; "bfloat16" or "float32" cast it.
     lora: "keep" leaves adapters beside their kernels, "merge" folds them in.
     tokenizers: folder of tokenizer.model (and spiece.model); None: that of the source, where it has one.
-    need_statistics: whether a whole model without action statistics is an error.
+    need_statistics: whether a whole model without action statistics, or a fine-tune with others than its own, is an
+      error.
     merged: see source.recognise.
     only: "siglip" or "text": one tower of a source that has both.
     say: is given lines of progress.
@@ -77,7 +79,7 @@ def to_orbax(
     say(line)
   _refuse_second_adapter(source)
   plan = mapping.make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only)
-  stats = _statistics(source, need_statistics)
+  stats = _statistics(source, config, need_statistics, say)
   leaves = {path: _lazy(plan, source, path, DTYPES[dtype]) for path in plan.entries}
   models = _tokenizers(tokenizers, sources)
   watch = _Watch(sum(leaf.nbytes for leaf in leaves.values()), say)
@@ -179,18 +181,51 @@ def _refuse_second_adapter(source: Source) -> None:
     )
 
 
-def _statistics(source: Source, need: bool) -> dict:
-  """The entries as they were, after a check that they can be read."""
+def _statistics(source: Source, config: Mapping, need: bool, say: Callable[[str], None]) -> dict:
+  """The entries as they were; of a fine-tune one at least must fit the model, and what does not is said.
+
+  Raises:
+    ValueError: there are none, they cannot be read, or none of a fine-tune's can be used; the first and the last only
+      where they are needed.
+  """
   if source.statistics is None:
     if need and source.kind in VLA:
-      raise ValueError(
-        "No statistics: got neither dataset_statistics.json nor norm_stats in config.json; expected one of them "
-        "(actions cannot be un-normalised without); copy it beside the weights, or pass --no-statistics."
-      )
+      raise _no_statistics(source)
     return {}
-  for name, entry in source.statistics.items():
-    statistics.from_openvla(entry, f"{source.statistics_file}: {name}")
+  where = source.statistics_file
+  entries = {name: statistics.from_openvla(x, f"{where}: {name}") for name, x in source.statistics.items()}
+  problems = _unusable(entries, config) if source.kind in FINE_TUNES else []
+  if need and problems and len(problems) == len(entries):
+    raise ValueError(
+      f"{problems[0]}\nExpected statistics of the fine-tune's own data in {where}; copy them from where it was "
+      "trained, use the config of its training, or pass --no-statistics."
+    )
+  for problem in problems:
+    say(f"WARNING: {problem}")
   return source.statistics
+
+
+def _no_statistics(source: Source) -> ValueError:
+  wanted = "dataset_statistics.json" if source.kind in FINE_TUNES else "that or norm_stats in config.json"
+  others = " (the norm_stats in its config.json are its base's)" if source.config.get("norm_stats") else ""
+  return ValueError(
+    f"No statistics: got {source.kind} without dataset_statistics.json{others}; expected {wanted}, for actions cannot "
+    "be un-normalised without; copy it beside the weights, or pass --no-statistics."
+  )
+
+
+def _unusable(entries: Mapping[str, statistics.DatasetStatistics], config: Mapping) -> list[str]:
+  """Why datasets' statistics do not fit the model, one text each."""
+  model, mode = build(config["model"]), (config.get("data") or {}).get("normalisation", "bounds_q99")
+  mode = {"q99": "bounds_q99"}.get(mode, mode)
+  problems = []
+  for name, entry in entries.items():
+    width = config["model"].get("action_dim", len(entry.action.mask))
+    try:
+      statistics.check(name, entry, action_dim=width, proprio_dim=model.proprio_dim, mode=mode)
+    except ValueError as error:
+      problems.append(str(error))
+  return problems
 
 
 def _lazy(plan: Plan, source: Source, path: str, dtype: np.dtype | None) -> stream.Lazy:
