@@ -101,7 +101,9 @@ class _Handler(handlers.NumpyHandler):
     items = sorted(zip(map(_path, infos), values, infos, args), key=lambda item: item[0])
     for _, _, info, _ in items:
       await info.await_path_creation()
-    stores = await asyncio.gather(*(self._open(*item) for _, *item in items))
+    # the whole folder is put on the disk when it is complete (to_orbax.whole), not file by file
+    context = ts.Context(infos[0].ts_context.spec.to_json() | {"file_io_sync": False})
+    stores = await asyncio.gather(*(self._open(*item, context) for _, *item in items))
     leaves = {name: (value, store) for (name, value, _, _), store in zip(items, stores)}
     window = _Window()
     with concurrent.futures.ThreadPoolExecutor(1) as hasher:
@@ -123,7 +125,7 @@ class _Handler(handlers.NumpyHandler):
     self._digest.update(piece.reshape(-1).view(np.uint8))
     self._seen(name, piece)
 
-  async def _open(self, value: Lazy, info: Any, arg: Any) -> ts.TensorStore:
+  async def _open(self, value: Lazy, info: Any, arg: Any, context: ts.Context) -> ts.TensorStore:
     spec = tensorstore_utils.build_array_write_spec(
       info=info,
       arg=arg,
@@ -135,7 +137,7 @@ class _Handler(handlers.NumpyHandler):
     ).json
     if value.stacked:
       spec["metadata"]["chunks"] = [1, *value.shape[1:]]  # a layer is written at once, and never read back
-    return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+    return await ts.open(ts.Spec(spec), create=True, open=True, context=context)
 
   @property
   def sha256(self) -> str:

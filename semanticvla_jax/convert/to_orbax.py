@@ -125,8 +125,8 @@ def check_target(target: Path) -> None:
 def whole(target: Path, nbytes: int, say: Callable[[str], None]) -> Iterator[Path]:
   """An empty `.<name>.partial` beside `target` that becomes it when the block ends well, and is removed when not.
 
-  What a killed run left there is removed first. Raises ValueError where another run is writing there, the folder
-  cannot be made, or the disk is full.
+  It is on the disk before it has its name: what a power cut leaves is whole or not there. What a killed run left is
+  removed first. Raises ValueError where another run is writing there, the folder cannot be made, or the disk is full.
   """
   with contextlib.ExitStack() as stack:
     try:
@@ -150,8 +150,10 @@ def _empty(target: Path, say: Callable[[str], None]) -> Path:
 def _renamed(partial: Path, target: Path) -> Iterator[Path]:
   try:
     yield partial
+    _put_on_disk(partial)
     check_target(target)
     partial.rename(target)
+    _fsync(target.parent)
   except Exception as error:
     if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
       raise
@@ -163,6 +165,21 @@ def _renamed(partial: Path, target: Path) -> Iterator[Path]:
   finally:
     if partial.exists():
       shutil.rmtree(partial)
+
+
+def _put_on_disk(folder: Path) -> None:
+  """Waits until all files below a folder, and their names, are on the disk."""
+  for top, _, names in os.walk(folder, topdown=False):
+    for path in (*(Path(top, name) for name in names), Path(top)):
+      _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def _cannot_write(target: Path, error: OSError) -> ValueError:
