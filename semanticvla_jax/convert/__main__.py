@@ -151,7 +151,7 @@ def _to_orbax_arguments(verb: argparse.ArgumentParser) -> None:
   )
   verb.add_argument("--lora", choices=("keep", "merge"), default="keep", help="adapters apart, or folded in")
   _merged_argument(verb)
-  verb.add_argument("--tokenizers", metavar="DIR", help="folder of tokenizer.model; default: the source")
+  verb.add_argument("--tokenizers", metavar="DIR", help="of tokenizer.model or spiece.model, beside the source's")
   verb.add_argument("--only", choices=("siglip", "text"), help="one tower of a source that has both")
   verb.add_argument("--no-statistics", action="store_true", help="convert a model that has no action statistics")
 

@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 
 import semanticvla_jax
-from semanticvla_jax.convert import mapping, place, stream, uncached, work
+from semanticvla_jax.convert import carried, mapping, place, stream, uncached, work
 from semanticvla_jax.convert.mapping import Plan
 from semanticvla_jax.convert.source import FINE_TUNES, VLA, Source, describe, recognise
 from semanticvla_jax.data import statistics
@@ -61,7 +61,7 @@ def to_orbax(
     config: {"model": …, "lora": …, "data": …}; `model` may have explicit sizes as its variant.
     dtype: "keep" stores every parameter as it was; "bfloat16" or "float32" cast it.
     lora: "keep" leaves adapters beside their kernels, "merge" folds them in.
-    tokenizers: folder of tokenizer.model (and spiece.model); None: that of the source, where it has one.
+    tokenizers: folder of tokenizer.model or spiece.model or both, beside and before those of the source.
     need_statistics: whether a whole model without action statistics, or a fine-tune with others than its own, is an
       error.
     merged: see source.recognise.
@@ -81,12 +81,16 @@ def to_orbax(
   plan = mapping.make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only)
   stats = _statistics(source, config, need_statistics, say)
   leaves = {path: _lazy(plan, source, path, DTYPES[dtype]) for path in plan.entries}
-  models = _tokenizers(tokenizers, sources)
+  models = carried.tokenizers(tokenizers, sources)
+  warnings = carried.lacking(models, source, build(config["model"]))
+  for warning in warnings:
+    say(f"WARNING: {warning}")
   watch = _Watch(sum(leaf.nbytes for leaf in leaves.values()), say)
   with whole(target, watch.progress.total, say) as partial, concurrent.futures.ThreadPoolExecutor(1) as pool:
     hashes = pool.submit(lambda: {str(path): sha256(path) for path in source.paths})
     params_sha256 = stream.write(partial / "params", leaves, watch.seen)
     report = _report(source, plan, leaves, watch) | {"sources": hashes.result(), "lora": lora, "dtype": dtype}
+    report["warnings"] = warnings
     seconds = round(time.monotonic() - began, 2)
     report |= {"params_sha256": params_sha256, "seconds": seconds, "peak_rss_bytes": peak_rss()}
     contents = {
@@ -97,9 +101,8 @@ def to_orbax(
     }
     for name, content in contents.items():
       (partial / name).write_text(json.dumps(content, indent=2) + "\n")
-    for path in models:
-      (partial / "tokenizers").mkdir(exist_ok=True)
-      shutil.copyfile(path, partial / "tokenizers" / path.name)
+    carried.copy(models, partial / "tokenizers")
+    carried.copy(carried.processor_files(sources), partial / "source_files")
   return report
 
 
@@ -293,7 +296,7 @@ def _report(source: Source, plan: Plan, leaves: Mapping[str, stream.Lazy], watch
     "arrays": len(leaves),
     "bytes": watch.progress.done,
     "bytes_per_second": round(watch.progress.rate),
-    "mapped": {path: [source.tensors[k].name for keys in plan.entries[path].keys for k in keys] for path in leaves},
+    "mapped": {path: [source.tensors[key].name for key in _keys(plan, path)] for path in leaves},
     "merged_adapters": len(plan.adapters),
     "unused": plan.skipped | _folded_away(source),
     "superseded": source.superseded,
@@ -304,6 +307,12 @@ def _report(source: Source, plan: Plan, leaves: Mapping[str, stream.Lazy], watch
     "source_config": {key: value for key, value in source.config.items() if key != "norm_stats"},
     "tensors": {key: [x.file.name, x.name] for key, x in source.tensors.items()},
   }
+
+
+def _keys(plan: Plan, path: str) -> list[str]:
+  """Of everything that a parameter is made from, adapters that are folded in included."""
+  entries = (plan.entries[path], *plan.adapters.get(path, ()))
+  return [key for entry in entries for keys in entry.keys for key in keys]
 
 
 def _folded_away(source: Source) -> dict[str, str]:
@@ -340,15 +349,6 @@ def _step(source: Source) -> int | None:
   return int(step) if len(steps) == 1 and (step := steps.pop()).isdigit() else None
 
 
-def _tokenizers(given: str | Path | None, sources: Sequence[str | Path]) -> list[Path]:
-  """The `*.model` files of a folder, or of the sources; of two with one name the later."""
-  folders = [Path(p) for p in sources if Path(p).is_dir()] if given is None else [Path(given)]
-  models = {path.name: path for folder in folders for path in sorted(folder.glob("*.model"))}
-  if given is not None and not models:
-    raise ValueError(f"No tokenisers: got {given} without a .model file; expected tokenizer.model; name its folder.")
-  return list(models.values())
-
-
 def sha256(path: Path) -> str:
   """Of a file, in hex."""
   digest = hashlib.sha256()
@@ -378,5 +378,6 @@ def table(report: Mapping, most: int = 8) -> list[str]:
     f"{report['peak_rss_bytes'] / 2**30:.2f} GiB",
   ]
   bad = list(report["not_finite"].items())
+  lines += [f"  WARNING: {warning}" for warning in report["warnings"]]
   lines += [f"  NOT FINITE: {path}: {n} NaN or Inf" for path, n in bad[:most]]
   return lines + ([f"  … and {len(bad) - most} more arrays with NaN or Inf"] if len(bad) > most else [])

@@ -11,9 +11,9 @@ import json
 import logging
 import math
 import re
-import shutil
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +22,8 @@ import numpy as np
 from einops import rearrange
 
 import semanticvla_jax
+from semanticvla_jax.convert import carried, files, mapping, semanticvla, table, uncached, work
 from semanticvla_jax.convert import companions as release
-from semanticvla_jax.convert import files, mapping, semanticvla, table, uncached, work
 from semanticvla_jax.convert.folder import PolicyFolder
 from semanticvla_jax.convert.source import Source, recognise
 from semanticvla_jax.convert.to_orbax import check_target, peak_rss, whole
@@ -120,6 +120,8 @@ def to_torch(
       "policy_sha256": folder.metadata["params_sha256"],
       "files": {_file(name, companions): len(content) for name, content in groups.items()},
       "from_base": {key: why for key, (_, why) in sorted(from_base.items())},
+      "dtypes": dict(Counter(str(x.dtype) for content in groups.values() for x in content.values())),
+      "statistics": sorted(folder.statistics),
       "merged_adapters": sum(path.endswith("/lora_a") for path in folder.leaves),
       "bytes": progress.done,
       "bytes_per_second": round(progress.rate),
@@ -297,14 +299,12 @@ def _write_json(partial: Path, folder: PolicyFolder, origin: Source | None, repo
 
 
 def _copy_small_files(partial: Path, folder: PolicyFolder, base: Sequence[str | Path]) -> None:
-  """Tokenisers of the policy; processor and code files of the base, of two with one name the later."""
-  small = [*(folder.folder / "tokenizers").glob("*.model")]
+  """Tokenisers and processor files of the policy, then those of the base; of two with one name the first."""
+  small = [*(folder.folder / "tokenizers").glob("*.model"), *carried.processor_files([folder.folder / "source_files"])]
   for path in map(Path, reversed(base)):
     files_there = sorted(path.iterdir()) if path.is_dir() else []
     small += [p for p in files_there if p.suffix in (".json", ".py", ".model", ".txt") and "index" not in p.name]
-  for path in small:
-    if not (partial / path.name).exists():
-      shutil.copyfile(path, partial / path.name)
+  carried.copy(small, partial)
 
 
 def lines(report: Mapping) -> list[str]:
