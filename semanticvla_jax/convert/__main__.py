@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from semanticvla_jax.convert import compare, full_size, golden, to_orbax, to_torch, verify
 
@@ -109,14 +110,7 @@ def verify_verb(args: argparse.Namespace) -> int:
 def load_config(name: str, changes: list[str]) -> dict:
   """A config file, "configs/openvla_oft.py:film", with KEY=VALUE changes, as plain JSON values."""
   path, _, arg = name.partition(":")
-  file = Path(path)
-  if not file.is_file():
-    raise ValueError(f"No config: got {path}; expected a file such as configs/openvla_oft.py; check the path.")
-  sys.path.insert(0, str(file.resolve().parent.parent))
-  spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(arg or None)
+  config = _config_module(Path(path)).get_config(arg or None)
   for change in changes:
     key, equals, value = change.partition("=")
     if not equals:
@@ -126,6 +120,23 @@ def load_config(name: str, changes: list[str]) -> dict:
     except (KeyError, TypeError) as error:
       raise ValueError(f"--set {change}: got {error}; expected a field of {path}; check its name and type.") from error
   return json.loads(config.to_json_best_effort())
+
+
+def _config_module(file: Path) -> ModuleType:
+  if not file.is_file() or file.suffix != ".py":
+    raise ValueError(f"No config: got {file}; expected a file such as configs/openvla_oft.py; check the path.")
+  sys.path.insert(0, str(file.resolve().parent.parent))
+  spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
+    raise ValueError(
+      f"{file} cannot be run: got {type(error).__name__}: {error}; expected a Python file with get_config; mend it."
+    ) from error
+  if not hasattr(module, "get_config"):
+    raise ValueError(f"{file} is no config: got no get_config; expected that function, as in configs/; name another.")
+  return module
 
 
 def _value(text: str):

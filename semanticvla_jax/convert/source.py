@@ -24,6 +24,7 @@ _COMPANION = re.compile(rf"({'|'.join(COMPANIONS)}|noise_predictor)(?:--(.+)_che
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.(safetensors|bin)")
 FINE_TUNES = ("OpenVLA fine-tune", "OpenVLA-OFT", "SemanticVLA")  # whose config.json has the base's statistics
 VLA = ("openvla-7b", *FINE_TUNES)
+_MOMENTS = ("mean", "std", "min", "max", "q01", "q99", "mask")
 TOWERS = {  # kind: keys that it has, and the subtree of ours that it fills
   "SigLIP, big_vision": (r"(siglip|text)/.*", ("siglip/", "text/")),
   "SigLIP, Hugging Face": (r"(vision_model\.embeddings|text_model\.embeddings)\..*", ("siglip/", "text/")),
@@ -139,7 +140,7 @@ def _recognise(paths: list[Path], merged: bool | None) -> Source:
     )
   if not found.adapters and any(".lora_" in key for key in tensors):
     folded = True  # FiLM's vision file alone has adapters: the merge left those out
-  adapter = _json(found.adapters[0].parent / "adapter_config.json") if found.adapters else None
+  adapter = _object(found.adapters[0].parent / "adapter_config.json") if found.adapters else None
   config = _newest_json(found, "config.json") or {}
   statistics, where = _statistics(found, config)
   kind = _kind(tensors, found, where)
@@ -193,7 +194,7 @@ def _collect(path: Path, found: _Found) -> None:
 def _mark(folder: Path) -> dict:
   """What to_torch says in a folder's config.json: whether adapters are folded in, and which; {} where it did not."""
   path = folder / "config.json"
-  return (_json(path).get("semanticvla_jax") if path.exists() else None) or {}
+  return (_object(path).get("semanticvla_jax") if path.exists() else None) or {}
 
 
 def _sort_file(path: Path, found: _Found) -> None:
@@ -211,8 +212,8 @@ def _indexed(index: Path, shards: list[Path]) -> list[Path]:
   """The shards that the index names, which must be the ones there are."""
   content = _json(index)
   named = content.get("weight_map") if isinstance(content, dict) else None
-  if not isinstance(named, dict):
-    raise ValueError(f"{index} is no index: got no weight_map; expected {{tensor: file}}; download it again.")
+  if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+    raise ValueError(f"{index} is no index: got no weight_map of names; expected {{tensor: file}}; download it again.")
   wanted, have = set(named.values()), {p.name for p in shards}
   if missing := sorted(wanted - have):
     raise ValueError(
@@ -331,16 +332,43 @@ def _canonical_tower(source: Source) -> Source:
 def _statistics(found: _Found, config: dict) -> tuple[dict | None, Path | None]:
   """Of dataset_statistics.json, which replaces the norm_stats that config.json still has from its base."""
   own = _newest_json(found, "dataset_statistics.json")
-  if own:
-    return own, found.jsons["dataset_statistics.json"][-1]
-  if config.get("norm_stats"):
-    return config["norm_stats"], found.jsons["config.json"][-1]
-  return None, None
+  content, name = (own, "dataset_statistics.json") if own else (config.get("norm_stats"), "config.json")
+  if not content:
+    return None, None
+  where = found.jsons[name][-1]
+  if not isinstance(content, dict):
+    raise ValueError(f"{where}: got norm_stats of {type(content).__name__}; expected one object a dataset; mend it.")
+  for dataset, entry in content.items():
+    _check_entry(f"{where}: {dataset}", entry)
+  return content, where
 
 
-def _newest_json(found: _Found, name: str) -> Any:
+def _check_entry(where: str, entry: Any) -> None:
+  """Raises ValueError unless a dataset's statistics are objects of lists; what is in them is looked at later."""
+  parts = [entry.get(kind) or {} for kind in ("action", "proprio")] if isinstance(entry, dict) else [entry]
+  wrong = [x for x in parts if not isinstance(x, dict)]
+  wrong += [x for part in parts if isinstance(part, dict) for x in map(part.get, _MOMENTS) if not _is_list(x)]
+  if wrong:
+    raise ValueError(
+      f"{where} holds no statistics: got {str(wrong[0])[:60]}; expected action and proprio with lists "
+      f"{', '.join(_MOMENTS)}; copy the file again."
+    )
+
+
+def _is_list(x: Any) -> bool:
+  return x is None or isinstance(x, list)
+
+
+def _newest_json(found: _Found, name: str) -> dict | None:
   several = found.jsons.get(name)
-  return _json(several[-1]) if several else None
+  return _object(several[-1]) if several else None
+
+
+def _object(path: Path) -> dict:
+  content = _json(path)
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} is damaged: got {type(content).__name__}; expected a JSON object; download it again.")
+  return content
 
 
 def _json(path: Path) -> Any:
