@@ -23,6 +23,9 @@ PREFIXED = ("action_head", "proprio_projector")  # whose keys do not say where t
 _COMPANION = re.compile(rf"({'|'.join(COMPANIONS)}|noise_predictor)(?:--(.+)_checkpoint)?\.(pt|safetensors)")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.(safetensors|bin)")
 FINE_TUNES = ("OpenVLA fine-tune", "OpenVLA-OFT", "SemanticVLA")  # whose config.json has the base's statistics
+# What transformers' Trainer leaves beside the weights.
+_TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)")
+_LFS = b"version https://git-lfs"  # how the file that Git LFS puts in a large one's place begins
 VLA = ("openvla-7b", *FINE_TUNES)
 _MOMENTS = ("mean", "std", "min", "max", "q01", "q99", "mask")
 TOWERS = {  # kind: keys that it has, and the subtree of ours that it fills
@@ -52,6 +55,7 @@ class Source:
       release's merge writes them, or only the vision file has adapters), so that its tensors are not listed.
     mark: what to_torch wrote into the config.json of the folder whose shards are read, whichever config.json is the
       newest; {} for the shards of others.
+    ignored: files beside the weights that are the state of training (optimizer.pt and the like), not opened.
   """
 
   kind: str
@@ -64,6 +68,7 @@ class Source:
   adapter: dict | None
   folded: bool
   mark: dict = dataclasses.field(default_factory=dict)
+  ignored: tuple[Path, ...] = ()
 
   @property
   def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -95,6 +100,7 @@ class _Found:
   adapters: list[Path] = dataclasses.field(default_factory=list)
   jsons: dict[str, list[Path]] = dataclasses.field(default_factory=dict)
   placeholders: set[Path] = dataclasses.field(default_factory=set)  # folders whose adapters are zeros, by their mark
+  ignored: list[Path] = dataclasses.field(default_factory=list)  # the state of training
 
   def listing(self) -> str:
     paths = [*self.shards, *(p for ps in self.companions.values() for p in ps), *self.adapters]
@@ -148,7 +154,7 @@ def _recognise(paths: list[Path], merged: bool | None) -> Source:
     statistics, where = None, None
   mark = next((mark for shard in found.shards if (mark := _mark(shard.parent))), {})
   read = tuple(p for p, _ in groups)
-  source = Source(kind, read, tensors, superseded, config, statistics, where, adapter, folded, mark)
+  source = Source(kind, read, tensors, superseded, config, statistics, where, adapter, folded, mark, (*found.ignored,))
   return _canonical_tower(source)
 
 
@@ -161,6 +167,8 @@ def _collect(path: Path, found: _Found) -> None:
   if (path / "metadata.json").exists() and (path / "params").exists():
     raise ValueError(f"Source {path} is a policy folder already: expected a PyTorch checkpoint; load it as it is.")
   names = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+  found.ignored += [p for p in names if _TRAINING.fullmatch(p.name)]
+  names = [p for p in names if p not in found.ignored]
   index = [p for p in names if p.name.endswith((".safetensors.index.json", ".bin.index.json"))]
   weights = [p for p in names if p.suffix in files.SUFFIXES]
   shards = [p for p in weights if not _COMPANION.fullmatch(p.name)]
@@ -226,7 +234,7 @@ def _indexed(index: Path, shards: list[Path]) -> list[Path]:
       "instead of the folder, or remove them."
     )
   for name in sorted(wanted):
-    inside = {tensor.name for tensor in files.open_file(index.parent / name)}
+    inside = {tensor.name for tensor in _opened(index.parent / name)}
     if lost := sorted(key for key, file in named.items() if file == name and key not in inside):
       raise ValueError(
         f"{index} lies: got no {lost[0]} in {name} ({len(lost)} such); expected it there; download both again."
@@ -271,6 +279,7 @@ def _reading_order(found: _Found, folded: bool) -> list[tuple[Path, str]]:
         f"Ambiguous source: got {', '.join(p.name for p in several)}; expected one {role} file; name the files of one "
         "step."
       )
+  _check_steps([path for paths in found.companions.values() for path in paths])
   if "noise_predictor" in found.companions:
     raise ValueError(
       f"Diffusion head: got {found.companions['noise_predictor'][0].name}; expected an L1 regression head "
@@ -283,11 +292,20 @@ def _reading_order(found: _Found, folded: bool) -> list[tuple[Path, str]]:
   return order + [(p, f"{role}.") for role in PREFIXED for p in found.companions.get(role, ())]
 
 
+def _check_steps(companions: list[Path]) -> None:
+  steps = {match[2] for path in companions if (match := _COMPANION.fullmatch(path.name)) and match[2]}
+  if len(steps) > 1:
+    raise ValueError(
+      f"Ambiguous source: got {', '.join(sorted(p.name for p in companions))}; expected companions of one step, not of "
+      f"{' and '.join(sorted(steps))}; name the files of one step."
+    )
+
+
 def _tensors(groups: list[tuple[Path, str]], placeholders: set[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
   tensors: dict[str, Tensor] = {}
   superseded: dict[str, str] = {}
   for path, prefix in groups:
-    for tensor in files.open_file(path):
+    for tensor in _opened(path):
       key = semanticvla.canonical(prefix + tensor.name)
       if ".lora_" in key and path.parent in placeholders:
         continue
@@ -300,6 +318,17 @@ def _tensors(groups: list[tuple[Path, str]], placeholders: set[Path]) -> tuple[d
         superseded[f"{before.file.name}: {before.name}"] = path.name
       tensors[key] = tensor
   return tensors, superseded
+
+
+def _opened(path: Path) -> list[Tensor]:
+  """`files.open_file`, but for what Git LFS puts in a file's place, which is named for what it is."""
+  with path.open("rb") as file:
+    if file.read(len(_LFS)) == _LFS:
+      raise ValueError(
+        f"{path} is not fetched: got the pointer of Git LFS ({path.stat().st_size} bytes); expected the weights; run "
+        "`git lfs pull` in that folder."
+      )
+  return files.open_file(path)
 
 
 def _kind(tensors: Mapping[str, Tensor], found: _Found, statistics_file: Path | None) -> str:
@@ -387,6 +416,8 @@ def describe(source: Source) -> list[str]:
   ]
   for path in source.paths:
     lines.append(f"  {path.name}: {sum(x.file == path for x in source.tensors.values())} tensors")
+  if source.ignored:
+    lines.append(f"  ignored, the state of training: {', '.join(path.name for path in source.ignored)}")
   if source.adapter is not None:
     folded = "folded into the shards already" if source.folded else "apart from the base"
     lines.append(f"  adapter: rank {source.adapter.get('r')}, alpha {source.adapter.get('lora_alpha')}, {folded}")

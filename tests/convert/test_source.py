@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from semanticvla_jax.convert import files
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert.source import describe, recognise
 
 
 def test_openvla(tmp_path):
@@ -156,6 +156,33 @@ def test_two_steps_are_ambiguous(tmp_path):
     (folder / "action_head--10_checkpoint.safetensors").read_bytes()
   )
   with pytest.raises(ValueError, match=r"Ambiguous.*--10_checkpoint.*--20_checkpoint"):
+    recognise([folder])
+
+
+def test_companions_of_two_steps_are_ambiguous(tmp_path):
+  folder = checkpoints.oft(tmp_path / "oft")
+  (folder / "action_head--10_checkpoint.safetensors").rename(folder / "action_head--20_checkpoint.safetensors")
+  with pytest.raises(ValueError, match=r"Ambiguous.*action_head--20.*one step, not of 10 and 20"):
+    recognise([folder])
+
+
+def test_the_state_of_training_is_ignored_and_listed(tmp_path):
+  folder = checkpoints.openvla(tmp_path / "openvla")
+  names = ("optimizer.pt", "rng_state.pth", "rng_state_0.pth", "scheduler.pt", "training_args.bin")
+  for name in names:
+    (folder / name).write_bytes(b"")
+  source = recognise([folder])
+  assert source.kind == "openvla-7b" and [path.name for path in source.ignored] == [*names]
+  assert any(line.endswith(", ".join(names)) for line in describe(source))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_pointer_of_git_lfs_says_what_it_is(indexed, tmp_path):
+  folder = checkpoints.openvla(tmp_path / "openvla")
+  (folder / "model-00001-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+  if not indexed:
+    (folder / "model.safetensors.index.json").unlink()
+  with pytest.raises(ValueError, match=r"model-00001-of-00002.safetensors is not fetched.*git lfs pull"):
     recognise([folder])
 
 
