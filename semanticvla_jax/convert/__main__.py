@@ -83,11 +83,22 @@ def diff_verb(args: argparse.Namespace) -> int:
   """python -m semanticvla_jax.convert diff policy openvla-7b
 
   Compares two checkpoints of either format, tensor by tensor: max |a - b|, and that over max |a|. Exit status 1 where
-  they differ.
+  they differ. A side of several paths is given by name: --a openvla-7b tuned --b policy.
   """
-  rows = compare.diff(args.a, args.b)
+  rows = compare.diff(*_sides(args))
   print("\n".join(compare.lines(rows)))
   return 1 if any(row.maximum > 0 or row.note for row in rows) else 0
+
+
+def _sides(args: argparse.Namespace) -> tuple[str | list[str], str | list[str]]:
+  """The two checkpoints of `diff`, given by place or by name."""
+  sides = [*args.path, *(named for named in (args.a, args.b) if named)]
+  if len(sides) != 2 or (args.path and args.b is None and args.a is not None):
+    raise ValueError(
+      f"diff: got {len(args.path)} paths, --a {args.a or 'none'} and --b {args.b or 'none'}; expected two checkpoints; "
+      "pass A B, or A --b PATH…, or --a PATH… --b PATH…."
+    )
+  return tuple(side[0] if isinstance(side, list) and len(side) == 1 else side for side in sides)
 
 
 def verify_verb(args: argparse.Namespace) -> int:
@@ -191,8 +202,9 @@ def _inspect_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def _diff_arguments(verb: argparse.ArgumentParser) -> None:
-  verb.add_argument("a", help="a policy folder, or a folder or file of PyTorch weights")
-  verb.add_argument("b", help="likewise")
+  verb.add_argument("path", nargs="*", help="two of: a policy folder, or a folder or file of PyTorch weights")
+  verb.add_argument("--a", nargs="+", metavar="PATH", help="the first checkpoint, of several paths, a base first")
+  verb.add_argument("--b", nargs="+", metavar="PATH", help="the second, likewise")
 
 
 def _verify_arguments(verb: argparse.ArgumentParser) -> None:
