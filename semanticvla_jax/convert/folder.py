@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ import tensorstore as ts
 from flax.traverse_util import flatten_dict
 
 from semanticvla_jax import checkpoint
-from semanticvla_jax.convert import work
+from semanticvla_jax.convert import uncached, work
 
 
 class Leaf(NamedTuple):
@@ -65,12 +67,21 @@ class PolicyFolder:
 
   def read(self, path: str, layer: int | None = None) -> np.ndarray:
     """A parameter, or one layer of a stack."""
+    if (path, layer) in self._plain:
+      file, offset, nbytes = self._plain[path, layer]
+      values, leaf = uncached.read(file, offset, nbytes), self.leaves[path]
+      if len(values) == nbytes:  # else the store says what is wrong
+        return values.view(leaf.dtype).reshape(leaf.shape if layer is None else leaf.shape[1:])
     if path not in self._stores:
       kvstore = {"driver": "ocdbt", "base": f"file://{self.folder}/params", "path": path.replace("/", ".") + "/"}
       spec = {"driver": "zarr", "kvstore": kvstore}
       self._stores[path] = ts.open(spec, context=self._context, open=True, read=True).result()
     store = self._stores[path]
     return np.asarray((store if layer is None else store[layer]).read().result())
+
+  @functools.cached_property
+  def _plain(self) -> dict[tuple[str, int | None], tuple[Path, int, int]]:
+    return _plain_chunks(self.folder / "params", self.leaves)
 
   def pieces(self, path: str) -> Iterator[np.ndarray]:
     """A parameter whole, or one layer after another where it is a stack over the decoder's layers."""
@@ -93,6 +104,39 @@ class PolicyFolder:
         f"Policy {self.folder} is not what was saved: got parameters of hash {got[:12]}…, expected {wanted[:12]}… "
         "(metadata.json); copy the folder again from where it was made."
       )
+
+
+def _plain_chunks(params: Path, leaves: Mapping[str, Leaf]) -> dict[tuple[str, int | None], tuple[Path, int, int]]:
+  """{(path, layer): (data file, offset, bytes)} of what lies in a data file as it is, from the store's index.
+
+  That is a whole parameter (layer None), or a layer of a stack, in one chunk without compression. The rest is left to
+  the store: what was saved with compression or in other chunks, small values in the index, an index of several nodes.
+  """
+  store = ts.KvStore.open(f"file://{params}/").result()
+  root = ts.ocdbt.dump(store).result()["versions"][-1]
+  if root["root_height"] > 0:
+    return {}
+  node = ts.ocdbt.dump(store, root["root"]["location"]).result()
+  entries = {entry["key"].decode(): entry for entry in node["entries"]}
+  out = {}
+  for path, leaf in leaves.items():
+    name = path.replace("/", ".")
+    for layer, chunk in _chunk_names(json.loads(entries.get(f"{name}/.zarray", {}).get("inline_value", "{}"))):
+      if value := entries.get(f"{name}/{chunk}", {}).get("indirect_value"):
+        _, base, file, offset, nbytes = value.split(":")
+        if int(nbytes) == leaf.dtype.itemsize * leaf.size // (1 if layer is None else leaf.shape[0]):
+          out[path, layer] = params / base / file, int(offset), int(nbytes)
+  return out
+
+
+def _chunk_names(stored: Mapping) -> list[tuple[int | None, str]]:
+  """[(layer, name of its chunk)] of an array whose chunks are numbers in C order, one for all or one a layer."""
+  if not stored or stored["compressor"] or stored["filters"] or stored["order"] != "C" or stored["dtype"][0] == ">":
+    return []
+  shape, chunks = stored["shape"], stored["chunks"]
+  rest = ["0"] * (len(shape) - 1)
+  whole = [(None, ".".join(["0", *rest]))] if chunks == shape else []
+  return whole + ([(i, ".".join([str(i), *rest])) for i in range(shape[0])] if chunks == [1, *shape[1:]] else [])
 
 
 def is_policy(path: str | Path) -> bool:
