@@ -19,6 +19,7 @@ from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, bui
 
 Shapes = dict[str, tuple[int, ...]]
 _NOT_IN_A_TOWER = re.compile(r".*/film/.*")  # made by fine-tuning
+_WEIGHTS = ("float32", "bfloat16", "float16", "float64")  # types that a model computes with
 _TOWER_KEYS = {"siglip/": r"(vision_model\.|siglip/).*", "text/": r"(text_model\.|text/).*"}  # where a source has both
 
 
@@ -243,6 +244,7 @@ def stored_dtype(plan: Plan, source: Source, path: str) -> np.dtype:
 
   Raises:
     Mismatch: the layers of a stack, or the sources of one parameter, are stored in different types.
+    ValueError: they are stored in a type of quantised weights, whose scales are elsewhere.
   """
   entry = plan.entries[path]
   dtypes = {source.tensors[key].dtype for keys in entry.keys for key in keys}
@@ -250,4 +252,10 @@ def stored_dtype(plan: Plan, source: Source, path: str) -> np.dtype:
     raise Mismatch(
       f"{path}: got layers stored as {sorted(map(str, dtypes))}, expected one type; pass --dtype bfloat16 or float32."
     )
-  return dtypes.pop()
+  dtype = dtypes.pop()
+  if str(dtype) not in _WEIGHTS:
+    raise ValueError(
+      f"{path} is quantised: got {dtype} ({entry.keys[0][0]}); expected {', '.join(_WEIGHTS)}; pass the original "
+      "weights, or --dtype bfloat16 or float32 where the numbers are the weights as they are."
+    )
+  return dtype

@@ -131,6 +131,15 @@ def test_layers_of_different_types_are_refused_unless_cast(tmp_path):
     to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"))
 
 
+@pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.float8_e4m3fn])
+def test_quantised_weights_are_refused_unless_cast(dtype, tmp_path):
+  key = "projector.fc1.weight"
+  folder = checkpoints.openvla(tmp_path / "source", lambda tensors: tensors | {key: tensors[key].astype(dtype)})
+  with pytest.raises(ValueError, match=r"Dense_0/kernel is quantised: got (int8|float8_e4m3fn).*--dtype"):
+    to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"))
+  to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"), dtype="bfloat16")
+
+
 def test_nan_and_inf_are_reported(tmp_path):
   def change(tensors):
     x = tensors["projector.fc1.weight"].copy()
