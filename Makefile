@@ -34,7 +34,7 @@ quickstart: $(VENV)/.main  ## demonstrations, LoRA training, evaluation, report:
 test: $(VENV)/.main  ## all tests that need nothing but the main requirements
 	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not sim and not processes and not slow"
 
-slow: $(VENV)/.main  ## what takes minutes of compilation: every row of the ablations, every config at `small`
+slow: $(VENV)/.main  ## what takes minutes of compilation: every row of the ablations, every config at `small`, every mesh
 	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not aot"
 
 processes: $(VENV)/.main  ## the commands in processes of their own: the whole chain, two hosts, kill -9, SIGTERM (minutes)

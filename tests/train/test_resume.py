@@ -89,6 +89,7 @@ def saved(workdir):
   return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
+@pytest.mark.slow
 def test_moved_to_other_devices_it_reads_the_same_examples(data, tmp_path, monkeypatch):
   read, place = [], command.sharding.place_batch
 

@@ -88,6 +88,7 @@ def alone():
   return losses({}, jax.devices()[:1])  # one device: nothing to split
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_every_mesh_gives_the_losses_of_one_device(name, alone):
   found = losses(MESHES[name], jax.devices())

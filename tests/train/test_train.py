@@ -76,6 +76,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(straig
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 def test_one_device_gives_the_losses_of_eight(straight, data, tmp_path, monkeypatch):
   devices = jax.devices()
   monkeypatch.setattr(command.sharding.jax, "devices", lambda: devices[:1])
@@ -200,6 +201,7 @@ def test_action_tokens_are_one_action_of_seven_dimensions():
     command.init.make_model(token_config(**{"model.chunk": 8}))
 
 
+@pytest.mark.slow
 def test_action_tokens_learned_are_those_that_are_spoken():
   config = token_config(trainable=".*")
   config.lora = None
