@@ -139,7 +139,7 @@ def find(data_dir: str, name: str) -> str:
     have = [] if versions or not folder.exists() else sorted(path.name for path in folder.iterdir())
   except (OSError, tf.errors.OpError) as error:
     raise ValueError(
-      f"Data cannot be reached: got {error!r} from {data_dir}; expected a folder or bucket that can be read; check its "
+      f"Data cannot be reached: got {type(error).__name__}: {error} from {data_dir}; expected a folder or bucket that can be read; check its "
       "address, the network, and credentials (gcloud auth application-default login)."
     ) from error
   if not versions:
