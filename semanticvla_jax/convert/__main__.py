@@ -50,6 +50,8 @@ def to_orbax_verb(args: argparse.Namespace) -> int:
     need_statistics=not args.no_statistics,
     merged=MERGED[args.merged],
     only=args.only,
+    resample=args.resample,
+    pad_vocabulary=args.pad_vocabulary,
     say=lambda line: print(line, flush=True),
   )
   print("\n".join(to_orbax.table(report)))
@@ -175,6 +177,8 @@ def _to_orbax_arguments(verb: argparse.ArgumentParser) -> None:
   _merged_argument(verb)
   verb.add_argument("--tokenizers", metavar="DIR", help="of tokenizer.model or spiece.model, beside the source's")
   verb.add_argument("--only", choices=("siglip", "text"), help="one tower of a source that has both")
+  verb.add_argument("--resample", action="store_true", help="position embeddings of an encoder of another image size")
+  verb.add_argument("--pad-vocabulary", action="store_true", help="zeros behind the rows of a Llama that has fewer")
   verb.add_argument("--no-statistics", action="store_true", help="convert a model that has no action statistics")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from semanticvla_jax.convert import llama, semanticvla, table, text, vit, work
+from semanticvla_jax.convert import fit, llama, semanticvla, table, text, vit, work
 from semanticvla_jax.convert.source import VLA, Source
 from semanticvla_jax.convert.table import Entry, Mismatch, Rule
 from semanticvla_jax.models import lora
@@ -41,12 +41,14 @@ class Plan:
     adapters: path of a kernel → its (lora_a, lora_b), where they are folded in.
     adapter: rank and alpha of those, or None.
     skipped: source key → reason why nothing reads it.
+    fitted: path → what was done to make its size the model's (see fit.py).
   """
 
   entries: dict[str, Entry]
   adapters: dict[str, tuple[Entry, Entry]]
   adapter: Adapter | None
   skipped: dict[str, str]
+  fitted: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @functools.lru_cache(maxsize=8)
@@ -57,7 +59,13 @@ def parameter_shapes(model: SemanticVLA | lora.LoRA, bare: SemanticVLA) -> Shape
 
 
 def make_plan(
-  source: Source, model_config: Any, lora_config: Mapping | None, keep: bool, only: str | None = None
+  source: Source,
+  model_config: Any,
+  lora_config: Mapping | None,
+  keep: bool,
+  only: str | None = None,
+  resample_positions: bool = False,
+  pad_vocabulary: bool = False,
 ) -> Plan:
   """Matches a source with the model of a config.
 
@@ -67,6 +75,7 @@ def make_plan(
     lora_config: {"rank", "alpha", "targets"} of the config; read where the source has adapters.
     keep: whether adapters stay apart from the kernels.
     only: the one tower that is wanted of a source with several, "siglip" or "text"; None for all.
+    resample_positions, pad_vocabulary: whether a single tower of another size may be made to fit (see fit.py).
 
   Raises:
     Mismatch: source and model do not cover each other.
@@ -76,8 +85,13 @@ def make_plan(
   bare = build(model_config)
   if only is not None:
     check_only(source, only)
+  may = dict(resample_positions=resample_positions, pad_vocabulary=pad_vocabulary)
   if source.kind not in VLA:
-    return _tower_plan(source, bare, source.prefixes if only is None else (f"{only}/",))
+    return _tower_plan(source, bare, source.prefixes if only is None else (f"{only}/",), may)
+  if any(may.values()):
+    raise ValueError(
+      f"--resample, --pad-vocabulary: got {source.kind}; expected a single tower; a whole model is converted as it is."
+    )
   if not source.has_adapters:
     entries, skipped = _match(source, bare, parameter_shapes(bare, bare), adapted=False)
     return Plan(entries, {}, None, skipped)
@@ -158,7 +172,7 @@ def check_only(source: Source, only: str) -> None:
     )
 
 
-def _tower_plan(source: Source, bare: SemanticVLA, prefixes: tuple[str, ...]) -> Plan:
+def _tower_plan(source: Source, bare: SemanticVLA, prefixes: tuple[str, ...], may: Mapping[str, bool]) -> Plan:
   target = {
     path: shape
     for path, shape in parameter_shapes(bare, bare).items()
@@ -166,10 +180,11 @@ def _tower_plan(source: Source, bare: SemanticVLA, prefixes: tuple[str, ...]) ->
   }
   rules, spare = tower_rules(source, target)
   rules = [rule for rule in rules if rule.target.startswith(prefixes)]
+  rules, fitted = fit.fitted(rules, source.shapes, target, **may)
   left_out = set(source.prefixes) - set(prefixes)
   spare = {_TOWER_KEYS[prefix]: "another tower than was asked for (--only)" for prefix in left_out} | spare
   entries, skipped = table.plan(rules, spare | _deep(source, bare), source.shapes, target)
-  return Plan({e.target: e for e in sorted(entries, key=lambda e: e.target)}, {}, None, skipped)
+  return Plan({e.target: e for e in sorted(entries, key=lambda e: e.target)}, {}, None, skipped, fitted)
 
 
 def tower_rules(source: Source, target: Shapes) -> tuple[list[Rule], dict[str, str]]:

@@ -51,6 +51,8 @@ def to_orbax(
   need_statistics: bool = True,
   merged: bool | None = None,
   only: str | None = None,
+  resample: bool = False,
+  pad_vocabulary: bool = False,
   say: Callable[[str], None] = logging.info,
 ) -> dict:
   """Converts a checkpoint and returns the report that is written as conversion.json.
@@ -66,6 +68,8 @@ def to_orbax(
       error.
     merged: see source.recognise.
     only: "siglip" or "text": one tower of a source that has both.
+    resample: whether position embeddings of an encoder of another image size are resampled.
+    pad_vocabulary: whether a Llama of fewer embedding rows than the model's gets rows of zeros behind them.
     say: is given lines of progress.
 
   Raises:
@@ -78,7 +82,8 @@ def to_orbax(
   for line in describe(source):
     say(line)
   _refuse_second_adapter(source)
-  plan = mapping.make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only)
+  may = dict(resample_positions=resample, pad_vocabulary=pad_vocabulary)
+  plan = mapping.make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only, **may)
   stats = _statistics(source, config, need_statistics, say)
   leaves = {path: _lazy(plan, source, path, DTYPES[dtype]) for path in plan.entries}
   models = carried.tokenizers(tokenizers, sources)
@@ -299,6 +304,7 @@ def _report(source: Source, plan: Plan, leaves: Mapping[str, stream.Lazy], watch
     "mapped": {path: [source.tensors[key].name for key in _keys(plan, path)] for path in leaves},
     "merged_adapters": len(plan.adapters),
     "unused": plan.skipped | _folded_away(source),
+    "fitted": plan.fitted,
     "superseded": source.superseded,
     "dtype_changes": dict(changes),
     "not_finite": dict(watch.bad),
@@ -371,6 +377,7 @@ def table(report: Mapping, most: int = 8) -> list[str]:
     f"  {sum(key not in report['unused'] for key in report['tensors'])} tensors mapped, "
     f"{report['merged_adapters']} adapters folded in",
     *(f"  {n:5d} unused: {why}" for why, n in reasons.items()),
+    *(f"  {path}: {what}" for path, what in report["fitted"].items()),
     f"  {len(report['superseded'])} superseded by a later file",
     *(f"  {n:5d} arrays {change}" for change, n in report["dtype_changes"].items()),
     f"  statistics: {', '.join(report['statistics']) or 'none'}",
