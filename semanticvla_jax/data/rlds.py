@@ -139,8 +139,8 @@ def find(data_dir: str, name: str) -> str:
     have = [] if versions or not folder.exists() else sorted(path.name for path in folder.iterdir())
   except (OSError, tf.errors.OpError) as error:
     raise ValueError(
-      f"Data cannot be reached: got {type(error).__name__}: {error} from {data_dir}; expected a folder or bucket that can "
-      "be read; check its address, the network, and credentials (gcloud auth application-default login)."
+      f"Data cannot be reached: got {type(error).__name__}: {error} from {data_dir}; expected a folder or bucket that "
+      "can be read; check its address, the network, and credentials (gcloud auth application-default login)."
     ) from error
   if not versions:
     close = difflib.get_close_matches(name, have, n=1, cutoff=0.0)
