@@ -40,7 +40,6 @@ from PIL import Image
 from semanticvla_jax.envs import tabletop, tasks
 from semanticvla_jax.evaluate import compare, controls, doctor, libero, protocol, report, visualize
 from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost
-from semanticvla_jax.models import checks
 from semanticvla_jax.policy import Policy
 
 _COLOURS = re.compile(rf" ?\b({'|'.join((*tasks.COLOURS, 'white'))})\b")
@@ -147,14 +146,8 @@ def scenes(policy: Policy, result: Episodes, index: int, folder: pathlib.Path, s
 
 def run(args: argparse.Namespace, out: pathlib.Path) -> tuple[list[report.Row], list, list, dict[str, float]]:
   """All measurements: rows, films, scenes, and seconds by stage."""
-  rows, shown, looked, seconds = [], [], [], {}
-
-  def timed(stage: str, work: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
-    result = work()
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
-    return result
-
+  rows, shown, looked, seconds = [], [], [], report.Stages()
+  timed = seconds.timed
   options = dict(dataset=args.dataset, dtype=args.dtype, batch_sizes=(1,) if args.host else ())
   policy = timed("load", lambda: Policy.load(args.policy, **options))
   before = timed("load", lambda: Policy.load(args.baseline, **options)) if args.baseline else None
@@ -240,8 +233,6 @@ def main(argv: list[str]) -> None:
     if args.episodes < 1 or args.batch < 1:
       raise ValueError(f"Evaluation: got episodes={args.episodes}, batch={args.batch}; expected at least 1 each.")
     controls.check(args.controls.split(",") if args.controls else ())
-    if args.dtype not in (None, *checks.CHOICES["dtype"]):
-      raise ValueError(f"--dtype: got {args.dtype!r}; expected one of {checks.CHOICES['dtype']}; choose one, or none.")
     if (out / "results.json").exists():
       raise ValueError(f"Report exists: got {out}; expected a folder without results.json; choose another.")
     metrics = report.read_metrics(args.metrics) if args.metrics else []

@@ -332,14 +332,8 @@ def _dataset(names: Sequence[str], suite: str) -> str:
 
 def run(args: argparse.Namespace, out: pathlib.Path) -> tuple[list, list, list, dict[str, float]]:
   """All measurements: rows, films, scenes, and seconds by stage."""
-  rows, films, scenes, seconds = [], [], [], {}
-
-  def timed(stage: str, work: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
-    result = work()
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
-    return result
-
+  rows, films, scenes, seconds = [], [], [], report.Stages()
+  timed = seconds.timed
   for suite in args.suite.split(","):
     policy = timed("load", lambda: load(args, suite))  # noqa: B023
     evaluation = Evaluation(args, policy, suite, out)

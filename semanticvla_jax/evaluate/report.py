@@ -8,8 +8,9 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,8 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from semanticvla_jax.evaluate import controls
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.visualize import Tile, png
+
+T = TypeVar("T")
 
 STYLE = """
 :root { --ink: #1c1e22; --soft: #6b7280; --line: #e5e7eb; --good: #168248; --bad: #be322d; --main: #2f5fd0;
@@ -95,6 +98,17 @@ class Row(NamedTuple):
   summary: dict
   fingerprint: dict
   episodes: Episodes
+
+
+class Stages(dict[str, float]):
+  """Seconds spent by stage, in the order in which stages began."""
+
+  def timed(self, stage: str, work: Callable[[], T]) -> T:
+    """What `work` returns; its time is added to the stage's."""
+    start = time.perf_counter()
+    result = work()
+    self[stage] = self.get(stage, 0.0) + time.perf_counter() - start
+    return result
 
 
 class Film(NamedTuple):

@@ -155,7 +155,8 @@ def test_the_command_measures_and_reports(folders, tmp_path, capsys):
   ("wrong", "message"),
   [
     ("--episodes=0", "at least 1"), ("--policy=nowhere", "does not exist"), ("--suite=pik", "did you mean 'pick'"),
-    ("--controls=middle", r"got \['middle'\]; expected some of"), ("--dtype=float7", "got 'float7'; expected one of"),
+    ("--controls=middle", r"got \['middle'\]; expected some of"),
+    ("--dtype=float7", "got dtype='float7'; expected one of"),
     ("--seed=-1", "Seed -1 is outside split 'heldout'"), ("--seed=499999997", "Seed 500000000 is outside split"),
   ],
 )  # fmt: skip
