@@ -55,6 +55,7 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
       coupler="grouped",
       mask="block",
       scan=True,
+      scan_encoders=variant == "7b",
       remat=placeholder(str),
       dtype="bfloat16" if variant == "7b" else "float32",
     )

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, UInt8
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import images, statistics, text
-from semanticvla_jax.models import lora
+from semanticvla_jax.models import checks, lora
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
 from semanticvla_jax.types import Observation, Statistics
 
@@ -163,10 +163,15 @@ class Policy:
       **options: batch_sizes, replay and gripper of the constructor.
 
     Raises:
-      ValueError: the folder is missing or damaged, or does not say which statistics or tokenisers to use.
+      ValueError: the folder is missing or damaged, does not say which statistics or tokenisers to use, or a dtype that
+        does not exist.
     """
+    if dtype not in (None, *checks.CHOICES["dtype"]):
+      raise ValueError(f"Policy: got dtype={dtype!r}; expected one of {checks.CHOICES['dtype']}; choose one, or None.")
     files = checkpoint.load_policy(folder, sharding=sharding, dtype=dtype, verify=verify)
-    config = files.config if dtype is None else files.config | {"model": files.config["model"] | {"dtype": dtype}}
+    run = {"scan_encoders": False}  # compiled once: the loop would stack the encoders' weights at every call
+    run |= {} if dtype is None else {"dtype": dtype}
+    config = files.config | {"model": files.config["model"] | run}
     bare = build(config["model"])
     model, params = _adapted(bare, files.params, config, _choice("adapters", adapters, ADAPTERS))
     if files.tokenizers is None:

@@ -104,6 +104,7 @@ DEFAULTS = dict(
   coupler="grouped",  # 'paper' (Eq. 11 literally), 'single' (a token per dimension, one head), None (OpenVLA's tokens)
   mask="block",  # 'full', 'causal': see masks.py
   scan=True,  # stacked language-model layers
+  scan_encoders=False,  # one loop over an encoder's blocks between two taps: compiles in a fraction of the time
   remat=None,  # None (or 'none', for the command line), 'full', 'dots'
   dtype="float32",  # compute type
 )
@@ -378,7 +379,7 @@ def build(config: Any) -> SemanticVLA:
   width = sizes["llm"]["width"]
   return SemanticVLA(
     **parts,
-    text=TextEncoder(**sizes["text"], dtype=dtype) if uses_text else None,
+    text=TextEncoder(**sizes["text"], scan=c["scan_encoders"], dtype=dtype) if uses_text else None,
     dense_fuser=_dense_fuser(c, dtype),
     sparse_fuser=SparseFuser(width, joint=c["sparse_fuser"] == "joint", dtype=dtype),
     proprio_projector=None if c["proprio_dim"] is None else MLP((width, width), dtype=dtype),
@@ -398,7 +399,8 @@ def build(config: Any) -> SemanticVLA:
 def _encoder(c: Mapping[str, Any], name: str, queries: int, dtype: Any) -> ViT:
   own = dict(gelu="erf", mean=DINO_MEAN, std=DINO_STD) if name == "dino" else dict(gelu=c["siglip_gelu"])
   sizes = c["variant"]
-  return ViT(sizes["image"], sizes["patch"], **sizes[name], **own, queries=queries, remat=bool(c["remat"]), dtype=dtype)
+  how = dict(queries=queries, remat=bool(c["remat"]), scan=c["scan_encoders"], dtype=dtype)
+  return ViT(sizes["image"], sizes["patch"], **sizes[name], **own, **how)
 
 
 def _dense_fuser(c: Mapping[str, Any], dtype: Any) -> DenseFuser | None:

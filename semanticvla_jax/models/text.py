@@ -25,12 +25,13 @@ class TextEncoder(nn.Module):
   num_heads: int
   mlp_dim: int
   gelu: str = "tanh"
+  scan: bool = False
   dtype: Any = jnp.float32
 
   def setup(self):
     self.Embed_0 = nn.Embed(self.vocab, self.width, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype)
     self.pos_embedding = self.param("pos_embedding", nn.initializers.normal(0.01), (1, self.positions, self.width))
-    self.Encoder_0 = Transformer(self.depth, self.num_heads, self.mlp_dim, self.gelu, dtype=self.dtype)
+    self.Encoder_0 = Transformer(self.depth, self.num_heads, self.mlp_dim, self.gelu, scan=self.scan, dtype=self.dtype)
     self.head = nn.Dense(self.width, dtype=self.dtype)
 
   def __call__(self, ids: Int[Array, "b m"], mask: Bool[Array, "b m"] | None = None) -> Float[Array, "b m e"]:

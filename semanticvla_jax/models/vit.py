@@ -10,6 +10,7 @@ released SigLIP `.npz` loads without a rename table. DINOv2 goes beyond them wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -136,7 +137,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """`encoderblock_{i}` and `encoder_norm`; run in pieces."""
+  """`encoderblock_{i}` and `encoder_norm`; run in pieces.
+
+  With `scan`, the blocks of a piece are stacked on the way in and run by one `lax.scan`: compiled once for all of them,
+  and the parameters stay those of blocks apart.
+  """
 
   depth: int
   num_heads: int
@@ -145,10 +150,11 @@ class Transformer(nn.Module):
   layer_scale: float | None = None
   probe: int = 0
   remat: bool = False
+  scan: bool = False
   dtype: Any = jnp.float32
 
   def setup(self):
-    block = nn.remat(Block) if self.remat else Block
+    block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
     self.encoderblock = [
       block(self.num_heads, self.mlp_dim, self.gelu, self.layer_scale, self.probe, self.dtype)
       for _ in range(self.depth)
@@ -157,10 +163,26 @@ class Transformer(nn.Module):
 
   def __call__(self, x: Float[Array, "b l d"], start: int, stop: int, condition=None, mask=None):
     """Runs blocks start … stop-1; returns the tokens and the last block's attention weights of the `probe` tokens."""
-    weights = None
-    for block in self.encoderblock[start:stop]:
+    blocks, weights = self.encoderblock[start:stop], None
+    if self.scan and len(blocks) > 1 and not self.is_initializing():
+      return self._scanned(blocks, x, condition, mask)
+    for block in blocks:
       x, weights = block(x, condition, mask)
     return x, weights
+
+  def _scanned(self, blocks: Sequence[Block], x: Float[Array, "b l d"], condition, mask):
+    """`blocks` one after the other, as a loop over their stacked parameters."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(block.variables["params"] for block in blocks))
+
+    def body(block, carry):
+      return block(carry[0], condition, mask), None
+
+    def loop(block, carry):
+      return nn.scan(body, variable_axes={"params": 0}, split_rngs={}, length=len(blocks))(block, carry)[0]
+
+    b, l, _ = x.shape
+    none = jnp.zeros((b, self.num_heads, self.probe, l), jnp.float32)
+    return nn.map_variables(loop, "params", lambda _: {"params": stacked})(blocks[0], (x, none))
 
   def norm(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
     return self.encoder_norm(x)
@@ -196,6 +218,7 @@ class ViT(nn.Module):
     queries: how many tokens an SA-Pruner appends in `embed`.
     position_init: how the learned position embedding begins: 'normal' (big_vision's), or 'sincos', from which a model
       that learns from scratch can read where a patch is at once.
+    scan: one loop over the blocks between two taps, see Transformer.
     mean, std: normalisation of RGB in [0, 1].
   """
 
@@ -213,6 +236,7 @@ class ViT(nn.Module):
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   remat: bool = False
+  scan: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -237,9 +261,8 @@ class ViT(nn.Module):
     if self.registers is not None:
       self.cls = self.param("cls", nn.initializers.normal(1e-6), (1, 1, d))
       self.reg = self.param("reg", nn.initializers.normal(1e-6), (1, self.registers, d))
-    self.Transformer = Transformer(
-      self.depth, self.num_heads, self.mlp_dim, self.gelu, self.layer_scale, self.queries, self.remat, self.dtype
-    )
+    how = dict(probe=self.queries, remat=self.remat, scan=self.scan, dtype=self.dtype)
+    self.Transformer = Transformer(self.depth, self.num_heads, self.mlp_dim, self.gelu, self.layer_scale, **how)
     self.MAPHead_0 = MAPHead(self.num_heads, self.mlp_dim, self.gelu, self.dtype)
 
   @nn.nowrap

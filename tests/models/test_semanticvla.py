@@ -132,6 +132,25 @@ def test_remat_and_unrolled_layers_change_nothing(params, forward):
   )
 
 
+def test_a_loop_over_encoder_blocks_changes_nothing():
+  """The same parameters, answers and gradients, adapters and rematerialisation included."""
+  pairs = dict(dense_fuser=((1, 1),))  # two blocks before it and two behind
+  apart, looped = tiny(**pairs), tiny(**pairs, scan_encoders=True, remat="full")
+  params, observation = random_params(LoRA(apart, 2, 4.0)), random_observation(apart)
+  shapes = jax.tree.map(jnp.shape, params)
+  assert shapes == jax.tree.map(jnp.shape, random_params(LoRA(looped, 2, 4.0)))
+
+  def both(model):
+    loss = lambda p: jnp.square(LoRA(model, 2, 4.0).apply({"params": p}, observation).actions).mean()  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  (value, gradient), (expected, wanted) = both(looped), both(apart)
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, wanted)
+  scans = str(jax.make_jaxpr(lambda p: LoRA(looped, 2, 4.0).apply({"params": p}, observation).actions)(params))
+  assert scans.count("scan[") == 5  # two pieces of each encoder, and the decoder
+
+
 def test_unread_intermediates_are_not_computed(params):
   """Under jit, asking for actions alone compiles to fewer operations than asking for everything."""
   observation = random_observation(MODEL)
