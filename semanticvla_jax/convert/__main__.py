@@ -62,11 +62,11 @@ def to_torch_verb(args: argparse.Namespace) -> int:
   """python -m semanticvla_jax.convert to-torch --policy policy --target checkpoint --base openvla-7b
 
   Writes a policy in OpenVLA's layout: safetensors shards and index, config.json with norm_stats, companions. Adapters
-  are folded in, and config.json says so. What the model does not have (last blocks, lm_head) comes from --base. With
-  --companions=pt the release's own loaders read the result.
+  are folded in, or written apart with --lora=keep; config.json says which. What the model does not have (last blocks,
+  lm_head) comes from --base. With --companions=pt the release's own loaders read the result.
   """
   say = lambda line: print(line, flush=True)  # noqa: E731
-  options = dict(base=args.base, companions=args.companions, check=not args.no_check)
+  options = dict(base=args.base, companions=args.companions, lora=args.lora, check=not args.no_check)
   report = to_torch.to_torch(args.policy, args.target, **options, say=say)
   print("\n".join(to_torch.lines(report)))
   return 0
@@ -197,6 +197,12 @@ def _to_torch_arguments(verb: argparse.ArgumentParser) -> None:
     choices=("safetensors", "pt"),
     default="safetensors",
     help="format of action_head--N_checkpoint and the like; pt: as the release's loaders read them (needs torch)",
+  )
+  verb.add_argument(
+    "--lora",
+    choices=("merge", "keep"),
+    default="merge",
+    help="fold adapters in, or write lora_adapter/ (peft's) beside the weights they were trained on",
   )
   verb.add_argument("--no-check", action="store_true", help="do not read and hash the parameters first")
 

@@ -1,7 +1,7 @@
 """The files beside the shards as the release's loaders want them: torch.save, and names for strict loading.
 
 Before it loads `vision_backbone--N_checkpoint.pt`, the release wraps every linear layer of the backbone in LoRA anew,
-so the file must have `base_layer`, `lora_A.default` and `lora_B.default`. Here the adapters are folded in already:
+so the file must have `base_layer`, `lora_A.default` and `lora_B.default`. Where the adapters are folded in already,
 those that are written are zeros, which the loader's own merge adds to the weights.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,8 @@ def backbone(shapes: Mapping[str, Shape], lora: Mapping[str, Any]) -> dict[str, 
   dead = _dead(shapes)
   out: dict[str, str | Zeros] = {backbone_name(key): Zeros(shape) for key, shape in dead.items()}
   for key, shape in shapes.items():
+    if is_adapter(key):
+      continue
     name = backbone_name(key)
     if not _LAYER[lora["targets"]].fullmatch(key):
       out[name] = key
@@ -67,12 +69,37 @@ def backbone(shapes: Mapping[str, Shape], lora: Mapping[str, Any]) -> dict[str, 
       ones = (1,) * (len(shape) - 2)
       out[f"{layer}.lora_A.default.weight"] = Zeros((lora["rank"], *shape[1:]))
       out[f"{layer}.lora_B.default.weight"] = Zeros((shape[0], lora["rank"], *ones))
-  return out
+  return out | {backbone_name(key): key for key in shapes if is_adapter(key)}
+
+
+def is_adapter(key: str) -> bool:
+  """Whether a canonical key is one of peft's matrices."""
+  return key.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def backbone_name(key: str) -> str:
   """The wrapper's name of a canonical key: FiLM stands beside the block that it wraps."""
-  return re.sub(r"(\.blocks\.\d+)\.(?!scale\.|shift\.)", r"\1.block.", hub_name(key))
+  name = re.sub(r"(\.blocks\.\d+)\.(?!scale\.|shift\.)", r"\1.block.", hub_name(key))
+  return re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name)
+
+
+def adapter_name(key: str, wrapped: bool) -> str:
+  """The name in adapter_model.safetensors of a canonical key; where the backbone is wrapped, its wrapper's."""
+  vision = key.startswith(("featurizer.", "fused_featurizer."))
+  name = "vision_backbone." + backbone_name(key).replace(".default.", ".") if wrapped and vision else hub_name(key)
+  return "base_model.model." + name
+
+
+def wrapped_name(key: str, adapted: Container[str]) -> str:
+  """`backbone_name`, with peft's name of a weight or bias whose layer (a canonical key without its end) is adapted."""
+  name = backbone_name(key)
+  layer, _, which = name.rpartition(".")
+  return f"{layer}.base_layer.{which}" if key.rpartition(".")[0] in adapted and not is_adapter(key) else name
+
+
+def adapted_layers(keys: Iterable[str]) -> set[str]:
+  """Canonical keys, without their ends, of the layers that have adapters."""
+  return {key.removesuffix(".lora_A.weight") for key in keys if key.endswith(".lora_A.weight")}
 
 
 def hub_name(key: str) -> str:
@@ -120,9 +147,16 @@ def _dead(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 
 def adapter_config(keys: Iterable[str], lora: Mapping[str, Any]) -> dict[str, Any]:
-  """peft's adapter_config.json, where SemanticVLA's loader finds rank and alpha; `keys` of the whole checkpoint."""
+  """peft's adapter_config.json, where SemanticVLA's loader finds rank and alpha.
+
+  Args:
+    keys: of the whole checkpoint; its target modules are the layers that have adapters there, else those the release
+      adapts. lora: rank and alpha.
+  """
+  keys = list(keys)
   linear = re.compile(_LAYER["release"].pattern + r"|language_model\.(lm_head|.*_proj)\.weight")
-  layers = {hub_name(key).rsplit(".", 1)[0] for key in keys if linear.fullmatch(key)}
+  adapted = adapted_layers(keys) or {key.rpartition(".")[0] for key in keys if linear.fullmatch(key)}
+  layers = {hub_name(layer) for layer in adapted}
   return {
     "peft_type": "LORA",
     "base_model_name_or_path": "",

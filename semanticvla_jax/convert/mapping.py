@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -238,14 +238,21 @@ def _deep(source: Source, bare: SemanticVLA) -> dict[str, str]:
 
 def pieces(plan: Plan, source: Source, path: str) -> Iterator[np.ndarray]:
   """The numbers of one parameter: whole, or one layer after another where it is a stack (leading axis)."""
-  entry = plan.entries[path]
-  pair = plan.adapters.get(path)
-  for i in range(len(entry.keys)):
+  return (make() for make in makers(plan, source, path))
+
+
+def makers(plan: Plan, source: Source, path: str) -> list[Callable[[], np.ndarray]]:
+  """What makes each of a parameter's pieces; they do not depend on each other."""
+  entry, pair = plan.entries[path], plan.adapters.get(path)
+
+  def make(i: int) -> np.ndarray:
     value = _make(entry, i, source)
-    if pair is not None:
-      tree = {"x": {"kernel": value, "lora_a": _make(pair[0], i, source), "lora_b": _make(pair[1], i, source)}}
-      value = np.asarray(lora.merge(tree, plan.adapter.rank, plan.adapter.alpha)["x"]["kernel"])
-    yield value
+    if pair is None:
+      return value
+    tree = {"x": {"kernel": value, "lora_a": _make(pair[0], i, source), "lora_b": _make(pair[1], i, source)}}
+    return np.asarray(lora.merge(tree, plan.adapter.rank, plan.adapter.alpha)["x"]["kernel"])
+
+  return [functools.partial(make, i) for i in range(len(entry.keys))]
 
 
 def _make(entry: Entry, i: int, source: Source) -> np.ndarray:

@@ -113,7 +113,7 @@ def recognise(paths: Sequence[str | Path], merged: bool | None = None) -> Source
   Args:
     paths: folders and files; of two tensors with one name, that of the later path counts (a base, then its fine-tune).
     merged: whether a lora_adapter/ is folded into the shards already; None: yes where it lies in their folder, as the
-      release's merge writes them, no where the base comes from another path.
+      release's merge writes them, no where the base comes from another path or to_torch kept them apart.
 
   Raises:
     ValueError: a path is missing or may not be read, or the files are damaged, incomplete, ambiguous, or of no known
@@ -268,7 +268,8 @@ def _is_folded(found: _Found, merged: bool | None) -> bool:
   if merged is not None:
     return merged
   adapter = found.adapters[0].parent
-  return any(p.parent in (adapter.parent, adapter) for p in found.shards)
+  beside = [p.parent for p in found.shards if p.parent in (adapter.parent, adapter)]
+  return bool(beside) and _mark(beside[0]).get("merged", True)  # to_torch says where it kept them apart
 
 
 def _reading_order(found: _Found, folded: bool) -> list[tuple[Path, str]]:

@@ -12,9 +12,10 @@ import asyncio
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ class Lazy:
 
   Attributes:
     shape, dtype: of the whole array.
-    stacked: whether `pieces` yields the slices along the leading axis, and not the array itself.
-    pieces: makes them, in order.
+    stacked: whether `pieces` make the slices along the leading axis, and not the array itself.
+    pieces: each makes one, in order; they may run at the same time.
   """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   stacked: bool
-  pieces: Callable[[], Iterator[np.ndarray]]
+  pieces: Sequence[Callable[[], np.ndarray]]
 
   @property
   def size(self) -> int:
@@ -108,7 +109,7 @@ class _Handler(handlers.NumpyHandler):
     window = _Window()
     with concurrent.futures.ThreadPoolExecutor(1) as hasher:
       try:
-        for name, i, piece in work.ahead(_pieces({name: value for name, (value, _) in leaves.items()})):
+        for name, i, piece in work.in_turn(_makers({name: value for name, (value, _) in leaves.items()})):
           value, store = leaves[name]
           hashed = asyncio.wrap_future(hasher.submit(self._look, name, value, i, piece))
           where = store[i] if value.stacked else store
@@ -145,18 +146,21 @@ class _Handler(handlers.NumpyHandler):
     return self._digest.hexdigest()
 
 
-def _pieces(leaves: Mapping[str, Lazy]) -> Iterator[tuple[str, int, np.ndarray]]:
-  """(name, number, piece) of every leaf, checked; in C order."""
+def _makers(leaves: Mapping[str, Lazy]) -> Iterator[Callable[[], tuple[str, int, np.ndarray]]]:
+  """What makes (name, number, piece) of every leaf, one after the other; checked, in C order."""
   for name, value in leaves.items():
-    count, shape = 0, value.shape[1:] if value.stacked else value.shape
-    for piece in value.pieces():
-      piece = np.asarray(piece, order="C")
-      if (piece.shape, piece.dtype) != (shape, value.dtype):
-        raise ValueError(f"{name}: got a piece {piece.dtype}{list(piece.shape)}, expected {value.dtype}{list(shape)}.")
-      yield name, count, piece
-      count += 1
-    if count != (value.shape[0] if value.stacked else 1):
-      raise ValueError(f"{name}: got {count} pieces, expected one a layer of {value.shape}.")
+    count = value.shape[0] if value.stacked else 1
+    if len(value.pieces) != count:
+      raise ValueError(f"{name}: got {len(value.pieces)} pieces, expected {count}: one a layer of {value.shape}.")
+    for i in range(count):
+      yield functools.partial(_checked, name, value, i)
+
+
+def _checked(name: str, value: Lazy, i: int) -> tuple[str, int, np.ndarray]:
+  piece, shape = np.asarray(value.pieces[i](), order="C"), value.shape[1:] if value.stacked else value.shape
+  if (piece.shape, piece.dtype) != (shape, value.dtype):
+    raise ValueError(f"{name}: got a piece {piece.dtype}{list(piece.shape)}, expected {value.dtype}{list(shape)}.")
+  return name, i, piece
 
 
 def _path(info: Any) -> str:

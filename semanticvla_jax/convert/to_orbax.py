@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -256,9 +257,12 @@ def _unusable(entries: Mapping[str, statistics.DatasetStatistics], config: Mappi
 def _lazy(plan: Plan, source: Source, path: str, dtype: np.dtype | None) -> stream.Lazy:
   entry = plan.entries[path]
   dtype = mapping.stored_dtype(plan, source, path) if dtype is None else dtype
-  return stream.Lazy(
-    entry.shape, dtype, entry.stacked, lambda: (x.astype(dtype, copy=False) for x in mapping.pieces(plan, source, path))
-  )
+  makers = [functools.partial(_cast, make, dtype) for make in mapping.makers(plan, source, path)]
+  return stream.Lazy(entry.shape, dtype, entry.stacked, makers)
+
+
+def _cast(make: Callable[[], np.ndarray], dtype: np.dtype) -> np.ndarray:
+  return make().astype(dtype, copy=False)
 
 
 class _Watch:

@@ -1,12 +1,15 @@
 """Policy folder → the layout of OpenVLA on Hugging Face: shards with an index, config.json, companions.
 
 The rules are those of the way in, read backwards: the einops pattern reversed, the parts of a fused matrix stacked
-again. Adapters are folded in on the way, and config.json says so. Tensor by tensor: a safetensors header is written
-first, for every size is known, then the numbers of one tensor after another.
+again. Adapters are folded in on the way, or written apart as peft does; config.json says which. Tensor by tensor: a
+safetensors header is written first, for every size is known, then the numbers of one tensor after another.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
+import hashlib
 import json
 import logging
 import math
@@ -26,11 +29,12 @@ from semanticvla_jax.convert import carried, files, mapping, semanticvla, table,
 from semanticvla_jax.convert import companions as release
 from semanticvla_jax.convert.folder import PolicyFolder
 from semanticvla_jax.convert.source import Source, recognise
-from semanticvla_jax.convert.to_orbax import check_target, peak_rss, whole
-from semanticvla_jax.models import lora
+from semanticvla_jax.convert.to_orbax import check_target, peak_rss, sha256, whole
+from semanticvla_jax.models.lora import merge
 from semanticvla_jax.models.semanticvla import SemanticVLA, build
 
 SHARD = 5 * 10**9  # bytes, Hugging Face's "5GB"
+ADAPTER = "lora_adapter/adapter_model.safetensors"
 _NAMES = {dtype: name for name, dtype in files.DTYPES.items()}
 _WRAPPED = re.compile(
   r"vision_queries.*|cross_vit_model\..*|fused_featurizer_mm_sampler\..*|.*blocks\.\d+\.(scale|shift)\..*"
@@ -56,6 +60,7 @@ def to_torch(
   *,
   base: str | Path | Sequence[str | Path] = (),
   companions: str = "safetensors",
+  lora: str = "merge",
   shard: int = SHARD,
   check: bool = True,
   say: Callable[[str], None] = logging.info,
@@ -69,78 +74,103 @@ def to_torch(
       head, lm_head) and the processor files are taken from it. None or empty: they are left out.
     companions: "safetensors", or "pt" for files that the release's own loaders read (see companions.py); needs torch,
       and `base` where there is a vision_backbone file.
+    lora: "merge" folds adapters in; "keep" writes them as lora_adapter/ beside the weights they were trained on, and
+      into the vision_backbone file where there is one.
     shard: largest shard in bytes; a single larger tensor gets a shard of its own.
     check: reads the parameters once before, and refuses them where their hash is not that of metadata.json.
     say: is given lines of progress.
 
   Raises:
     ValueError: the target exists, the folder is damaged or no policy of a whole model, the base is of another model,
-      or something is missing for `companions`.
+      something is missing for `companions`, or adapters cannot be kept: there are none, or the parts of a fused matrix
+      have adapters of their own.
   """
   began = time.monotonic()
-  if companions not in ("safetensors", "pt"):
-    raise ValueError(f"companions: got {companions!r}, expected 'safetensors' or 'pt'; name one of them.")
-  if companions == "pt":
-    release.need_torch()
   base = [] if base is None else [base] if isinstance(base, (str, Path)) else list(base)
-  folder, target = PolicyFolder(policy), Path(target).expanduser().absolute()
-  check_target(target)
-  if folder.metadata.get("parts"):
-    raise ValueError(
-      f"Policy {policy} is a single tower: got {folder.metadata['parts']}; expected a whole model; convert one."
-    )
+  target = Path(target).expanduser().absolute()
+  _check_arguments(target, companions, lora)
+  folder = PolicyFolder(policy)
+  _check_policy(folder, lora)
   origin = recognise(base) if base else None
-  tensors = outputs(folder)
+  tensors = outputs(folder, keep=lora == "keep")
   from_base = _from_base(origin, tensors, build(folder.config["model"]))
   added = {key: x for key, (x, _) in from_base.items()}
   groups = _groups(tensors | added, folder.metadata.get("step"), shard)
-  lora_config = release.settings(folder.config.get("lora") or folder.metadata.get("lora"), tensors)
+  settings = release.settings(folder.config.get("lora") or folder.metadata.get("lora"), tensors)
   vision = next((name for name in groups if name.startswith("vision_backbone")), None)
   wrapped = vision is not None and companions == "pt"
   if wrapped:
-    groups[vision] = _wrapped(tensors | added, lora_config)
+    groups[vision] = _wrapped(tensors | added, settings)
   if check:
     say("reading the parameters once, to compare their hash with metadata.json (--no-check leaves this out)")
     folder.check_hash()
   progress = work.Progress(sum(x.nbytes for content in groups.values() for x in content.values()), say)
   with whole(target, progress.total, say) as partial:
+    hashes = {}
     for name, content in groups.items():
       say(f"{name}: {len(content)} tensors, {sum(x.nbytes for x in content.values()):,} bytes")
-      save(partial / name, content, progress.add)
-      if companions == "pt" and not name.startswith("model-"):
-        release.to_pt(partial / name, (partial / name).with_suffix(".pt"))
-        (partial / name).unlink()
-    if wrapped and lora_config["targets"] == "release":
-      (partial / "lora_adapter").mkdir()
-      adapter = release.adapter_config(tensors | added, lora_config)
-      (partial / "lora_adapter" / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
+      hashes |= _write(partial / name, content, companions, progress.add)
+    if lora == "keep" or (wrapped and settings["targets"] == "release"):
+      (partial / ADAPTER).parent.mkdir(exist_ok=True)
+      adapter = release.adapter_config(tensors | added, settings)
+      (partial / ADAPTER).with_name("adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
     _write_index(partial, groups)
-    report = {
-      "converter_version": semanticvla_jax.__version__,
-      "policy_sha256": folder.metadata["params_sha256"],
-      "files": {_file(name, companions): len(content) for name, content in groups.items()},
+    report = _facts(folder, groups, companions) | {
+      "lora": lora,
+      "merged_adapters": sum(path.endswith("/lora_a") for path in folder.leaves) if lora == "merge" else 0,
+      "sha256": hashes,
       "from_base": {key: why for key, (_, why) in sorted(from_base.items())},
-      "dtypes": dict(Counter(str(x.dtype) for content in groups.values() for x in content.values())),
-      "statistics": sorted(folder.statistics),
-      "merged_adapters": sum(path.endswith("/lora_a") for path in folder.leaves),
       "bytes": progress.done,
       "bytes_per_second": round(progress.rate),
       "seconds": round(time.monotonic() - began, 2),
       "peak_rss_bytes": peak_rss(),
     }
-    _write_json(partial, folder, origin, report, wrapped)
+    _write_json(partial, folder, origin, report, placeholders=wrapped and lora == "merge")
     _copy_small_files(partial, folder, base)
   return report
 
 
-def outputs(folder: PolicyFolder) -> dict[str, Out]:
-  """{canonical key: tensor} that a policy makes, adapters folded in.
+def _check_arguments(target: Path, companions: str, lora: str) -> None:
+  if companions not in ("safetensors", "pt"):
+    raise ValueError(f"companions: got {companions!r}, expected 'safetensors' or 'pt'; name one of them.")
+  if lora not in ("keep", "merge"):
+    raise ValueError(f"lora: got {lora!r}, expected 'keep' or 'merge'; name one of them.")
+  if companions == "pt":
+    release.need_torch()
+  check_target(target)
+
+
+def _check_policy(folder: PolicyFolder, lora: str) -> None:
+  if folder.metadata.get("parts"):
+    raise ValueError(
+      f"Policy {folder.folder} is a single tower: got {folder.metadata['parts']}; expected a whole model; convert one."
+    )
+  if lora == "keep" and not folder.adapted:
+    raise ValueError(
+      f"Adapters cannot be kept: got {folder.folder} without any (none were trained, or they are folded in); expected "
+      "a policy with adapters; leave --lora out."
+    )
+
+
+def _facts(folder: PolicyFolder, groups: Mapping[str, Mapping[str, Out]], companions: str) -> dict:
+  """What conversion.json says of the policy and of what was made of it."""
+  return {
+    "converter_version": semanticvla_jax.__version__,
+    "policy_sha256": folder.metadata["params_sha256"],
+    "files": {_file(name, companions): len(content) for name, content in groups.items()},
+    "dtypes": dict(Counter(str(x.dtype) for content in groups.values() for x in content.values())),
+    "statistics": sorted(folder.statistics),
+  }
+
+
+def outputs(folder: PolicyFolder, keep: bool = False) -> dict[str, Out]:
+  """{canonical key: tensor} that a policy makes, adapters folded in, or tensors of their own if `keep`.
 
   Raises:
-    ValueError: a parameter that no rule reads.
+    ValueError: a parameter that no rule reads, or adapters that cannot be kept.
   """
-  rules = semanticvla.rules_for(build(folder.config["model"]))
-  shapes = {path: shape for path, shape in folder.shapes.items() if not path.endswith(("/lora_a", "/lora_b"))}
+  rules = semanticvla.rules_for(build(folder.config["model"]), lora=keep)
+  shapes = {path: shape for path, shape in folder.shapes.items() if keep or not path.endswith(("/lora_a", "/lora_b"))}
   entries = [entry for rule in rules for entry in table.expand(rule, shapes)]
   if lost := sorted(set(shapes) - {entry.target for entry in entries}):
     raise ValueError(
@@ -151,10 +181,24 @@ def outputs(folder: PolicyFolder) -> dict[str, Out]:
   for entry in entries:
     for i, keys in enumerate(entry.keys):
       readers.setdefault(keys[0], []).append((entry, i if entry.stacked else None))
-  return {key: _output(folder, parts) for key, parts in readers.items()}
+  for key, parts in readers.items():
+    _check_shared(folder, key, [entry for entry, _ in parts])
+  return {key: _output(folder, parts, keep) for key, parts in readers.items()}
 
 
-def _output(folder: PolicyFolder, parts: list[tuple[table.Entry, int | None]]) -> Out:
+def _check_shared(folder: PolicyFolder, key: str, entries: list[table.Entry]) -> None:
+  """Raises ValueError where one tensor of the release stands for parameters that are not equal."""
+  if len(entries) > 1 and entries[0].rule.shared:
+    first, *others = (folder.read(entry.target) for entry in entries)
+    if any(other.tobytes() != first.tobytes() for other in others):
+      raise ValueError(
+        f"Adapters cannot be kept: got {', '.join(entry.target for entry in entries)}, which differ (they were trained "
+        f"apart here); expected one matrix for all, for the release adapts the fused layer with one ({key}); fold them "
+        "in with --lora merge."
+      )
+
+
+def _output(folder: PolicyFolder, parts: list[tuple[table.Entry, int | None]], keep: bool) -> Out:
   (entry, layer), rule = parts[0], parts[0][0].rule
   shape = entry.shape if layer is None else entry.shape[1:]
   if rule.pattern:
@@ -162,7 +206,8 @@ def _output(folder: PolicyFolder, parts: list[tuple[table.Entry, int | None]]) -
   parts = sorted(parts, key=lambda part: part[0].rule.part or (0, 1))
 
   def make() -> np.ndarray:
-    values = (_value(folder, entry.target, layer) for entry, layer in parts)
+    read = folder.read if keep else functools.partial(_value, folder)
+    values = (read(entry.target, layer) for entry, layer in parts)
     if not rule.pattern:
       return next(values)
     left, right = (re.sub(r"[()]", "", side) for side in rule.pattern.split("->"))
@@ -181,7 +226,7 @@ def _value(folder: PolicyFolder, path: str, layer: int | None) -> np.ndarray:
     return value
   settings = folder.config["lora"]
   tree = {"x": {"kernel": value, "lora_a": folder.read(a, layer), "lora_b": folder.read(b, layer)}}
-  return np.asarray(lora.merge(tree, settings["rank"], settings["alpha"])["x"]["kernel"])
+  return np.asarray(merge(tree, settings["rank"], settings["alpha"])["x"]["kernel"])
 
 
 def _from_base(origin: Source | None, tensors: Mapping[str, Out], model: SemanticVLA) -> dict[str, tuple[Out, str]]:
@@ -221,14 +266,17 @@ def _groups(tensors: Mapping[str, Out], step: int | None, shard: int) -> dict[st
   end = f"--{0 if step is None else step}_checkpoint.safetensors"
   groups: dict[str, dict[str, Out]] = {}
   main, wrapped = {}, any(_WRAPPED.fullmatch(key) for key in tensors)
+  adapted = release.adapted_layers(tensors)
   for key, x in sorted(tensors.items()):
     role, vision = key.split(".")[0], key.startswith(_VISION)
     if role in ("action_head", "proprio_projector"):
       groups.setdefault(role + end, {})["module." + key.removeprefix(role + ".")] = x
       continue
     if wrapped and (vision or _WRAPPED.fullmatch(key)):
-      groups.setdefault("vision_backbone" + end, {})[release.backbone_name(key)] = x
-    if not _WRAPPED.fullmatch(key):
+      groups.setdefault("vision_backbone" + end, {})[release.wrapped_name(key, adapted)] = x
+    if release.is_adapter(key):
+      groups.setdefault(ADAPTER, {})[release.adapter_name(key, wrapped)] = x
+    elif not _WRAPPED.fullmatch(key):
       main[release.hub_name(key)] = x
   parts: list[dict[str, Out]] = [{}]
   room = shard
@@ -242,7 +290,19 @@ def _groups(tensors: Mapping[str, Out], step: int | None, shard: int) -> dict[st
 
 
 def _file(name: str, companions: str) -> str:
-  return name if name.startswith("model-") else name.replace(".safetensors", f".{companions}")
+  return name if name.startswith("model-") or name == ADAPTER else name.replace(".safetensors", f".{companions}")
+
+
+def _write(path: Path, content: Mapping[str, Out], companions: str, written: Callable[[int, str], None]) -> dict:
+  """Writes one file in the format that it is wanted in: {its name: SHA-256}."""
+  name = ADAPTER if path.match(ADAPTER) else path.name
+  path.parent.mkdir(exist_ok=True)
+  digest = save(path, content, written)
+  if (wanted := _file(name, companions)) == name:
+    return {name: digest}
+  release.to_pt(path, path.with_name(wanted))
+  path.unlink()
+  return {wanted: sha256(path.with_name(wanted))}
 
 
 def _wrapped(tensors: Mapping[str, Out], lora_config: Mapping) -> dict[str, Out]:
@@ -254,24 +314,36 @@ def _wrapped(tensors: Mapping[str, Out], lora_config: Mapping) -> dict[str, Out]
   return {name: zeros(x.shape) if isinstance(x, release.Zeros) else own[x] for name, x in sorted(names.items())}
 
 
-def save(path: Path, tensors: Mapping[str, Out], written: Callable[[int, str], None]) -> None:
-  """Writes a safetensors file, a few tensors in memory at a time; tells `written` the bytes and name of each."""
+def save(path: Path, tensors: Mapping[str, Out], written: Callable[[int, str], None]) -> str:
+  """Writes a safetensors file, a few tensors in memory at a time; tells `written` the bytes and name of each.
+
+  Returns:
+    SHA-256 of the file.
+  """
   header, at = {"__metadata__": {"format": "pt"}}, 0
   for name, x in tensors.items():
     header[name] = {"dtype": _NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + x.nbytes]}
     at += x.nbytes
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)
-  with path.open("wb") as file:
+  digest = hashlib.sha256()
+  with path.open("wb") as file, concurrent.futures.ThreadPoolExecutor(1) as hasher:
     writer = uncached.Writer(file)
-    writer.write(struct.pack("<Q", len(text)) + text)
+
+    def write(data: np.ndarray | bytes) -> None:
+      hashed = hasher.submit(digest.update, data)
+      writer.write(data)
+      hashed.result()
+
+    write(struct.pack("<Q", len(text)) + text)
     made = work.in_turn(x.make for x in tensors.values())
     for (name, x), value in zip(tensors.items(), made, strict=True):
       value = np.asarray(value, order="C")
       if (value.shape, value.dtype) != (x.shape, x.dtype):
         raise ValueError(f"{name}: got {value.dtype}{list(value.shape)}, expected {x.dtype}{list(x.shape)}.")
-      writer.write(value.reshape(-1).view(np.uint8))
+      write(value.reshape(-1).view(np.uint8))
       written(x.nbytes, name)
+  return digest.hexdigest()
 
 
 def _write_index(partial: Path, groups: Mapping[str, Mapping[str, Out]]) -> None:
@@ -290,7 +362,8 @@ def _write_json(partial: Path, folder: PolicyFolder, origin: Source | None, repo
   config = dict(config or {"model_type": "openvla", "architectures": ["OpenVLAForActionPrediction"]})
   settings = folder.config["lora"] if folder.adapted else folder.metadata.get("lora")
   config["norm_stats"] = folder.statistics
-  config["semanticvla_jax"] = {"merged": True, "lora": settings, "version": semanticvla_jax.__version__}
+  merged = report["lora"] == "merge"
+  config["semanticvla_jax"] = {"merged": merged, "lora": settings, "version": semanticvla_jax.__version__}
   if placeholders:
     config["semanticvla_jax"]["placeholder_adapters"] = True  # zeros, for the release's loader
   contents = {"config.json": config, "dataset_statistics.json": folder.statistics, "conversion.json": report}
@@ -310,7 +383,7 @@ def _copy_small_files(partial: Path, folder: PolicyFolder, base: Sequence[str | 
 def lines(report: Mapping) -> list[str]:
   """The report for the screen."""
   return [
-    *(f"  {n:5d} tensors in {name}" for name, n in report["files"].items()),
+    *(f"  {n:5d} tensors in {name}, sha256 {report['sha256'][name]}" for name, n in report["files"].items()),
     f"  {report['merged_adapters']} adapters folded in, {len(report['from_base'])} tensors from the base",
     f"  {report['seconds']} s, {report['bytes_per_second'] / 1e6:.1f} MB/s, peak memory "
     f"{report['peak_rss_bytes'] / 2**30:.2f} GiB",

@@ -34,7 +34,7 @@ def written(request, tmp_path):
   """Arrays, and the folder they were written to piece by piece."""
   arrays = values(request.param)
   lazy = {
-    path: stream.Lazy(x.shape, x.dtype, "layers" in path, lambda x=x, path=path: iter(x if "layers" in path else [x]))
+    path: stream.Lazy(x.shape, x.dtype, "layers" in path, [lambda y=y: y for y in (x if "layers" in path else [x])])
     for path, x in arrays.items()
   }
   stream.write(tmp_path / "params", lazy, lambda *_: None)

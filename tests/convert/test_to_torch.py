@@ -1,5 +1,6 @@
 """A policy goes back to the layout it came from, bit for bit, and inspect and diff read both formats."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -96,6 +97,44 @@ def test_adapters_are_folded_in_and_marked(adapted, tmp_path):
   assert mark["merged"] and mark["lora"] == RELEASE
   with pytest.raises(ValueError, match="Adapter on a merged base"):
     to_orbax([tmp_path / "keep", sources[1] / "lora_adapter"], tmp_path / "twice", config, lora="merge")
+
+
+def test_adapters_kept_apart_come_back_bit_for_bit(adapted, tmp_path):
+  sources, policies, _ = adapted
+  report = to_torch.to_torch(policies["keep"], tmp_path / "back", lora="keep")
+  before, after = recognise(sources), recognise([tmp_path / "back"])
+  assert after.kind == "SemanticVLA" and not after.folded and after.adapter["r"] == RELEASE["rank"]
+  for key, tensor in after.tensors.items():
+    assert tensor.read().tobytes() == before.tensors[key].read().tobytes(), key
+  config = checkpoints.config("lora_checkpoint", RELEASE)
+  for lora in ("keep", "merge"):
+    to_orbax([tmp_path / "back"], tmp_path / lora, config, lora=lora)
+    hashes = [checkpoint.read_policy_json(p)[2]["params_sha256"] for p in (policies[lora], tmp_path / lora)]
+    assert hashes[0] == hashes[1]
+  assert report["merged_adapters"] == 0 and set(report["sha256"]) == set(report["files"])
+  for name, digest in report["sha256"].items():
+    assert hashlib.sha256((tmp_path / "back" / name).read_bytes()).hexdigest() == digest
+  golden = checkpoints.GOLDEN / "lora_checkpoint"
+  for name in (to_torch.ADAPTER, "vision_backbone--10_checkpoint.safetensors"):
+    assert layerless(load_file(tmp_path / "back" / name)) <= layerless(load_file(golden / name))
+  official = json.loads((golden / "lora_adapter" / "adapter_config.json").read_text())
+  written = json.loads((tmp_path / "back" / "lora_adapter" / "adapter_config.json").read_text())
+  assert {written[key] == official[key] for key in ("r", "lora_alpha", "peft_type", "init_lora_weights")} == {True}
+  assert set(written["target_modules"]) <= set(official["target_modules"])
+
+
+def test_adapters_that_cannot_be_kept(made, adapted, tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match="without any .* expected a policy with adapters"):
+    to_torch.to_torch(made("full")[1], tmp_path / "back", lora="keep")
+  read = to_torch.PolicyFolder.read
+
+  def trained_apart(self, path, layer=None):
+    return read(self, path, layer) + (path.endswith("/key/lora_a"))
+
+  monkeypatch.setattr(to_torch.PolicyFolder, "read", trained_apart)
+  with pytest.raises(ValueError, match="which differ .* fold them in with --lora merge"):
+    to_torch.to_torch(adapted[1]["keep"], tmp_path / "back", lora="keep", check=False)
+  assert not list(tmp_path.iterdir())
 
 
 def test_diff_says_where(made, tmp_path, capsys):
