@@ -29,9 +29,20 @@ def load(case, variant):
 
 @pytest.mark.parametrize("case", CASES + [pytest.param(row, marks=pytest.mark.slow) for row in ROWS])
 def test_builds_and_runs_one_forward_and_one_gradient(case):
-  config = load(case, "tiny")
+  check_gradient(load(case, "tiny"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["libero_scripted", "pretrain", "quickstart"])
+def test_configs_of_one_size_run_one_forward_and_one_gradient(name):
+  check_gradient(importlib.import_module(f"configs.{name}").get_config())
+
+
+def check_gradient(config):
+  """One forward pass and one gradient of its model, with adapters where the config has them."""
   bare = build(config.model)
-  model = LoRA(bare.clone(), 2, config.lora.alpha, TARGETS[config.lora.targets])
+  lora = config.lora
+  model = bare if lora is None else LoRA(bare.clone(), 2, lora.alpha, TARGETS[lora.targets])
   params, observation = random_params(model), random_observation(bare, batch=1)
 
   def loss(params):
