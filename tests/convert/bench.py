@@ -4,7 +4,7 @@ python tests/convert/bench.py runs/bench_convert --layers 32
 
 Writes a random checkpoint of openvla-7b's layout below the folder (or takes the one that is there), then, each in a
 process of its own and from files that are out of the page cache: a sequential copy, to-orbax, to-torch, a comparison of
-what came back with the source, and to-orbax killed with -9 in the middle and started again. Needs room for four times
+what came back with the source, and both conversions killed with -9 in the middle and started again. Needs room for four times
 the checkpoint (15 GB at 32 layers). Exit status 1 where something is not equal.
 """
 
@@ -87,16 +87,26 @@ def to_orbax(source: Path, policy: Path, config: Path) -> list[str]:
   return ["-m", "semanticvla_jax.convert", "to-orbax", *flags]
 
 
-def killed(argv: list[str], policy: Path, half: int) -> None:
+def killed(argv: list[str], target: Path, half: int) -> None:
   """Starts a conversion and kills it when half of the bytes are written."""
   process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.DEVNULL)
-  partial = policy.parent / f".{policy.name}.partial"
+  partial = target.parent / f".{target.name}.partial"
   while process.poll() is None and not (partial.exists() and written(partial) > half):
     time.sleep(0.05)
   process.send_signal(signal.SIGKILL)
   process.wait()
-  if policy.exists() or not partial.exists():
-    raise SystemExit(f"kill -9 in the middle: got {policy} or no {partial}; expected half a conversion.")
+  if target.exists() or not partial.exists():
+    raise SystemExit(f"kill -9 in the middle: got {target} or no {partial}; expected half a conversion.")
+
+
+def same(what: str, first: str | dict, second: str | dict, target: Path) -> None:
+  """Ends with status 1 unless a conversion that was killed and begun again made what the undisturbed one did."""
+  if first != second or target.with_name(f".{target.name}.partial").exists():
+    raise SystemExit(f"{what} after kill -9: got {second}, expected {first} and nothing left over.")
+
+
+def read(folder: Path, file: str, key: str) -> str | dict:
+  return json.loads((folder / file).read_text())[key]
 
 
 def written(folder: Path) -> int:
@@ -127,13 +137,17 @@ def measure(root: Path, layers: int) -> list[Phase]:
   argv = [*convert, "to-torch", "--policy", str(policy), "--target", str(back), "--base", str(source)]
   phases.append(show(run("to-torch", total, *argv), phases[0]))
   phases.append(show(run("diff", 2 * total, *convert, "diff", str(source), str(back)), phases[0]))
-  shutil.rmtree(back, ignore_errors=True)
+  whole = read(back, "conversion.json", "sha256")
+  shutil.rmtree(back)
+  forget(source, policy)
+  killed(argv, back, total // 2)
+  phases.append(show(run("to-torch after kill -9", total, *argv), phases[0]))
+  same("to-torch", whole, read(back, "conversion.json", "sha256"), back)
+  shutil.rmtree(back)
   forget(source)
   killed(to_orbax(source, again, config), again, size(policy) // 2)
   phases.append(show(run("to-orbax after kill -9", total, *to_orbax(source, again, config)), phases[0]))
-  hashes = [json.loads((p / "metadata.json").read_text())["params_sha256"] for p in (policy, again)]
-  if hashes[0] != hashes[1] or (root / ".again.partial").exists():
-    raise SystemExit(f"after kill -9: got parameters {hashes[1]}, expected {hashes[0]} and nothing left over.")
+  same("to-orbax", *(read(folder, "metadata.json", "params_sha256") for folder in (policy, again)), again)
   for folder in (policy, again):
     shutil.rmtree(folder)
   return phases
