@@ -5,6 +5,7 @@ policy folder `<workdir>/policy` for evaluation, serving and conversion. On seve
 
     --explain            prints mesh, shardings and bytes per device, and ends
     --profile_steps=a:b  writes a profiler trace of steps a … b to <workdir>/profile
+    --replay=FILE        one update on a bad_batch_STEP.npz from the newest checkpoint: prints its metrics, and ends
 
 Exit status: 0 finished; 1 an error, told on stderr; 75 told to stop (SIGTERM): saved, or still setting up, and nothing
 is lost; goes on when run again.
@@ -25,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -45,10 +46,9 @@ from semanticvla_jax.types import Batch, Observation
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, e.g. configs/libero.py:lite@7b")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the final policy; local or gs://")
-
-
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Print mesh, shardings and bytes per device; allocate nothing; end")
 _EXPLAIN_DEVICES = flags.DEFINE_integer("explain_devices", None, "With --explain: for so many devices, not those here")
+_REPLAY = flags.DEFINE_string("replay", None, "A bad_batch_STEP.npz: one update on it, metrics printed; end")
 _PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, the steps of a profiler trace")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where several hosts train")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are")
@@ -67,7 +67,7 @@ LATER = {
 # Config fields that may change when a run goes on, each with what lies below it: how long and where it runs, not what
 # it computes. Base, tokenisers and data are known by what they hold (`origin`), wherever they lie.
 MOVABLE = (
-  "mesh", "model.remat", "init_from", "data.dir", "data.cache_dir", "data.tokenizers",
+  "mesh", "model.remat", "model.scan_encoders", "init_from", "data.dir", "data.cache_dir", "data.tokenizers",
   "train.steps", "train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.spike",
   "train.wandb",
 )  # fmt: skip
@@ -147,15 +147,16 @@ def differences(saved: dict, config: dict) -> list[str]:
   ]
 
 
-def origin(config: Any, stats: dict) -> dict:
-  """What a run stands on beside its config, as JSON: hashes of its bases and tokenisers, statistics of its data."""
+def origin(config: Any, source: inputs.Source) -> dict:
+  """What a run stands on beside its config, as JSON: hashes of its bases, tokenisers and data, and its statistics."""
   folders, _ = init.bases(config.init_from)
   tokenizers = epath.Path(config.data.tokenizers or text.EMBEDDED)
   words = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(tokenizers.glob("*.model"))))
   return {
     "base": [checkpoint.policy_hash(folder) for folder in folders],
     "tokenizers": words.hexdigest()[:16],
-    "statistics": {name: statistics.to_openvla(entry) for name, entry in stats.items()},
+    "data": source.digests,
+    "statistics": {name: statistics.to_openvla(entry) for name, entry in source.statistics.items()},
   }
 
 
@@ -187,7 +188,7 @@ def same(a: Any, b: Any) -> bool:
 
 def describe(value: Any) -> str:
   """Hashes as they are; of statistics the datasets and how many frames they have."""
-  if not isinstance(value, dict):
+  if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
     return str(value)
   return ", ".join(f"{name} ({entry.get('num_transitions')} frames)" for name, entry in value.items())
 
@@ -247,15 +248,20 @@ def load_batch(path: Path) -> Batch:
   return Batch(Observation(**{"proprio": None} | seen), arrays["actions"], arrays["action_mask"])
 
 
-def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, deadline: float = 300.0) -> Path:
-  """Runs the config to its end; returns the policy folder.
+class Prepared(NamedTuple):
+  """What stands before the first step: the model, its state and the program's parts."""
 
-  Args:
-    config, workdir: see the command. profile: first and last step of a trace. deadline: seconds hosts wait for hosts.
+  mesh: Any
+  bare: Any
+  tokenizers: text.Tokenizers
+  base_statistics: dict | None
+  state: stepping.State
+  frozen: dict
+  step: Callable
 
-  Raises:
-    ValueError: what a user can put right. NotFinite, Diverged: the loss broke. Preempted: after SIGTERM, all saved.
-  """
+
+def prepare(config: Any, deadline: float) -> Prepared:
+  """Draws or loads the parameters and puts them on the mesh. Raises ValueError for what a user can put right."""
   mesh = sharding.make_mesh(config.mesh)
   rule = sharding.rule_of(config.mesh)
   sharding.check_rows(config.data.batch_size, sharding.devices_of_rows(mesh), config.optim.accumulate)
@@ -268,29 +274,78 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
   new = functools.partial(stepping.new_state, transform)
   where = stepping.state_sharding(jax.eval_shape(new, trainable), mesh, rule)
   state = jax.jit(new, out_shardings=where)(trainable)
-  del params, trainable
   logging.info("%s trainable, %s frozen parameters on %s", f"{count(state.trainable):,}", f"{count(frozen):,}", mesh)
-  with checkpoint.Checkpointer(
+  rate, turns = optimizer.schedule(config.optim), config.optim.accumulate
+  step = stepping.make_step(model, transform, rate, config.seed, config.train.grounding, turns)
+  return Prepared(mesh, bare, tokenizers, base_statistics, state, frozen, step)
+
+
+def open_checkpoints(config: Any, workdir: Path) -> checkpoint.Checkpointer:
+  """The workdir's checkpoints, kept as the config says."""
+  return checkpoint.Checkpointer(
     workdir, config.train.keep_last, config.train.save_every, config.train.get("keep_every")
-  ) as checkpointer:
-    state, start, saved = resume(checkpointer, state, plain(config))
-    sources = functools.partial(inputs.make_source, config, bare, tokenizers, mesh, base=base_statistics)
-    source, stats = sources(start)
-    facts = {"config": plain(config)} | origin(config, stats)
+  )
+
+
+def replay(config: Any, workdir: Path, path: Path, deadline: float = 300.0) -> tuple[int, dict[str, float]]:
+  """One update on a batch that `save_batch` wrote, from the workdir's newest checkpoint; nothing is saved.
+
+  Returns:
+    The step of that checkpoint, 0 for none, and the update's metrics: losses, and gradient norms by part of the model.
+
+  Raises:
+    ValueError: no such file, a batch of several processes or of another config, or a run whose batches come with
+      hints, which are not saved.
+  """
+  if config.train.grounding is not None:
+    raise ValueError(
+      "--replay: got a config with train.grounding, whose batches come with hints that are not in the file; expected "
+      "one without; look at the examples with load_batch of this module."
+    )
+  if not path.exists() or jax.process_count() > 1:
+    raise ValueError(f"--replay: got {path} in {jax.process_count()} processes; expected a bad_batch_STEP.npz, in one.")
+  batch, ready = load_batch(path), prepare(config, deadline)
+  size = len(batch.actions)
+  if size != config.data.batch_size:
+    raise ValueError(f"--replay: got {size} examples in {path}, expected {config.data.batch_size} (data.batch_size).")
+  with open_checkpoints(config, workdir) as checkpointer:
+    state, start, _ = resume(checkpointer, ready.state, plain(config))
+  run = stepping.compile_step(ready.step, ready.mesh, state, ready.frozen, sharding.rule_of(config.mesh), None)
+  _, values = run(state, ready.frozen, *sharding.place_batch((batch, None), ready.mesh, size))
+  return start, {name: float(x) for name, x in sorted(values.items())}
+
+
+def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, deadline: float = 300.0) -> Path:
+  """Runs the config to its end; returns the policy folder.
+
+  Args:
+    config, workdir: see the command. profile: first and last step of a trace. deadline: seconds hosts wait for hosts.
+
+  Raises:
+    ValueError: what a user can put right. NotFinite, Diverged: the loss broke. Preempted: after SIGTERM, all saved.
+  """
+  ready = prepare(config, deadline)
+  with open_checkpoints(config, workdir) as checkpointer:
+    state, start, saved = resume(checkpointer, ready.state, plain(config))
+    sources = functools.partial(
+      inputs.make_source, config, ready.bare, ready.tokenizers, ready.mesh, base=ready.base_statistics
+    )
+    source = sources(start)
+    facts = {"config": plain(config)} | origin(config, source)
     if saved:
       check_origin(saved, facts, workdir)
-    rate, turns = optimizer.schedule(config.optim), config.optim.accumulate
-    step = stepping.make_step(model, transform, rate, config.seed, config.train.grounding, turns)
     meet = functools.partial(distributed.meet, "compiled", deadline) if jax.process_count() > 1 else None
-    run = stepping.compile_step(step, mesh, state, frozen, rule, meet)
+    frozen, rule = ready.frozen, sharding.rule_of(config.mesh)
+    run = stepping.compile_step(ready.step, ready.mesh, state, frozen, rule, meet)
+    ready = ready._replace(state=None)  # the step is given the state's buffers to write over
     distributed.meet("ready to train", deadline)
     history = deque(saved.get("losses", ()), maxlen=200)
     try:
-      state = loop(config, workdir, checkpointer, run, source, state, frozen, start, facts, history, profile)
+      state = loop(config, workdir, checkpointer, run, source.batches, state, frozen, start, facts, history, profile)
     except Diverged as error:
-      batch, _ = sources(error.step - 1)[0](error.step - 1)
+      batch, _ = sources(error.step - 1).batches(error.step - 1)
       raise type(error)(f"{error} Its batch: {save_batch(batch, workdir, error.step)}") from error
-  return write_policy(config, workdir, state, frozen, stats, deadline)
+  return write_policy(config, workdir, state, frozen, source.statistics, deadline)
 
 
 def loop(
@@ -379,6 +434,10 @@ def main(argv: list[str]) -> None:
     distributed.set_up_logging()
     workdir = epath.Path(_WORKDIR.value) if "://" in _WORKDIR.value else Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
+    if _REPLAY.value:
+      start, values = replay(_CONFIG.value, workdir, Path(_REPLAY.value), _HOST_DEADLINE.value)
+      print(json.dumps({"checkpoint": start} | values, indent=2))
+      return
     policy = train(_CONFIG.value, workdir, profile, _HOST_DEADLINE.value)
   except Preempted as notice:
     logging.warning("%s", notice)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,19 @@ from semanticvla_jax.data import statistics, text
 from semanticvla_jax.envs import tasks
 from semanticvla_jax.train import sharding
 from semanticvla_jax.types import Batch
+
+
+class Source(NamedTuple):
+  """Batches and what they were made from.
+
+  Attributes:
+    batches: step → placed (Batch, hints); steps come in order.
+    statistics: by dataset. digests: of each dataset read, {} where the expert makes the examples.
+  """
+
+  batches: Callable[[int], Any]
+  statistics: dict[str, statistics.DatasetStatistics]
+  digests: dict[str, str]
 
 
 def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
@@ -128,8 +141,8 @@ def check_widths(config: Any, bare: Any, name: str, recipe: Any) -> None:
 
 def rlds_source(
   config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
-) -> tuple[Iterator, dict]:
-  """`rows` of the batches of the RLDS mixture from global step `start` on, and its statistics by dataset."""
+) -> tuple[Iterator, dict, dict]:
+  """`rows` of the batches of the RLDS mixture from global step `start` on, its statistics and digests by dataset."""
   from semanticvla_jax.data import mixtures, rlds, standardise
 
   def recipe(name):
@@ -157,18 +170,22 @@ def rlds_source(
     trajectory_end=config.data.trajectory_end,
     **options,
   )
-  return batches, {dataset.name: dataset.statistics for dataset, _ in mixture}
+  datasets = [dataset for dataset, _ in mixture]
+  return batches, {one.name: one.statistics for one in datasets}, {one.name: one.digest for one in datasets}
 
 
-def make_source(config: Any, bare: Any, tokenizers: text.Tokenizers, mesh: Any, start: int, base: dict | None):
-  """(step → placed (Batch, hints), statistics by dataset)."""
+def make_source(
+  config: Any, bare: Any, tokenizers: text.Tokenizers, mesh: Any, start: int, base: dict | None
+) -> Source:
+  """The config's batches from global step `start` on, this process's part of each placed on the mesh."""
   size = config.data.batch_size
   rows = sharding.host_rows(size, mesh)
   if config.data.mixture == "expert":
     batches, stats = expert_source(config, bare, tokenizers, base)
-    return lambda step: sharding.place_whole(batches(step), mesh), stats
-  iterator, stats = rlds_source(config, bare, tokenizers, rows, start, base)
-  return lambda step: sharding.place_batch((without_unread(next(iterator), bare), None), mesh, size), stats
+    return Source(lambda step: sharding.place_whole(batches(step), mesh), stats, {})
+  iterator, stats, digests = rlds_source(config, bare, tokenizers, rows, start, base)
+  place = lambda step: sharding.place_batch((without_unread(next(iterator), bare), None), mesh, size)  # noqa: E731
+  return Source(place, stats, digests)
 
 
 def without_unread(batch: Batch, bare: Any) -> Batch:

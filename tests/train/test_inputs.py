@@ -26,7 +26,7 @@ def source(data, base=None, **changes):
   config.data.update(changes)
   _, bare = init.make_model(config)
   tokenizers = inputs.load_tokenizers(config, bare)
-  batches, stats = inputs.rlds_source(config, bare, tokenizers, np.arange(config.data.batch_size), 0, base)
+  batches, stats, _ = inputs.rlds_source(config, bare, tokenizers, np.arange(config.data.batch_size), 0, base)
   return next(batches), stats
 
 
@@ -133,7 +133,8 @@ def test_the_expert_gives_batches_without_hints_where_nothing_asks_for_them():
   tokenizers = inputs.load_tokenizers(config, bare)
   _, base = inputs.expert_source(config, bare, tokenizers, None)
   mesh = sharding.make_mesh(config.mesh)
-  source, stats = inputs.make_source(config, bare, tokenizers, mesh, 0, base)
+  source, stats, digests = inputs.make_source(config, bare, tokenizers, mesh, 0, base)
+  assert digests == {}
   batch, hints = source(0)
   assert hints is None and stats["expert"] is base["expert"]
   assert batch.actions.shape == (8, config.model.chunk, 7)

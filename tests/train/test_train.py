@@ -128,6 +128,9 @@ def test_a_run_goes_on_with_its_base_data_and_tokenisers(caplog):
   with pytest.raises(ValueError, match=r"workdir run: its run had another base, got base \['ab'\] → \['ef'\]"):
     command.check_origin(saved, saved | {"base": ["ef"]}, run)
   more = {"tabletop": stats["tabletop"] | {"num_transitions": 120}}
+  data = {"data": {"tabletop": "01"}}
+  with pytest.raises(ValueError, match=r"another data, got data \{'tabletop': '01'\} → \{'tabletop': '02'\}"):
+    command.check_origin(saved | data, saved | {"data": {"tabletop": "02"}}, run)
   with pytest.raises(ValueError, match=r"got statistics tabletop \(100 frames\) → tabletop \(120 frames\)"):
     command.check_origin(saved, saved | {"statistics": more}, run)
   assert not caplog.text
@@ -181,6 +184,11 @@ def test_nan_stops_with_step_and_family(data, tmp_path):
   assert batch["observation.images"].dtype == np.uint8
   again = command.load_batch(saved)
   np.testing.assert_array_equal(again.observation.prompt, batch["observation.prompt"])
+  start, values = command.replay(make_config(data), tmp_path / "sound", saved)
+  assert start == 0 and np.isfinite(values["loss"]) and values["grad_norm/coupler"] > 0
+  assert not list((tmp_path / "sound").rglob("*.npz")) and not (tmp_path / "sound" / "policy").exists()
+  with pytest.raises(ValueError, match="got 8 examples in .*expected 16"):
+    command.replay(make_config(data, **{"data.batch_size": 16}), tmp_path / "sound", saved)
 
 
 def test_tokenisers_of_another_model_are_refused(data):
