@@ -7,7 +7,7 @@ done) with the views rendered there, and the undisturbed expert's next actions f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,11 +71,21 @@ def spot(state: tasks.State, index: Int[Array, ""], side: int) -> Float[Array, "
   return out * seen[:, None]
 
 
-def hints(state: tasks.State, side: int) -> tuple[Float[Array, "g 2 n"], Int[Array, "g"], Float[Array, "9"]]:
+class Moment(NamedTuple):
+  """What `hints` says of a state; see grounding.Hints. `sentences` are indices in INSTRUCTIONS."""
+
+  where: Float[Array, "g 2 n"]
+  sentences: Int[Array, "g"]
+  displacement: Float[Array, "9"]
+  shape: Int[Array, "g-1"]
+  edges: Float[Array, "g-1 2 2"]
+  aim: Float[Array, "2 2"]
+
+
+def hints(state: tasks.State, side: int) -> Moment:
   """Where the named objects are, for the task's own sentence and for "pick up the …" of every object that can be.
 
-  Returns:
-    Distributions over patches, the indices of the sentences in INSTRUCTIONS, and the displacement (see grounding).
+  Where a peg is, nothing is said: no sentence of suite `pick` names one.
   """
   target, puts = state.target[0], (state.verb[0] == tasks.PUT) | (state.verb[0] == tasks.INSERT)
   destination = jnp.where(puts, state.destination[0], target)
@@ -83,12 +93,15 @@ def hints(state: tasks.State, side: int) -> tuple[Float[Array, "g 2 n"], Int[Arr
   where = jnp.stack([own] + [spot(state, jnp.asarray(i), side) for i in range(NAMED)])
   where = where / jnp.maximum(where.sum(axis=-1, keepdims=True), 1e-6)
   kind, colour = state.kind[:NAMED], state.colour[:NAMED]
-  is_named = kind < tasks.PEG  # no sentence of suite `pick` names a peg
+  is_named = kind < tasks.PEG
   sentences = jnp.append(state.instruction, jnp.where(is_named, kind * len(tasks.COLOURS) + colour, 0))
   where = where * jnp.append(True, is_named)[:, None, None]
   away = jnp.concatenate([state.centre[i] - state.position for i in (target, destination)]) / grounding.UNIT
   turn = expert.turn_left(state) / grounding.TURN
-  return where, sentences, jnp.append(away, turn)
+  yaw = 4 * (state.yaw[:NAMED, None] - jnp.stack([jnp.zeros(()), tabletop.heading(state.rotation)]))
+  edges = jnp.stack([jnp.cos(yaw), jnp.sin(yaw)], axis=-1) * (kind == tasks.CUBE)[:, None, None]
+  aim = edges[target] * (target < NAMED)
+  return Moment(where, sentences, jnp.append(away, turn), jnp.where(is_named, kind, 0), edges, aim)
 
 
 def measure(split: str = "train", episodes: int = 1024, seed: int = 0) -> statistics.DatasetStatistics:
@@ -145,14 +158,17 @@ def make_batches(
     actions, mask = labels(state, chunk)
     views, proprio = tabletop.observe(state, image)
     proprio, actions = scale(proprio, stats.proprio), scale(actions, stats.action)
-    return views, proprio, actions, mask, *hints(state, image // patch)
+    return views, proprio, actions, mask, hints(state, image // patch)
 
   @jax.jit
   def batch(step):
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch_size)
-    views, proprio, actions, mask, where, sentences, away = jax.vmap(example)(keys)
-    index, others = sentences[:, 0], sentences[:, 1:]
+    views, proprio, actions, mask, told = jax.vmap(example)(keys)
+    index, others = told.sentences[:, 0], told.sentences[:, 1:]
     observation = Observation(views, proprio, prompts[index], prompt_masks[index], words[index], word_masks[index])
-    return Batch(observation, actions, mask), grounding.Hints(where, words[others], word_masks[others], away)
+    hint = grounding.Hints(
+      told.where, words[others], word_masks[others], told.displacement, told.shape, told.edges, told.aim
+    )
+    return Batch(observation, actions, mask), hint
 
   return batch

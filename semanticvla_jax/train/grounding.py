@@ -1,12 +1,16 @@
 """What a model that learns from scratch is told beside the actions, where the expert's state is at hand.
 
 A SigLIP that was never pre-trained does not know which patch a word means, and L1 on actions alone teaches it late: the
-average trajectory is a deceptively good answer. Three losses stand in for that pre-training; none touches the model:
+average trajectory is a deceptively good answer. Six losses stand in for that pre-training; none touches the model:
 
   alignment     the ID-Pruner's scores of the instruction lie on the objects it names;
   naming        so do the scores of "pick up the …" for every object in sight: the same image, other words;
-  displacement  a linear probe on the first step's action states tells where the named objects are from the gripper,
-                and how far it has still to turn. Most of a chunk's rotations are zero, so that without this the
+  looks         linear probes on both encoders' patches tell the shape of every object in sight, and how a cube is
+                turned as that view shows it: its edges are a few pixels, and no word names them;
+  displacement  a linear probe on the first step's action states tells where the named objects are from the gripper;
+  aim           and how the cube that is to be gripped is turned, as the patches' probes tell it: a number that attention
+                can copy from where the cube is, where the turn still to make is a bent function of it;
+  turn          and how far it has still to turn. Most of a chunk's rotations are zero, so that without this the
                 rotation head settles on zero before its tokens say anything about attitude.
 """
 
@@ -17,6 +21,7 @@ from typing import Any
 import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
+import optax
 from einops import rearrange, repeat
 from jaxtyping import Array, Bool, Float
 
@@ -24,7 +29,8 @@ from semanticvla_jax.models.semanticvla import Output, SemanticVLA
 from semanticvla_jax.train import losses
 from semanticvla_jax.types import Observation
 
-PROBE = "probe"
+PROBE = "probe"  # what names of parameters begin with that are not the model's
+SHAPES = 3  # cube, ball, cylinder
 UNIT = 0.1  # metres
 TURN = 0.25  # radians
 
@@ -39,29 +45,45 @@ class Hints:
     words: i32[b g-1 m], word_mask: bool[b g-1 m], the other sentences.
     displacement: f32[b 9], target and destination from the gripper in units of 0.1 m, then the rotation vector still
       to turn in units of 0.25 rad.
+    shape: i32[b g-1], what the objects of the other sentences are: cube, ball, cylinder.
+    edges: f32[b g-1 v 2], cosine and sine of four times a cube's yaw as a view shows it; zeros for what has none.
+    aim: f32[b v 2], those of the object that the example's own instruction means.
   """
 
   where: Any
   words: Any
   word_mask: Any
   displacement: Any
+  shape: Any
+  edges: Any
+  aim: Any
 
 
 class Grounded(nn.Module):
-  """A model and its probe; parameters are the model's own, and `probe`. `strip` takes the probe off again."""
+  """A model and its probes; parameters are the model's own, and `probe…`. `strip` takes the probes off again."""
 
   model: SemanticVLA
 
   def setup(self):
     nn.share_scope(self, self.model)
     self.probe = nn.Dense(9, kernel_init=nn.initializers.zeros)
+    self.probe_aim = nn.Dense(4)
+    self.probe_dino = nn.Dense(SHAPES + 2)
+    self.probe_siglip = nn.Dense(SHAPES + 2)
 
   def __call__(self, observation: Observation, train: bool = False) -> Output:
-    """As the model; intermediates also hold `displacement` f32[b 9]."""
+    """As the model; intermediates also hold what the probes say.
+
+    `displacement` f32[b 9], `aim` f32[b v 2], `dino_looks` and `siglip_looks` f32[(b v) n 5].
+    """
     out = self.model(observation, train)
-    states = out.intermediates["action_states"][:, : self.model.coupler.tokens]
-    displacement = self.probe(rearrange(states, "b t d -> b (t d)"))
-    return Output(out.actions, out.intermediates | {"displacement": displacement})
+    states = rearrange(out.intermediates["action_states"][:, : self.model.coupler.tokens], "b t d -> b (t d)")
+    told = {"displacement": self.probe(states), "aim": rearrange(self.probe_aim(states), "b (v c) -> b v c", c=2)}
+    looks = {
+      f"{name}_looks": probe(out.intermediates[f"{name}_patches"])
+      for name, probe in (("dino", self.probe_dino), ("siglip", self.probe_siglip))
+    }
+    return Output(out.actions, out.intermediates | told | looks)
 
   def score(
     self, patches: Float[Array, "bv n d"], words: Any, mask: Bool[Array, "b g m"]
@@ -75,17 +97,40 @@ class Grounded(nn.Module):
 
 
 def loss(model: Grounded, params: dict, out: Output, hints: Hints, c: Any) -> tuple[Any, dict]:
-  """The weighted sum of the three losses, weights from config.train.grounding, and each of them by name."""
+  """The weighted sum of the losses, weights from config.train.grounding, and each of them by name."""
   seen = out.intermediates
   scores = model.apply({"params": params}, seen["siglip_patches"], hints.words, hints.word_mask, method="score")
+  away = jnp.abs(seen["displacement"].astype(jnp.float32) - hints.displacement)
   parts = {
     "alignment": losses.alignment(seen["siglip_pruned"].similarity, hints.where[:, 0]),
     "naming": losses.alignment(scores, rearrange(hints.where[:, 1:], "b g v n -> (b g) v n")),
-    "displacement": jnp.abs(seen["displacement"].astype(jnp.float32) - hints.displacement).mean(),
+    "looks": (looks(seen["dino_looks"], hints) + looks(seen["siglip_looks"], hints)) / 2,
+    "displacement": away[:, :6].mean(),
+    "aim": aim(seen["aim"], hints),
+    "turn": away[:, 6:].mean(),
   }
   return sum(c[name] * value for name, value in parts.items()), parts
 
 
+def looks(probed: Float[Array, "bv n 5"], hints: Hints) -> Float[Array, ""]:
+  """Cross entropy of the shape of every object in sight, and twice the L1 of how a cube's edges run."""
+  where = hints.where[:, 1:]
+  probed = rearrange(probed.astype(jnp.float32), "(b v) n c -> b v n c", v=where.shape[2])
+  said = jnp.einsum("bgvn,bvnc->bgvc", where, probed)
+  in_sight = where.sum(axis=-1)
+  shape = jnp.broadcast_to(hints.shape[..., None], in_sight.shape)
+  wrong = optax.softmax_cross_entropy_with_integer_labels(said[..., :SHAPES], shape)
+  askew = jnp.abs(said[..., SHAPES:] - hints.edges).mean(axis=-1) * jnp.any(hints.edges != 0, axis=-1)
+  return (in_sight * (wrong + 2 * askew)).sum() / jnp.maximum(in_sight.sum(), 1.0)
+
+
+def aim(said: Float[Array, "b v 2"], hints: Hints) -> Float[Array, ""]:
+  """L1 of how the edges of the cube that is meant run, over examples that mean one."""
+  is_cube = jnp.any(hints.aim != 0, axis=(1, 2))
+  wrong = jnp.abs(said.astype(jnp.float32) - hints.aim).mean(axis=(1, 2))
+  return (wrong * is_cube).sum() / jnp.maximum(is_cube.sum(), 1)
+
+
 def strip(params: dict) -> dict:
   """The parameters of the model alone."""
-  return {name: part for name, part in params.items() if name != PROBE}
+  return {name: part for name, part in params.items() if not name.startswith(PROBE)}

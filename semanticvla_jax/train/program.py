@@ -70,6 +70,9 @@ def abstract_batch(config: Any, bare: SemanticVLA) -> tuple[Batch, grounding.Hin
     jax.ShapeDtypeStruct((size, expert.NAMED, *words), jnp.int32),
     jax.ShapeDtypeStruct((size, expert.NAMED, *words), jnp.bool_),
     jax.ShapeDtypeStruct((size, 9), jnp.float32),
+    jax.ShapeDtypeStruct((size, expert.NAMED), jnp.int32),
+    jax.ShapeDtypeStruct((size, expert.NAMED, bare.num_views, 2), jnp.float32),
+    jax.ShapeDtypeStruct((size, bare.num_views, 2), jnp.float32),
   )
 
 

@@ -60,12 +60,16 @@ def test_projection_lands_on_the_object():
 
 def test_hints_name_what_lies_where_they_say():
   states = jax.vmap(lambda i: tasks.reset(tabletop.seed_key(i), tasks.PLACE))(jnp.arange(16))
-  where, sentences, away = (np.asarray(x) for x in jax.vmap(lambda s: expert.hints(s, IMAGE // PATCH))(states))
+  told = jax.vmap(lambda s: expert.hints(s, IMAGE // PATCH))(states)
+  where, sentences, away, shapes, edges = (np.asarray(x) for x in told)
   for i in range(16):
     state = jax.tree.map(lambda x: x[i], states)  # noqa: B023
     for j in range(3):
       shape, colour = tasks.SHAPES[states.kind[i, j]], tasks.COLOURS[states.colour[i, j]]
       assert tasks.INSTRUCTIONS[sentences[i, 1 + j]] == f"pick up the {colour} {shape}"
+      assert tasks.SHAPES[shapes[i, j]] == shape
+      yaw = np.arctan2(edges[i, j, :, 1], edges[i, j, :, 0]) / 4  # the gripper hangs straight: both views agree
+      np.testing.assert_allclose(yaw, states.yaw[i, j] if shape == "cube" else 0, atol=1e-5)
     assert tasks.INSTRUCTIONS[sentences[i, 0]] == tasks.INSTRUCTIONS[states.instruction[i]]
     row, column = np.divmod(np.arange(36), 6)
     for j in range(3):  # the mean of a distribution is where the object is, to within the picture's border
