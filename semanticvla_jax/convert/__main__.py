@@ -204,7 +204,7 @@ def _to_torch_arguments(verb: argparse.ArgumentParser) -> None:
     default="merge",
     help="fold adapters in, or write lora_adapter/ (peft's) beside the weights they were trained on",
   )
-  verb.add_argument("--no-check", action="store_true", help="do not read and hash the parameters first")
+  verb.add_argument("--no-check", action="store_true", help="do not read and hash the parameters beside")
 
 
 def _inspect_arguments(verb: argparse.ArgumentParser) -> None:

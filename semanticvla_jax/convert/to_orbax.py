@@ -20,6 +20,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,6 +84,7 @@ def to_orbax(
   for line in describe(source):
     say(line)
   _refuse_second_adapter(source)
+  hashes = _hashes(source.paths)
   may = dict(resample_positions=resample, pad_vocabulary=pad_vocabulary)
   plan = mapping.make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only, **may)
   stats = _statistics(source, config, need_statistics, say)
@@ -92,8 +94,7 @@ def to_orbax(
   for warning in warnings:
     say(f"WARNING: {warning}")
   watch = _Watch(sum(leaf.nbytes for leaf in leaves.values()), say)
-  with whole(target, watch.progress.total, say) as partial, concurrent.futures.ThreadPoolExecutor(1) as pool:
-    hashes = pool.submit(lambda: {str(path): sha256(path) for path in source.paths})
+  with whole(target, watch.progress.total, say) as partial:
     params_sha256 = stream.write(partial / "params", leaves, watch.seen)
     report = _report(source, plan, leaves, watch) | {"sources": hashes.result(), "lora": lora, "dtype": dtype}
     report["warnings"] = warnings
@@ -357,6 +358,20 @@ def _step(source: Source) -> int | None:
   """Of the companions' names, `action_head--150000_checkpoint.pt`."""
   steps = {path.name.split("--")[1].split("_")[0] for path in source.paths if "--" in path.name}
   return int(step) if len(steps) == 1 and (step := steps.pop()).isdigit() else None
+
+
+def _hashes(paths: Sequence[Path]) -> concurrent.futures.Future:
+  """{path: SHA-256} of the source, made from now on in a thread that does not outlive the process."""
+  future: concurrent.futures.Future = concurrent.futures.Future()
+
+  def hash_all() -> None:
+    try:
+      future.set_result({str(path): sha256(path) for path in paths})
+    except OSError as error:
+      future.set_exception(error)
+
+  threading.Thread(target=hash_all, daemon=True).start()
+  return future
 
 
 def sha256(path: Path) -> str:

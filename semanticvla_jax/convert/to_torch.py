@@ -77,7 +77,8 @@ def to_torch(
     lora: "merge" folds adapters in; "keep" writes them as lora_adapter/ beside the weights they were trained on, and
       into the vision_backbone file where there is one.
     shard: largest shard in bytes; a single larger tensor gets a shard of its own.
-    check: reads the parameters once before, and refuses them where their hash is not that of metadata.json.
+    check: reads the parameters once more, and refuses them where their hash is not that of metadata.json; nothing is
+      left then.
     say: is given lines of progress.
 
   Raises:
@@ -101,15 +102,19 @@ def to_torch(
   wrapped = vision is not None and companions == "pt"
   if wrapped:
     groups[vision] = _wrapped(tensors | added, settings)
-  if check:
-    say("reading the parameters once, to compare their hash with metadata.json (--no-check leaves this out)")
-    folder.check_hash()
   progress = work.Progress(sum(x.nbytes for content in groups.values() for x in content.values()), say)
-  with whole(target, progress.total, say) as partial:
+  with whole(target, progress.total, say) as partial, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    if check:
+      say("comparing the parameters' hash with metadata.json meanwhile (--no-check leaves this out)")
+    checked = pool.submit(folder.check_hash) if check else None
     hashes = {}
     for name, content in groups.items():
       say(f"{name}: {len(content)} tensors, {sum(x.nbytes for x in content.values()):,} bytes")
       hashes |= _write(partial / name, content, companions, progress.add)
+      if checked is not None and checked.done():
+        checked.result()  # no need to write the rest of what is damaged
+    if checked is not None:
+      checked.result()
     if lora == "keep" or (wrapped and settings["targets"] == "release"):
       (partial / ADAPTER).parent.mkdir(exist_ok=True)
       adapter = release.adapter_config(tensors | added, settings)

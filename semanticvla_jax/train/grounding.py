@@ -8,8 +8,8 @@ average trajectory is a deceptively good answer. Six losses stand in for that pr
   looks         linear probes on both encoders' patches tell the shape of every object in sight, and how a cube is
                 turned as that view shows it: its edges are a few pixels, and no word names them;
   displacement  a linear probe on the first step's action states tells where the named objects are from the gripper;
-  aim           and how the cube that is to be gripped is turned, as the patches' probes tell it: a number that attention
-                can copy from where the cube is, where the turn still to make is a bent function of it;
+  aim           and how the cube that is meant is turned, as the patches' probes tell it: attention can copy that from
+                where the cube is, and the turn still to make is a bent function of it;
   turn          and how far it has still to turn. Most of a chunk's rotations are zero, so that without this the
                 rotation head settles on zero before its tokens say anything about attitude.
 """

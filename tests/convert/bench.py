@@ -4,8 +4,8 @@ python tests/convert/bench.py runs/bench_convert --layers 32
 
 Writes a random checkpoint of openvla-7b's layout below the folder (or takes the one that is there), then, each in a
 process of its own and from files that are out of the page cache: a sequential copy, to-orbax, to-torch, a comparison of
-what came back with the source, and both conversions killed with -9 in the middle and started again. Needs room for four times
-the checkpoint (15 GB at 32 layers). Exit status 1 where something is not equal.
+what came back with the source, and both conversions killed with -9 in the middle and started again. Needs room for four
+times the checkpoint (15 GB at 32 layers). Exit status 1 where something is not equal.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def test_projection_lands_on_the_object():
 def test_hints_name_what_lies_where_they_say():
   states = jax.vmap(lambda i: tasks.reset(tabletop.seed_key(i), tasks.PLACE))(jnp.arange(16))
   told = jax.vmap(lambda s: expert.hints(s, IMAGE // PATCH))(states)
-  where, sentences, away, shapes, edges = (np.asarray(x) for x in told)
+  where, sentences, away, shapes, edges, aim = (np.asarray(x) for x in told)
+  np.testing.assert_array_equal(aim, edges[:, 0])  # object 0 is the target
   for i in range(16):
     state = jax.tree.map(lambda x: x[i], states)  # noqa: B023
     for j in range(3):

@@ -1,4 +1,4 @@
-"""What a model that learns from scratch is told beside the actions: five losses that leave the model as it is."""
+"""What a model that learns from scratch is told beside the actions: six losses that leave the model as it is."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from configs import common
 from semanticvla_jax.train import grounding, init
 
 B, G, V, N, M = 2, 3, 2, 64, 32
-WEIGHTS = dict(alignment=0.1, naming=0.2, looks=0.1, displacement=0.3, turn=0.2)
+WEIGHTS = dict(alignment=0.1, naming=0.2, looks=0.1, displacement=0.3, aim=0.5, turn=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +19,14 @@ def parts():
   model = grounding.Grounded(tiny().clone())
   params = random_params(tiny())
   params["probe"] = {"kernel": jnp.zeros((3 * 32, 9)), "bias": jnp.full(9, 0.5)}
+  params["probe_aim"] = {"kernel": jnp.zeros((3 * 32, 4)), "bias": jnp.zeros(4)}
   for name, width in (("dino", 16), ("siglip", 24)):
     params[f"probe_{name}"] = {"kernel": jnp.zeros((width, 5)), "bias": jnp.array([0.0, 0.0, 0.0, 1.0, 0.0])}
   rng = np.random.default_rng(0)
   where = jax.nn.one_hot(rng.integers(0, N, (B, 1 + G, V)), N)
   words = jnp.asarray(rng.integers(3, 200, (B, G, M)))
   mask, edges = jnp.arange(M)[None, None] < jnp.full((B, G, 1), 5), jnp.zeros((B, G, V, 2)).at[:, 0, :, 1].set(1.0)
-  hints = grounding.Hints(where, words, mask, jnp.zeros((B, 9)), jnp.zeros((B, G), jnp.int32), edges)
+  hints = grounding.Hints(where, words, mask, jnp.zeros((B, 9)), jnp.zeros((B, G), jnp.int32), edges, edges[:, 0])
   return model, params, random_observation(tiny(), B), hints
 
 
@@ -33,7 +34,7 @@ def test_the_probes_are_all_that_is_added(parts):
   model, params, observation, _ = parts
   names = set(flatten_dict(jax.eval_shape(model.init, jax.random.key(0), observation)["params"], sep="/"))
   assert names - set(flatten_dict(random_params(tiny()), sep="/")) == {
-    f"{name}/{leaf}" for name in ("probe", "probe_dino", "probe_siglip") for leaf in ("kernel", "bias")
+    f"{name}/{leaf}" for name in ("probe", "probe_aim", "probe_dino", "probe_siglip") for leaf in ("kernel", "bias")
   }
   out = jax.jit(model.apply)({"params": params}, observation)
   bare = jax.jit(tiny().apply)({"params": grounding.strip(params)}, observation)
@@ -51,12 +52,13 @@ def test_the_losses_and_what_they_teach(parts):
 
   total, each = losses(params)
   assert float(each["displacement"]) == float(each["turn"]) == pytest.approx(0.5)  # said 0.5, true 0
+  assert float(each["aim"]) == pytest.approx(0.5)  # a cube turned by 22.5°: cosine 0, sine 1
   # Of three shapes none is likelier; one object of three is a cube turned by 22.5°, and said to lie straight.
   assert float(each["looks"]) == pytest.approx(np.log(3) + 2 * 1.0 / 3)
   assert float(total) == pytest.approx(sum(WEIGHTS[name] * float(x) for name, x in each.items()), rel=1e-5)
   gradients = jax.jit(jax.grad(lambda p: losses(p)[0]))(params)
   moved = {name for name, part in gradients.items() if any(np.abs(x).max() > 0 for x in jax.tree.leaves(part))}
-  assert {"dino", "siglip", "text", "siglip_id_pruner", "probe", "probe_dino", "probe_siglip"} <= moved
+  assert {"dino", "siglip", "text", "siglip_id_pruner", "probe", "probe_aim", "probe_dino", "probe_siglip"} <= moved
   assert "coupler" not in moved
 
 
