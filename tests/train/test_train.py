@@ -187,8 +187,10 @@ def test_nan_stops_with_step_and_family(data, tmp_path):
   start, values = command.replay(make_config(data), tmp_path / "sound", saved)
   assert start == 0 and np.isfinite(values["loss"]) and values["grad_norm/coupler"] > 0
   assert not list((tmp_path / "sound").rglob("*.npz")) and not (tmp_path / "sound" / "policy").exists()
+  config = make_config(data)
+  config.data.batch_size = 16
   with pytest.raises(ValueError, match="got 8 examples in .*expected 16"):
-    command.replay(make_config(data, **{"data.batch_size": 16}), tmp_path / "sound", saved)
+    command.replay(config, tmp_path / "sound", saved)
 
 
 def test_tokenisers_of_another_model_are_refused(data):
