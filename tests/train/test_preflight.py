@@ -143,7 +143,7 @@ def test_too_large_a_batch_is_refused_with_the_number():
   report = preflight.fly(c, mesh)
   text = preflight.describe(report, c, mesh)
   assert not report.fits
-  assert re.search(r"DOES NOT FIT: (Used [\d.]+G of 15.75G hbm|[\d.]+ GiB needed)", text), text
+  assert re.search(r"DOES NOT FIT: .*\b[\d.]+G\b.*\b15.75G\b", text), text  # libtpu's words vary, the two numbers do not
   assert "what would help:" in text and "--config.optim.accumulate=2" in text
 
 
