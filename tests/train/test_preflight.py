@@ -143,7 +143,7 @@ def test_too_large_a_batch_is_refused_with_the_number():
   report = preflight.fly(c, mesh)
   text = preflight.describe(report, c, mesh)
   assert not report.fits
-  assert re.search(r"DOES NOT FIT: .*\b[\d.]+G\b.*\b15.75G\b", text), text  # libtpu's words vary, the two numbers do not
+  assert re.search(r"DOES NOT FIT: .*\b[\d.]+G\b.*\b15.75G\b", text), text  # needed and there
   assert "what would help:" in text and "--config.optim.accumulate=2" in text
 
 
