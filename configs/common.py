@@ -7,8 +7,8 @@ here imports the package.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-PATCHES = {"tiny": 64, "small": 36, "7b": 256}  # per view, (image / patch)² of the variant
-WORDS = {"tiny": 32, "small": 24, "7b": 64}  # of an instruction: positions of the variant's text tower
+PATCHES = {"tiny": 64, "small": 36, "small64": 64, "7b": 256}  # per view, (image / patch)² of the variant
+WORDS = {"tiny": 32, "small": 24, "small64": 24, "7b": 64}  # of an instruction: positions of the variant's text tower
 
 
 # OpenVLA and OpenVLA-OFT as values of `model`: no pruners, no fusers, no FiLM, the second-to-last block's patches.

@@ -13,13 +13,12 @@ encoders are told shapes and edges too; docs/LOG.md has what it reaches. It is n
 from ml_collections import ConfigDict
 
 from configs import common
-from semanticvla_jax.models.semanticvla import VARIANTS
 
 
 def get_config(arg=None):
   if arg not in (None, "", "turn", "looks"):
     raise ValueError(f"config argument: got {arg!r}, expected nothing, 'turn' or 'looks'.")
-  config = common.get_config("small", ratio=4)
+  config = common.get_config("small64" if arg == "looks" else "small", ratio=4)
   config.lora = None
   config.trainable = ".*"
   # Cues that point: from scratch there is no contrastive pre-training that would sharpen the similarities.
@@ -39,9 +38,6 @@ def get_config(arg=None):
     config.data.starts = 0.5
     config.train.steps = 900
   if arg == "looks":
-    with config.unlocked(), config.model.ignore_type():
-      config.model.variant = ConfigDict(VARIANTS["small"] | dict(image=64))
-    config.model.keep = 16  # of 64 patches
     config.optim.update(lr=2.5e-3, decay_steps=2_500)
     config.data.starts = 0.5
     config.train.steps = 2_600

@@ -78,6 +78,7 @@ VARIANTS = {
     llm=dict(vocab=32064, width=4096, depth=32, num_heads=32, mlp_dim=11008),
   ),
 }
+VARIANTS["small64"] = VARIANTS["small"] | dict(image=64)
 
 # Every field a model config may set, with the released LIBERO value.
 DEFAULTS = dict(
