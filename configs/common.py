@@ -30,7 +30,30 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
   """SemanticVLA as released for LIBERO, keeping 1/ratio of each view's patches."""
   config = ConfigDict()
   config.seed = 7
-  config.model = ConfigDict(
+  config.model = _model(variant, ratio)
+  # A policy folder to start from; several with commas, where later ones give what the first lacks. Frozen parameters
+  # that none has are an error, unless "random" stands in the list.
+  config.init_from = placeholder(str)
+  config.lora = ConfigDict(dict(rank=64, alpha=128.0, targets="release"))
+  # Trained in full beside the adapters; everything else is frozen (and kept in bfloat16 at 7b).
+  config.trainable = (
+    r"(dino|siglip)/Transformer/encoderblock_\d+/film/.*|(dino|siglip)_(sa|id)_pruner/.*|dense_fuser/.*"
+    r"|sparse_fuser/.*|proprio_projector/.*|coupler/.*"
+  )
+  config.frozen_dtype = placeholder(str)  # of frozen parameters; None: float32, as the trainable ones
+  if variant == "7b":
+    config.frozen_dtype = "bfloat16"
+  config.optim = _optim()
+  config.data = _data(variant)
+  config.train = _train()
+  # Sizes; one -1 takes what is left. overrides: (regular expression over parameter paths, (axis or None, …)), …
+  # Parameters of fewer numbers than split_above are copied over fsdp.
+  config.mesh = ConfigDict(dict(replica=1, data=1, fsdp=-1, tensor=1, overrides=(), split_above=2**16))
+  return config.lock()
+
+
+def _model(variant: str, ratio: int) -> ConfigDict:
+  model = ConfigDict(
     dict(
       variant=variant,
       encoders=("dino", "siglip"),
@@ -61,20 +84,12 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
     )
   )
   if variant == "7b":
-    config.model.remat = "full"  # the backward pass computes each block again; None is faster where memory allows
-  # A policy folder to start from; several with commas, where later ones give what the first lacks. Frozen parameters
-  # that none has are an error, unless "random" stands in the list.
-  config.init_from = placeholder(str)
-  config.lora = ConfigDict(dict(rank=64, alpha=128.0, targets="release"))
-  # Trained in full beside the adapters; everything else is frozen (and kept in bfloat16 at 7b).
-  config.trainable = (
-    r"(dino|siglip)/Transformer/encoderblock_\d+/film/.*|(dino|siglip)_(sa|id)_pruner/.*|dense_fuser/.*"
-    r"|sparse_fuser/.*|proprio_projector/.*|coupler/.*"
-  )
-  config.frozen_dtype = placeholder(str)  # of frozen parameters; None: float32, as the trainable ones
-  if variant == "7b":
-    config.frozen_dtype = "bfloat16"
-  config.optim = ConfigDict(
+    model.remat = "full"  # the backward pass computes each block again; None is faster where memory allows
+  return model
+
+
+def _optim() -> ConfigDict:
+  return ConfigDict(
     dict(
       name="adamw",  # or "muon", for training from scratch
       lr=5e-4,
@@ -92,7 +107,10 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
       accumulate=1,  # parts of a batch that the gradient is summed over, for less memory; steps stay updates
     )
   )
-  config.data = ConfigDict(
+
+
+def _data(variant: str) -> ConfigDict:
+  return ConfigDict(
     dict(
       dir="data",
       cache_dir=placeholder(str),  # local, of indices; None: ~/.cache/semanticvla_jax, "": keeps none
@@ -114,7 +132,10 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
       starts=0.0,  # and the share of first moments among its examples
     )
   )
-  config.train = ConfigDict(
+
+
+def _train() -> ConfigDict:
+  return ConfigDict(
     dict(
       steps=80_005,
       save_every=10_000,
@@ -126,7 +147,3 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
       wandb=placeholder(str),  # project to report to as well
     )
   )
-  # Sizes; one -1 takes what is left. overrides: (regular expression over parameter paths, (axis or None, …)), …
-  # Parameters of fewer numbers than split_above are copied over fsdp.
-  config.mesh = ConfigDict(dict(replica=1, data=1, fsdp=-1, tensor=1, overrides=(), split_above=2**16))
-  return config.lock()
