@@ -304,10 +304,11 @@ def replay(config: Any, workdir: Path, path: Path, deadline: float = 300.0) -> t
     )
   if not path.exists() or jax.process_count() > 1:
     raise ValueError(f"--replay: got {path} in {jax.process_count()} processes; expected a bad_batch_STEP.npz, in one.")
-  batch, ready = load_batch(path), prepare(config, deadline)
+  batch = load_batch(path)
   size = len(batch.actions)
   if size != config.data.batch_size:
     raise ValueError(f"--replay: got {size} examples in {path}, expected {config.data.batch_size} (data.batch_size).")
+  ready = prepare(config, deadline)
   with open_checkpoints(config, workdir) as checkpointer:
     state, start, _ = resume(checkpointer, ready.state, plain(config))
   run = stepping.compile_step(ready.step, ready.mesh, state, ready.frozen, sharding.rule_of(config.mesh), None)
