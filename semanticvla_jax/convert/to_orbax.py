@@ -367,7 +367,7 @@ def _hashes(paths: Sequence[Path]) -> concurrent.futures.Future:
   def hash_all() -> None:
     try:
       future.set_result({str(path): sha256(path) for path in paths})
-    except OSError as error:
+    except BaseException as error:  # whatever it is: whoever waits for the result must hear of it
       future.set_exception(error)
 
   threading.Thread(target=hash_all, daemon=True).start()

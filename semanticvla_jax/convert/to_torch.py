@@ -106,15 +106,14 @@ def to_torch(
   with whole(target, progress.total, say) as partial, concurrent.futures.ThreadPoolExecutor(1) as pool:
     if check:
       say("comparing the parameters' hash with metadata.json meanwhile (--no-check leaves this out)")
-    checked = pool.submit(folder.check_hash) if check else None
+    checked = pool.submit(folder.check_hash if check else lambda: None)
     hashes = {}
     for name, content in groups.items():
       say(f"{name}: {len(content)} tensors, {sum(x.nbytes for x in content.values()):,} bytes")
       hashes |= _write(partial / name, content, companions, progress.add)
-      if checked is not None and checked.done():
+      if checked.done():
         checked.result()  # no need to write the rest of what is damaged
-    if checked is not None:
-      checked.result()
+    checked.result()
     if lora == "keep" or (wrapped and settings["targets"] == "release"):
       (partial / ADAPTER).parent.mkdir(exist_ok=True)
       adapter = release.adapter_config(tensors | added, settings)

@@ -279,3 +279,15 @@ def test_companions_of_pytorch(tmp_path):
     path.unlink()
   to_orbax([folder], tmp_path / "policy", checkpoints.config("oft"))
   assert_holds(checkpoint.load_policy(tmp_path / "policy"), wanted)
+
+
+def test_a_source_that_cannot_be_hashed_is_heard_of(monkeypatch, tmp_path):
+  """Whatever stops the thread that hashes: nobody waits for it for ever."""
+  from semanticvla_jax.convert import to_orbax as module
+
+  def broken(path):
+    raise MemoryError("no room for a block")
+
+  monkeypatch.setattr(module, "sha256", broken)
+  with pytest.raises(MemoryError, match="no room"):
+    module._hashes([tmp_path / "shard"]).result(timeout=10)
