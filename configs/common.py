@@ -119,6 +119,8 @@ def _data(variant: str) -> ConfigDict:
       trajectory_end="cut",
       augment=True,
       crop_area=0.9,  # of the random crops of training and the centre crop of evaluation; None crops in neither
+      # Standard deviations in metres and radians: each example's arm is moved off its path, and its actions lead back.
+      jitter=(0.0, 0.0),
       diagonal_crop=False,  # True: the release's random crops, whose vertical and horizontal offsets are equal
       normalisation="bounds_q99",
       dct="accurate",  # of JPEGs, in training and evaluation; "fast" is TensorFlow's, which the release has

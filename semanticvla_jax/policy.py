@@ -10,9 +10,11 @@ Evaluation and serving use nothing else; evaluation on the device uses the same 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, UInt8
 
 from semanticvla_jax import checkpoint
@@ -43,6 +45,7 @@ VIEWS = {1: ("image",), 2: ("image", "wrist_image"), 3: ("image", "left_wrist_im
 NORMALISATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bounds"}
 GRIPPERS = ("command", "raw")
 ADAPTERS = ("merge", "keep")
+_PIXELS = re.compile(r"(dino|siglip)/embedding/(kernel|lora_b)")  # what every pixel goes through
 
 
 def normalise_proprio(values: Float[Array, "*b p"], stats: Statistics, mode: str) -> Float[Array, "*b p"]:
@@ -202,6 +205,17 @@ class Policy:
       model, self.params, self.stats, self.tokenizers, config, batch_sizes=(*self._compiled,), replay=self.replay,
       gripper=self.gripper, metadata={**self._extra, "variant": fields},
     )
+
+  def blind(self) -> Policy:
+    """The same policy before whose eyes all frames are grey: each encoder's mean colour, whatever the camera shows.
+
+    Done in the parameters (no pixel reaches a patch's embedding), so that it runs in what was compiled for this one.
+    """
+    grey = flatten_dict(self.params, sep="/")
+    grey |= {name: jnp.zeros_like(grey[name]) for name in grey if _PIXELS.fullmatch(name)}
+    other = copy.copy(self)
+    other.params, other._extra = unflatten_dict(grey, sep="/"), {**self._extra, "variant": {"images": "grey"}}
+    return other
 
   @property
   def image_size(self) -> int:

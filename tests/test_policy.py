@@ -194,6 +194,17 @@ def test_a_variant_keeps_the_parameters(ready):
   assert np.any(kept[0] != kept[1]) and np.all(kept[1][0] == kept[1][1])
 
 
+def test_a_blind_policy_sees_nothing_and_still_hears_and_feels(ready):
+  blind, one = ready.blind(), policies.observation(0)
+  other = {**one, **{name: policies.observation(1)[name] for name in ("observation/image", "observation/wrist_image")}}
+  act = lambda policy, seen: policy.infer(seen)["actions"]  # noqa: E731
+  np.testing.assert_array_equal(act(blind, one), act(blind, other))
+  assert (act(ready, one) != act(ready, other)).any()
+  assert (act(blind, one) != act(blind, one | {"prompt": "pick up the blue ball"})).any()
+  assert (act(blind, one) != act(blind, one | {"observation/state": np.ones(8, np.float32)})).any()
+  assert blind.metadata["variant"] == {"images": "grey"} and "variant" not in ready.metadata
+
+
 def test_observations_that_do_not_fit_say_why(ready):
   seen = policies.observation()
   without = {key: value for key, value in seen.items() if key != "observation/wrist_image"}

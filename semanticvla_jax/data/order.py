@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, UInt64
 
-_PERMUTATION, _CHOICE = 0, 1  # random streams of one seed; images.py uses a third
+_PERMUTATION, _CHOICE = 0, 1  # random streams of one seed; images.py and rlds.py have the next two
 _BLOCK = 4096  # examples whose datasets are drawn together
 
 

@@ -26,11 +26,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int32, UInt8
 
 from semanticvla_jax.data import images, order, records, standardise, statistics, text, trajectories
 from semanticvla_jax.types import Batch, Observation
 
+_STREAM = 3  # of random numbers of one seed; order.py and images.py have the others
 _PIXELS = 1 << 16  # worked on together: small images in groups, so that numpy's calls are worth their overhead
 
 
@@ -69,6 +70,11 @@ class Dataset:
     for part in (self.index.record_offset, self.index.record_bytes, self.index.instruction[self.frames]):
       digest.update(np.ascontiguousarray(part).view(np.uint8).reshape(-1))
     return digest.hexdigest()[:16]
+
+  @functools.cached_property
+  def stride(self) -> float:
+    """Metres that one unit of a translation command moves the arm in a step."""
+    return trajectories.stride(self.actions, self.proprio, self.ends)
 
   def instruction(self, frame: int) -> str:
     """The instruction of frame `frame` of this dataset."""
@@ -232,6 +238,21 @@ def assemble(
   return Dataset(name, recipe, index, given, actions, proprio, frames, episodes, ends)
 
 
+class Jitter(NamedTuple):
+  """How far the arm is made to stand off the demonstrated path, see trajectories.displaced: standard deviations.
+
+  Attributes:
+    metres: of each axis of its position.
+    radians: of each axis of its attitude.
+  """
+
+  metres: float = 0.0
+  radians: float = 0.0
+
+
+STILL = Jitter()
+
+
 class _Source(NamedTuple):
   """A dataset made ready for one chunk length: candidate frames and its instructions as ids."""
 
@@ -258,6 +279,7 @@ def batches(
   augmentation: images.Augmentation | None = None,
   crop_area: float | None = None,
   dct: str = "accurate",
+  jitter: Jitter = STILL,
   window: int | None = None,
   cache_bytes: int = 2 << 30,
   workers: int | None = None,
@@ -284,6 +306,7 @@ def batches(
     augmentation: images.RELEASE for the released training, None for none.
     crop_area: centre crop instead, as in evaluation.
     dct: see images.decode.
+    jitter: displaces the arm of each example, for datasets whose actions are displacements.
     window: None shuffles frames; a number shuffles that many episodes at a time (see the module's docstring). Then
       `cache_bytes` should hold `window` episodes of every dataset, or episodes are read more than once.
     cache_bytes: memory for encoded images of each dataset where they are cached, see records.Reader.
@@ -297,6 +320,7 @@ def batches(
     ValueError: at once for bad arguments; while iterating, for an image that cannot be decoded.
   """
   _check_batches(mixture, batch_size, process_index, process_count, start_step)
+  _check_jitter(mixture, jitter)
   whole = window is not None
   sources = [_source(dataset, tokenizers, chunk, trajectory_end, whole, cache_bytes) for dataset, _ in mixture]
   weights = [weight * len(dataset.actions) for dataset, weight in mixture]
@@ -308,7 +332,22 @@ def batches(
   firsts = (step * batch_size for step in itertools.count(start_step))
   workers = min(os.cpu_count() or 1, 16) if workers is None else workers
   group = max(1, _PIXELS // (image_size**2 * len(mixture[0][0].recipe.views)))
-  return _generate(sources, sequence, firsts, rows, chunk, picture, group, workers, prefetch)
+  columns = functools.partial(_batch, sources, chunk=chunk, jitter=jitter, seed=seed)
+  return _generate(sequence, firsts, rows, picture, columns, group, workers, prefetch)
+
+
+def _check_jitter(mixture: Sequence[tuple[Dataset, float]], jitter: Jitter) -> None:
+  if not (0 <= jitter.metres < 0.1 and 0 <= jitter.radians < 0.5):
+    raise ValueError(
+      f"Jitter: got {jitter.metres} metres and {jitter.radians} radians; expected 0 to 0.1 and 0 to 0.5, for images "
+      "stay as they are; lower config.data.jitter."
+    )
+  for dataset, _ in mixture if jitter != STILL else ():
+    if any(dataset.recipe.absolute[:6]):
+      raise ValueError(
+        f"Jitter: got the dataset {dataset.name!r}, whose actions are targets; expected displacements, which can lead "
+        "back; set config.data.jitter=(0.0, 0.0)."
+      )
 
 
 def _check_batches(
@@ -350,7 +389,7 @@ def _source(
   )
 
 
-def _generate(sources, sequence, firsts, rows, chunk, picture, group, workers, prefetch) -> Iterator[Batch]:
+def _generate(sequence, firsts, rows, picture, columns, group, workers, prefetch) -> Iterator[Batch]:
   pool = concurrent.futures.ThreadPoolExecutor(max(workers, 1), thread_name_prefix="frames")
   pending = collections.deque()
   try:
@@ -358,12 +397,12 @@ def _generate(sources, sequence, firsts, rows, chunk, picture, group, workers, p
       datasets, candidates = (part[rows] for part in sequence.take(first, int(rows[-1]) + 1))
       drawn = list(zip(datasets.tolist(), candidates.tolist(), (first + rows).tolist()))
       futures = [pool.submit(picture, drawn[i : i + group]) for i in range(0, len(rows), group)]
-      pending.append((datasets, candidates, futures))
+      pending.append((datasets, candidates, first + rows, futures))
       if len(pending) > prefetch:
-        datasets, candidates, futures = pending.popleft()
-        yield _batch(sources, datasets, candidates, np.concatenate([future.result() for future in futures]), chunk)
+        *chosen, futures = pending.popleft()
+        yield columns(*chosen, np.concatenate([future.result() for future in futures]))
   finally:
-    for future in itertools.chain.from_iterable(futures for _, _, futures in pending):
+    for future in itertools.chain.from_iterable(futures for *_, futures in pending):
       future.cancel()
     pool.shutdown(wait=False)
 
@@ -401,13 +440,17 @@ def _batch(
   sources: Sequence[_Source],
   datasets: Int[np.ndarray, "b"],
   candidates: Int[np.ndarray, "b"],
+  examples: Int[np.ndarray, "b"],
   pictures: UInt8[np.ndarray, "b v h w 3"],
+  *,
   chunk: int,
+  jitter: Jitter,
+  seed: int,
 ) -> Batch:
   parts, rows = [], []
   for number in np.unique(datasets):
     here = np.flatnonzero(datasets == number)
-    parts.append(_columns(sources[number], candidates[here], chunk))
+    parts.append(_columns(sources[number], candidates[here], chunk, _shifts(jitter, seed, examples[here])))
     rows.append(here)
   back = np.argsort(np.concatenate(rows), kind="stable")
   proprio, actions, inside, prompt, prompt_mask, *instruction = (
@@ -417,17 +460,30 @@ def _batch(
   return Batch(observation, actions, inside)
 
 
-def _columns(source: _Source, candidates: Int[np.ndarray, "b"], chunk: int) -> tuple[np.ndarray | None, ...]:
-  """Everything of some examples of one dataset but the images, normalised and tokenised."""
+def _shifts(jitter: Jitter, seed: int, examples: Int[np.ndarray, "b"]) -> Float[np.ndarray, "b 6"] | None:
+  """How far the arm of each example stands off, in metres and radians: the same for the same arguments."""
+  if jitter == STILL:
+    return None
+  bits = [np.random.Philox(key=[seed, _STREAM], counter=[0, 0, example, 0]) for example in examples.tolist()]
+  return np.stack([np.random.Generator(one).standard_normal(6) for one in bits]) * np.repeat(jitter, 3)
+
+
+def _columns(
+  source: _Source, candidates: Int[np.ndarray, "b"], chunk: int, shift: Float[np.ndarray, "b 6"] | None
+) -> tuple[np.ndarray | None, ...]:
+  """Everything of some examples of one dataset but the images, displaced, normalised and tokenised."""
   dataset, recipe = source.dataset, source.dataset.recipe
   frames = source.starts[candidates]
   absolute = np.array(recipe.absolute)
   actions, inside = trajectories.windows(dataset.actions, frames, dataset.ends[frames], chunk, absolute)
+  proprio = dataset.proprio[frames]
+  if shift is not None:
+    proprio, actions = trajectories.displaced(proprio, actions, shift, dataset.stride, inside)
   said = dataset.index.instruction[dataset.frames[frames]]
   prompt, prompt_mask = (table[said] for table in source.prompt)
   instruction = (None, None) if source.instruction is None else tuple(table[said] for table in source.instruction)
   return (
-    statistics.normalise(dataset.proprio[frames], dataset.statistics.proprio, mode=recipe.mode),
+    statistics.normalise(proprio, dataset.statistics.proprio, mode=recipe.mode),
     statistics.normalise(actions, dataset.statistics.action, mode=recipe.mode),
     inside,
     prompt,

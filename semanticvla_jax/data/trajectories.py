@@ -50,6 +50,44 @@ def windows(
   return np.where(inside[:, :, None] | absolute, chunks, np.float32(0)), inside
 
 
+def stride(actions: Float[np.ndarray, "n a"], proprio: Float[np.ndarray, "n p"], ends: Int[np.ndarray, "n"]) -> float:
+  """Metres that one unit of a translation command moves the arm in a step: least squares over all steps.
+
+  Args:
+    actions: whose first three dimensions are displacements. proprio: whose first three are the position.
+    ends: one past the last frame of the episode of each.
+  """
+  inside = np.flatnonzero(np.arange(len(ends)) + 1 < ends)
+  moved, command = proprio[inside + 1, :3] - proprio[inside, :3], actions[inside, :3]
+  return float((moved * command).sum(dtype=np.float64) / max((command**2).sum(dtype=np.float64), 1e-12))
+
+
+def displaced(
+  proprio: Float32[np.ndarray, "b p"],
+  actions: Float32[np.ndarray, "b k a"],
+  shift: Float[np.ndarray, "b 6"],
+  metres: float,
+  inside: Bool[np.ndarray, "b k"],
+) -> tuple[Float32[np.ndarray, "b p"], Float32[np.ndarray, "b k a"]]:
+  """Examples as if the arm stood elsewhere, with actions that lead back to the demonstrated path.
+
+  Demonstrations that begin in one pose and follow one path say nothing of what lies beside it. The way back is that of
+  a proportional controller that leaves 1 - 1 / k of the distance after each step; the attitude is not led back. Images
+  stay as they are, so `shift` should be small.
+
+  Args:
+    proprio: position, attitude, …, in raw units. actions: translations first, in [-1, 1], which they keep to.
+    shift: metres and radians that the arm stands off. metres: see `stride`.
+    inside: steps within the episode; those past its end stay as they are.
+  """
+  k = actions.shape[1]
+  moved, answer = proprio.copy(), actions.copy()
+  moved[:, :6] += shift.astype(np.float32)
+  back = shift[:, None, :3] / (k * metres) * (1 - 1 / k) ** np.arange(k)[:, None]
+  answer[:, :, :3] = np.where(inside[:, :, None], np.clip(actions[:, :, :3] - back, -1, 1), actions[:, :, :3])
+  return moved, answer
+
+
 def kept(actions: Float[np.ndarray, "t a"], threshold: float = 1e-4) -> Bool[np.ndarray, "t"]:
   """Marks the steps that are not no-ops, by the rule that made the `*_no_noops` data sets.
 

@@ -97,7 +97,8 @@ class Evaluation:
   def controls(self, result: Episodes, names: Sequence[str]) -> list[report.Row]:
     """The policy with one thing taken away at a time."""
     rows = []
-    for name, (episodes, changes) in controls.run(self.policy, self.runner, result, self.make, names).items():
+    make = lambda variant, name: self.make(variant)  # noqa: E731
+    for name, (episodes, changes) in controls.run(self.policy, self.runner, result, make, names).items():
       told = {"told": "another episode's instruction"} if name == controls.NAMES["shuffled"] else {}
       rows.append(self.row(name, "control", episodes, model_changes=changes, **told))
     return rows

@@ -1,7 +1,8 @@
-"""Controls: what is left of a success rate without the instruction, and without learned pruning.
+"""Controls: what is left of a success rate without the instruction, without sight, and without learned pruning.
 
-A policy that does as well when told something else does not follow instructions; one that does as well with random
-patches gets nothing from its pruner. Both are the same parameters on the same episodes.
+A policy that does as well when told something else does not follow instructions; one that does as well blind runs a
+trajectory by heart; one that does as well with random patches gets nothing from its pruner. All are the same parameters
+on the same episodes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from semanticvla_jax.policy import Policy
 
 NAMES = {
   "shuffled": "told another episode's instruction",
+  "blind": "sees grey frames",
   "random": "keeps random patches",
   "uniform": "keeps evenly spread patches",
   "centre": "keeps the central patches",
@@ -58,7 +60,7 @@ def run(
   policy: Policy,
   runner: Any,
   result: Episodes,
-  make: Callable[[Policy], Any],
+  make: Callable[[Policy, str], Any],
   names: Sequence[str] = tuple(NAMES),
   seed: int = 0,
 ) -> dict[str, tuple[Episodes, dict]]:
@@ -68,7 +70,7 @@ def run(
     policy: the one evaluated.
     runner: the OnDevice or OnHost that gave `result`.
     result: of the evaluation itself.
-    make: makes such a runner of another policy.
+    make: makes such a runner of another policy, for the control of that name.
     names: which of NAMES; those that change nothing in this policy are left out.
     seed: of the shuffle.
 
@@ -82,6 +84,8 @@ def run(
   for name in names:
     if name == "shuffled":
       found[NAMES[name]] = (runner.run(result.seeds, shuffle(result.instruction, seed)), {})
+    elif name == "blind":
+      found[NAMES[name]] = (make(policy.blind(), name).run(result.seeds), {"images": "grey"})
     elif prunes and name != own:
-      found[NAMES[name]] = (make(policy.variant(anchor_rule=name)).run(result.seeds), {"anchor_rule": name})
+      found[NAMES[name]] = (make(policy.variant(anchor_rule=name), name).run(result.seeds), {"anchor_rule": name})
   return found

@@ -196,12 +196,8 @@ class Evaluation:
 
   def controls(self, result: Episodes, names: Sequence[str]) -> list[report.Row]:
     """The policy with one thing taken away at a time."""
-
-    def make(variant: Policy) -> _Runner:
-      return self.runner(variant, variant.config["model"]["anchor_rule"])
-
     rows, main = [], self.runner(self.policy, "policy")
-    for name, (episodes, changes) in controls.run(self.policy, main, result, make, names).items():
+    for name, (episodes, changes) in controls.run(self.policy, main, result, self.runner, names).items():
       told = {"told": name} if name == controls.NAMES["shuffled"] else {}
       rows.append(self.row(name, "control", episodes, self.fingerprint(model_changes=changes, **told)))
     return rows

@@ -168,6 +168,7 @@ def rlds_source(
     start_step=start,
     rows=rows,
     trajectory_end=config.data.trajectory_end,
+    jitter=rlds.Jitter(*config.data.jitter),
     **options,
   )
   datasets = [dataset for dataset, _ in mixture]

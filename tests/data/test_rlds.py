@@ -430,6 +430,29 @@ def test_values_of_a_record_and_what_is_none():
     records.values(record[:-3], {"text"})
 
 
+def test_jitter_moves_the_arm_and_its_answer_reproducibly(dataset, other, tokenizers):
+  mixture, jitter = [(dataset, 1.0), (other, 1.0)], rlds.Jitter(0.01, 0.02)
+  plain, moved = (batches(mixture, tokenizers, 3, jitter=each) for each in (rlds.Jitter(), jitter))
+  assert_equal(batches(mixture, tokenizers, 1, jitter=jitter, start_step=2)[0], moved[2])
+  halves = [batches(mixture, tokenizers, 1, jitter=jitter, process_index=i, process_count=2)[0] for i in (0, 1)]
+  assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *halves), moved[0])
+  for a, b in zip(plain, moved):
+    np.testing.assert_array_equal(a.observation.images, b.observation.images)
+    np.testing.assert_array_equal(a.actions[:, :, 3:], b.actions[:, :, 3:])
+    np.testing.assert_array_equal(a.observation.proprio[:, 6:], b.observation.proprio[:, 6:])
+    assert (a.actions[:, 0, :3] != b.actions[:, 0, :3]).mean() > 0.5  # some are at their limits
+    assert (a.observation.proprio[:, :6] != b.observation.proprio[:, :6]).mean() > 0.8
+
+
+def test_jitter_is_for_small_displacements(dataset, tokenizers):
+  for jitter, message in ((rlds.Jitter(-0.01), "got -0.01 metres"), (rlds.Jitter(0.0, 0.6), "0.6 radians")):
+    with pytest.raises(ValueError, match=message):
+      batches([(dataset, 1.0)], tokenizers, jitter=jitter)
+  absolute = dataclasses.replace(dataset, recipe=standardise.TABLETOP._replace(absolute=(True,) * 7))
+  with pytest.raises(ValueError, match="'tabletop_toy', whose actions are targets"):
+    batches([(absolute, 1.0)], tokenizers, jitter=rlds.Jitter(0.01))
+
+
 def test_bad_arguments(data_dir, dataset, tokenizers):
   for options, message in (
     ({"batch_size": 6, "process_count": 4}, "batch that divides by the processes"),

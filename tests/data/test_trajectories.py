@@ -28,6 +28,31 @@ def test_windows_stay_inside_their_episode():
   assert chunks[2].tolist() == [[7, 8], [9, 10], [0, 10]]
 
 
+def test_stride_is_what_a_command_moves_within_episodes():
+  rng = np.random.default_rng(0)
+  actions = rng.uniform(-1, 1, (20, 7)).astype(np.float32)
+  proprio = np.zeros((20, 8), np.float32)
+  proprio[1:, :3] = 0.02 * np.cumsum(actions[:-1, :3], axis=0)
+  proprio[12:, :3] += 9  # another episode, elsewhere
+  ends = np.repeat([12, 20], [12, 8])
+  assert trajectories.stride(actions, proprio, ends) == pytest.approx(0.02, rel=1e-5)
+
+
+def test_a_displaced_arm_is_led_back_and_nothing_else_changes():
+  proprio = np.arange(16, dtype=np.float32).reshape(2, 8)
+  actions = np.full((2, 4, 7), 0.5, np.float32)
+  shift = np.array([[0.02, 0, -0.01, 0.1, 0, 0], [0.5, 0, 0, 0, 0, 0]])
+  inside = np.array([[True] * 4, [True, True, False, False]])
+  moved, answer = trajectories.displaced(proprio, actions, shift, 0.05, inside)
+  np.testing.assert_allclose(moved - proprio, [[0.02, 0, -0.01, 0.1, 0, 0, 0, 0], [0.5, *[0] * 7]], atol=1e-6)
+  np.testing.assert_allclose(answer[0, :, 0], 0.5 - 0.02 / (4 * 0.05) * 0.75 ** np.arange(4), rtol=1e-6)
+  left = shift[0, :3] + 0.05 * (answer[0, :, :3] - 0.5).sum(axis=0)  # after the chunk
+  np.testing.assert_allclose(left, shift[0, :3] * 0.75**4, atol=1e-6)
+  assert answer[1, :, 0].tolist() == [-1, -1, 0.5, 0.5]  # kept within limits, and as it was past the end
+  np.testing.assert_array_equal(answer[:, :, 3:], actions[:, :, 3:])
+  assert answer.dtype == moved.dtype == np.float32 and (actions == 0.5).all()
+
+
 def test_kept_drops_no_ops():
   def act(x, gripper):
     return [x, 0, 0, 0, 0, 0, gripper]

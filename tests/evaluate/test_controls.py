@@ -44,15 +44,17 @@ def test_each_control_runs_the_same_episodes():
   runner = Runner(policy, log)
   result = runner.run(range(20, 28))
   log.clear()
-  found = controls.run(policy, runner, result, lambda other: Runner(other, log))
+  asked = []
+  found = controls.run(policy, runner, result, lambda other, name: (asked.append(name), Runner(other, log))[1])
   assert [*found] == [*controls.NAMES.values()]
-  assert [seeds for _, seeds, _ in log] == [list(range(20, 28))] * 4
-  assert [rule for rule, _, _ in log] == [None, "random", "uniform", "centre"]
-  assert [told is None for _, _, told in log] == [False, True, True, True]
+  assert [seeds for _, seeds, _ in log] == [list(range(20, 28))] * 5
+  assert [rule for rule, _, _ in log] == [None, None, "random", "uniform", "centre"]
+  assert [told is None for _, _, told in log] == [False, True, True, True, True]
+  assert asked == ["blind", "random", "uniform", "centre"]
   changes = [change for _, change in found.values()]
-  assert changes == [{}, *({"anchor_rule": rule} for rule in ("random", "uniform", "centre"))]
+  assert changes == [{}, {"images": "grey"}, *({"anchor_rule": rule} for rule in ("random", "uniform", "centre"))]
   with pytest.raises(ValueError, match=r"got \['middle'\]"):
-    controls.run(policy, runner, result, lambda other: Runner(other, log), names=("middle",))
+    controls.run(policy, runner, result, lambda other, name: Runner(other, log), names=("middle",))
 
 
 def test_pruning_controls_are_left_out_where_they_change_nothing():
@@ -61,5 +63,5 @@ def test_pruning_controls_are_left_out_where_they_change_nothing():
     **policies.CONFIG["model"], "siglip_pruner": None, "dino_pruner": None, "film": (), "dense_fuser": None,
   }})  # fmt: skip
   runner = Runner(no_pruner, log)
-  found = controls.run(no_pruner, runner, runner.run(range(8)), lambda other: Runner(other, log))
-  assert [*found] == [controls.NAMES["shuffled"]]
+  found = controls.run(no_pruner, runner, runner.run(range(8)), lambda other, name: Runner(other, log))
+  assert [*found] == [controls.NAMES["shuffled"], controls.NAMES["blind"]]
