@@ -11,18 +11,21 @@ from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_obs
 LONGEST = "pick up the black bowl in the top drawer of the wooden cabinet and place it on the plate"
 
 
-@pytest.mark.parametrize("suite", libero_scripted.SUITES)
-def test_it_builds(suite):
-  config = libero_scripted.get_config(suite)
+@pytest.mark.parametrize(("argument", "pixels", "millions"), [("object", 96, (5, 6)), ("spatial", 96, (5, 6)),
+                                                              ("object@64", 64, (1, 1.5))])  # fmt: skip
+def test_it_builds(argument, pixels, millions):
+  config = libero_scripted.get_config(argument)
   model = build(config.model)
   params = abstract_params(model, dummy_observation(model))
-  assert 5e6 < sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)) < 6e6
-  assert dummy_observation(model).images.shape[1:] == (2, 96, 96, 3) and config.model.keep * 4 == (96 // 8) ** 2
+  assert millions[0] < sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params)) / 1e6 < millions[1]
+  assert dummy_observation(model).images.shape[1:] == (2, pixels, pixels, 3)
+  assert config.model.keep * 4 == (pixels // 8) ** 2
   lengths = dict(prompt_length=config.data.prompt_length, instruction_length=config.data.instruction_length)
   tokenizers = text.load(**lengths)
   assert tokenizers.instruction([LONGEST])[0].shape[1] <= model.text.positions and tokenizers.prompt([LONGEST])
 
 
-def test_other_suites_are_refused():
+@pytest.mark.parametrize("argument", ["goal", "object@48", "@48"])
+def test_other_suites_and_sizes_are_refused(argument):
   with pytest.raises(ValueError, match="'object', 'spatial'"):
-    libero_scripted.get_config("goal")
+    libero_scripted.get_config(argument)

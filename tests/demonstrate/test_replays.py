@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import typing
 
 import libero_assets
 import numpy as np
@@ -12,7 +13,7 @@ from semanticvla_jax.data import hdf5, images, records, rlds
 from semanticvla_jax.demonstrate import libero as replays
 from semanticvla_jax.demonstrate.__main__ import main
 from semanticvla_jax.envs import libero
-from semanticvla_jax.envs.process import Moment
+from semanticvla_jax.envs.process import Moment, Process
 
 installed = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed: make sim")
 NAME = "libero_object_no_noops"
@@ -86,6 +87,42 @@ def test_the_facts_tell_sources_apart(tmp_path, monkeypatch):
     found.append(replays._facts(recipe, {seed: demonstration(seed)._replace(path=path) for seed in seeds}))
   assert found[0] == found[1] and found[1]["files"].keys() == {"lift_demo.hdf5"}
   assert found[1]["files"] != found[2]["files"]
+
+
+class Remembering(Process):
+  """Stands in for a simulator: odd episodes fail, and it notes what it was asked to draw."""
+
+  drawn: typing.ClassVar[list[bool]] = []
+
+  def __init__(self):
+    pass
+
+  def begin(self, seed):
+    self.seed, self.acted = seed, False
+
+  def act(self, actions, every, on):
+    self.drawn.append(every)
+    self.acted = True
+
+  def receive(self):
+    success = self.acted and self.seed % 2 == 0
+    return Moment([{}], 11 if self.acted else 0, success, success, "lift")
+
+  def close(self):
+    pass
+
+
+def test_a_check_draws_and_writes_nothing(tmp_path, monkeypatch, capsys):
+  rows = {seed: demonstration(seed) for seed in (0, 1, 2)}
+  task = libero.Task("lift", "lift", tmp_path, tmp_path)
+  monkeypatch.setattr(replays, "collect", lambda recipe: rows)
+  monkeypatch.setattr(libero, "start", lambda settings, states: Remembering())
+  monkeypatch.setattr(libero, "tasks", lambda suite: [task])
+  main(["--from-hdf5=x", "--suite=libero_object", "--check", f"--out={tmp_path / 'out'}"])
+  told = capsys.readouterr().out
+  assert "3/3 replays, 2 succeeded" in told and "libero_object: 2 of 3 replays succeeded, 22 frames" in told
+  assert "dropped of lift: demo_1" in told
+  assert Remembering.drawn == [False] * 3 and not (tmp_path / "out").exists()
 
 
 def test_names_that_would_be_read_otherwise_and_finished_datasets_are_refused(tmp_path):
