@@ -2,9 +2,9 @@
 
     python -m semanticvla_jax.train --config=configs/libero_scripted.py --workdir=runs/scripted --config.data.dir=data
 
-`SUITE@PIXELS`. At 96 pixels, the default, an object of libero_object, 12 to 25 of 256 pixels wide, is about a patch of 8
-pixels; twice the widths of `small` and one block more, for ten objects on one floor are to be told apart and nothing is
-pre-trained: hours on a GPU. `object@64` is `small` at 64 pixels, what two CPU cores train in half an hour.
+`SUITE@PIXELS`. At 96 pixels, the default, an object of libero_object, 12 to 25 of 256 pixels wide, is about a patch of
+8 pixels; twice the widths of `small` and one block more, for ten objects on one floor are to be told apart and nothing
+is pre-trained: hours on a GPU. `object@64` is `small` at 64 pixels, what two CPU cores train in half an hour.
 """
 
 from ml_collections import ConfigDict
