@@ -2,9 +2,10 @@
 
     python -m semanticvla_jax.train --config=configs/libero_scripted.py --workdir=runs/scripted --config.data.dir=data
 
-`SUITE@PIXELS`. At 96 pixels, the default, an object of libero_object, 12 to 25 of 256 pixels wide, is about a patch of
-8 pixels; twice the widths of `small` and one block more, for ten objects on one floor are to be told apart and nothing
-is pre-trained: hours on a GPU. `object@64` is `small` at 64 pixels, what two CPU cores train in half an hour.
+Between `small` and what a GPU would want: at 96 pixels an object of libero_object, 12 to 25 of 256 pixels wide, is
+about a patch of 8 pixels; twice `small`'s widths and one block more, for ten objects on one floor are to be told apart
+and nothing is pre-trained. `:spatial` learns libero_spatial_no_noops. `:object@small64` is `small` at 64 pixels, what two
+CPU cores train in half an hour; the sentences of libero_spatial do not fit into its text tower.
 """
 
 from ml_collections import ConfigDict
@@ -12,51 +13,42 @@ from ml_collections import ConfigDict
 from configs import common
 
 SUITES = {"object": "libero_object_no_noops", "spatial": "libero_spatial_no_noops"}
-ROWS = {
-  "96": dict(
-    image=96,
-    patch=8,
-    pairs=((1, 1), (2, 2), (3, 3)),
-    dino=dict(width=128, depth=5, num_heads=4, mlp_dim=256, registers=1, layer_scale=1.0, position_init="sincos"),
-    siglip=dict(width=128, depth=4, num_heads=4, mlp_dim=256, position_init="sincos"),
-    text=dict(vocab=512, positions=32, width=128, depth=1, num_heads=4, mlp_dim=256),
-    llm=dict(vocab=512, width=192, depth=4, num_heads=6, mlp_dim=512),
-  ),
-  "64": dict(
-    image=64,
-    patch=8,
-    pairs=((0, 0), (1, 1), (2, 2)),
-    dino=dict(width=64, depth=4, num_heads=2, mlp_dim=128, registers=1, layer_scale=1.0, position_init="sincos"),
-    siglip=dict(width=64, depth=3, num_heads=2, mlp_dim=128, position_init="sincos"),
-    text=dict(vocab=512, positions=32, width=64, depth=1, num_heads=2, mlp_dim=128),
-    llm=dict(vocab=512, width=96, depth=4, num_heads=3, mlp_dim=256),
-  ),
-}
+ROW = dict(
+  image=96,
+  patch=8,
+  pairs=((1, 1), (2, 2), (3, 3)),
+  dino=dict(width=128, depth=5, num_heads=4, mlp_dim=256, registers=1, layer_scale=1.0, position_init="sincos"),
+  siglip=dict(width=128, depth=4, num_heads=4, mlp_dim=256, position_init="sincos"),
+  text=dict(vocab=512, positions=32, width=128, depth=1, num_heads=4, mlp_dim=256),
+  llm=dict(vocab=512, width=192, depth=4, num_heads=6, mlp_dim=512),
+)
+ARGUMENTS = (*SUITES, "object@small64")
 
 
 def get_config(arg=None):
-  suite, _, pixels = (arg or "object").partition("@")
-  pixels = pixels or "96"
-  if suite not in SUITES or pixels not in ROWS:
-    raise ValueError(f"config argument: got {arg!r}, expected SUITE or SUITE@PIXELS of {(*SUITES,)} and {(*ROWS,)}.")
-  config = common.get_config("small", ratio=4)
+  arg = arg or "object"
+  if arg not in ARGUMENTS:
+    raise ValueError(f"config argument: got {arg!r}, expected one of {ARGUMENTS}.")
+  suite, _, variant = arg.partition("@")
+  config = common.get_config("small64" if variant else "small", ratio=4)
   config.lora = None
   config.trainable = ".*"
-  with config.unlocked(), config.model.ignore_type():
-    config.model.variant = ConfigDict(ROWS[pixels])
-  # Cues that point, as in pretrain.py; a quarter of each view's patches.
-  config.model.update(keep=(int(pixels) // 8) ** 2 // 4, scan=False, temperature=0.03, similarity_noise=0.03)
+  # Cues that point, as in pretrain.py.
+  config.model.update(scan=False, temperature=0.03, similarity_noise=0.03)
   config.optim.update(
     name="muon", lr=2e-3, warmup_steps=200, decay_steps=12_000, end_lr=2e-5, b2=0.99, clip_norm=1.0
   )
   # 40,000 frames: crops and colours keep it from learning them by heart. Every demonstration begins in one pose and
-  # follows one path, the benchmark's first states lie a centimetre beside it.
-  config.data.update(
-    mixture=SUITES[suite], batch_size=64, prompt_length=48, instruction_length=32, jitter=(0.015, 0.02)
-  )
+  # follows one path; the benchmark's first states lie a centimetre beside it.
+  config.data.update(mixture=SUITES[suite], batch_size=64, prompt_length=48, jitter=(0.015, 0.02))
   config.train.update(steps=12_200, save_every=1_000, keep_last=2, log_every=50)
-  if pixels == "64":
+  if variant:
     config.optim.update(warmup_steps=100, decay_steps=1_500)
     config.data.update(augment=False, crop_area=None)  # an object is four pixels wide
     config.train.update(steps=1_600, save_every=400)
+    return config
+  with config.unlocked(), config.model.ignore_type():
+    config.model.variant = ConfigDict(ROW)
+  config.model.keep = 36  # of 144 patches a view
+  config.data.instruction_length = 32
   return config

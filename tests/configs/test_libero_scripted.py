@@ -9,11 +9,14 @@ from semanticvla_jax.data import text
 from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_observation
 
 LONGEST = "pick up the black bowl in the top drawer of the wooden cabinet and place it on the plate"
+OF_OBJECT = "pick up the chocolate pudding and place it in the basket"
 
 
-@pytest.mark.parametrize(("argument", "pixels", "millions"), [("object", 96, (5, 6)), ("spatial", 96, (5, 6)),
-                                                              ("object@64", 64, (1, 1.5))])  # fmt: skip
-def test_it_builds(argument, pixels, millions):
+@pytest.mark.parametrize(
+  ("argument", "pixels", "millions", "sentence"),
+  [("object", 96, (5, 6), LONGEST), ("spatial", 96, (5, 6), LONGEST), ("object@small64", 64, (1, 1.5), OF_OBJECT)],
+)
+def test_it_builds(argument, pixels, millions, sentence):
   config = libero_scripted.get_config(argument)
   model = build(config.model)
   params = abstract_params(model, dummy_observation(model))
@@ -22,10 +25,10 @@ def test_it_builds(argument, pixels, millions):
   assert config.model.keep * 4 == (pixels // 8) ** 2
   lengths = dict(prompt_length=config.data.prompt_length, instruction_length=config.data.instruction_length)
   tokenizers = text.load(**lengths)
-  assert tokenizers.instruction([LONGEST])[0].shape[1] <= model.text.positions and tokenizers.prompt([LONGEST])
+  assert tokenizers.instruction([sentence])[0].shape[1] <= model.text.positions and tokenizers.prompt([sentence])
 
 
-@pytest.mark.parametrize("argument", ["goal", "object@48", "@48"])
+@pytest.mark.parametrize("argument", ["goal", "spatial@small64", "object@small"])
 def test_other_suites_and_sizes_are_refused(argument):
   with pytest.raises(ValueError, match="'object', 'spatial'"):
     libero_scripted.get_config(argument)
