@@ -4,8 +4,8 @@
 
 Between `small` and what a GPU would want: at 96 pixels an object of libero_object, 12 to 25 of 256 pixels wide, is
 about a patch of 8 pixels; twice `small`'s widths and one block more, for ten objects on one floor are to be told apart
-and nothing is pre-trained. `:spatial` learns libero_spatial_no_noops. `:object@small64` is `small` at 64 pixels, what two
-CPU cores train in half an hour; the sentences of libero_spatial do not fit into its text tower.
+and nothing is pre-trained. `:spatial` learns libero_spatial_no_noops. `:object@small64` is `small` at 64 pixels, what
+two CPU cores train in half an hour; the sentences of libero_spatial do not fit into its text tower.
 """
 
 from ml_collections import ConfigDict
