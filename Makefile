@@ -49,9 +49,10 @@ parity: $(VENV)/.parity  ## against PyTorch's own classes (installs torch, trans
 sim: $(VENV)/.sim  ## the LIBERO simulator: installs it and runs its tests (assets and OpenGL libraries: README)
 	$(PY) -m pytest -m sim
 
-pretrain: $(VENV)/.main  ## the small tabletop base from scratch, in two runs; run it again to go on
+pretrain: $(VENV)/.main  ## the small tabletop base from scratch, in three runs; run it again to go on
 	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py --workdir=runs/pretrain
-	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py:turn --workdir=runs/pretrain/turn --config.init_from=runs/pretrain/policy
+	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py:aim --workdir=runs/pretrain/aim --config.init_from=runs/pretrain/policy
+	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py:turn --workdir=runs/pretrain/turn --config.init_from=runs/pretrain/aim/policy
 
 bench: $(VENV)/.main  ## speed on this machine, each figure with its peer
 	$(PY) -m semanticvla_jax.benchmark evaluation

@@ -132,6 +132,7 @@ def _data(variant: str) -> ConfigDict:
       keep_statistics=False,  # normalise with the statistics of init_from
       suites=placeholder(tuple),  # weights of the tabletop suites where the expert makes the batches
       starts=0.0,  # and the share of first moments among its examples
+      askew=0.0,  # and of beginnings of which the one of four counts whose cube lies furthest askew
     )
   )
 

@@ -150,7 +150,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--controls", default="shuffled,random", help="of the evaluation (default: shuffled,random)")
   parser.add_argument("--base", type=Path, default=BASE, help=f"policy folder to start from (default: {BASE})")
   parser.add_argument("--config", default="configs/quickstart.py", help="of the training")
-  parser.add_argument("--size", type=int, default=48, help="pixels of the recorded views (default: 48, the base's)")
+  parser.add_argument("--size", type=int, default=64, help="pixels of the recorded views (default: 64, the base's)")
   parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of all that is made")
   return parser.parse_args(argv)
 

@@ -61,7 +61,7 @@ AHEAD = 2  # updates that may wait for the device: their batches take its memory
 # Config fields that runs of earlier versions did not store, with the value they had.
 LATER = {
   "frozen_dtype": None, "optim.ema": None, "data.starts": 0.0, "data.diagonal_crop": False, "data.dct": "accurate",
-  "data.pruner_text_eval": None, "data.cache_dir": None, "data.jitter": [0.0, 0.0],
+  "data.pruner_text_eval": None, "data.cache_dir": None, "data.jitter": [0.0, 0.0], "data.askew": 0.0,
 }  # fmt: skip
 
 # Config fields that may change when a run goes on, each with what lies below it: how long and where it runs, not what

@@ -6,6 +6,7 @@ done) with the views rendered there, and the undisturbed expert's next actions f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,17 +32,34 @@ def gripper_to_model(actions: Float[Array, "*b 7"]) -> Float[Array, "*b 7"]:
   return actions.at[..., 6].set(1 - jnp.clip(actions[..., 6], 0, 1))
 
 
+def beginning(key: PRNGKeyArray, suite: Int[Array, ""], split: str, askew: float = 0.0) -> tasks.State:
+  """The first state of an episode: in a share `askew`, of four the one whose target is the cube furthest askew."""
+  if askew == 0:
+    return tasks.reset(key, suite, split)
+  k_which, *keys = jax.random.split(key, 5)
+  states = jax.vmap(lambda one: tasks.reset(one, suite, split))(jnp.stack(keys))
+  targets = states.target[:, 0, None]
+  yaw, kind = (jnp.take_along_axis(x, targets, axis=1)[:, 0] for x in (states.yaw, states.kind))
+  turned = jnp.abs(tasks.angle_between(yaw, math.pi / 2)) * (kind == tasks.CUBE)
+  chosen = jnp.where(jax.random.bernoulli(k_which, askew), jnp.argmax(turned), 0)
+  return jax.tree.map(lambda x: x[chosen], states)
+
+
 def moments(
-  key: PRNGKeyArray, suites: Float[Array, "s"], split: str, starts: float | Float[Array, ""] = 0.0
+  key: PRNGKeyArray,
+  suites: Float[Array, "s"],
+  split: str,
+  starts: float | Float[Array, ""] = 0.0,
+  askew: float = 0.0,
 ) -> tasks.State:
   """One moment of one episode of a suite drawn by `suites` (probabilities), before its success.
 
   A share `starts` are first moments. An expert that turns at once is aligned in nearly all later ones, from which a
-  model learns to keep the attitude it has.
+  model learns to keep the attitude it has. For `askew` see `beginning`.
   """
   k_suite, k_reset, k_perturb, k_noise, k_time, k_which = jax.random.split(key, 6)
   suite = jax.random.choice(k_suite, len(suites), p=suites)
-  state = tasks.reset(k_reset, suite, split)
+  state = beginning(k_reset, suite, split, askew)
   perturbed = expert.perturbed_state(k_perturb, state)
   start = jax.tree.map(lambda a, b: jnp.where(jax.random.bernoulli(k_which, 0.4), a, b), perturbed, state)
   episode = expert.rollout_from(start, k_noise, NOISE, EPISODE)
@@ -140,13 +158,14 @@ def make_batches(
   seed: int,
   split: str = "train",
   starts: float = 0.0,
+  askew: float = 0.0,
 ) -> Callable[[Any], tuple[Batch, grounding.Hints]]:
   """batch(step) → (Batch, Hints), compiled; a function of (seed, step) alone, so a resumed run goes on as it was.
 
   Args:
     batch_size, chunk: b and k. image, patch: pixels. suites: weights in the order of tasks.SUITES.
     tokenizers: of the policy; all instructions are tokenised once. stats: see `measure`.
-    split, starts: see `moments`.
+    split, starts, askew: see `moments`.
   """
   texts = list(tasks.INSTRUCTIONS)
   prompts, prompt_masks = (jnp.asarray(x) for x in tokenizers.prompt(texts))
@@ -154,7 +173,7 @@ def make_batches(
   weights = jnp.asarray(suites, jnp.float32) / sum(suites)
 
   def example(key):
-    state = moments(key, weights, split, starts)
+    state = moments(key, weights, split, starts, askew)
     actions, mask = labels(state, chunk)
     views, proprio = tabletop.observe(state, image)
     proprio, actions = scale(proprio, stats.proprio), scale(actions, stats.action)

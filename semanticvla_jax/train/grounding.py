@@ -12,6 +12,8 @@ average trajectory is a deceptively good answer. Six losses stand in for that pr
                 where the cube is, and the turn still to make is a bent function of it;
   turn          and how far it has still to turn. Most of a chunk's rotations are zero, so that without this the
                 rotation head settles on zero before its tokens say anything about attitude.
+
+Beside them stands a weight `rotation`, by which L1 of the rotations counts once more (step.loss_fn).
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ class Grounded(nn.Module):
 
 
 def loss(model: Grounded, params: dict, out: Output, hints: Hints, c: Any) -> tuple[Any, dict]:
-  """The weighted sum of the losses, weights from config.train.grounding, and each of them by name."""
+  """The weighted sum of the six losses, weights from config.train.grounding, and each of them by name."""
   seen = out.intermediates
   scores = model.apply({"params": params}, seen["siglip_patches"], hints.words, hints.word_mask, method="score")
   away = jnp.abs(seen["displacement"].astype(jnp.float32) - hints.displacement)

@@ -66,6 +66,7 @@ def expert_source(
     patch=vit.patch,
     suites=config.data.suites,
     starts=config.data.starts,
+    askew=config.data.askew,
     tokenizers=tokenizers,
     stats=stats,
     seed=config.seed,

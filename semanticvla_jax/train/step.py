@@ -48,6 +48,7 @@ def loss_fn(model: nn.Module, params: dict, batch: Batch, key: jax.Array, hints:
   metrics["tokens"] = out.intermediates["valid"].sum(dtype=jnp.float32)  # of the language model, without padding
   if hints is not None:
     taught, parts = grounding.loss(model, params, out, hints, weights)
+    taught += weights["rotation"] * metrics["l1_rotation"]
     loss, metrics = loss + taught, metrics | parts
   return loss, metrics
 

@@ -96,3 +96,20 @@ def test_a_share_of_first_moments():
   make = jax.jit(jax.vmap(lambda key, starts: expert.moments(key, suites, "train", starts), in_axes=(0, None)))
   straight = [float(jnp.all(make(keys, share).rotation == 0, axis=-1).mean()) for share in (0.0, 1.0)]
   assert straight[0] < 0.2 and 0.45 < straight[1] < 0.75
+
+
+def test_a_share_of_cubes_that_lie_askew():
+  keys = jax.random.split(jax.random.key(0), 256)
+
+  def make(askew):
+    return jax.jit(jax.vmap(lambda key: expert.beginning(key, jnp.asarray(0), "train", askew)))(keys)
+
+  def share(askew):
+    states = make(askew)
+    i, target = jnp.arange(256), states.target[:, 0]
+    turned = jnp.abs(tasks.angle_between(states.yaw[i, target], np.pi / 2))
+    return float(((states.kind[i, target] == tasks.CUBE) & (turned > 0.35)).mean())
+
+  assert share(0.0) < 0.17 and share(1.0) > 0.3
+  plain = jax.vmap(lambda key: tasks.reset(key, jnp.asarray(0), "train"))(keys)
+  jax.tree.map(np.testing.assert_array_equal, make(0.0), plain)

@@ -8,10 +8,11 @@ from flax.traverse_util import flatten_dict
 from helpers import random_observation, random_params, tiny
 
 from configs import common
-from semanticvla_jax.train import grounding, init
+from semanticvla_jax.train import grounding, init, step
+from semanticvla_jax.types import Batch
 
 B, G, V, N, M = 2, 3, 2, 64, 32
-WEIGHTS = dict(alignment=0.1, naming=0.2, looks=0.1, displacement=0.3, aim=0.5, turn=0.2)
+WEIGHTS = dict(alignment=0.1, naming=0.2, looks=0.1, displacement=0.3, aim=0.5, turn=0.2, rotation=0.4)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,15 @@ def test_the_losses_and_what_they_teach(parts):
   moved = {name for name, part in gradients.items() if any(np.abs(x).max() > 0 for x in jax.tree.leaves(part))}
   assert {"dino", "siglip", "text", "siglip_id_pruner", "probe", "probe_aim", "probe_dino", "probe_siglip"} <= moved
   assert "coupler" not in moved
+
+
+def test_rotations_count_once_more(parts):
+  model, params, observation, hints = parts
+  batch = Batch(observation, jnp.full((B, 8, 7), 0.3), jnp.ones((B, 8), bool))
+  loss, metrics = step.loss_fn(model, params, batch, jax.random.key(0), hints, WEIGHTS)
+  taught = sum(WEIGHTS[name] * metrics[name] for name in WEIGHTS if name != "rotation")
+  wanted = metrics["l1"] + taught + 0.4 * metrics["l1_rotation"]
+  assert float(loss) == pytest.approx(float(wanted), rel=1e-5) and float(metrics["l1_rotation"]) > 0.01
 
 
 def test_naming_scores_the_same_images_for_each_sentence(parts):

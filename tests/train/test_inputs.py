@@ -74,7 +74,7 @@ def test_data_of_another_robot_is_refused_before_it_is_read(tmp_path):
 
 def test_runs_from_before_these_fields_had_what_they_say_now():
   data = command.plain(common.get_config("tiny"))["data"]
-  for field in ("diagonal_crop", "dct", "pruner_text_eval", "cache_dir", "jitter"):
+  for field in ("diagonal_crop", "dct", "pruner_text_eval", "cache_dir", "jitter", "askew"):
     assert command.LATER[f"data.{field}"] == data[field]
 
 
