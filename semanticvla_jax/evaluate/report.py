@@ -165,8 +165,8 @@ def write(
     _table("Success", "How often the task was done, each bar with its 95 % Wilson interval.",
            [row for row in rows if row.kind != "control"]),
     _table("Controls", "The same parameters on the same episodes, with one thing taken away. A policy that listens "
-           "must fall when it is told something else, one that looks when its frames are grey; a pruner that matters must "
-           "beat patches chosen without looking.",
+           "must fall when it is told something else, one that looks when its frames are grey; a pruner that matters "
+           "must beat patches chosen without looking.",
            [row for row in rows if row.kind == "control"]),
     _tasks(rows),
     _films(films, film_note),
