@@ -27,8 +27,9 @@ def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[i
   policy, first = Recorded(folder, suite, seeds), None
   for count in workers:
     runner = OnSimulators(
-      policy, lambda: libero.start(libero.Settings(suite), policy.states), workers=count, jpeg_quality=95
-    )
+      policy, lambda: libero.start(libero.Settings(suite), policy.states, resets=policy.resets), workers=count,
+      jpeg_quality=95,
+    )  # fmt: skip
     try:
       runner.run(seeds[:count])  # starts all of them
       begin = time.perf_counter()

@@ -21,12 +21,15 @@ class Demonstration(NamedTuple):
     actions: of all steps, 3 translation, 3 rotation, gripper -1 open, +1 close.
     first: the simulator's state before the first action: time, positions, velocities.
     path: of the file.
+    seed: of the reset that it was recorded after, which decides where fixtures stand; None where the file says none
+      (LIBERO's own do not).
   """
 
   name: str
   actions: Float[np.ndarray, "t 7"]
   first: Float[np.ndarray, "s"]
   path: pathlib.Path
+  seed: int | None = None
 
   @property
   def moving(self) -> Float[np.ndarray, "u 7"]:
@@ -84,4 +87,5 @@ def _demonstration(name: str, group, path: pathlib.Path) -> Demonstration:
       f"Demonstrations: got actions {actions.shape} and {len(states)} states in {name} of {path}; expected finite "
       "[t 7] and at least one; remove it or download the file again."
     )
-  return Demonstration(name, actions, states[0], path)
+  seed = group.attrs.get("seed")
+  return Demonstration(name, actions, states[0], path, None if seed is None else int(seed))

@@ -2,7 +2,8 @@
 
 By the rules of the release's `regenerate_libero_dataset.py`: reset, the demonstration's first state, ten steps of
 waiting (without them the controller starts from a stale goal), then its actions without no-ops; what is seen before
-each action is recorded, and a demonstration whose last step does not fulfil the task is dropped and counted.
+each action is recorded, and a demonstration whose last step does not fulfil the task is dropped and counted. Where a
+file says what its reset was seeded with (LIBERO's own do not), fixtures stand where they stood.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def _facts(recipe: Recipe, demonstrations: dict[int, hdf5.Demonstration]) -> dic
   settings = recipe.settings._asdict() | {"assets": libero.assets_hash(str(libero.find_assets(recipe.settings.assets)))}
   paths = sorted({one.path for one in demonstrations.values()})
   files = {path.name: hdf5.digest(path) for path in paths}
-  return {"suite": recipe.suite, "simulator": settings, "versions": libero.versions(), "files": files}
+  seeds = "recorded" if any(one.seed is not None for one in demonstrations.values()) else "settings"
+  return {"suite": recipe.suite, "simulator": settings, "resets": seeds, "versions": libero.versions(), "files": files}
 
 
 def _claim(parts: pathlib.Path, facts: dict) -> dict:
@@ -170,7 +172,8 @@ class _Replays:
     process = None
     try:
       states = {seed: one.first for seed, one in self.demonstrations.items()}
-      process = libero.start(self.recipe.settings, states)
+      resets = {seed: one.seed for seed, one in self.demonstrations.items()}
+      process = libero.start(self.recipe.settings, states, resets=resets)
       task = None
       while (seed := self._next(task)) is not None and self.error is None:
         task = seed // libero.EPISODES

@@ -248,7 +248,10 @@ def axis_angle(quaternion: Float[np.ndarray, "4"], convention: str = "robosuite"
 
 
 def start(
-  settings: Settings, states: Mapping[int, np.ndarray] | None = None, timeout: float = 900.0
+  settings: Settings,
+  states: Mapping[int, np.ndarray] | None = None,
+  timeout: float = 900.0,
+  resets: Mapping[int, int | None] | None = None,
 ) -> Process:
   """A simulator in a process of its own.
 
@@ -256,6 +259,7 @@ def start(
     settings: see there.
     states: first states by episode number, instead of the benchmark's.
     timeout: seconds without an answer after which it counts as broken.
+    resets: seeds of numpy before the reset by episode number, where known, instead of the settings' (with "episode").
 
   Raises:
     ValueError: a setting is wrong, or benchmark or assets are missing.
@@ -265,7 +269,7 @@ def start(
   tasks(settings.suite)
   variables = {"MUJOCO_GL": settings.renderer, "PYOPENGL_PLATFORM": settings.renderer, "LP_NUM_THREADS": "1",
                "OMP_NUM_THREADS": "1"}  # fmt: skip
-  return Process(functools.partial(Simulator, settings, states), variables, timeout)
+  return Process(functools.partial(Simulator, settings, states, resets), variables, timeout)
 
 
 def versions() -> dict[str, str | None]:
@@ -289,16 +293,22 @@ class Simulator:
   Args:
     settings: with `assets` resolved.
     states: first states by episode number, instead of the benchmark's; such episodes alone exist then.
+    resets: see `start`.
 
   Raises:
     RuntimeError: TensorFlow is in this process.
   """
 
-  def __init__(self, settings: Settings, states: Mapping[int, np.ndarray] | None = None):
+  def __init__(
+    self,
+    settings: Settings,
+    states: Mapping[int, np.ndarray] | None = None,
+    resets: Mapping[int, int | None] | None = None,
+  ):
     check(settings)
     if "tensorflow" in sys.modules:
       raise RuntimeError("TensorFlow and the simulator crash in one process; put it into its own: libero.start.")
-    self.settings, self._states = settings, states
+    self.settings, self._states, self._recorded_seeds = settings, states, dict(resets or {})
     self.max_steps = settings.max_steps or MAX_STEPS[settings.suite]
     self._tasks = tasks(settings.suite)
     self._task: int | None = None
@@ -394,7 +404,8 @@ class Simulator:
       self._reset()
 
   def _seed(self, task: int, trial: int) -> None:
-    np.random.seed([self.settings.seed, task, trial])
+    known = self._recorded_seeds.get(task * EPISODES + trial)
+    np.random.seed([self.settings.seed, task, trial] if known is None else known)
     random.seed(self.settings.seed * 1_000_003 + task * EPISODES + trial)
 
   def _create(self, task: int) -> None:
@@ -405,6 +416,9 @@ class Simulator:
     self._task, self._resets = task, 0
 
   def _reset(self) -> None:
+    if self.settings.seeding == "episode":
+      # Every reset adds its drawers' and knobs' samplers to those of all before, and each draws random numbers.
+      self._environment.env.object_property_initializers.clear()
     self._environment.reset()
     self._resets += 1
     for name in _CAMERAS.values():  # a hard reset makes new sensors

@@ -144,10 +144,10 @@ class Evaluation:
     self.jpeg = None if own is not None else chosen.jpeg_quality
     replay = min(chosen.replay, policy.metadata["chunk"]) if args.replay is None else args.replay
     tasks = libero.tasks(suite)
-    states = policy.states if isinstance(policy, Recorded) else None
+    states, resets = (policy.states, policy.resets) if isinstance(policy, Recorded) else (None, None)
     self.watch = Watch(out, suite, args.films, replay) if args.films else None
     self.simulators = OnSimulators(
-      policy, lambda: libero.start(self.settings, states, args.timeout), workers=args.workers, replay=replay,
+      policy, lambda: libero.start(self.settings, states, args.timeout, resets), workers=args.workers, replay=replay,
       group=lambda seed: seed // libero.EPISODES, instruction=lambda seed: tasks[seed // libero.EPISODES].instruction,
       jpeg_quality=self.jpeg, dct=policy.metadata.get("dct", "accurate"),
     )  # fmt: skip

@@ -60,6 +60,16 @@ def test_only_what_is_seen_is_drawn_and_it_is_the_same(shown, simulator):
     np.testing.assert_array_equal(last[1][name], seen[-1][name])
 
 
+def test_a_drawer_stands_where_it_stood_however_often_it_was_reset(simulator):
+  """Task 4 has one; its sampler is added anew at every reset of the benchmark's code."""
+  drawer = 4 * libero.EPISODES
+  first = simulator.reset(drawer)
+  simulator.reset(drawer + 1)
+  again = simulator.reset(drawer)
+  for name in VIEWS:
+    np.testing.assert_array_equal(first[name], again[name])
+
+
 def test_an_episode_ends_at_its_limit(simulator):
   _, moment = rollout(simulator, 3, every=False, actions=ACTIONS)
   assert moment.done and moment.steps == 8 and not moment.success and len(moment.observations) == 1
