@@ -159,9 +159,11 @@ class Evaluation:
     drawn = self.simulators.first().ask("facts", self.seeds[0])
     recorded = isinstance(self.policy, Recorded)
     where = {
-      "episode": "numpy and random, with (seed, task, trial), before every reset",
+      "episode": "numpy and random, with (seed, task, trial), before every reset, samplers of earlier ones emptied",
       "environment": "once, when a task's environment has been made",
     }[settings.seeding]
+    if recorded and settings.seeding == "episode" and any(seed is not None for seed in self.policy.resets.values()):
+      where = "numpy, with what the demonstration's own reset was seeded with, where its file says so; " + where
     return protocol.fingerprint(
       self.policy, environment="libero", suite=self.suite,
       split="where the demonstrations began" if recorded else "the benchmark's first states", seeds=self.seeds,
