@@ -444,26 +444,22 @@ def test_jitter_moves_the_arm_and_its_answer_reproducibly(dataset, other, tokeni
     assert (a.observation.proprio[:, :6] != b.observation.proprio[:, :6]).mean() > 0.8
 
 
-def test_jitter_is_for_small_displacements(dataset, tokenizers):
-  for jitter, message in ((rlds.Jitter(-0.01), "got -0.01 metres"), (rlds.Jitter(0.0, 0.6), "0.6 radians")):
-    with pytest.raises(ValueError, match=message):
-      batches([(dataset, 1.0)], tokenizers, jitter=jitter)
-  absolute = dataclasses.replace(dataset, recipe=standardise.TABLETOP._replace(absolute=(True,) * 7))
-  with pytest.raises(ValueError, match="'tabletop_toy', whose actions are targets"):
-    batches([(absolute, 1.0)], tokenizers, jitter=rlds.Jitter(0.01))
-
-
 def test_bad_arguments(data_dir, dataset, tokenizers):
   for options, message in (
     ({"batch_size": 6, "process_count": 4}, "batch that divides by the processes"),
     ({"process_index": 2, "process_count": 2}, "Bad sharding"),
     ({"trajectory_end": "wrap"}, "Unknown trajectory end"),
     ({"window": 0}, "window=0"),
+    ({"jitter": rlds.Jitter(-0.01)}, "got -0.01 metres"),
+    ({"jitter": rlds.Jitter(0.0, 0.6)}, "0.6 radians"),
   ):
     with pytest.raises(ValueError, match=message):
       rlds.batches([(dataset, 1.0)], tokenizers, **({"batch_size": 8, "chunk": 8} | options))
   with pytest.raises(ValueError, match="Empty mixture"):
     rlds.batches([], tokenizers, batch_size=8, chunk=8)
+  absolute = dataclasses.replace(dataset, recipe=standardise.TABLETOP._replace(absolute=(True,) * 7))
+  with pytest.raises(ValueError, match="'tabletop_toy', whose actions are targets"):
+    batches([(absolute, 1.0)], tokenizers, jitter=rlds.Jitter(0.01))
   narrow = dataclasses.replace(dataset, recipe=standardise.TABLETOP._replace(views=("image",)))
   with pytest.raises(ValueError, match="Datasets do not fit together"):
     rlds.batches([(dataset, 1.0), (dataclasses.replace(narrow, name="x"), 1.0)], tokenizers, batch_size=8, chunk=8)
