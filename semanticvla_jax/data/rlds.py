@@ -348,6 +348,11 @@ def _check_jitter(mixture: Sequence[tuple[Dataset, float]], jitter: Jitter) -> N
         f"Jitter: got the dataset {dataset.name!r}, whose actions are targets; expected displacements, which can lead "
         "back; set config.data.jitter=(0.0, 0.0)."
       )
+    if dataset.stride < 1e-5:
+      raise ValueError(
+        f"Jitter: got the dataset {dataset.name!r}, whose arm moves {dataset.stride:.2g} a unit of its commands; "
+        "expected more than 1e-5, for them to lead back; set config.data.jitter=(0.0, 0.0)."
+      )
 
 
 def _check_batches(

@@ -68,7 +68,7 @@ def _replay_arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--assets", help=f"folder (default: ${libero.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
   parser.add_argument("--renderer", default=default.renderer, help="egl or osmesa (default: egl)")
   parser.add_argument(
-    "--check", action="store_true", help="draw and write nothing: say which replays succeed, in a fifth of the time"
+    "--check", action="store_true", help="draw and write nothing: say which replays succeed, in a quarter of the time"
   )
   parser.add_argument("--out", default="data", help="folder of datasets (default: data)")
   parser.add_argument("--name", help="of the dataset (default: <suite>_no_noops)")

@@ -56,6 +56,11 @@ def expert_source(
 
   name = config.data.mixture
   check_suites(config.data.suites, config.data.normalisation)
+  if any(config.data.jitter):
+    raise ValueError(
+      f"config.data.jitter: got {config.data.jitter} with mixture 'expert', expected (0.0, 0.0): its examples begin "
+      "anywhere as it is; set it so."
+    )
   keep = base is not None and config.data.keep_statistics
   stats = kept_statistics(base, name) if keep else expert.measure(seed=config.seed)
   vit = bare.siglip or bare.dino

@@ -430,7 +430,14 @@ def test_values_of_a_record_and_what_is_none():
     records.values(record[:-3], {"text"})
 
 
+def driven(dataset):
+  """Proprioception of an arm that moves 2 cm a unit of its commands, where `episode` draws states at random."""
+  before = np.roll(dataset.actions[:, :3], 1, axis=0)
+  return np.concatenate([np.cumsum(0.02 * before, axis=0), dataset.proprio[:, 3:]], axis=1).astype(np.float32)
+
+
 def test_jitter_moves_the_arm_and_its_answer_reproducibly(dataset, other, tokenizers):
+  dataset, other = (dataclasses.replace(one, proprio=driven(one)) for one in (dataset, other))
   mixture, jitter = [(dataset, 1.0), (other, 1.0)], rlds.Jitter(0.01, 0.02)
   plain, moved = (batches(mixture, tokenizers, 3, jitter=each) for each in (rlds.Jitter(), jitter))
   assert_equal(batches(mixture, tokenizers, 1, jitter=jitter, start_step=2)[0], moved[2])
@@ -460,6 +467,9 @@ def test_bad_arguments(data_dir, dataset, tokenizers):
   absolute = dataclasses.replace(dataset, recipe=standardise.TABLETOP._replace(absolute=(True,) * 7))
   with pytest.raises(ValueError, match="'tabletop_toy', whose actions are targets"):
     batches([(absolute, 1.0)], tokenizers, jitter=rlds.Jitter(0.01))
+  still = dataclasses.replace(dataset, proprio=np.zeros_like(dataset.proprio))
+  with pytest.raises(ValueError, match="'tabletop_toy', whose arm moves 0 a unit"):
+    batches([(still, 1.0)], tokenizers, jitter=rlds.Jitter(0.01))
   narrow = dataclasses.replace(dataset, recipe=standardise.TABLETOP._replace(views=("image",)))
   with pytest.raises(ValueError, match="Datasets do not fit together"):
     rlds.batches([(dataset, 1.0), (dataclasses.replace(narrow, name="x"), 1.0)], tokenizers, batch_size=8, chunk=8)
