@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small_runs import NAME, make_config, write_data
 
-from configs import aloha, common
+from configs import aloha, common, pretrain
 from semanticvla_jax.data import images, records, rlds, statistics
 from semanticvla_jax.train import __main__ as command
 from semanticvla_jax.train import init, inputs, sharding
@@ -146,3 +146,11 @@ def test_suites_of_the_expert_are_six_weights(suites):
     inputs.check_suites(suites, "bounds_q99")
   with pytest.raises(ValueError, match="config.data.normalisation: got 'bounds' with mixture 'expert'"):
     inputs.check_suites((1,) * 6, "bounds")
+
+
+def test_jitter_beside_the_expert_is_refused():
+  config = pretrain.get_config()
+  config.data.jitter = (0.01, 0.0)
+  _, bare = init.make_model(config)
+  with pytest.raises(ValueError, match=r"config.data.jitter: got \(0.01, 0.0\) with mixture 'expert'"):
+    inputs.expert_source(config, bare, inputs.load_tokenizers(config, bare), None)
