@@ -27,9 +27,8 @@ def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[i
   policy, first = Recorded(folder, suite, seeds), None
   for count in workers:
     runner = OnSimulators(
-      policy, lambda: libero.start(libero.Settings(suite), policy.states, resets=policy.resets), workers=count,
-      jpeg_quality=95,
-    )  # fmt: skip
+      policy, lambda: libero.start(libero.Settings(suite), policy.beginnings), workers=count, jpeg_quality=95
+    )
     try:
       runner.run(seeds[:count])  # starts all of them
       begin = time.perf_counter()

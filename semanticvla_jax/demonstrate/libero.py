@@ -171,9 +171,8 @@ class _Replays:
   def _work(self) -> None:
     process = None
     try:
-      states = {seed: one.first for seed, one in self.demonstrations.items()}
-      resets = {seed: one.seed for seed, one in self.demonstrations.items()}
-      process = libero.start(self.recipe.settings, states, resets=resets)
+      begun = {seed: libero.Beginning(one.first, one.seed) for seed, one in self.demonstrations.items()}
+      process = libero.start(self.recipe.settings, begun)
       task = None
       while (seed := self._next(task)) is not None and self.error is None:
         task = seed // libero.EPISODES

@@ -53,6 +53,18 @@ class Task(NamedTuple):
   states: pathlib.Path
 
 
+class Beginning(NamedTuple):
+  """How a recorded episode began.
+
+  Attributes:
+    state: f64[s], of the simulator: time, positions, velocities.
+    seed: of numpy before its reset, which decides where fixtures stand; None where that is not known.
+  """
+
+  state: np.ndarray
+  seed: int | None = None
+
+
 class Settings(NamedTuple):
   """How the simulator is run; all of it is part of a result's fingerprint.
 
@@ -248,18 +260,14 @@ def axis_angle(quaternion: Float[np.ndarray, "4"], convention: str = "robosuite"
 
 
 def start(
-  settings: Settings,
-  states: Mapping[int, np.ndarray] | None = None,
-  timeout: float = 900.0,
-  resets: Mapping[int, int | None] | None = None,
+  settings: Settings, beginnings: Mapping[int, Beginning] | None = None, timeout: float = 900.0
 ) -> Process:
   """A simulator in a process of its own.
 
   Args:
     settings: see there.
-    states: first states by episode number, instead of the benchmark's.
+    beginnings: by episode number, instead of the benchmark's first states; see `Simulator`.
     timeout: seconds without an answer after which it counts as broken.
-    resets: seeds of numpy before the reset by episode number, where known, instead of the settings' (with "episode").
 
   Raises:
     ValueError: a setting is wrong, or benchmark or assets are missing.
@@ -269,7 +277,7 @@ def start(
   tasks(settings.suite)
   variables = {"MUJOCO_GL": settings.renderer, "PYOPENGL_PLATFORM": settings.renderer, "LP_NUM_THREADS": "1",
                "OMP_NUM_THREADS": "1"}  # fmt: skip
-  return Process(functools.partial(Simulator, settings, states, resets), variables, timeout)
+  return Process(functools.partial(Simulator, settings, beginnings), variables, timeout)
 
 
 def versions() -> dict[str, str | None]:
@@ -292,23 +300,18 @@ class Simulator:
 
   Args:
     settings: with `assets` resolved.
-    states: first states by episode number, instead of the benchmark's; such episodes alone exist then.
-    resets: see `start`.
+    beginnings: by episode number, instead of the benchmark's first states; such episodes alone exist then. With seeding
+      by "episode" a known seed of numpy comes before that of the settings.
 
   Raises:
     RuntimeError: TensorFlow is in this process.
   """
 
-  def __init__(
-    self,
-    settings: Settings,
-    states: Mapping[int, np.ndarray] | None = None,
-    resets: Mapping[int, int | None] | None = None,
-  ):
+  def __init__(self, settings: Settings, beginnings: Mapping[int, Beginning] | None = None):
     check(settings)
     if "tensorflow" in sys.modules:
       raise RuntimeError("TensorFlow and the simulator crash in one process; put it into its own: libero.start.")
-    self.settings, self._states, self._recorded_seeds = settings, states, dict(resets or {})
+    self.settings, self._beginnings = settings, beginnings
     self.max_steps = settings.max_steps or MAX_STEPS[settings.suite]
     self._tasks = tasks(settings.suite)
     self._task: int | None = None
@@ -377,10 +380,10 @@ class Simulator:
     return {"renderer": f"{self.settings.renderer}: {'unknown' if drawn is None else drawn.decode()}"}
 
   def _first_state(self, seed: int, task: int, trial: int) -> np.ndarray:
-    if self._states is not None:
-      if seed not in self._states:
-        raise ValueError(f"LIBERO: got episode {seed}; expected one of the {len(self._states)} given states.")
-      return self._states[seed]
+    if self._beginnings is not None:
+      if seed not in self._beginnings:
+        raise ValueError(f"LIBERO: got episode {seed}; expected one of the {len(self._beginnings)} given ones.")
+      return self._beginnings[seed].state
     if not 0 <= task < len(self._tasks):
       raise ValueError(
         f"LIBERO: got episode {seed}; expected 0 to {EPISODES * len(self._tasks) - 1} in {self.settings.suite}."
@@ -404,7 +407,7 @@ class Simulator:
       self._reset()
 
   def _seed(self, task: int, trial: int) -> None:
-    known = self._recorded_seeds.get(task * EPISODES + trial)
+    known = None if self._beginnings is None else self._beginnings[task * EPISODES + trial].seed
     np.random.seed([self.settings.seed, task, trial] if known is None else known)
     random.seed(self.settings.seed * 1_000_003 + task * EPISODES + trial)
 

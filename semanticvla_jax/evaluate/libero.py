@@ -144,10 +144,10 @@ class Evaluation:
     self.jpeg = None if own is not None else chosen.jpeg_quality
     replay = min(chosen.replay, policy.metadata["chunk"]) if args.replay is None else args.replay
     tasks = libero.tasks(suite)
-    states, resets = (policy.states, policy.resets) if isinstance(policy, Recorded) else (None, None)
+    begun = policy.beginnings if isinstance(policy, Recorded) else None
     self.watch = Watch(out, suite, args.films, replay) if args.films else None
     self.simulators = OnSimulators(
-      policy, lambda: libero.start(self.settings, states, args.timeout, resets), workers=args.workers, replay=replay,
+      policy, lambda: libero.start(self.settings, begun, args.timeout), workers=args.workers, replay=replay,
       group=lambda seed: seed // libero.EPISODES, instruction=lambda seed: tasks[seed // libero.EPISODES].instruction,
       jpeg_quality=self.jpeg, dct=policy.metadata.get("dct", "accurate"),
     )  # fmt: skip
@@ -158,12 +158,6 @@ class Evaluation:
     args, settings = self.args, self.settings
     drawn = self.simulators.first().ask("facts", self.seeds[0])
     recorded = isinstance(self.policy, Recorded)
-    where = {
-      "episode": "numpy and random, with (seed, task, trial), before every reset, samplers of earlier ones emptied",
-      "environment": "once, when a task's environment has been made",
-    }[settings.seeding]
-    if recorded and settings.seeding == "episode" and any(seed is not None for seed in self.policy.resets.values()):
-      where = "numpy, with what the demonstration's own reset was seeded with, where its file says so; " + where
     return protocol.fingerprint(
       self.policy, environment="libero", suite=self.suite,
       split="where the demonstrations began" if recorded else "the benchmark's first states", seeds=self.seeds,
@@ -171,19 +165,29 @@ class Evaluation:
       protocol=args.protocol, simulator=libero.versions(), renderer=drawn["renderer"],
       assets=libero.assets_hash(str(libero.find_assets(settings.assets))), first_states=self._states_hash(),
       image={"pixels": settings.size, "rotation": settings.rotation, "jpeg_quality": self.jpeg},
-      quaternion=settings.quaternion, seeding={"seed": settings.seed, "where": where},
+      quaternion=settings.quaternion, seeding=self._seeding(),
       wait_steps=settings.wait_steps, prompt=text.prompt("{instruction}"), **changes,
     )  # fmt: skip
+
+  def _seeding(self) -> dict:
+    """What numbers fixtures are placed by."""
+    if self.settings.seeding == "environment":
+      return {"seed": self.settings.seed, "where": "once, when a task's environment has been made"}
+    begun = self.policy.beginnings.values() if isinstance(self.policy, Recorded) else ()
+    where = "numpy and random, with (seed, task, trial), before every reset, samplers of earlier ones emptied"
+    if any(one.seed is not None for one in begun):
+      where = f"numpy with the recording's own seed where that is known, else {where}"
+    return {"seed": self.settings.seed, "where": where}
 
   def _states_hash(self) -> str:
     """Of the first states of all episodes."""
     digest = hashlib.sha256()
     for task in sorted({seed // libero.EPISODES for seed in self.seeds}):
       trials = [seed for seed in self.seeds if seed // libero.EPISODES == task]
-      own = self.policy.states if isinstance(self.policy, Recorded) else None
+      own = self.policy.beginnings if isinstance(self.policy, Recorded) else None
       found = libero.first_states(libero.tasks(self.suite)[task]) if own is None else None
       for seed in trials:
-        state = found[seed % libero.EPISODES] if own is None else own[seed]
+        state = found[seed % libero.EPISODES] if own is None else own[seed].state
         digest.update(np.ascontiguousarray(state, np.float64).tobytes())
     return digest.hexdigest()[:16]
 

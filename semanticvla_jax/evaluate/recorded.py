@@ -31,8 +31,7 @@ class Recorded:
     self.replay = replay
     found, tasks = hdf5.folder(folder, suite), libero.tasks(suite)
     self._actions: dict[int, np.ndarray] = {}
-    self.states: dict[int, np.ndarray] = {}
-    self.resets: dict[int, int | None] = {}
+    self.beginnings: dict[int, libero.Beginning] = {}
     for task in sorted({seed // libero.EPISODES for seed in seeds}):
       rows = hdf5.read(found / f"{tasks[task].name}_demo.hdf5")
       for seed in (seed for seed in seeds if seed // libero.EPISODES == task):
@@ -42,7 +41,7 @@ class Recorded:
             "demonstrations there are; lower --trials."
           )
         row = rows[seed % libero.EPISODES]
-        self._actions[seed], self.states[seed], self.resets[seed] = row.moving, row.first, row.seed
+        self._actions[seed], self.beginnings[seed] = row.moving, libero.Beginning(row.first, row.seed)
     digests = "".join(hdf5.digest(path) for path in sorted(found.glob("*_demo.hdf5")))
     self.metadata = {
       "folder": f"recorded actions of {suite}", "policy_hash": hashlib.sha256(digests.encode()).hexdigest()[:16],

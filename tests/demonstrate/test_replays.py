@@ -116,7 +116,7 @@ def test_a_check_draws_and_writes_nothing(tmp_path, monkeypatch, capsys):
   rows = {seed: demonstration(seed) for seed in (0, 1, 2)}
   task = libero.Task("lift", "lift", tmp_path, tmp_path)
   monkeypatch.setattr(replays, "collect", lambda recipe: rows)
-  monkeypatch.setattr(libero, "start", lambda settings, states, resets: Remembering())
+  monkeypatch.setattr(libero, "start", lambda settings, beginnings: Remembering())
   monkeypatch.setattr(libero, "tasks", lambda suite: [task])
   main(["--from-hdf5=x", "--suite=libero_object", "--check", f"--out={tmp_path / 'out'}"])
   told = capsys.readouterr().out
