@@ -1,7 +1,6 @@
 """Writer, index and batches: what was written comes out, in a reproducible order, and bad data is refused."""
 
 import dataclasses
-import itertools
 import logging
 import pathlib
 
@@ -9,62 +8,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from toy_rlds import LENGTHS, NAME, assert_equal, batches, episode, episodes
 
 from semanticvla_jax.data import __main__ as command
-from semanticvla_jax.data import images, records, rlds, standardise, statistics, text, writer
-
-LENGTHS = (12, 9, 5, 15, 10)  # the third is shorter than a chunk of 8
-NAME = "tabletop_toy"
-
-
-def episode(number: int, length: int, size: int = 32) -> writer.Episode:
-  rng = np.random.default_rng(number)
-  coarse = rng.integers(0, 256, (length, 2, 4, 4, 3), dtype=np.uint8)
-  pictures = np.stack([[np.asarray(Image.fromarray(x).resize((size, size))) for x in pair] for pair in coarse])
-  state = rng.normal(size=(length, 8)).astype(np.float32)
-  action = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
-  action[:, 6] = np.where(np.arange(length) < length // 2, -1, 1)
-  instruction = f"pick up the {('red', 'blue')[number % 2]} cube"
-  return writer.Episode(pictures[:, 0], pictures[:, 1], state, action, instruction, file_path=f"episode {number}")
-
-
-def episodes(offset: int = 0) -> list[writer.Episode]:
-  return [episode(offset + number, length) for number, length in enumerate(LENGTHS)]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory) -> pathlib.Path:
-  folder = tmp_path_factory.mktemp("rlds")
-  writer.write(folder, NAME, episodes(), episodes_per_shard=2)
-  writer.write(folder, "tabletop_other", episodes(100), episodes_per_shard=5)
-  return folder
-
-
-@pytest.fixture(scope="module")
-def dataset(data_dir) -> rlds.Dataset:
-  return rlds.load(str(data_dir), NAME)
-
-
-@pytest.fixture(scope="module")
-def other(data_dir) -> rlds.Dataset:
-  return rlds.load(str(data_dir), "tabletop_other")
-
-
-@pytest.fixture(scope="module")
-def tokenizers() -> text.Tokenizers:
-  return text.load(prompt_length=32, instruction_length=32)
-
-
-def batches(mixture, tokenizers, count=1, **options):
-  settings = {"batch_size": 8, "chunk": 8, "image_size": 32, "workers": 2} | options
-  return list(itertools.islice(rlds.batches(mixture, tokenizers, **settings), count))
-
-
-def assert_equal(a, b) -> None:
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    np.testing.assert_array_equal(x, y)
-
+from semanticvla_jax.data import images, records, rlds, standardise, statistics, writer
 
 # The writer.
 
@@ -428,27 +375,6 @@ def test_values_of_a_record_and_what_is_none():
   assert found["number"].tolist() == [1.5, -2.0] and found["none"].size == 0
   with pytest.raises(IndexError):
     records.values(record[:-3], {"text"})
-
-
-def driven(dataset):
-  """Proprioception of an arm that moves 2 cm a unit of its commands, where `episode` draws states at random."""
-  before = np.roll(dataset.actions[:, :3], 1, axis=0)
-  return np.concatenate([np.cumsum(0.02 * before, axis=0), dataset.proprio[:, 3:]], axis=1).astype(np.float32)
-
-
-def test_jitter_moves_the_arm_and_its_answer_reproducibly(dataset, other, tokenizers):
-  dataset, other = (dataclasses.replace(one, proprio=driven(one)) for one in (dataset, other))
-  mixture, jitter = [(dataset, 1.0), (other, 1.0)], rlds.Jitter(0.01, 0.02)
-  plain, moved = (batches(mixture, tokenizers, 3, jitter=each) for each in (rlds.Jitter(), jitter))
-  assert_equal(batches(mixture, tokenizers, 1, jitter=jitter, start_step=2)[0], moved[2])
-  halves = [batches(mixture, tokenizers, 1, jitter=jitter, process_index=i, process_count=2)[0] for i in (0, 1)]
-  assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *halves), moved[0])
-  for a, b in zip(plain, moved):
-    np.testing.assert_array_equal(a.observation.images, b.observation.images)
-    np.testing.assert_array_equal(a.actions[:, :, 3:], b.actions[:, :, 3:])
-    np.testing.assert_array_equal(a.observation.proprio[:, 6:], b.observation.proprio[:, 6:])
-    assert (a.actions[:, 0, :3] != b.actions[:, 0, :3]).mean() > 0.5  # some are at their limits
-    assert (a.observation.proprio[:, :6] != b.observation.proprio[:, :6]).mean() > 0.8
 
 
 def test_bad_arguments(data_dir, dataset, tokenizers):
