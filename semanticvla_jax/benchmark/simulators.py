@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from semanticvla_jax.envs import libero
+from semanticvla_jax.envs import libero, libero_simulator
 from semanticvla_jax.evaluate.recorded import Recorded
 from semanticvla_jax.evaluate.simulators import OnSimulators
 
@@ -27,7 +27,7 @@ def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[i
   policy, first = Recorded(folder, suite, seeds), None
   for count in workers:
     runner = OnSimulators(
-      policy, lambda: libero.start(libero.Settings(suite), policy.beginnings), workers=count, jpeg_quality=95
+      policy, lambda: libero_simulator.start(libero.Settings(suite), policy.beginnings), workers=count, jpeg_quality=95
     )
     try:
       runner.run(seeds[:count])  # starts all of them

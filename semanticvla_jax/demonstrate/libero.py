@@ -21,7 +21,7 @@ import numpy as np
 
 from semanticvla_jax.data import hdf5, writer
 from semanticvla_jax.demonstrate import numbers
-from semanticvla_jax.envs import libero
+from semanticvla_jax.envs import libero, libero_simulator
 from semanticvla_jax.envs.process import BrokenEnvironment, Moment, Process
 
 _TRIES = 3
@@ -172,7 +172,7 @@ class _Replays:
     process = None
     try:
       begun = {seed: libero.Beginning(one.first, one.seed) for seed, one in self.demonstrations.items()}
-      process = libero.start(self.recipe.settings, begun)
+      process = libero_simulator.start(self.recipe.settings, begun)
       task = None
       while (seed := self._next(task)) is not None and self.error is None:
         task = seed // libero.EPISODES

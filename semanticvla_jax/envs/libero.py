@@ -1,8 +1,7 @@
-"""LIBERO: five suites of tasks in the real simulator, with the interface of `envs.base.Environment`.
+"""LIBERO's five suites: tasks, first states, assets, conventions, and the settings of its simulator.
 
-`Simulator` loads OpenGL, so it belongs in a process of its own (`start` puts it there) where nobody imports TensorFlow:
-both in one process crash. All else here only reads files, and never imports the benchmark's own package, which asks
-questions on the terminal when it is imported without a configuration.
+All here only reads files; it never imports the benchmark's own package, which asks questions on the terminal when it is
+imported without a configuration. What runs it is `envs.libero_simulator`.
 """
 
 from __future__ import annotations
@@ -16,17 +15,11 @@ import math
 import os
 import pathlib
 import pickle
-import random
-import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
-
-from semanticvla_jax.envs.process import Process
+from jaxtyping import Float
 
 # Actions of an episode, without the first wait (released evaluation code; SemanticVLA's has 320 for libero_goal).
 MAX_STEPS = {
@@ -41,7 +34,6 @@ PACKAGES = ("hf-libero", "robosuite", "bddl", "mujoco")
 ASSETS_VARIABLE = "LIBERO_ASSETS"
 _PARTS = ("articulated_objects", "stable_scanned_objects", "turbosquid_objects", "stable_hope_objects", "scenes")
 _LOOKS = (*_PARTS, "textures")  # and the .xml beside them: all that the simulator reads
-_CAMERAS = {"observation/image": "agentview_image", "observation/wrist_image": "robot0_eye_in_hand_image"}
 
 
 class Task(NamedTuple):
@@ -259,27 +251,6 @@ def axis_angle(quaternion: Float[np.ndarray, "4"], convention: str = "robosuite"
   return x * 2 * math.acos(w) / sine
 
 
-def start(
-  settings: Settings, beginnings: Mapping[int, Beginning] | None = None, timeout: float = 900.0
-) -> Process:
-  """A simulator in a process of its own.
-
-  Args:
-    settings: see there.
-    beginnings: by episode number, instead of the benchmark's first states; see `Simulator`.
-    timeout: seconds without an answer after which it counts as broken.
-
-  Raises:
-    ValueError: a setting is wrong, or benchmark or assets are missing.
-  """
-  check(settings)
-  settings = settings._replace(assets=str(find_assets(settings.assets)))
-  tasks(settings.suite)
-  variables = {"MUJOCO_GL": settings.renderer, "PYOPENGL_PLATFORM": settings.renderer, "LP_NUM_THREADS": "1",
-               "OMP_NUM_THREADS": "1"}  # fmt: skip
-  return Process(functools.partial(Simulator, settings, beginnings), variables, timeout)
-
-
 def versions() -> dict[str, str | None]:
   """Of the packages whose versions change what happens."""
   found = {}
@@ -289,185 +260,3 @@ def versions() -> dict[str, str | None]:
     except importlib.metadata.PackageNotFoundError:
       found[name] = None
   return found
-
-
-class Simulator:
-  """One LIBERO episode at a time, with the `Environment` protocol; `reset(seed)` takes episode numbers.
-
-  Number 50 i + t is the t-th first state of task i. The task's environment is made when its first episode begins and
-  kept until another task's does. Cameras render only what is returned: they are closed inside robosuite's own
-  observation step, so that an open one gives the same bytes as if all had been rendered.
-
-  Args:
-    settings: with `assets` resolved.
-    beginnings: by episode number, instead of the benchmark's first states; such episodes alone exist then. With seeding
-      by "episode" a known seed of numpy comes before that of the settings.
-
-  Raises:
-    RuntimeError: TensorFlow is in this process.
-  """
-
-  def __init__(self, settings: Settings, beginnings: Mapping[int, Beginning] | None = None):
-    check(settings)
-    if "tensorflow" in sys.modules:
-      raise RuntimeError("TensorFlow and the simulator crash in one process; put it into its own: libero.start.")
-    self.settings, self._beginnings = settings, beginnings
-    self.max_steps = settings.max_steps or MAX_STEPS[settings.suite]
-    self._tasks = tasks(settings.suite)
-    self._task: int | None = None
-    self._resets = 0  # of the current environment
-    self._environment: Any = None
-    self._make = _import(settings.assets)
-    self._open = True
-    self._steps, self._done = 0, False
-    self._last: Mapping[str, np.ndarray] = {}
-
-  @property
-  def instruction(self) -> str:
-    """What is asked in the current episode."""
-    return self._tasks[self._current()].instruction
-
-  @property
-  def success(self) -> bool:
-    """Whether the current state fulfils the task."""
-    self._current()
-    return self._done
-
-  def reset(self, seed: int) -> dict:
-    """Starts an episode by its number; the first observation is after `wait_steps`.
-
-    Raises:
-      ValueError: there is no such episode.
-    """
-    task, trial = divmod(seed, EPISODES)
-    state = self._first_state(seed, task, trial)
-    self._open = False
-    self._fresh(task, trial)
-    self._last = self._environment.set_init_state(state)
-    self._steps, self._done = 0, False
-    for i in range(self.settings.wait_steps):
-      self._open = i == self.settings.wait_steps - 1
-      self._last, _, self._done, _ = self._environment.step(list(WAIT))
-    return self._observation()
-
-  def step(self, action: np.ndarray, observe: bool = True) -> tuple[dict | None, bool]:
-    """Acts once; returns (observation or None, done). Raises ValueError for an action that is not 7 finite numbers."""
-    action = np.asarray(action, np.float64)
-    if action.shape != (7,) or not np.isfinite(action).all():
-      raise ValueError(f"Action has shape {action.shape} and values {action}; expected 7 finite numbers: translation, "
-                       "axis-angle, gripper.")  # fmt: skip
-    self._current()
-    self._open = observe
-    self._last, _, self._done, _ = self._environment.step(action.tolist())
-    self._steps += 1
-    return (self._observation() if observe else None), self._done or self._steps >= self.max_steps
-
-  def observe(self) -> dict:
-    """Renders the current state anew; robosuite's own frames are a few physics steps older."""
-    self._current()
-    self._open = True
-    self._environment._update_observables(force=True)
-    self._last = self._environment.env._get_observations()
-    return self._observation()
-
-  def facts(self, seed: int) -> dict[str, str]:
-    """What draws the frames; makes the environment of episode `seed` if there is none."""
-    if self._task is None:
-      self._create(seed // EPISODES)
-    from OpenGL import GL
-
-    drawn = GL.glGetString(GL.GL_RENDERER)
-    return {"renderer": f"{self.settings.renderer}: {'unknown' if drawn is None else drawn.decode()}"}
-
-  def _first_state(self, seed: int, task: int, trial: int) -> np.ndarray:
-    if self._beginnings is not None:
-      if seed not in self._beginnings:
-        raise ValueError(f"LIBERO: got episode {seed}; expected one of the {len(self._beginnings)} given ones.")
-      return self._beginnings[seed].state
-    if not 0 <= task < len(self._tasks):
-      raise ValueError(
-        f"LIBERO: got episode {seed}; expected 0 to {EPISODES * len(self._tasks) - 1} in {self.settings.suite}."
-      )
-    found = first_states(self._tasks[task])
-    if trial >= len(found):
-      raise ValueError(f"LIBERO: got trial {trial} of task {task}; expected 0 to {len(found) - 1}; lower --trials.")
-    return found[trial]
-
-  def _fresh(self, task: int, trial: int) -> None:
-    """A reset environment of the task, seeded as the settings say."""
-    if self.settings.seeding == "episode":
-      if task != self._task:
-        self._create(task)
-      self._seed(task, trial)
-      return self._reset()
-    if task != self._task or self._resets > trial:
-      self._create(task)
-      self._environment.seed(self.settings.seed)
-    while self._resets <= trial:
-      self._reset()
-
-  def _seed(self, task: int, trial: int) -> None:
-    known = None if self._beginnings is None else self._beginnings[task * EPISODES + trial].seed
-    np.random.seed([self.settings.seed, task, trial] if known is None else known)
-    random.seed(self.settings.seed * 1_000_003 + task * EPISODES + trial)
-
-  def _create(self, task: int) -> None:
-    if self._environment is not None:
-      self._environment.close()
-    size = self.settings.size
-    self._environment = self._make(bddl_file_name=str(self._tasks[task].bddl), camera_heights=size, camera_widths=size)
-    self._task, self._resets = task, 0
-
-  def _reset(self) -> None:
-    if self.settings.seeding == "episode":
-      # Every reset adds its drawers' and knobs' samplers to those of all before, and each draws random numbers.
-      self._environment.env.object_property_initializers.clear()
-    self._environment.reset()
-    self._resets += 1
-    for name in _CAMERAS.values():  # a hard reset makes new sensors
-      camera = self._environment.env._observables[name]
-      camera._sensor = self._gate(camera._sensor)
-
-  def _gate(self, sensor: Callable) -> Callable:
-    """A camera that draws only while `_open`: whatever reads it, at the moment at which robosuite would."""
-    dark = np.zeros((self.settings.size, self.settings.size, 3), np.uint8)
-
-    def gated(cache: dict) -> np.ndarray:
-      return sensor(cache) if self._open else dark
-
-    gated.__modality__ = sensor.__modality__
-    return gated
-
-  def _observation(self) -> dict:
-    last = self._last
-    pictures = {name: self._turn(last[camera]) for name, camera in _CAMERAS.items()}
-    rotation = axis_angle(last["robot0_eef_quat"], self.settings.quaternion)
-    state = np.concatenate([last["robot0_eef_pos"], rotation, last["robot0_gripper_qpos"]]).astype(np.float32)
-    joints = np.asarray(last["robot0_joint_pos"], np.float32)
-    return {**pictures, "observation/state": state, "observation/joint_state": joints, "prompt": self.instruction}
-
-  def _turn(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    return np.ascontiguousarray(image[::-1, ::-1] if self.settings.rotation == 180 else image)
-
-  def _current(self) -> int:
-    if self._task is None:
-      raise ValueError("No episode is running; expected reset(seed) before anything else: call reset first.")
-    return self._task
-
-
-def _import(assets: str) -> Callable[..., Any]:
-  """Imports the benchmark with a configuration of its own, and points it at the assets."""
-  root = package()
-  folder = tempfile.mkdtemp(prefix="libero_config_")
-  paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files",
-           "datasets": root / "datasets", "assets": assets}  # fmt: skip
-  (pathlib.Path(folder) / "config.yaml").write_text("".join(f"{key}: {path}\n" for key, path in paths.items()))
-  os.environ["LIBERO_CONFIG_PATH"] = folder
-  import libero.libero
-
-  libero.libero._assets_path_cache = assets
-  from libero.libero.envs import OffScreenRenderEnv
-
-  if "tensorflow" in sys.modules:
-    raise RuntimeError("The benchmark imported TensorFlow, which crashes beside OpenGL; install what make sim does.")
-  return OffScreenRenderEnv

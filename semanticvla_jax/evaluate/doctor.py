@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import images, statistics
-from semanticvla_jax.envs import libero
+from semanticvla_jax.envs import libero, libero_simulator
 from semanticvla_jax.envs.process import BrokenEnvironment
 from semanticvla_jax.evaluate.libero import PROTOCOLS
 from semanticvla_jax.evaluate.protocol import fitting
@@ -276,7 +276,8 @@ def _data(args: argparse.Namespace) -> list[Finding]:
   found, frames = training_data(args.data_dir, f"{args.suite}_no_noops")
   if not frames:
     return [found]
-  process = libero.start(libero.Settings(args.suite, args.assets, rotation=args.rotation, renderer=args.renderer))
+  settings = libero.Settings(args.suite, args.assets, rotation=args.rotation, renderer=args.renderer)
+  process = libero_simulator.start(settings)
   try:
     rendered = process.reset(0)["observation/image"]
   finally:

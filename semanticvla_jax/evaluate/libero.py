@@ -28,7 +28,7 @@ from PIL import Image
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import images, text
-from semanticvla_jax.envs import libero
+from semanticvla_jax.envs import libero, libero_simulator
 from semanticvla_jax.envs.process import BrokenEnvironment
 from semanticvla_jax.evaluate import controls, protocol, report, visualize
 from semanticvla_jax.evaluate.recorded import Recorded
@@ -147,7 +147,7 @@ class Evaluation:
     begun = policy.beginnings if isinstance(policy, Recorded) else None
     self.watch = Watch(out, suite, args.films, replay) if args.films else None
     self.simulators = OnSimulators(
-      policy, lambda: libero.start(self.settings, begun, args.timeout), workers=args.workers, replay=replay,
+      policy, lambda: libero_simulator.start(self.settings, begun, args.timeout), workers=args.workers, replay=replay,
       group=lambda seed: seed // libero.EPISODES, instruction=lambda seed: tasks[seed // libero.EPISODES].instruction,
       jpeg_quality=self.jpeg, dct=policy.metadata.get("dct", "accurate"),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 from semanticvla_jax.data import hdf5, images, records, rlds
 from semanticvla_jax.demonstrate import libero as replays
 from semanticvla_jax.demonstrate.__main__ import main
-from semanticvla_jax.envs import libero
+from semanticvla_jax.envs import libero, libero_simulator
 from semanticvla_jax.envs.process import Moment, Process
 
 installed = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed: make sim")
@@ -116,7 +116,7 @@ def test_a_check_draws_and_writes_nothing(tmp_path, monkeypatch, capsys):
   rows = {seed: demonstration(seed) for seed in (0, 1, 2)}
   task = libero.Task("lift", "lift", tmp_path, tmp_path)
   monkeypatch.setattr(replays, "collect", lambda recipe: rows)
-  monkeypatch.setattr(libero, "start", lambda settings, beginnings: Remembering())
+  monkeypatch.setattr(libero_simulator, "start", lambda settings, beginnings: Remembering())
   monkeypatch.setattr(libero, "tasks", lambda suite: [task])
   main(["--from-hdf5=x", "--suite=libero_object", "--check", f"--out={tmp_path / 'out'}"])
   told = capsys.readouterr().out

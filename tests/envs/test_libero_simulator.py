@@ -4,7 +4,7 @@ import libero_assets
 import numpy as np
 import pytest
 
-from semanticvla_jax.envs import libero
+from semanticvla_jax.envs import libero, libero_simulator
 from semanticvla_jax.envs.process import BrokenEnvironment
 
 pytestmark = pytest.mark.sim
@@ -14,7 +14,7 @@ VIEWS = ("observation/image", "observation/wrist_image")
 
 @pytest.fixture(scope="module")
 def simulator():
-  process = libero.start(libero.Settings("libero_spatial", libero_assets.assets(), size=128, max_steps=8))
+  process = libero_simulator.start(libero.Settings("libero_spatial", libero_assets.assets(), size=128, max_steps=8))
   yield process
   process.close()
 
@@ -91,7 +91,7 @@ def test_what_draws_is_known(simulator):
 def test_once_per_environment_is_another_seeding_that_repeats_itself_too():
   """Trial 1 directly, and trial 1 after trial 0: the missing reset is made up for."""
   seeding = dict(seeding="environment", seed=7, size=64)
-  process = libero.start(libero.Settings("libero_goal", libero_assets.assets(), **seeding))
+  process = libero_simulator.start(libero.Settings("libero_goal", libero_assets.assets(), **seeding))
   try:
     alone = process.reset(1)
     process.reset(0)
