@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from semanticvla_jax.envs.process import LOGGER
+
 FOLDER = str(Path(__file__).parent)
 
 
@@ -15,7 +17,7 @@ class Point:
   Args:
     log: a file that each reset adds its seed to, as a trace across processes.
     trouble: {seed: what goes wrong at its second action}: "raise", "die" (once: the file `log`.SEED remembers),
-      "always die" or "hang" (once).
+      "always die", "hang" (once) or "tell" (a warning, and nothing else).
   """
 
   max_steps = 6
@@ -52,6 +54,8 @@ class Point:
   def go_wrong(self, how: str) -> None:
     if how == "raise":
       raise ArithmeticError("the physics exploded")
+    if how == "tell":
+      return LOGGER.warning("a screw is loose in %d", self.seed)
     before = Path(f"{self.log}.{self.seed}")
     if how != "always die" and before.exists():
       return

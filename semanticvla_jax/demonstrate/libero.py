@@ -117,7 +117,7 @@ def _facts(recipe: Recipe, demonstrations: dict[int, hdf5.Demonstration]) -> dic
   settings = recipe.settings._asdict() | {"assets": libero.assets_hash(str(libero.find_assets(recipe.settings.assets)))}
   paths = sorted({one.path for one in demonstrations.values()})
   files = {path.name: hdf5.digest(path) for path in paths}
-  seeds = "recorded" if any(one.seed is not None for one in demonstrations.values()) else "settings"
+  seeds = "as recorded" if any(one.seed is not None for one in demonstrations.values()) else "settings"
   return {"suite": recipe.suite, "simulator": settings, "resets": seeds, "versions": libero.versions(), "files": files}
 
 

@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from semanticvla_jax.envs import libero
-from semanticvla_jax.envs.process import Process
+from semanticvla_jax.envs.process import LOGGER, Process
 
+_EARLIER = 100  # resets that a recorded one may have come after
 _CAMERAS = {"observation/image": "agentview_image", "observation/wrist_image": "robot0_eye_in_hand_image"}
 
 
@@ -55,7 +56,7 @@ class Simulator:
   Args:
     settings: with `assets` resolved.
     beginnings: by episode number, instead of the benchmark's first states; such episodes alone exist then. With seeding
-      by "episode" a known seed of numpy comes before that of the settings.
+      by "episode" a known seed of numpy comes before that of the settings, and fixtures stand where they stood.
 
   Raises:
     RuntimeError: TensorFlow is in this process.
@@ -71,6 +72,8 @@ class Simulator:
     self._task: int | None = None
     self._resets = 0  # of the current environment
     self._environment: Any = None
+    self._samplers: list = []  # of drawers and knobs, that one reset leaves behind
+    self._ahead: int | None = 0  # earlier resets less seed, of the last recorded reset that was found; None: none was
     self._make = _import(settings.assets)
     self._open = True
     self._steps, self._done = 0, False
@@ -152,13 +155,46 @@ class Simulator:
     if self.settings.seeding == "episode":
       if task != self._task:
         self._create(task)
+      earlier = self._earlier(task, trial)
       self._seed(task, trial)
-      return self._reset()
+      return self._reset(earlier)
     if task != self._task or self._resets > trial:
       self._create(task)
       self._environment.seed(self.settings.seed)
     while self._resets <= trial:
       self._reset()
+
+  def _earlier(self, task: int, trial: int) -> int:
+    """How many resets of its environment a recorded one came after; 0 where that is unknown or makes no difference.
+
+    It makes one where resets leave samplers behind (see `_reset`). The number is not recorded, but only the right one
+    leads from the recorded seed to the recorded state, so they are tried, first the one that an environment with seeds
+    counted up would have had.
+    """
+    begun = None if self._beginnings is None else self._beginnings[task * libero.EPISODES + trial]
+    if begun is None or begun.seed is None or not self._samplers or self._ahead is None:
+      return 0
+    guess = begun.seed + self._ahead
+    for earlier in ([guess] if 0 < guess < _EARLIER else []) + [*range(1, _EARLIER)]:
+      self._seed(task, trial)
+      self._reset(earlier)
+      if self._settles_at(begun.state):
+        self._ahead = earlier - begun.seed
+        return earlier
+    self._ahead = None
+    LOGGER.warning(
+      "Episode %d: its recorded seed %d leads to another first state than the recorded one, whichever of 1 to %d resets"
+      " came before; drawers of this task stand elsewhere than they did; replay with the versions of the recording.",
+      task * libero.EPISODES + trial, begun.seed, _EARLIER - 1,
+    )  # fmt: skip
+    return 0
+
+  def _settles_at(self, state: np.ndarray) -> bool:
+    """Whether waiting leads to that state of the simulator."""
+    for _ in range(self.settings.wait_steps):
+      self._environment.step(list(libero.WAIT))
+    found = self._environment.get_sim_state()
+    return found.shape == state.shape and bool(np.allclose(found, state, rtol=0, atol=1e-6))
 
   def _seed(self, task: int, trial: int) -> None:
     known = None if self._beginnings is None else self._beginnings[task * libero.EPISODES + trial].seed
@@ -170,12 +206,16 @@ class Simulator:
       self._environment.close()
     size = self.settings.size
     self._environment = self._make(bddl_file_name=str(self._tasks[task].bddl), camera_heights=size, camera_widths=size)
-    self._task, self._resets = task, 0
+    self._task, self._resets, self._ahead = task, 0, 0
+    self._samplers = [*self._environment.env.object_property_initializers]
 
-  def _reset(self) -> None:
+  def _reset(self, earlier: int = 0) -> None:
+    """Resets; with seeding by "episode" as if `earlier` resets had come before, whatever did.
+
+    Each adds its drawers' and knobs' samplers to those of all before, and every one of them draws random numbers.
+    """
     if self.settings.seeding == "episode":
-      # Every reset adds its drawers' and knobs' samplers to those of all before, and each draws random numbers.
-      self._environment.env.object_property_initializers.clear()
+      self._environment.env.object_property_initializers[:] = self._samplers * earlier
     self._environment.reset()
     self._resets += 1
     for name in _CAMERAS.values():  # a hard reset makes new sensors

@@ -8,6 +8,7 @@ forked, so that it imports what its environment needs and nothing else.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+LOGGER = logging.getLogger(__name__)  # what an environment tells it is heard on the other side
 _TAIL = 4000  # characters of what a dead process printed last
 
 
@@ -155,9 +157,11 @@ class Process:
     try:
       if not self.connection.poll(self.timeout):
         raise BrokenEnvironment(f"No answer from the environment within {self.timeout:g} s.{self._printed()}")
-      kind, answer = self.connection.recv()
+      kind, answer, told = self.connection.recv()
     except (EOFError, ConnectionError) as error:
       raise BrokenEnvironment(f"The environment's process {self._how_it_ended()}.{self._printed()}") from error
+    for level, message in told:
+      LOGGER.log(level, message)
     if kind == "error":
       raise BrokenEnvironment(answer)
     if isinstance(answer, Moment):
@@ -214,18 +218,36 @@ class Process:
     return self._moment
 
 
+class _Told(logging.Handler):
+  """Keeps (level, message) of what is logged until the next answer takes it along."""
+
+  def __init__(self):
+    super().__init__()
+    self.waiting: list[tuple[int, str]] = []
+
+  def emit(self, record: logging.LogRecord) -> None:
+    self.waiting.append((record.levelno, record.getMessage()))
+
+  def take(self) -> list[tuple[int, str]]:
+    """What waits; nothing does afterwards."""
+    taken, self.waiting = self.waiting, []
+    return taken
+
+
 def serve(connection: Connection) -> None:
   """Answers until the other side is gone: first how to make the environment, then (method of Host, arguments)."""
+  told = _Told()
+  LOGGER.addHandler(told)
   try:
     make, host = connection.recv(), None
     while True:
       name, *args = connection.recv()
       try:
         host = Host(make()) if host is None else host
-        answer = ("done", getattr(host, name)(*args))
+        kind, answer = "done", getattr(host, name)(*args)
       except Exception:  # whatever it is, the other side has to hear of it
-        answer = ("error", traceback.format_exc())
-      connection.send(answer)
+        kind, answer = "error", traceback.format_exc()
+      connection.send((kind, answer, told.take()))
   except (EOFError, ConnectionError):
     return
 

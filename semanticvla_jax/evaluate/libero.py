@@ -176,7 +176,7 @@ class Evaluation:
     begun = self.policy.beginnings.values() if isinstance(self.policy, Recorded) else ()
     where = "numpy and random, with (seed, task, trial), before every reset, samplers of earlier ones emptied"
     if any(one.seed is not None for one in begun):
-      where = f"numpy with the recording's own seed where that is known, else {where}"
+      where = f"numpy with the recording's own seed, samplers as they were, where that is known, else {where}"
     return {"seed": self.settings.seed, "where": where}
 
   def _states_hash(self) -> str:

@@ -61,6 +61,17 @@ def test_what_it_raises_comes_with_its_traceback(started):
     process.step(FORWARD)
 
 
+def test_what_it_warns_of_is_heard_here_once(started, caplog):
+  process = started({5: "tell"})
+  process.reset(5)
+  process.step(FORWARD)
+  assert not caplog.records
+  process.step(FORWARD)
+  process.step(FORWARD)
+  (record,) = caplog.records
+  assert record.levelname == "WARNING" and record.getMessage() == "a screw is loose in 5"
+
+
 def test_a_dead_process_says_so_and_starts_again(started):
   process = started({5: "die"})
   process.reset(5)
