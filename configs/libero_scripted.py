@@ -4,8 +4,8 @@
 
 Between `small` and what a GPU would want: at 96 pixels an object of libero_object, 12 to 25 of 256 pixels wide, is
 about a patch of 8 pixels; twice `small`'s widths and one block more, for ten objects on one floor are to be told apart
-and nothing is pre-trained. `:spatial` learns libero_spatial_no_noops. `:object@small64` is `small` at 64 pixels, what
-two CPU cores train in half an hour; the sentences of libero_spatial do not fit into its text tower.
+and nothing is pre-trained. `:spatial` learns libero_spatial_no_noops. `@small64` behind either is `small` at 64 pixels,
+what two CPU cores train in half an hour; for libero_spatial with room for its longer sentences.
 """
 
 from ml_collections import ConfigDict
@@ -13,24 +13,34 @@ from ml_collections import ConfigDict
 from configs import common
 
 SUITES = {"object": "libero_object_no_noops", "spatial": "libero_spatial_no_noops"}
+WORDS = 32  # of an instruction: libero_spatial's longest has 26
 ROW = dict(
   image=96,
   patch=8,
   pairs=((1, 1), (2, 2), (3, 3)),
   dino=dict(width=128, depth=5, num_heads=4, mlp_dim=256, registers=1, layer_scale=1.0, position_init="sincos"),
   siglip=dict(width=128, depth=4, num_heads=4, mlp_dim=256, position_init="sincos"),
-  text=dict(vocab=512, positions=32, width=128, depth=1, num_heads=4, mlp_dim=256),
+  text=dict(vocab=512, positions=WORDS, width=128, depth=1, num_heads=4, mlp_dim=256),
   llm=dict(vocab=512, width=192, depth=4, num_heads=6, mlp_dim=512),
 )
-ARGUMENTS = (*SUITES, "object@small64")
+SMALL64 = dict(
+  image=64,
+  patch=8,
+  pairs=((0, 0), (1, 1), (2, 2)),
+  dino=dict(width=64, depth=4, num_heads=2, mlp_dim=128, registers=1, layer_scale=1.0, position_init="sincos"),
+  siglip=dict(width=64, depth=3, num_heads=2, mlp_dim=128, position_init="sincos"),
+  text=dict(vocab=512, positions=WORDS, width=64, depth=1, num_heads=2, mlp_dim=128),
+  llm=dict(vocab=512, width=96, depth=4, num_heads=3, mlp_dim=256),
+)
+VARIANTS = {"object": ROW, "spatial": ROW, "object@small64": "small64", "spatial@small64": SMALL64}
 
 
 def get_config(arg=None):
   arg = arg or "object"
-  if arg not in ARGUMENTS:
-    raise ValueError(f"config argument: got {arg!r}, expected one of {ARGUMENTS}.")
-  suite, _, variant = arg.partition("@")
-  config = common.get_config("small64" if variant else "small", ratio=4)
+  if arg not in VARIANTS:
+    raise ValueError(f"config argument: got {arg!r}, expected one of {(*VARIANTS,)}.")
+  suite, _, smaller = arg.partition("@")
+  config = common.get_config(smaller or "small", ratio=4)
   config.lora = None
   config.trainable = ".*"
   # Cues that point, as in pretrain.py.
@@ -42,13 +52,14 @@ def get_config(arg=None):
   # follows one path; the benchmark's first states lie a centimetre beside it.
   config.data.update(mixture=SUITES[suite], batch_size=64, prompt_length=48, jitter=(0.015, 0.02))
   config.train.update(steps=12_200, save_every=1_000, keep_last=2, log_every=50)
-  if variant:
+  if smaller:
     config.optim.update(warmup_steps=100, decay_steps=1_500)
     config.data.update(augment=False, crop_area=None)  # an object is four pixels wide
     config.train.update(steps=1_600, save_every=400)
-    return config
-  with config.unlocked(), config.model.ignore_type():
-    config.model.variant = ConfigDict(ROW)
-  config.model.keep = 36  # of 144 patches a view
-  config.data.instruction_length = 32
+  else:
+    config.model.keep = 36  # of 144 patches a view
+  if isinstance(VARIANTS[arg], dict):
+    with config.unlocked(), config.model.ignore_type():
+      config.model.variant = ConfigDict(VARIANTS[arg])
+    config.data.instruction_length = WORDS
   return config

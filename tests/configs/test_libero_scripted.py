@@ -14,7 +14,8 @@ OF_OBJECT = "pick up the chocolate pudding and place it in the basket"
 
 @pytest.mark.parametrize(
   ("argument", "pixels", "millions", "sentence"),
-  [("object", 96, (5, 6), LONGEST), ("spatial", 96, (5, 6), LONGEST), ("object@small64", 64, (1, 1.5), OF_OBJECT)],
+  [("object", 96, (5, 6), LONGEST), ("spatial", 96, (5, 6), LONGEST),
+   ("object@small64", 64, (1, 1.5), OF_OBJECT), ("spatial@small64", 64, (1, 1.5), LONGEST)],
 )
 def test_it_builds(argument, pixels, millions, sentence):
   config = libero_scripted.get_config(argument)
@@ -28,7 +29,7 @@ def test_it_builds(argument, pixels, millions, sentence):
   assert tokenizers.instruction([sentence])[0].shape[1] <= model.text.positions and tokenizers.prompt([sentence])
 
 
-@pytest.mark.parametrize("argument", ["goal", "spatial@small64", "object@small"])
+@pytest.mark.parametrize("argument", ["goal", "spatial@small", "object@7b"])
 def test_other_suites_and_sizes_are_refused(argument):
   with pytest.raises(ValueError, match="'object', 'spatial'"):
     libero_scripted.get_config(argument)
