@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import io
 import json
 import logging
-import operator
-import statistics as numbers
 import sys
 import time
 from collections import deque
@@ -29,20 +25,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import app, flags
 from etils import epath
-from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import statistics, text
-from semanticvla_jax.train import command_line, distributed, grounding, init, inputs, optimizer, program, sharding
+from semanticvla_jax.train import (
+  command_line,
+  distributed,
+  diverged,
+  grounding,
+  init,
+  inputs,
+  optimizer,
+  program,
+  resume,
+  sharding,
+)
 from semanticvla_jax.train import explain as explaining
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.log import Metrics, Trace
 from semanticvla_jax.train.partition import combine, count, partition
-from semanticvla_jax.types import Batch, Observation
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, e.g. configs/libero.py:lite@7b")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the final policy; local or gs://")
@@ -58,36 +62,8 @@ _HOST_DEADLINE = flags.DEFINE_float("host_deadline", 300.0, "Seconds that hosts 
 
 AHEAD = 2  # updates that may wait for the device: their batches take its memory
 
-# Config fields that runs of earlier versions did not store, with the value they had.
-LATER = {
-  "frozen_dtype": None, "optim.ema": None, "data.starts": 0.0, "data.diagonal_crop": False, "data.dct": "accurate",
-  "data.pruner_text_eval": None, "data.cache_dir": None, "data.jitter": [0.0, 0.0], "data.askew": 0.0,
-}  # fmt: skip
-
-# Config fields that may change when a run goes on, each with what lies below it: how long and where it runs, not what
-# it computes. Base, tokenisers and data are known by what they hold (`origin`), wherever they lie.
-MOVABLE = (
-  "mesh", "model.remat", "model.scan_encoders", "init_from", "data.dir", "data.cache_dir", "data.tokenizers",
-  "train.steps", "train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.spike",
-  "train.wandb",
-)  # fmt: skip
-
-
-class Diverged(RuntimeError):
-  """The loss jumped."""
-
-
-class NotFinite(Diverged):
-  """Training met a NaN or Inf."""
-
-
 class Preempted(Exception):
   """Told to stop; everything is saved."""
-
-
-def plain(config: Any) -> dict:
-  """A ConfigDict as JSON values."""
-  return json.loads(config.to_json_best_effort())
 
 
 def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict, dict | None]:
@@ -114,138 +90,6 @@ def load_base(folder: str, mesh: Any, rule: sharding.Rule) -> checkpoint.PolicyF
     sharding=lambda tree: sharding.param_sharding(tree, mesh, rule),
     verify=jax.process_count() == 1,  # hashing would gather every parameter on every host
   )
-
-
-def resume(checkpointer: checkpoint.Checkpointer, state: Any, config: dict) -> tuple[Any, int, dict]:
-  """(state, step, the JSON beside it) of the workdir's newest checkpoint, or (the state as it is, 0, {}).
-
-  Raises:
-    ValueError: in the workdir of another config.
-  """
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-  restored = checkpointer.restore({"train": abstract})
-  if restored is None:
-    return state, 0, {}
-  if lines := differences(restored.json["config"], config):
-    raise ValueError(
-      f"workdir {checkpointer.folder.parent}: its run had another config, got {'; '.join(lines)} (before → now), "
-      "expected the same; use a new --workdir, or the config it began with."
-    )
-  logging.info("resumed from step %d", restored.step)
-  return restored.trees["train"], restored.step, restored.json
-
-
-def differences(saved: dict, config: dict) -> list[str]:
-  """ "optim.lr: 0.001 → 0.0005" for each field that differs and is not MOVABLE; see LATER for those it may lack."""
-  before, now = LATER | flatten_dict(saved, sep="."), flatten_dict(config, sep=".")
-  fixed = [name for name in now if not any(name == free or name.startswith(f"{free}.") for free in MOVABLE)]
-  missing = object()
-  return [
-    f"{name}: {before.get(name, 'not there')} → {now[name]}"
-    for name in sorted(fixed)
-    if before.get(name, missing) != now[name]
-  ]
-
-
-def origin(config: Any, source: inputs.Source) -> dict:
-  """What a run stands on beside its config, as JSON: hashes of its bases, tokenisers and data, and its statistics."""
-  folders, _ = init.bases(config.init_from)
-  tokenizers = epath.Path(config.data.tokenizers or text.EMBEDDED)
-  words = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(tokenizers.glob("*.model"))))
-  return {
-    "base": [checkpoint.policy_hash(folder) for folder in folders],
-    "tokenizers": words.hexdigest()[:16],
-    "data": source.digests,
-    "statistics": {name: statistics.to_openvla(entry) for name, entry in source.statistics.items()},
-  }
-
-
-def check_origin(saved: dict, now: dict, workdir: Path) -> None:
-  """Compares `origin` now with that of the checkpoint a run goes on from; one that says nothing is taken, and told.
-
-  Raises:
-    ValueError: another base, other tokenisers or other data.
-  """
-  if unknown := sorted(set(now) - set(saved)):
-    logging.warning("the checkpoint is of an earlier version: its %s cannot be compared", ", ".join(unknown))
-  known = [name for name in now if name in saved and name != "config"]
-  differing = [name for name in known if not (same if name == "statistics" else operator.eq)(saved[name], now[name])]
-  if differing:
-    told = {name: describe(saved[name]) + " → " + describe(now[name]) for name in differing}
-    raise ValueError(
-      f"workdir {workdir}: its run had another {' and '.join(differing)}, got "
-      f"{'; '.join(f'{name} {change}' for name, change in told.items())} (before → now), expected the same under any "
-      "path; pass the base (config.init_from), tokenisers and data it began with, or use a new --workdir."
-    )
-
-
-def same(a: Any, b: Any) -> bool:
-  """Whether statistics are equal up to the rounding of another machine."""
-  if isinstance(a, dict) and isinstance(b, dict):
-    return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-  return np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=1e-6)
-
-
-def describe(value: Any) -> str:
-  """Hashes as they are; of statistics the datasets and how many frames they have."""
-  if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
-    return str(value)
-  return ", ".join(f"{name} ({entry.get('num_transitions')} frames)" for name, entry in value.items())
-
-
-def check(recent: list[dict], history: deque, first: int, spike: float | None, trainable: dict) -> None:
-  """Looks at the metrics of updates first, first + 1, … and adds their losses to `history`.
-
-  Raises:
-    NotFinite, Diverged: with the step and the parts of the model that broke, as `error.step` too.
-  """
-  for step, values in enumerate(recent, first):
-    loss, norm = float(values["loss"]), float(values["grad_norm"])
-    norms = {name.partition("/")[2]: float(x) for name, x in values.items() if name.startswith("grad_norm/")}
-    if not (np.isfinite(loss) and np.isfinite(norm)):
-      families = sorted(name for name, x in norms.items() if not np.isfinite(x)) or stepping.bad_families(trainable)
-      error = NotFinite(
-        f"step {step}: loss {loss}, gradient norm {norm}; not finite: {families or 'none yet'}. Expected finite "
-        "numbers. Lower config.optim.lr, set config.optim.clip_norm, or check the statistics for degenerate ranges "
-        "(python -m semanticvla_jax.data statistics). The last checkpoint is untouched."
-      )
-    elif spike is not None and len(history) >= 20 and loss > spike * numbers.median(history):
-      largest = sorted(norms, key=norms.get, reverse=True)[:3]
-      error = Diverged(
-        f"step {step}: loss {loss:.4g} is {loss / numbers.median(history):.1f} times its recent median, expected at "
-        f"most {spike:g} (config.train.spike); largest gradients: {largest}. Look at the batch, lower config.optim.lr, "
-        "or set config.optim.clip_norm. The last checkpoint is untouched."
-      )
-    else:
-      history.append(loss)
-      continue
-    error.step = step
-    raise error
-
-
-def save_batch(batch: Any, folder: Path, step: int) -> Path:
-  """This process's examples of a placed batch as `bad_batch_<step>[_<process>].npz`, arrays named by their fields."""
-
-  def local(x):
-    parts = {part.index[0].start or 0: part.data for part in x.addressable_shards}
-    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
-
-  flat, _ = jax.tree_util.tree_flatten_with_path(batch)
-  named = {"".join(str(key) for key in path).strip("."): local(x) for path, x in flat}
-  process = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
-  path = folder / f"bad_batch_{step}{process}.npz"
-  contents = io.BytesIO()
-  np.savez(contents, **named)
-  path.write_bytes(contents.getvalue())
-  return path
-
-
-def load_batch(path: Path) -> Batch:
-  """What `save_batch` wrote, as arrays: to look at, or to run a step on (`step.make_step`)."""
-  with np.load(path) as file:
-    arrays = dict(file)
-  seen = {name.removeprefix("observation."): x for name, x in arrays.items() if name.startswith("observation.")}
-  return Batch(Observation(**{"proprio": None} | seen), arrays["actions"], arrays["action_mask"])
 
 
 class Prepared(NamedTuple):
@@ -288,7 +132,7 @@ def open_checkpoints(config: Any, workdir: Path) -> checkpoint.Checkpointer:
 
 
 def replay(config: Any, workdir: Path, path: Path, deadline: float = 300.0) -> tuple[int, dict[str, float]]:
-  """One update on a batch that `save_batch` wrote, from the workdir's newest checkpoint; nothing is saved.
+  """One update on a batch that `diverged.save_batch` wrote, from the workdir's newest checkpoint; nothing is saved.
 
   Returns:
     The step of that checkpoint, 0 for none, and the update's metrics: losses, and gradient norms by part of the model.
@@ -300,17 +144,17 @@ def replay(config: Any, workdir: Path, path: Path, deadline: float = 300.0) -> t
   if config.train.grounding is not None:
     raise ValueError(
       "--replay: got a config with train.grounding, whose batches come with hints that are not in the file; expected "
-      "one without; look at the examples with load_batch of this module."
+      "one without; look at the examples with train.diverged.load_batch."
     )
   if not path.exists() or jax.process_count() > 1:
     raise ValueError(f"--replay: got {path} in {jax.process_count()} processes; expected a bad_batch_STEP.npz, in one.")
-  batch = load_batch(path)
+  batch = diverged.load_batch(path)
   size = len(batch.actions)
   if size != config.data.batch_size:
     raise ValueError(f"--replay: got {size} examples in {path}, expected {config.data.batch_size} (data.batch_size).")
   ready = prepare(config, deadline)
   with open_checkpoints(config, workdir) as checkpointer:
-    state, start, _ = resume(checkpointer, ready.state, plain(config))
+    state, start, _ = resume.restore(checkpointer, ready.state, resume.plain(config))
   run = stepping.compile_step(ready.step, ready.mesh, state, ready.frozen, sharding.rule_of(config.mesh), None)
   _, values = run(state, ready.frozen, *sharding.place_batch((batch, None), ready.mesh, size))
   return start, {name: float(x) for name, x in sorted(values.items())}
@@ -327,14 +171,14 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
   """
   ready = prepare(config, deadline)
   with open_checkpoints(config, workdir) as checkpointer:
-    state, start, saved = resume(checkpointer, ready.state, plain(config))
+    state, start, saved = resume.restore(checkpointer, ready.state, resume.plain(config))
     sources = functools.partial(
       inputs.make_source, config, ready.bare, ready.tokenizers, ready.mesh, base=ready.base_statistics
     )
     source = sources(start)
-    facts = {"config": plain(config)} | origin(config, source)
+    facts = {"config": resume.plain(config)} | resume.origin(config, source)
     if saved:
-      check_origin(saved, facts, workdir)
+      resume.check_origin(saved, facts, workdir)
     meet = functools.partial(distributed.meet, "compiled", deadline) if jax.process_count() > 1 else None
     frozen, rule = ready.frozen, sharding.rule_of(config.mesh)
     run = stepping.compile_step(ready.step, ready.mesh, state, frozen, rule, meet)
@@ -343,9 +187,9 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
     history = deque(saved.get("losses", ()), maxlen=200)
     try:
       state = loop(config, workdir, checkpointer, run, source.batches, state, frozen, start, facts, history, profile)
-    except Diverged as error:
+    except diverged.Diverged as error:
       batch, _ = sources(error.step - 1).batches(error.step - 1)
-      raise type(error)(f"{error} Its batch: {save_batch(batch, workdir, error.step)}") from error
+      raise type(error)(f"{error} Its batch: {diverged.save_batch(batch, workdir, error.step)}") from error
   return write_policy(config, workdir, state, frozen, source.statistics, deadline)
 
 
@@ -360,7 +204,7 @@ def loop(
   """
   rates = program.rates(config) if start < config.train.steps else {}
   metrics = Metrics(workdir, config.train.steps, config.train.log_every, start, config.data.batch_size, **rates)
-  metrics.also_to_wandb(config.train.get("wandb"), plain(config))
+  metrics.also_to_wandb(config.train.get("wandb"), resume.plain(config))
   ahead: deque = deque()  # losses of updates that the device may still be busy with
   with (
     contextlib.closing(metrics),
@@ -382,7 +226,7 @@ def loop(
       means = metrics.add(step + 1, values, wait, flush=save)
       if means is not None:
         recent = metrics.recent
-        check(recent, history, step + 2 - len(recent), config.train.get("spike"), state.trainable)
+        diverged.check(recent, history, step + 2 - len(recent), config.train.get("spike"), state.trainable)
       if save:  # only what was found finite is kept
         checkpointer.save(step + 1, {"train": state}, facts | {"losses": list(history)})
       if stop:
@@ -401,7 +245,7 @@ def write_policy(config: Any, workdir: Path, state: Any, frozen: Any, stats: dic
     checkpoint.save_policy(
       target,
       grounding.strip(combine(optimizer.average_of(state.optimizer, state.trainable), frozen)),
-      config=plain(config),
+      config=resume.plain(config),
       statistics={name: statistics.to_openvla(entry) for name, entry in stats.items()},
       metadata={"step": int(state.step)},
       tokenizers=Path(config.data.tokenizers or text.EMBEDDED),
@@ -431,7 +275,7 @@ def main(argv: list[str]) -> None:
     if _WORKDIR.value is None:
       raise ValueError("--workdir: got nothing, expected a folder for checkpoints, metrics and the policy; name one.")
     who = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _MULTIHOST.value)
-    distributed.initialize(*who, _HOST_DEADLINE.value, json.dumps([plain(_CONFIG.value), _WORKDIR.value]))
+    distributed.initialize(*who, _HOST_DEADLINE.value, json.dumps([resume.plain(_CONFIG.value), _WORKDIR.value]))
     distributed.set_up_logging()
     workdir = epath.Path(_WORKDIR.value) if "://" in _WORKDIR.value else Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -443,7 +287,7 @@ def main(argv: list[str]) -> None:
   except Preempted as notice:
     logging.warning("%s", notice)
     sys.exit(distributed.PREEMPTED)
-  except (ValueError, Diverged) as error:
+  except (ValueError, diverged.Diverged) as error:
     sys.exit(f"error: {error}")
   if jax.process_index() == 0:
     print(f"policy: {policy}")

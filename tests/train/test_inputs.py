@@ -6,8 +6,7 @@ from small_runs import NAME, make_config, write_data
 
 from configs import aloha, common, pretrain
 from semanticvla_jax.data import images, records, rlds, statistics
-from semanticvla_jax.train import __main__ as command
-from semanticvla_jax.train import init, inputs, sharding
+from semanticvla_jax.train import init, inputs, resume, sharding
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +72,9 @@ def test_data_of_another_robot_is_refused_before_it_is_read(tmp_path):
 
 
 def test_runs_from_before_these_fields_had_what_they_say_now():
-  data = command.plain(common.get_config("tiny"))["data"]
+  data = resume.plain(common.get_config("tiny"))["data"]
   for field in ("diagonal_crop", "dct", "pruner_text_eval", "cache_dir", "jitter", "askew"):
-    assert command.LATER[f"data.{field}"] == data[field]
+    assert resume.LATER[f"data.{field}"] == data[field]
 
 
 def test_random_crops_have_the_area_of_the_config(data, monkeypatch):

@@ -16,7 +16,7 @@ from small_runs import CHANGES, losses_of, make_config, write_data
 from configs import common, openvla
 from semanticvla_jax import checkpoint
 from semanticvla_jax.train import __main__ as command
-from semanticvla_jax.train import inputs, optimizer
+from semanticvla_jax.train import diverged, inputs, optimizer, resume
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.partition import partition
 from semanticvla_jax.types import Batch
@@ -95,26 +95,26 @@ def test_workdir_of_another_config_is_refused(straight, data):
 
 
 def test_a_later_version_resumes_an_earlier_run():
-  config = command.plain(common.get_config("tiny"))
+  config = resume.plain(common.get_config("tiny"))
   older = json.loads(json.dumps(config))
-  for path in command.LATER:
+  for path in resume.LATER:
     *folders, name = path.split(".")
     del (older[folders[0]] if folders else older)[name]
-  assert command.differences(older, config) == []
+  assert resume.differences(older, config) == []
   config["optim"]["ema"] = 0.99
   config["seed"] += 1
-  assert command.differences(older, config) == ["optim.ema: None → 0.99", "seed: 7 → 8"]
+  assert resume.differences(older, config) == ["optim.ema: None → 0.99", "seed: 7 → 8"]
 
 
 def test_what_may_change_when_a_run_moves():
-  saved = command.plain(common.get_config("tiny"))
+  saved = resume.plain(common.get_config("tiny"))
   moved = json.loads(json.dumps(saved))
   moved["mesh"]["fsdp"], moved["model"]["remat"], moved["init_from"] = 2, "full", "elsewhere/policy"
   moved["data"] |= {"dir": "gs://bucket/data", "tokenizers": "elsewhere/words"}
   moved["train"] |= {"steps": 10, "spike": 4.0}
-  assert command.differences(saved, moved) == []
+  assert resume.differences(saved, moved) == []
   moved["model"]["scan"], moved["train"]["grounding"], moved["lora"] = False, {"naming": 0.1}, None
-  assert [line.split(":")[0] for line in command.differences(saved, moved)] == [
+  assert [line.split(":")[0] for line in resume.differences(saved, moved)] == [
     "lora", "model.scan", "train.grounding.naming"
   ]  # fmt: skip
 
@@ -124,17 +124,17 @@ def test_a_run_goes_on_with_its_base_data_and_tokenisers(caplog):
   stats = {"tabletop": {"action": {"mean": [0.1, 0.2], "mask": [True, False]}, "num_transitions": 100}}
   saved = {"config": {}, "base": ["ab"], "tokenizers": "cd", "statistics": stats}
   rounded = {"tabletop": {"action": {"mean": [0.1 + 1e-8, 0.2], "mask": [True, False]}, "num_transitions": 100}}
-  command.check_origin(saved, saved | {"statistics": rounded}, run)
+  resume.check_origin(saved, saved | {"statistics": rounded}, run)
   with pytest.raises(ValueError, match=r"workdir run: its run had another base, got base \['ab'\] → \['ef'\]"):
-    command.check_origin(saved, saved | {"base": ["ef"]}, run)
+    resume.check_origin(saved, saved | {"base": ["ef"]}, run)
   more = {"tabletop": stats["tabletop"] | {"num_transitions": 120}}
   data = {"data": {"tabletop": "01"}}
   with pytest.raises(ValueError, match=r"another data, got data \{'tabletop': '01'\} → \{'tabletop': '02'\}"):
-    command.check_origin(saved | data, saved | {"data": {"tabletop": "02"}}, run)
+    resume.check_origin(saved | data, saved | {"data": {"tabletop": "02"}}, run)
   with pytest.raises(ValueError, match=r"got statistics tabletop \(100 frames\) → tabletop \(120 frames\)"):
-    command.check_origin(saved, saved | {"statistics": more}, run)
+    resume.check_origin(saved, saved | {"statistics": more}, run)
   assert not caplog.text
-  command.check_origin({"config": {}}, saved, run)  # a checkpoint of an earlier version
+  resume.check_origin({"config": {}}, saved, run)  # a checkpoint of an earlier version
   assert "its base, statistics, tokenizers cannot be compared" in caplog.text
 
 
@@ -151,17 +151,18 @@ def values(loss, **norms):
 
 def test_spike_stops_with_step_and_family():
   history = deque([1.0] * 30, maxlen=200)
-  command.check([values(1.2), values(4.0)], history, 31, None, {})  # not asked for
-  with pytest.raises(command.Diverged, match=r"step 42: loss 9 is 9.0 times .*largest gradients: \['coupler', 'llm'\]"):
-    command.check([values(1.0), values(9.0, llm=1.0, coupler=7.0)], history, 41, 5.0, {})
+  diverged.check([values(1.2), values(4.0)], history, 31, None, {})  # not asked for
+  message = r"step 42: loss 9 is 9.0 times .*largest gradients: \['coupler', 'llm'\]"
+  with pytest.raises(diverged.Diverged, match=message):
+    diverged.check([values(1.0), values(9.0, llm=1.0, coupler=7.0)], history, 41, 5.0, {})
   short = deque([1.0] * 5, maxlen=200)
-  command.check([values(9.0)], short, 6, 5.0, {})  # too early to tell
+  diverged.check([values(9.0)], short, 6, 5.0, {})  # too early to tell
 
 
 def test_nan_names_the_first_step_and_the_gradients_that_broke():
   bad = values(float("nan"), llm=1.0, coupler=float("nan"))
-  with pytest.raises(command.NotFinite, match=r"step 8: loss nan.*not finite: \['coupler'\]") as caught:
-    command.check([values(1.0), bad, bad], deque(), 7, None, {})
+  with pytest.raises(diverged.NotFinite, match=r"step 8: loss nan.*not finite: \['coupler'\]") as caught:
+    diverged.check([values(1.0), bad, bad], deque(), 7, None, {})
   assert caught.value.step == 8
 
 
@@ -175,14 +176,14 @@ def test_profile_steps():
 def test_nan_stops_with_step_and_family(data, tmp_path):
   config = make_config(data)
   config.optim.lr = float("inf")
-  with pytest.raises(command.NotFinite, match=r"step \d: .*not finite: \[.*'coupler'"):
+  with pytest.raises(diverged.NotFinite, match=r"step \d: .*not finite: \[.*'coupler'"):
     command.train(config, tmp_path)
   assert not (tmp_path / "policy").exists()
   (saved,) = tmp_path.glob("bad_batch_*.npz")
   batch = np.load(saved)
   assert batch["actions"].shape == (8, config.model.chunk, 7)
   assert batch["observation.images"].dtype == np.uint8
-  again = command.load_batch(saved)
+  again = diverged.load_batch(saved)
   np.testing.assert_array_equal(again.observation.prompt, batch["observation.prompt"])
   start, values = command.replay(make_config(data), tmp_path / "sound", saved)
   assert start == 0 and np.isfinite(values["loss"]) and values["grad_norm/coupler"] > 0

@@ -1,0 +1,115 @@
+"""Going on with a run: only with the config, base, tokenisers and data it began with, whatever path they lie under."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import operator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict
+
+from semanticvla_jax import checkpoint
+from semanticvla_jax.data import statistics, text
+from semanticvla_jax.train import init, inputs
+
+# Config fields that runs of earlier versions did not store, with the value they had.
+LATER = {
+  "frozen_dtype": None, "optim.ema": None, "data.starts": 0.0, "data.diagonal_crop": False, "data.dct": "accurate",
+  "data.pruner_text_eval": None, "data.cache_dir": None, "data.jitter": [0.0, 0.0], "data.askew": 0.0,
+}  # fmt: skip
+
+# Config fields that may change when a run goes on, each with what lies below it: how long and where it runs, not what
+# it computes. Base, tokenisers and data are known by what they hold (`origin`), wherever they lie.
+MOVABLE = (
+  "mesh", "model.remat", "model.scan_encoders", "init_from", "data.dir", "data.cache_dir", "data.tokenizers",
+  "train.steps", "train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.spike",
+  "train.wandb",
+)  # fmt: skip
+
+
+def plain(config: Any) -> dict:
+  """A ConfigDict as JSON values."""
+  return json.loads(config.to_json_best_effort())
+
+
+def restore(checkpointer: checkpoint.Checkpointer, state: Any, config: dict) -> tuple[Any, int, dict]:
+  """(state, step, the JSON beside it) of the workdir's newest checkpoint, or (the state as it is, 0, {}).
+
+  Raises:
+    ValueError: in the workdir of another config.
+  """
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  restored = checkpointer.restore({"train": abstract})
+  if restored is None:
+    return state, 0, {}
+  if lines := differences(restored.json["config"], config):
+    raise ValueError(
+      f"workdir {checkpointer.folder.parent}: its run had another config, got {'; '.join(lines)} (before → now), "
+      "expected the same; use a new --workdir, or the config it began with."
+    )
+  logging.info("resumed from step %d", restored.step)
+  return restored.trees["train"], restored.step, restored.json
+
+
+def differences(saved: dict, config: dict) -> list[str]:
+  """ "optim.lr: 0.001 → 0.0005" for each field that differs and is not MOVABLE; see LATER for those it may lack."""
+  before, now = LATER | flatten_dict(saved, sep="."), flatten_dict(config, sep=".")
+  fixed = [name for name in now if not any(name == free or name.startswith(f"{free}.") for free in MOVABLE)]
+  missing = object()
+  return [
+    f"{name}: {before.get(name, 'not there')} → {now[name]}"
+    for name in sorted(fixed)
+    if before.get(name, missing) != now[name]
+  ]
+
+
+def origin(config: Any, source: inputs.Source) -> dict:
+  """What a run stands on beside its config, as JSON: hashes of its bases, tokenisers and data, and its statistics."""
+  folders, _ = init.bases(config.init_from)
+  tokenizers = epath.Path(config.data.tokenizers or text.EMBEDDED)
+  words = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(tokenizers.glob("*.model"))))
+  return {
+    "base": [checkpoint.policy_hash(folder) for folder in folders],
+    "tokenizers": words.hexdigest()[:16],
+    "data": source.digests,
+    "statistics": {name: statistics.to_openvla(entry) for name, entry in source.statistics.items()},
+  }
+
+
+def check_origin(saved: dict, now: dict, workdir: Path) -> None:
+  """Compares `origin` now with that of the checkpoint a run goes on from; one that says nothing is taken, and told.
+
+  Raises:
+    ValueError: another base, other tokenisers or other data.
+  """
+  if unknown := sorted(set(now) - set(saved)):
+    logging.warning("the checkpoint is of an earlier version: its %s cannot be compared", ", ".join(unknown))
+  known = [name for name in now if name in saved and name != "config"]
+  differing = [name for name in known if not (same if name == "statistics" else operator.eq)(saved[name], now[name])]
+  if differing:
+    told = {name: describe(saved[name]) + " → " + describe(now[name]) for name in differing}
+    raise ValueError(
+      f"workdir {workdir}: its run had another {' and '.join(differing)}, got "
+      f"{'; '.join(f'{name} {change}' for name, change in told.items())} (before → now), expected the same under any "
+      "path; pass the base (config.init_from), tokenisers and data it began with, or use a new --workdir."
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+  """Whether statistics are equal up to the rounding of another machine."""
+  if isinstance(a, dict) and isinstance(b, dict):
+    return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+  return np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def describe(value: Any) -> str:
+  """Hashes as they are; of statistics the datasets and how many frames they have."""
+  if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
+    return str(value)
+  return ", ".join(f"{name} ({entry.get('num_transitions')} frames)" for name, entry in value.items())
