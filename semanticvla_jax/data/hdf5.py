@@ -87,5 +87,17 @@ def _demonstration(name: str, group, path: pathlib.Path) -> Demonstration:
       f"Demonstrations: got actions {actions.shape} and {len(states)} states in {name} of {path}; expected finite "
       "[t 7] and at least one; remove it or download the file again."
     )
+  return Demonstration(name, actions, states[0], path, _seed(name, group, path))
+
+
+def _seed(name: str, group, path: pathlib.Path) -> int | None:
+  """The recorded seed, one that numpy takes; None where there is none."""
   seed = group.attrs.get("seed")
-  return Demonstration(name, actions, states[0], path, None if seed is None else int(seed))
+  if seed is None:
+    return None
+  if not (np.ndim(seed) == 0 and np.issubdtype(np.asarray(seed).dtype, np.integer) and 0 <= seed < 2**32):
+    raise ValueError(
+      f"Demonstrations: got seed={seed!r} in the attributes of {name} in {path}; expected a whole number from 0 to "
+      "2**32 - 1, numpy's before its reset; correct or remove the attribute."
+    )
+  return int(seed)

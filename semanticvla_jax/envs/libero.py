@@ -50,7 +50,7 @@ class Beginning(NamedTuple):
 
   Attributes:
     state: f64[s], of the simulator: time, positions, velocities.
-    seed: of numpy before its reset, which decides where fixtures stand; None where that is not known.
+    seed: of numpy before its reset, which with the resets before decides where fixtures stand; None where unknown.
   """
 
   state: np.ndarray

@@ -51,3 +51,23 @@ def test_what_is_damaged_is_refused(tmp_path, content, message):
     write(path, {"demo_0": content})
   with pytest.raises(ValueError, match=message):
     hdf5.read(path)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 500002])
+def test_the_seed_of_a_recording(tmp_path, seed):
+  path = tmp_path / "lift_demo.hdf5"
+  write(path, {"demo_0": actions(3)})
+  if seed is not None:
+    with h5py.File(path, "a") as file:
+      file["data/demo_0"].attrs["seed"] = seed
+  assert hdf5.read(path)[0].seed == seed
+
+
+@pytest.mark.parametrize("seed", ["seven", 1.5, -1, 2**32, [1, 2]])
+def test_a_seed_that_numpy_would_not_take_is_refused(tmp_path, seed):
+  path = tmp_path / "lift_demo.hdf5"
+  write(path, {"demo_0": actions(3)})
+  with h5py.File(path, "a") as file:
+    file["data/demo_0"].attrs["seed"] = seed
+  with pytest.raises(ValueError, match=r"got seed=.* of demo_0 .*expected a whole number from 0"):
+    hdf5.read(path)
