@@ -171,11 +171,11 @@ class Simulator:
     leads from the recorded seed to the recorded state, so they are tried, first the one that an environment with seeds
     counted up would have had.
     """
-    begun = None if self._beginnings is None else self._beginnings[task * libero.EPISODES + trial]
+    begun = self._recorded(task, trial)
     if begun is None or begun.seed is None or not self._samplers or self._ahead is None:
       return 0
-    guess = begun.seed + self._ahead
-    for earlier in ([guess] if 0 < guess < _EARLIER else []) + [*range(1, _EARLIER)]:
+    likely, possible = begun.seed + self._ahead, range(1, _EARLIER)
+    for earlier in dict.fromkeys([likely, *possible] if likely in possible else possible):
       self._seed(task, trial)
       self._reset(earlier)
       if self._settles_at(begun.state):
@@ -196,9 +196,14 @@ class Simulator:
     found = self._environment.get_sim_state()
     return found.shape == state.shape and bool(np.allclose(found, state, rtol=0, atol=1e-6))
 
+  def _recorded(self, task: int, trial: int) -> libero.Beginning | None:
+    """How a recorded episode began; None for one of the benchmark's own."""
+    return None if self._beginnings is None else self._beginnings[task * libero.EPISODES + trial]
+
   def _seed(self, task: int, trial: int) -> None:
-    known = None if self._beginnings is None else self._beginnings[task * libero.EPISODES + trial].seed
-    np.random.seed([self.settings.seed, task, trial] if known is None else known)
+    begun = self._recorded(task, trial)
+    known = begun is not None and begun.seed is not None
+    np.random.seed(begun.seed if known else [self.settings.seed, task, trial])
     random.seed(self.settings.seed * 1_000_003 + task * libero.EPISODES + trial)
 
   def _create(self, task: int) -> None:
