@@ -20,6 +20,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from semanticvla_jax import cli
+
 BASE = Path("checkpoints/tabletop_small")
 # States are varied by where episodes begin: under the noise of `demonstrate`'s default the later actions of a chunk
 # answer what has yet to happen, and fine-tuning on them lost a third of the base's success.
@@ -171,4 +173,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  cli.run(main)

@@ -14,6 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
+from semanticvla_jax import cli
 from semanticvla_jax.benchmark import evaluation, simulators
 from semanticvla_jax.envs.process import BrokenEnvironment
 
@@ -58,4 +59,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  cli.run(main)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from semanticvla_jax import cli
 from semanticvla_jax.convert import compare, full_size, golden, to_orbax, to_torch, verify
 
 MERGED = {"auto": None, "yes": True, "no": False}  # --merged
@@ -257,4 +258,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  cli.run(main)

@@ -31,7 +31,8 @@ import ml_dtypes
 import numpy as np
 
 import semanticvla_jax
-from semanticvla_jax.convert import carried, mapping, place, stream, uncached, work
+from semanticvla_jax import files
+from semanticvla_jax.convert import carried, mapping, stream, uncached, work
 from semanticvla_jax.convert.mapping import Plan
 from semanticvla_jax.convert.source import FINE_TUNES, VLA, Source, describe, recognise
 from semanticvla_jax.data import statistics
@@ -140,8 +141,8 @@ def whole(target: Path, nbytes: int, say: Callable[[str], None]) -> Iterator[Pat
   """
   with contextlib.ExitStack() as stack:
     try:
-      place.check_room(target, nbytes)
-      stack.enter_context(place.alone(target, say))
+      files.check_room(target, nbytes)
+      stack.enter_context(files.alone(target, say))
       partial = _empty(target, say)
     except OSError as error:
       raise _cannot_write(target, error) from error
@@ -163,7 +164,7 @@ def _renamed(partial: Path, target: Path) -> Iterator[Path]:
     _put_on_disk(partial)
     check_target(target)
     partial.rename(target)
-    _fsync(target.parent)
+    files.fsync(target.parent)
   except Exception as error:
     if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
       raise
@@ -181,15 +182,7 @@ def _put_on_disk(folder: Path) -> None:
   """Waits until all files below a folder, and their names, are on the disk."""
   for top, _, names in os.walk(folder, topdown=False):
     for path in (*(Path(top, name) for name in names), Path(top)):
-      _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+      files.fsync(path)
 
 
 def _cannot_write(target: Path, error: OSError) -> ValueError:

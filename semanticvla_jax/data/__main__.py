@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
+from semanticvla_jax import cli
 from semanticvla_jax.data import images, mixtures, records, rlds, statistics, trajectories
 
 _TEXT_WIDTH, _NUMBER_WIDTH, _MARGIN, _LINE = 640, 40, 8, 12  # pixels
@@ -155,4 +156,4 @@ def _write_statistics(datasets: list[rlds.Dataset], out: str | None, kind: str) 
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  cli.run(main)

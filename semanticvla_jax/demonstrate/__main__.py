@@ -21,6 +21,7 @@ import os
 import sys
 import time
 
+from semanticvla_jax import cli
 from semanticvla_jax.demonstrate import libero as replays
 from semanticvla_jax.demonstrate import tabletop
 from semanticvla_jax.envs import libero, tasks
@@ -138,4 +139,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  cli.run(main)

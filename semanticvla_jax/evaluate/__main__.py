@@ -37,6 +37,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from semanticvla_jax import cli
 from semanticvla_jax.envs import tabletop, tasks
 from semanticvla_jax.evaluate import compare, controls, doctor, libero, protocol, report, visualize
 from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost
@@ -250,4 +251,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  cli.run(main)

@@ -29,7 +29,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import checkpoint, cli
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.train import (
   command_line,
@@ -295,4 +295,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=command_line.parse)
+  cli.run(lambda _: app.run(main, flags_parser=command_line.parse))

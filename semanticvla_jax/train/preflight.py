@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
+from semanticvla_jax import cli
 from semanticvla_jax.models.semanticvla import abstract_params, dummy_observation
 from semanticvla_jax.train import command_line, explain, flops, init, program, sharding
 from semanticvla_jax.train import step as stepping
@@ -328,4 +329,4 @@ if __name__ == "__main__":  # here, so that the module can be imported beside an
   _PROGRAM = flags.DEFINE_enum("program", "train", sorted(PROGRAMS), "What to compile")
   _SWEEP = flags.DEFINE_bool("sweep", False, "Find the largest batch that fits")
   flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=command_line.parse)
+  cli.run(lambda _: app.run(main, flags_parser=command_line.parse))

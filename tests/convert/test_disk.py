@@ -8,7 +8,8 @@ import subprocess
 import checkpoints
 import pytest
 
-from semanticvla_jax.convert import place, to_torch
+from semanticvla_jax import files
+from semanticvla_jax.convert import to_torch
 from semanticvla_jax.convert.source import recognise
 from semanticvla_jax.convert.to_orbax import to_orbax
 
@@ -16,7 +17,7 @@ from semanticvla_jax.convert.to_orbax import to_orbax
 @pytest.fixture
 def small_disk(tmp_path, monkeypatch):
   """A folder that takes 400 kB, which nobody sees beforehand."""
-  monkeypatch.setattr(place, "check_room", lambda target, nbytes: None)
+  monkeypatch.setattr(files, "check_room", lambda target, nbytes: None)
   folder = tmp_path / "small"
   folder.mkdir()
   mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
@@ -80,3 +81,14 @@ def test_a_target_without_permission(made, tmp_path):
   with nobody(), pytest.raises(ValueError, match=r"(Target|Source) cannot be.*Permission denied"):
     to_orbax([folder], closed / "policy", config)
   assert not list(closed.iterdir())
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(made, tmp_path, monkeypatch):
+  monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil_usage(free=1000))
+  with pytest.raises(ValueError, match="Disk too small: got 1,000 bytes free"):
+    to_orbax([made("openvla")[0]], tmp_path / "policy", checkpoints.config("openvla"))
+  assert not list(tmp_path.iterdir())
+
+
+def shutil_usage(free):
+  return type("Usage", (), {"free": free})

@@ -4,16 +4,15 @@ import os
 import subprocess
 import sys
 
-import checkpoints
 import pytest
 
-from semanticvla_jax.convert import place
-from semanticvla_jax.convert.to_orbax import to_orbax, whole
+from semanticvla_jax import files
+from semanticvla_jax.convert.to_orbax import whole
 
 HELD = """
 import sys, pathlib
-from semanticvla_jax.convert import place
-with place.alone(pathlib.Path(sys.argv[1]), print):
+from semanticvla_jax import files
+with files.alone(pathlib.Path(sys.argv[1]), print):
   print("held", flush=True)
   sys.stdin.read()
 """
@@ -38,15 +37,15 @@ def test_two_runs_do_not_write_one_target(tmp_path):
 
 
 def test_a_lock_that_was_removed_is_no_lock(tmp_path, monkeypatch):
-  path, flock, removed = tmp_path / ".policy.lock", place.fcntl.flock, []
+  path, flock, removed = tmp_path / ".policy.lock", files.fcntl.flock, []
 
   def remove_once(descriptor, how):
     if not removed:
       removed.append(path.unlink())
     flock(descriptor, how)
 
-  monkeypatch.setattr(place.fcntl, "flock", remove_once)
-  with place.alone(tmp_path / "policy", print):
+  monkeypatch.setattr(files.fcntl, "flock", remove_once)
+  with files.alone(tmp_path / "policy", print):
     assert path.read_text() == str(os.getpid())
   assert removed and not path.exists()
 
@@ -55,19 +54,31 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch):
   def none(descriptor, how):
     raise OSError(45, "Operation not supported")
 
-  monkeypatch.setattr(place.fcntl, "flock", none)
+  monkeypatch.setattr(files.fcntl, "flock", none)
   said = []
-  with place.alone(tmp_path / "policy", said.append):
+  with files.alone(tmp_path / "policy", said.append):
     pass
   assert "has no locks" in said[0]
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(made, tmp_path, monkeypatch):
-  monkeypatch.setattr(place.shutil, "disk_usage", lambda path: shutil_usage(free=1000))
-  with pytest.raises(ValueError, match="Disk too small: got 1,000 bytes free"):
-    to_orbax([made("openvla")[0]], tmp_path / "policy", checkpoints.config("openvla"))
-  assert not list(tmp_path.iterdir())
+def test_a_file_is_written_whole_or_what_was_there_stays(tmp_path, monkeypatch):
+  path = tmp_path / "a.json"
+  files.write_json(path, {"“": 1})
+  assert path.read_bytes() == b'{\n  "\\u201c": 1\n}\n'
+  files.write(path, "grün")
+  assert path.read_text(encoding="utf-8") == "grün"
+
+  def full(descriptor):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(files.os, "fsync", full)
+  with pytest.raises(OSError, match="No space left"):
+    files.write(path, b"something longer")
+  assert path.read_text(encoding="utf-8") == "grün" and [*tmp_path.iterdir()] == [path]
 
 
-def shutil_usage(free):
-  return type("Usage", (), {"free": free})
+def test_a_folder_can_be_locked_from_inside(tmp_path):
+  lock = files.alone(tmp_path, inside=True)
+  with lock, pytest.raises(ValueError, match=f"got process {os.getpid()} at work"), files.alone(tmp_path, inside=True):
+    pass
+  assert not [*tmp_path.iterdir()]

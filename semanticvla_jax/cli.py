@@ -1,0 +1,83 @@
+"""How every command runs: UTF-8 on its streams, one line on stderr when it fails, a status that scripts can use."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+_LONGEST = 400  # characters of a foreign message
+
+
+def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> NoReturn:
+  """Runs a command's `main` and ends the program with what it returns (None: 0).
+
+  A ValueError is what a user can put right: its message is all that is printed. Of any other exception one line is
+  printed, with the file that its traceback went to. Both end with status 1; a reader that closed the pipe and ^C end
+  with the statuses that shells give them (141, 130).
+  """
+  use_utf8()
+  try:
+    status = main([*sys.argv[1:]] if argv is None else [*argv])
+    sys.stdout.flush()
+  except SystemExit as leaving:
+    status = leaving.code
+    try:
+      sys.stdout.flush()
+    except BrokenPipeError:
+      status = status or _without_output()
+  except BrokenPipeError:
+    status = _without_output()
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    status = 128 + signal.SIGINT
+  except Exception as error:  # whatever it is, the user gets one line
+    print(f"error: {describe(error)}", file=sys.stderr)
+    status = 1
+  sys.exit(status)
+
+
+def describe(error: Exception) -> str:
+  """The message of a ValueError; of anything else its type, first line, and where its traceback was written."""
+  if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+    return str(error)
+  return f"{first_line(error)} (traceback: {_keep_traceback(error)})"
+
+
+def first_line(error: BaseException) -> str:
+  """The type and the first line of a message that others wrote."""
+  line = next((line for line in str(error).splitlines() if line.strip()), "")
+  return f"{type(error).__name__}: {line[:_LONGEST]}".removesuffix(": ")
+
+
+def use_utf8() -> None:
+  """Makes stdout and stderr UTF-8 under any locale; what cannot be encoded (half of a surrogate pair) is escaped."""
+  for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):
+      stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _keep_traceback(error: Exception) -> str:
+  text = "".join(traceback.format_exception(error))
+  try:
+    descriptor, path = tempfile.mkstemp(prefix="semanticvla_jax_", suffix=".log")
+    with open(descriptor, "w", encoding="utf-8") as file:
+      file.write(text)
+  except OSError:  # a full disk may be what this is about
+    return f"not kept, no room for it; raised at {_where(error)}"
+  return path
+
+
+def _where(error: Exception) -> str:
+  frames = traceback.extract_tb(error.__traceback__)
+  return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "an unknown place"
+
+
+def _without_output() -> int:
+  """Lets what is still buffered go nowhere, or the interpreter complains at its end."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return 128 + signal.SIGPIPE

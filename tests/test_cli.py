@@ -1,0 +1,64 @@
+"""A command that fails says so in one line, whatever it was; streams are UTF-8 under any locale."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from semanticvla_jax import cli
+
+PROGRAM = "from semanticvla_jax import cli\ndef main(argv):\n  {}\ncli.run(main)"
+
+
+def ended(body: str, **options) -> subprocess.CompletedProcess:
+  command = [sys.executable, "-c", PROGRAM.format(body)]
+  return subprocess.run(command, capture_output=True, timeout=60, **options)
+
+
+def test_what_a_user_can_put_right_is_its_message_alone():
+  run = ended("raise ValueError('got 1; expected 2')")
+  assert (run.returncode, run.stderr) == (1, b"error: got 1; expected 2\n")
+
+
+@pytest.mark.parametrize("body", ["raise OSError(28, 'No space left')", "raise RuntimeError('a\\nb')", "1 / 0", "{}['x']"])
+def test_anything_else_is_one_line_that_names_its_traceback(body):
+  run = ended(body)
+  (line,) = run.stderr.decode().splitlines()
+  assert run.returncode == 1 and line.startswith("error: ")
+  assert "Traceback" in Path(line.rpartition("traceback: ")[2].rstrip(")")).read_text(encoding="utf-8")
+
+
+def test_a_message_over_several_lines_is_cut_to_its_first():
+  assert cli.first_line(zipfile.BadZipFile("\nnot a zip\nfile")) == "BadZipFile: not a zip"
+  assert cli.first_line(KeyError()) == "KeyError"
+
+
+@pytest.mark.parametrize(("body", "status"), [("return 3", 3), ("return None", 0), ("import sys; sys.exit(4)", 4)])
+def test_statuses_pass(body, status):
+  assert ended(body).returncode == status
+
+
+def test_an_interruption_is_said_and_has_its_status():
+  run = ended("raise KeyboardInterrupt")
+  assert (run.returncode, run.stderr) == (130, b"interrupted\n")
+
+
+@pytest.mark.parametrize("ending", ["pass", "import sys; sys.exit(0)"])
+def test_a_closed_pipe_is_no_traceback(ending):
+  body = PROGRAM.format(f"[print('x' * 4000) for _ in range(100)]; {ending}")
+  with subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+  assert process.returncode == 141
+
+
+@pytest.mark.parametrize("variables", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+                                       {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX"}])  # fmt: skip
+def test_streams_are_utf8_under_any_locale(variables, tmp_path):
+  program = tmp_path / "program.py"
+  program.write_text(PROGRAM.format("print('95 % → “grün” \\ud800')"), encoding="utf-8")
+  run = subprocess.run([sys.executable, program], capture_output=True, timeout=60, env=variables)
+  assert (run.returncode, run.stdout.decode()) == (0, "95 % → “grün” \\ud800\n")
