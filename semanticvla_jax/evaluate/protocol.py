@@ -45,6 +45,38 @@ def wilson(successes: int, episodes: int, confidence: float = 0.95) -> tuple[flo
   return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def percent(successes: int, episodes: int, decimals: int = 1) -> str:
+  """A success rate as text, "79.2 %": "100 %" only where all succeeded, "0 %" only where none did, "–" of no episodes.
+
+  Args:
+    successes, episodes: what is counted; what left the count is for the caller to print beside it.
+    decimals: fewest of a rate between 0 and 100; there are more where it would be rounded to one of these.
+
+  Raises:
+    ValueError: more successes than episodes, or negative numbers.
+  """
+  if not 0 <= successes <= episodes:
+    raise ValueError(f"Success rate: got {successes} of {episodes}; expected 0 to {episodes}; count again.")
+  if episodes == 0:
+    return "–"
+  if successes in (0, episodes):
+    return "100 %" if successes else "0 %"
+  return f"{_rounded(100 * successes / episodes, decimals, most=6)} %"
+
+
+def interval_text(interval: Sequence[float], decimals: int = 0) -> str:
+  """The ends of an interval as text, "30–95 %"; as in `percent`, neither becomes 0 or 100 by rounding alone."""
+  low, high = (_rounded(100 * end, decimals, most=2) for end in interval)
+  return f"{low}–{high} %"
+
+
+def _rounded(value: float, decimals: int, most: int) -> str:
+  """A number in [0, 100] with some decimals, more of them (at most `most`) where it would be rounded to an end."""
+  while float(text := f"{value:.{decimals}f}") in (0, 100) and 0 < value < 100 and decimals < most:
+    decimals += 1
+  return text
+
+
 def fingerprint(
   policy: Any, *, environment: str, suite: str, split: str, seeds: Sequence[int], max_steps: int, replay: int,
   loop: str, told: str = "the task's own instruction", model_changes: dict | None = None, **more: Any,

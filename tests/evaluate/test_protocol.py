@@ -33,6 +33,23 @@ def test_wilson_narrows_with_confidence_and_refuses_nonsense():
     protocol.wilson(11, 10)
 
 
+@pytest.mark.parametrize("successes, n, text, short", [
+  (38, 48, "79.2 %", "79 %"), (3, 4, "75.0 %", "75 %"), (511, 512, "99.8 %", "99.8 %"), (1, 512, "0.2 %", "0.2 %"),
+  (199, 200, "99.5 %", "99.5 %"), (99999, 100000, "99.999 %", "99.999 %"), (1, 10000, "0.01 %", "0.01 %"),
+  (512, 512, "100 %", "100 %"), (1, 1, "100 %", "100 %"), (0, 7, "0 %", "0 %"), (0, 0, "–", "–"),
+])
+def test_a_rate_is_100_percent_only_where_all_succeeded_and_0_only_where_none_did(successes, n, text, short):
+  assert protocol.percent(successes, n) == text and protocol.percent(successes, n, decimals=0) == short
+
+
+def test_an_interval_reaches_0_and_100_only_where_it_does():
+  assert protocol.interval_text((0.3006, 0.9544)) == "30–95 %"
+  assert protocol.interval_text((0.0, 1.0)) == "0–100 %" and protocol.interval_text((0.5, 1.0), 1) == "50.0–100.0 %"
+  assert protocol.interval_text((0.002, 0.9998)) == "0.2–99.98 %"
+  with pytest.raises(ValueError, match="got 5 of 4"):
+    protocol.percent(5, 4)
+
+
 def test_a_summary_counts_errors_apart():
   found = protocol.summary(episodes([1, 0, 1, 1], [0, 0, 0, 0]), lambda sentence: sentence.split()[-1])
   assert (found["successes"], found["episodes"], found["errors"], found["rate"]) == (3, 4, 0, 0.75)
