@@ -143,18 +143,25 @@ class SemanticVLA(nn.Module):
   num_views: int
   proprio_dim: int | None
 
-  def __call__(self, observation: Observation, train: bool = False, pixels: dict | None = None) -> Output:
+  def __call__(
+    self,
+    observation: Observation,
+    train: bool = False,
+    pixels: dict | None = None,
+    part: tuple[Int[Array, ""], int] | None = None,
+  ) -> Output:
     """Observation → actions.
 
     Args:
       observation: see types.Observation.
       train: draws the pruners' noise (needs an rng named 'noise').
       pixels: {encoder: f[b v h w 3]}, images that are normalised already, instead of `observation.images`.
+      part: (i, p) where these are the examples i, i + p, i + 2p, … of a batch: their noise is what they have in it.
     """
     if self.coupler is None:
       ids, _ = self.generate(observation, pixels)
       return Output(tokens_to_actions(ids, self.spoken_vocab)[:, None, :], {"ids": ids})
-    x, valid, seen = self.read(observation, train, pixels)
+    x, valid, seen = self.read(observation, train, pixels, part)
     b, prefix = valid.shape
     n = self.chunk * self.coupler.tokens
     stop = self.llm.embed_tokens(jnp.full((b, 1), STOP))
@@ -170,13 +177,16 @@ class SemanticVLA(nn.Module):
     seen |= dict(sequence=x, valid=valid, allowed=allowed, positions=positions, hidden=hidden, action_states=states)
     return Output(actions, seen)
 
-  def read(self, observation: Observation, train: bool = False, pixels: dict | None = None):
+  def read(
+    self, observation: Observation, train: bool = False, pixels: dict | None = None, part: tuple | None = None
+  ):
     """[ <s> | visual | proprio | prompt ] as embeddings f[b l D], their validity bool[b l], and intermediates."""
     self._check(observation)
     prompt, mask = self.llm.embed_tokens(observation.prompt), observation.prompt_mask
     condition = self.pool(prompt, mask) if self.film else None
     pixels = self.normalise(observation.images) if pixels is None else pixels
-    visual, seen = self.see(pixels, condition, observation.instruction, observation.instruction_mask, train)
+    words = (observation.instruction, observation.instruction_mask)
+    visual, seen = self.see(pixels, condition, *words, train, part)
     parts = [prompt[:, :1], visual]
     if self.proprio_projector is not None:
       parts.append(self.proprio_projector(observation.proprio.astype(visual.dtype))[:, None])
@@ -205,6 +215,7 @@ class SemanticVLA(nn.Module):
     instruction: Int[Array, "b m"] | None,
     instruction_mask: Bool[Array, "b m"] | None,
     train: bool = False,
+    part: tuple | None = None,
   ) -> tuple[Float[Array, "b n D"], dict]:
     """Pixels of all views → the visual tokens of the language model, view after view, and intermediates."""
     v = next(iter(pixels.values())).shape[1]
@@ -220,7 +231,8 @@ class SemanticVLA(nn.Module):
       if sa is not None:
         kept[f"{name}_aggregated"] = seen[f"{name}_aggregated"]
       if id_ is not None:
-        pruned = seen[f"{name}_pruned"] = id_(tokens, words, word_mask, self._noise(tokens, words) if train else None)
+        normal = self._noise(tokens, words, v, part) if train else None
+        pruned = seen[f"{name}_pruned"] = id_(tokens, words, word_mask, normal)
         kept[f"{name}_anchors"] = pruned.anchors
         cues |= {} if pruned.cues is None else {name: pruned.cues}
       if sa is None and id_ is None:
@@ -304,9 +316,15 @@ class SemanticVLA(nn.Module):
   def _pruners(self, name: str) -> tuple[SAPruner | None, IDPruner | None]:
     return getattr(self, f"{name}_sa_pruner"), getattr(self, f"{name}_id_pruner")
 
-  def _noise(self, patches: Array, words: Array) -> Float[Array, "b n m"]:
-    shape = (patches.shape[0], patches.shape[1], words.shape[1])
-    return jax.random.normal(self.make_rng("noise"), shape, jnp.float32)
+  def _noise(self, patches: Array, words: Array, v: int, part: tuple | None) -> Float[Array, "bv n m"]:
+    """Standard normal numbers; of a part of a batch, those that its examples have in the whole of it."""
+    (bv, n, _), m = patches.shape, words.shape[1]
+    i, parts = (0, 1) if part is None else part
+    normal = jax.random.normal(self.make_rng("noise"), (bv * parts, n, m), jnp.float32)
+    if parts == 1:
+      return normal
+    normal = rearrange(normal, "(b p v) n m -> b p v n m", p=parts, v=v)
+    return rearrange(jax.lax.dynamic_index_in_dim(normal, i, axis=1, keepdims=False), "b v n m -> (b v) n m")
 
   @nn.nowrap
   def _check(self, observation: Observation) -> None:

@@ -18,7 +18,7 @@ Beside them stands a weight `rotation`, by which L1 of the rotations counts once
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -73,12 +73,12 @@ class Grounded(nn.Module):
     self.probe_dino = nn.Dense(SHAPES + 2)
     self.probe_siglip = nn.Dense(SHAPES + 2)
 
-  def __call__(self, observation: Observation, train: bool = False) -> Output:
+  def __call__(self, observation: Observation, train: bool = False, part: tuple | None = None) -> Output:
     """As the model; intermediates also hold what the probes say.
 
     `displacement` f32[b 9], `aim` f32[b v 2], `dino_looks` and `siglip_looks` f32[(b v) n 5].
     """
-    out = self.model(observation, train)
+    out = self.model(observation, train, part=part)
     states = rearrange(out.intermediates["action_states"][:, : self.model.coupler.tokens], "b t d -> b (t d)")
     told = {"displacement": self.probe(states), "aim": rearrange(self.probe_aim(states), "b (v c) -> b v c", c=2)}
     looks = {
@@ -98,23 +98,53 @@ class Grounded(nn.Module):
     return self.model.siglip_id_pruner(patches, self.model.text(words, mask), mask).similarity
 
 
-def loss(model: Grounded, params: dict, out: Output, hints: Hints, c: Any) -> tuple[Any, dict]:
-  """The weighted sum of the six losses, weights from config.train.grounding, and each of them by name."""
+class Counts(NamedTuple):
+  """What the means of `loss` are taken over, f32[] each.
+
+  Attributes:
+    examples: of the batch.
+    named: views in which something that the example's own instruction names is seen.
+    seen: (object, view) pairs in which the object is seen.
+    cubes: examples whose instruction means a cube.
+  """
+
+  examples: Any
+  named: Any
+  seen: Any
+  cubes: Any
+
+
+def counts(hints: Hints) -> Counts:
+  """Those of a batch."""
+  examples = jnp.float32(hints.displacement.shape[0])
+  cubes = jnp.any(hints.aim != 0, axis=(1, 2)).sum(dtype=jnp.float32)
+  return Counts(examples, hints.where[:, 0].sum(), hints.where[:, 1:].sum(), cubes)
+
+
+def loss(
+  model: Grounded, params: dict, out: Output, hints: Hints, c: Any, count: Counts | None = None
+) -> tuple[Any, dict]:
+  """The weighted sum of the six losses, weights from config.train.grounding, and each of them by name.
+
+  `count` is what their means are taken over, where that is more than these examples (see losses).
+  """
+  count = counts(hints) if count is None else count
   seen = out.intermediates
   scores = model.apply({"params": params}, seen["siglip_patches"], hints.words, hints.word_mask, method="score")
+  others = rearrange(hints.where[:, 1:], "b g v n -> (b g) v n")
   away = jnp.abs(seen["displacement"].astype(jnp.float32) - hints.displacement)
   parts = {
-    "alignment": losses.alignment(seen["siglip_pruned"].similarity, hints.where[:, 0]),
-    "naming": losses.alignment(scores, rearrange(hints.where[:, 1:], "b g v n -> (b g) v n")),
-    "looks": (looks(seen["dino_looks"], hints) + looks(seen["siglip_looks"], hints)) / 2,
-    "displacement": away[:, :6].mean(),
-    "aim": aim(seen["aim"], hints),
-    "turn": away[:, 6:].mean(),
+    "alignment": losses.alignment(seen["siglip_pruned"].similarity, hints.where[:, 0], count=count.named),
+    "naming": losses.alignment(scores, others, count=count.seen),
+    "looks": (looks(seen["dino_looks"], hints, count.seen) + looks(seen["siglip_looks"], hints, count.seen)) / 2,
+    "displacement": losses.divided(away[:, :6].mean(axis=1).sum(), count.examples),
+    "aim": aim(seen["aim"], hints, count.cubes),
+    "turn": losses.divided(away[:, 6:].mean(axis=1).sum(), count.examples),
   }
   return sum(c[name] * value for name, value in parts.items()), parts
 
 
-def looks(probed: Float[Array, "bv n 5"], hints: Hints) -> Float[Array, ""]:
+def looks(probed: Float[Array, "bv n 5"], hints: Hints, count: Float[Array, ""]) -> Float[Array, ""]:
   """Cross entropy of the shape of every object in sight, and twice the L1 of how a cube's edges run."""
   where = hints.where[:, 1:]
   probed = rearrange(probed.astype(jnp.float32), "(b v) n c -> b v n c", v=where.shape[2])
@@ -123,14 +153,14 @@ def looks(probed: Float[Array, "bv n 5"], hints: Hints) -> Float[Array, ""]:
   shape = jnp.broadcast_to(hints.shape[..., None], in_sight.shape)
   wrong = optax.softmax_cross_entropy_with_integer_labels(said[..., :SHAPES], shape)
   askew = jnp.abs(said[..., SHAPES:] - hints.edges).mean(axis=-1) * jnp.any(hints.edges != 0, axis=-1)
-  return (in_sight * (wrong + 2 * askew)).sum() / jnp.maximum(in_sight.sum(), 1.0)
+  return losses.divided((in_sight * (wrong + 2 * askew)).sum(), count)
 
 
-def aim(said: Float[Array, "b v 2"], hints: Hints) -> Float[Array, ""]:
+def aim(said: Float[Array, "b v 2"], hints: Hints, count: Float[Array, ""]) -> Float[Array, ""]:
   """L1 of how the edges of the cube that is meant run, over examples that mean one."""
   is_cube = jnp.any(hints.aim != 0, axis=(1, 2))
   wrong = jnp.abs(said.astype(jnp.float32) - hints.aim).mean(axis=(1, 2))
-  return (wrong * is_cube).sum() / jnp.maximum(is_cube.sum(), 1)
+  return losses.divided((wrong * is_cube).sum(), count)
 
 
 def strip(params: dict) -> dict:

@@ -1,4 +1,8 @@
-"""What training minimises, in float32."""
+"""What training minimises, in float32.
+
+A loss is a sum over the examples it is given, divided by a count that may be that of more of them: where a batch is
+taken in parts, each is divided by the count of the whole batch, so that the parts' losses and gradients add up to it.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,30 @@ from jaxtyping import Array, Bool, Float, Int
 GROUPS = {"translation": slice(0, 3), "rotation": slice(3, 6), "gripper": slice(6, 7)}
 
 
+def divided(total: Float[Array, "*d"], count: Float[Array, ""]) -> Float[Array, "*d"]:
+  """A sum over a count; where nothing was counted, the sum, which is 0 then."""
+  return total / jnp.maximum(count, 1.0)
+
+
+def steps(mask: Bool[Array, "b k"]) -> Float[Array, ""]:
+  """How many actions carry a loss."""
+  return mask.sum(dtype=jnp.float32)
+
+
 def l1(
-  predicted: Float[Array, "b k a"], actions: Float[Array, "b k a"], mask: Bool[Array, "b k"]
+  predicted: Float[Array, "b k a"],
+  actions: Float[Array, "b k a"],
+  mask: Bool[Array, "b k"],
+  count: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Mean |predicted − actions| over unmasked steps (the released loss), and the same per action group of the arms."""
+  """Mean |predicted − actions| over unmasked steps (the released loss), and the same per action group of the arms.
+
+  Args:
+    count: `steps` to divide by; None for those of `mask`.
+  """
   error = jnp.abs(predicted.astype(jnp.float32) - actions.astype(jnp.float32))
   weight = mask.astype(jnp.float32)[..., None]
-  total = jnp.maximum(weight.sum(), 1.0)
-  per_dim = (error * weight).sum(axis=(0, 1)) / total
+  per_dim = divided((error * weight).sum(axis=(0, 1)), steps(mask) if count is None else count)
   groups = {}
   if per_dim.shape[0] % 7 == 0:
     arms = per_dim.reshape(-1, 7)
@@ -25,11 +45,20 @@ def l1(
   return per_dim.mean(), groups
 
 
-def next_token(logits: Float[Array, "b t vocab"], ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, ""]:
-  """Mean cross entropy of ids[:, j + 1] under logits[:, j] where mask[:, j + 1] (OpenVLA: action tokens and </s>)."""
+def next_token(
+  logits: Float[Array, "b t vocab"],
+  ids: Int[Array, "b t"],
+  mask: Bool[Array, "b t"],
+  count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+  """Mean cross entropy of ids[:, j + 1] under logits[:, j] where mask[:, j + 1] (OpenVLA: action tokens and </s>).
+
+  Args:
+    count: tokens to divide by; None for those of `mask`.
+  """
   losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), ids[:, 1:])
   weight = mask[:, 1:].astype(jnp.float32)
-  return (losses * weight).sum() / jnp.maximum(weight.sum(), 1.0)
+  return divided((losses * weight).sum(), weight.sum() if count is None else count)
 
 
 def append(
@@ -47,14 +76,20 @@ def append(
 
 
 def alignment(
-  similarity: Float[Array, "bv n m"], focus: Float[Array, "b v n"], temperature: float = 0.05
+  similarity: Float[Array, "bv n m"],
+  focus: Float[Array, "b v n"],
+  temperature: float = 0.05,
+  count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
   """Pulls the ID-Pruner's patch scores (SemanticVLA Eq. 5) towards the patches of the objects the instruction names.
 
   Stands in for the contrastive pre-training that a from-scratch SigLIP lacks: cross entropy between a softmax over a
   view's patch scores and `focus`, a distribution over its patches. Views whose focus is empty (sums to 0) carry none.
+
+  Args:
+    count: views with a focus to divide by; None for those of `focus`.
   """
   scores = similarity.astype(jnp.float32).mean(axis=2) * (similarity.shape[2] / 8)  # padding adds a constant
   log_p = jax.nn.log_softmax(scores / temperature, axis=-1)
   focus = focus.reshape(log_p.shape)
-  return -(focus * log_p).sum() / jnp.maximum(focus.sum(), 1.0)
+  return divided(-(focus * log_p).sum(), focus.sum() if count is None else count)

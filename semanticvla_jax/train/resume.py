@@ -29,7 +29,7 @@ LATER = {
 MOVABLE = (
   "mesh", "model.remat", "model.scan_encoders", "init_from", "data.dir", "data.cache_dir", "data.tokenizers",
   "train.steps", "train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.spike",
-  "train.wandb",
+  "train.wandb", "optim.accumulate",
 )  # fmt: skip
 
 

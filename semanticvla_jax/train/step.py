@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -35,29 +35,55 @@ class State:
   optimizer: Any
 
 
-def loss_fn(model: nn.Module, params: dict, batch: Batch, key: jax.Array, hints: grounding.Hints | None, weights: Any):
+class Counts(NamedTuple):
+  """What the means of a batch's losses are taken over: unmasked steps f32[], and those of the hints' losses."""
+
+  steps: Any
+  hints: grounding.Counts | None
+
+
+def counts(batch: Batch, hints: grounding.Hints | None) -> Counts:
+  """Those of a batch. They depend on data alone, so that they are known before its first part is worked on."""
+  return Counts(losses.steps(batch.action_mask), None if hints is None else grounding.counts(hints))
+
+
+def loss_fn(
+  model: nn.Module,
+  params: dict,
+  batch: Batch,
+  key: jax.Array,
+  hints: grounding.Hints | None,
+  weights: Any,
+  count: Counts | None = None,
+  part: tuple[jax.Array, int] | None = None,
+):
   """Loss and metrics of one batch: L1 over the chunk, plus what the hints teach (see grounding) where there are any.
 
   A model without a coupler learns action tokens instead, see `token_loss`.
+
+  Args:
+    count: `counts` of the whole batch, and part: (i, p), where these are its examples i, i + p, …; None: they are all.
+      What the parts of a batch return adds up to what the batch does.
   """
+  count = counts(batch, hints) if count is None else count
   if getattr(model, "model", model).coupler is None:
-    return token_loss(model, params, batch)
-  out = model.apply({"params": params}, batch.observation, train=True, rngs={"noise": key})
-  loss, metrics = losses.l1(out.actions, batch.actions, batch.action_mask)
+    return token_loss(model, params, batch, count)
+  out = model.apply({"params": params}, batch.observation, train=True, part=part, rngs={"noise": key})
+  loss, metrics = losses.l1(out.actions, batch.actions, batch.action_mask, count.steps)
   metrics["l1"] = loss
   metrics["tokens"] = out.intermediates["valid"].sum(dtype=jnp.float32)  # of the language model, without padding
   if hints is not None:
-    taught, parts = grounding.loss(model, params, out, hints, weights)
+    taught, each = grounding.loss(model, params, out, hints, weights, count.hints)
     taught += weights["rotation"] * metrics["l1_rotation"]
-    loss, metrics = loss + taught, metrics | parts
+    loss, metrics = loss + taught, metrics | each
   return loss, metrics
 
 
-def token_loss(model: nn.Module, params: dict, batch: Batch):
+def token_loss(model: nn.Module, params: dict, batch: Batch, count: Counts):
   """Cross entropy of the action tokens and </s> behind each prompt (OpenVLA), in float32, and its metrics.
 
   `accuracy` is the share of action tokens that are most likely given those before them, `l1…` the distance of the
-  actions they stand for.
+  actions they stand for. See `loss_fn` for `count`.
   """
   bare = getattr(model, "model", model)
   n, vocab = batch.actions.shape[-1], bare.spoken_vocab
@@ -68,13 +94,14 @@ def token_loss(model: nn.Module, params: dict, batch: Batch):
   observation = observation.replace(prompt=ids, prompt_mask=real)
   how = {"call": "logits"} if isinstance(model, LoRA) else {"method": "logits"}
   logits, seen = model.apply({"params": params}, observation, **how)
-  loss = losses.next_token(logits, ids, (number >= 0) & (number <= n) & batch.action_mask[:, :1])
+  each = (number >= 0) & (number <= n) & batch.action_mask[:, :1]
+  loss = losses.next_token(logits, ids, each, (n + 1) * count.steps)
   before = batch.observation.prompt_mask.sum(axis=-1)[:, None] - 1 + jnp.arange(n)  # where token 0, 1, … is predicted
   likely = jnp.take_along_axis(jnp.argmax(logits, axis=-1), before, axis=1)
   actions = tokens_to_actions(likely, vocab)[:, None]
-  distance, metrics = losses.l1(actions, batch.actions, batch.action_mask)
+  distance, metrics = losses.l1(actions, batch.actions, batch.action_mask, count.steps)
   hits = (likely == spoken) & batch.action_mask[:, :1]
-  metrics["accuracy"] = hits.sum(dtype=jnp.float32) / jnp.maximum(n * batch.action_mask.sum(dtype=jnp.float32), 1.0)
+  metrics["accuracy"] = losses.divided(hits.sum(dtype=jnp.float32), n * count.steps)
   metrics["l1"], metrics["tokens"] = distance, seen["valid"].sum(dtype=jnp.float32)
   return loss, metrics
 
@@ -87,19 +114,21 @@ def make_step(
   weights: Any = None,
   turns: int = 1,
 ) -> Callable:
-  """step(state, frozen, batch, hints) → (state, metrics). The noise of step n depends on (seed, n) alone.
+  """step(state, frozen, batch, hints) → (state, metrics). The noise of step n depends on (seed, n) alone,
+  that of an example not on the part it is in.
 
   `weights` are those of the grounding losses, for batches that come with hints. `turns` is config.optim.accumulate.
   """
 
   def step(state: State, frozen: dict, batch: Batch, hints: Any):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
+    count = counts(batch, hints)
 
-    def loss(trainable, batch, hints, key):
-      return loss_fn(model, combine(trainable, frozen), batch, key, hints, weights)
+    def loss(trainable, batch, hints, part):
+      return loss_fn(model, combine(trainable, frozen), batch, key, hints, weights, count, part)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
-    (value, metrics), gradients = in_turns(gradient, state.trainable, (batch, hints), key, turns)
+    (value, metrics), gradients = in_turns(gradient, state.trainable, (batch, hints), turns)
     updates, optimizer = transform.update(gradients, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     metrics |= dict(
@@ -114,18 +143,18 @@ def make_step(
   return step
 
 
-def in_turns(gradient: Callable, trainable: Any, examples: Any, key: jax.Array, turns: int):
+def in_turns(gradient: Callable, trainable: Any, examples: Any, turns: int):
   """((loss, metrics), gradients) of a batch in `turns` parts, one after another, for the memory of one part.
 
-  Gradients, loss and metrics are means over the parts, each of which counts alike (`tokens` are summed); the noise of
-  part i depends on (key, i). Example r goes to part r mod `turns`, so that none leaves its device.
+  All are sums over the parts, each of which divides by the counts of the whole batch: they are the batch's own, however
+  its masked steps are spread. Example r goes to part r mod `turns`, so that none leaves its device.
 
   Args:
-    gradient: (trainable, *examples, key) → ((loss, metrics), gradients).
+    gradient: (trainable, *examples, part) → ((loss, metrics), gradients), see `loss_fn`.
     examples: a tuple of trees, each array [b …]; `turns` divides b.
   """
   if turns == 1:
-    return gradient(trainable, *examples, key)
+    return gradient(trainable, *examples, None)
 
   def split(x):
     parts = x.reshape(x.shape[0] // turns, turns, *x.shape[1:]).swapaxes(0, 1)  # [i b/i …]
@@ -133,13 +162,12 @@ def in_turns(gradient: Callable, trainable: Any, examples: Any, key: jax.Array, 
 
   def add(total, part):
     number, some = part
-    (value, metrics), gradients = gradient(trainable, *some, jax.random.fold_in(key, number))
-    return jax.tree.map(jnp.add, total, gradients), (value, metrics)
+    told, gradients = gradient(trainable, *some, (number, turns))
+    return jax.tree.map(jnp.add, total, gradients), told
 
   parts = (jnp.arange(turns), jax.tree.map(split, examples))
-  total, (values, metrics) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), parts)
-  metrics = {name: x.sum(axis=0) if name == "tokens" else x.mean(axis=0) for name, x in metrics.items()}
-  return (values.mean(), metrics), jax.tree.map(lambda x: x / turns, total)
+  total, told = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), parts)
+  return jax.tree.map(lambda x: x.sum(axis=0), told), total
 
 
 def new_state(transform: optax.GradientTransformation, trainable: dict) -> State:

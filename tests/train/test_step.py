@@ -8,17 +8,18 @@ import optax
 import pytest
 
 from configs import common
-from semanticvla_jax.train import optimizer, sharding
+from semanticvla_jax.train import losses, optimizer, sharding
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.types import Batch, Observation
 
 MODEL = nn.Dense(1)  # not looked at
 
 
-def toy_loss(model, params, batch, key, hints, weights):
-  """Least squares; its gradient is linear in the examples."""
-  error = batch.observation.proprio @ params["w"] - batch.actions
-  return jnp.square(error).mean(), {"l1": jnp.abs(error).mean(), "tokens": jnp.float32(len(error))}
+def toy_loss(model, params, batch, key, hints, weights, count, part):
+  """Least squares over what is not masked; its gradient is linear in the examples."""
+  error = (batch.observation.proprio @ params["w"] - batch.actions) * batch.action_mask[:, 0]
+  told = {"l1": losses.divided(jnp.abs(error).sum(), count.steps), "tokens": jnp.float32(len(error))}
+  return losses.divided(jnp.square(error).sum(), count.steps), told
 
 
 def optim(**changes):
@@ -30,7 +31,7 @@ def optim(**changes):
 def examples(step, size=16):
   rng = np.random.default_rng(step)
   x, y = rng.normal(size=(size, 3)).astype(np.float32), rng.normal(size=size).astype(np.float32)
-  return Batch(Observation(None, x, None, None), y, None)
+  return Batch(Observation(None, x, None, None), y, rng.random((size, 1)) < 0.7)
 
 
 def run(c, first, last, state=None, mesh=None):
