@@ -22,6 +22,11 @@ COMPARED = (
   "policy.policy_hash", "policy.folder", "policy.step", "policy.parameters", "preprocessing.image_size",
   "preprocessing.views", "preprocessing.pruner_text", "chunk", "told", "model_changes",
 )  # fmt: skip
+# Fields that are a policy's own, which nothing can make alike, or that say what computed it: `compare` lists those that
+# differ. What the environment did is in none of these lists and has to agree.
+OWN = ("policy", "preprocessing", "chunk", "prompt", "device", "versions")
+# But where the tabletop is, jax is the simulator: the layout of a seed hangs on its random numbers.
+OF_ENVIRONMENT = {"tabletop": ("versions.jax",)}
 # Fields that are told and decide nothing: a comment changes the sources, too.
 NOTED = ("sources",)
 # Fields that say how many episodes there are: each is kept by its own seed.
