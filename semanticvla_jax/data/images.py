@@ -45,6 +45,9 @@ class Augmentation(NamedTuple):
 
 RELEASE = Augmentation()
 DCTS = ("accurate", "fast")
+SMALLEST = 8  # pixels of a side: less is no picture of anything
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow's modes of a grey PNG of 16 bits
+_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 def decode(encoded: bytes, dct: str = "accurate") -> UInt8[np.ndarray, "h w 3"]:
@@ -54,8 +57,10 @@ def decode(encoded: bytes, dct: str = "accurate") -> UInt8[np.ndarray, "h w 3"]:
   TensorFlow's default and therefore what the released weights were trained and evaluated on; it differs by about one
   grey level on average (up to 9 in sharp, saturated places) and imports TensorFlow.
 
+  Of 16 bits a channel the upper eight are kept; grey becomes three equal channels, transparency is dropped.
+
   Raises:
-    ValueError: the bytes are no image, or `dct` is unknown.
+    ValueError: the bytes are no image, its numbers are no colours of 8 or 16 bits, or `dct` is unknown.
   """
   if dct == "fast":
     hide_accelerators()
@@ -69,9 +74,22 @@ def decode(encoded: bytes, dct: str = "accurate") -> UInt8[np.ndarray, "h w 3"]:
     raise ValueError(f"Unknown JPEG transform: got dct={dct!r}; expected 'accurate' or 'fast'; fix the config.")
   try:
     with Image.open(io.BytesIO(encoded)) as image:
-      return np.array(image.convert("RGB"))
-  except (OSError, SyntaxError) as error:
+      return _rgb(image)
+  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
     raise _undecodable(encoded, error) from error
+
+
+def _rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+  """A picture of any mode as RGB; Pillow's own conversion clips 16 bits to 255 instead of scaling them."""
+  if image.mode in _EIGHT_BITS:
+    return np.array(image.convert("RGB"))
+  values = np.asarray(image)
+  if image.mode not in _SIXTEEN_BITS or values.min() < 0 or values.max() > 0xFFFF:
+    raise ValueError(
+      f"Image cannot be read: got Pillow's mode {image.mode!r} with values from {values.min()} to {values.max()}; "
+      "expected colours of 8 or 16 bits; store it as an 8-bit RGB JPEG or PNG."
+    )
+  return np.repeat((values.astype(np.uint32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
 
 
 @functools.cache
@@ -139,7 +157,15 @@ def prepare(
 
   Training prepares the stored frame and then calls `augment`, whose crop is random. Evaluation of a policy trained
   that way passes `crop_area=0.9`, and `jpeg_quality=95` where frames come from a renderer and not from a JPEG file.
+
+  Raises:
+    ValueError: a side of less than SMALLEST pixels.
   """
+  if min(image.shape[:2]) < SMALLEST:
+    raise ValueError(
+      f"Image is too small: got {image.shape[0]} x {image.shape[1]} pixels; expected at least {SMALLEST} x {SMALLEST}; "
+      "pass the camera's frame (an empty one is a camera that gave none)."
+    )
   if jpeg_quality is not None:
     image = jpeg_round_trip(image, jpeg_quality, dct)
   image = resize(image, size)

@@ -14,14 +14,19 @@ import logging
 import os
 import pathlib
 import threading
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int
 
+from semanticvla_jax import cli, files
+from semanticvla_jax.data import text
+
 _HEADER, _FOOTER = 12, 4  # bytes of framing around a record: length and checksum before, checksum after
-_LAYOUT = 1  # part of the cache key: raise it when Index or the pass changes
+_LAYOUT = 2  # part of the cache key: raise it when Index or the pass changes
 _INSTRUCTION = "language_instruction"
 CACHE = "~/.cache/semanticvla_jax"  # of indices, unless told otherwise
 
@@ -81,16 +86,28 @@ def index(
   Raises:
     ValueError: a shard is missing, corrupt or shorter than announced, or a record lacks a feature.
   """
-  if cache_dir == "":
+  folder = _folder(cache_dir)
+  if folder is None:
     return _build(parts, columns, views)
-  folder = pathlib.Path(CACHE if cache_dir is None else cache_dir).expanduser()
   path = folder / f"{name}-{fingerprint(parts, columns, views, folder / 'shards.json')}.npz"
-  if path.exists():
+  kept = _load(path, [part.path for part in parts], columns, views)
+  if kept is not None:
     logging.info("%s: index read from %s", name, path)
-    return _load(path, [part.path for part in parts])
+    return kept
   built = _build(parts, columns, views)
   _save(path, built)
   return built
+
+
+def _folder(cache_dir: str | pathlib.Path | None) -> pathlib.Path | None:
+  """Where indices are kept; None for nowhere, which is said where it was not asked for."""
+  if cache_dir == "":
+    return None
+  try:
+    return pathlib.Path(CACHE if cache_dir is None else cache_dir).expanduser()
+  except RuntimeError as error:  # a container's user may have no home
+    logging.warning("indices are not kept for the next run: %s; pass cache_dir to keep them", error)
+    return None
 
 
 def fingerprint(
@@ -102,7 +119,7 @@ def fingerprint(
     parts, columns, views: as in `index`.
     memory: file that remembers the hash of each shard with its size and time of change, so that it is read once.
   """
-  known = json.loads(memory.read_text()) if memory is not None and memory.exists() else {}
+  known = {} if memory is None else _remembered(memory)
   digest, found = hashlib.sha256(repr((_LAYOUT, sorted(columns.items()), tuple(views))).encode()), {}
   for part in parts:
     stamp, before = _stamp(part.path), known.get(part.path)
@@ -112,6 +129,24 @@ def fingerprint(
   if memory is not None and (known | found) != known:
     _replace(memory, json.dumps(known | found).encode())
   return digest.hexdigest()[:16]
+
+
+def _remembered(memory: pathlib.Path) -> dict[str, list]:
+  """{path: [size, time, hash]} of a file; what of it cannot be read is hashed anew, with a warning."""
+  try:
+    known = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
+  except (OSError, ValueError) as error:
+    logging.warning("%s cannot be read (%s): made anew", memory, cli.first_line(error))
+    return {}
+  sound = {path: entry for path, entry in known.items() if _is_entry(entry)} if isinstance(known, dict) else {}
+  if not isinstance(known, dict) or sound.keys() != known.keys():
+    logging.warning("%s is damaged: what it says of other shards is made anew", memory)
+  return sound
+
+
+def _is_entry(entry: Any) -> bool:
+  kinds = [type(part) for part in entry] if isinstance(entry, list) else []
+  return kinds == [int, int, str]
 
 
 def _stamp(path: str) -> list[int]:
@@ -218,9 +253,18 @@ def _add(
   ranges = np.stack(ranges, axis=1)
   rows["offset"].append(ranges[:, :, 0])
   rows["bytes"].append(ranges[:, :, 1] - ranges[:, :, 0])
-  texts = [record[start:stop].decode().strip() for start, stop in language]
+  texts = [_sentence(record[start:stop], where) for start, stop in language]
   rows["instruction"].append(np.array([codes.setdefault(text, len(codes)) for text in texts], np.int32))
   rows["length"].append(length)
+
+
+def _sentence(encoded: bytes, where: str) -> str:
+  try:
+    return text.tidy(encoded.decode())
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"Bad instruction ({where}): got the bytes {encoded[:60]!r}; expected UTF-8; write the dataset again."
+    ) from error
 
 
 def values(record: bytes, keys: set[str]) -> dict[str, np.ndarray]:
@@ -284,21 +328,44 @@ def _save(path: pathlib.Path, built: Index) -> None:
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
   """Writes a file of the cache as a whole; says so where that cannot be."""
-  partial = path.with_name(f"{path.name}.{threading.get_native_id()}.partial")  # several hosts may write at once
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_bytes(content)
-    partial.replace(path)
+    files.write(path, content)
   except OSError as error:
     logging.warning("not kept for the next run: %s (%s)", path, error)
 
 
-def _load(path: pathlib.Path, files: Sequence[str]) -> Index:
-  with np.load(path) as stored:
-    arrays = {key: stored[key] for key in stored.files}
+def _load(
+  path: pathlib.Path, shards: Sequence[str], columns: Mapping[str, int], views: Sequence[str]
+) -> Index | None:
+  """The index that a file holds; None where there is none, or a damaged one, which is said."""
+  try:
+    if not path.exists():
+      return None
+    with np.load(path) as stored:
+      found = _unpacked({key: stored[key] for key in stored.files}, shards)
+    _check_kept(found, columns, len(views))
+    return found
+  except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    logging.warning("%s is damaged (%s): the dataset is indexed anew", path, cli.first_line(error))
+    return None
+
+
+def _unpacked(arrays: dict[str, np.ndarray], shards: Sequence[str]) -> Index:
   columns = {key.removeprefix("column:"): arrays.pop(key) for key in list(arrays) if key.startswith("column:")}
   instructions = tuple(arrays.pop("instructions").tolist())
-  return Index(files=tuple(files), columns=columns, instructions=instructions, **arrays)
+  return Index(files=tuple(shards), columns=columns, instructions=instructions, **arrays)
+
+
+def _check_kept(index_: Index, columns: Mapping[str, int], views: int) -> None:
+  """Raises ValueError where the arrays of an index do not belong together."""
+  e, n = len(index_.lengths), int(index_.lengths.sum())
+  shapes = {"record_file": (e,), "record_offset": (e,), "record_bytes": (e,), "image_offset": (n, views),
+            "image_bytes": (n, views), "instruction": (n,)}  # fmt: skip
+  have = {name: getattr(index_, name).shape for name in shapes} | {k: x.shape for k, x in index_.columns.items()}
+  want = shapes | {key: (n, width) for key, width in columns.items()}
+  if have != want:
+    raise ValueError(f"shapes {have}, expected {want}")
 
 
 class Reader:

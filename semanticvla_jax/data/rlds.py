@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -142,8 +143,11 @@ def load(
   return assemble(name, recipe, records.index(parts, recipe.columns, recipe.views, cache_dir, name), given)
 
 
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
 def find(data_dir: str, name: str) -> str:
-  """Returns the folder of the highest version of a dataset.
+  """Returns the folder of the highest version of a dataset, x.y.z; what else is beside it is ignored and named once.
 
   Raises:
     ValueError: there is none, or the place cannot be reached.
@@ -154,20 +158,35 @@ def find(data_dir: str, name: str) -> str:
   folder = epath.Path(data_dir)
   root = folder / name
   try:
-    versions = [path for path in root.iterdir() if (path / "features.json").exists()] if root.exists() else []
-    have = [] if versions or not folder.exists() else sorted(path.name for path in folder.iterdir())
+    inside = sorted(root.iterdir()) if root.exists() else []
+    versions = [path for path in inside if _VERSION.fullmatch(path.name) and (path / "features.json").exists()]
+    have = [] if inside or not folder.exists() else sorted(path.name for path in folder.iterdir())
   except (OSError, tf.errors.OpError) as error:
     raise ValueError(
       f"Data cannot be reached: got {type(error).__name__}: {error} from {data_dir}; expected a folder or bucket that "
       "can be read; check its address, the network, and credentials (gcloud auth application-default login)."
     ) from error
+  others = [path.name for path in inside if path not in versions and not path.name.startswith(".")]
+  if inside and not versions:
+    raise ValueError(
+      f"Dataset {name!r} has no version: got {others[:20]} in {root}; expected a folder x.y.z with features.json, such "
+      "as 1.0.0; rename the one that is meant."
+    )
   if not versions:
     close = difflib.get_close_matches(name, have, n=1, cutoff=0.0)
     raise ValueError(
       f"No dataset {name!r}: got {have[:20]} in {data_dir}; expected {name}/1.0.0/features.json; "
       + (f"did you mean {close[0]!r}?" if close else "check data_dir.")
     )
-  return str(max(versions, key=lambda path: [int(part) if part.isdigit() else -1 for part in path.name.split(".")]))
+  newest = str(max(versions, key=lambda path: [int(part) for part in path.name.split(".")]))
+  if others:
+    _warn_once(f"{newest} is read; no version with features.json, ignored beside it: {', '.join(others[:20])}")
+  return newest
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+  logging.warning("%s", message)
 
 
 def _check_features(builder, recipe: standardise.Recipe, name: str) -> None:
@@ -428,12 +447,11 @@ def _pictures(
     frame = int(source.dataset.frames[source.starts[candidate]])
     for view, name in enumerate(source.dataset.recipe.views):
       try:
-        image = images.decode(source.reader.image(frame, view), dct)
+        found.append(prepare(images.decode(source.reader.image(frame, view), dct)))
       except ValueError as error:
         raise ValueError(
           f"Dataset {source.dataset.name!r}, {name!r} of {source.reader.where(frame)}: {error}"
         ) from error
-      found.append(prepare(image))
       uniform.append(images.draws(seed, example, view))
   pictures = np.stack(found)
   if augmentation is not None:

@@ -14,12 +14,21 @@ from jaxtyping import Bool, Int32
 PRUNER_TEXTS = ("question", "prompt")
 EMBEDDED = pathlib.Path(__file__).parent / "tokenizers"  # small models for the tabletop environment, no download
 
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"), " ")  # white space to the eye, not to str.split
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def tidy(instruction: str) -> str:
+  """An instruction in the one form that every part reads: runs of Unicode white space are a blank, none at the ends.
+
+  Line ends, no-break spaces, zero-width spaces and byte order marks count as white space.
+  """
+  return " ".join(instruction.translate(_INVISIBLE).split())
 
 
 def question(instruction: str) -> str:
   """The sentence the release gives the ID-Pruner in training (`datasets.py:78`)."""
-  return f"What action should the robot take to {instruction.lower()}?"
+  return f"What action should the robot take to {tidy(instruction).lower()}?"
 
 
 def prompt(instruction: str) -> str:
@@ -30,6 +39,11 @@ def prompt(instruction: str) -> str:
 def canonical(text: str) -> str:
   """Lower-cases, strips ASCII punctuation and collapses white space, as SigLIP's tokeniser does."""
   return re.sub(r"\s+", " ", text.lower().translate(_PUNCTUATION)).strip()
+
+
+def short(sentence: str, most: int = 80) -> str:
+  """A sentence as messages quote it: cut where it is long."""
+  return repr(sentence) if len(sentence) <= most else f"{sentence[:most]!r}… ({len(sentence):,} characters)"
 
 
 class Tokenizers(NamedTuple):
@@ -140,8 +154,8 @@ def _pad(
   for i, row in enumerate(rows):
     if len(row) > length:
       raise ValueError(
-        f"Instruction does not fit: got {len(row)} {what} tokens for {instructions[i]!r}; expected at most {length}; "
-        f"raise {what}_length or shorten the instruction."
+        f"Instruction does not fit: got {len(row)} {what} tokens for {short(instructions[i])}; expected at most "
+        f"{length}; raise {what}_length or shorten the instruction."
       )
     ids[i, : len(row)], mask[i, : len(row)] = row, True
   return ids, mask

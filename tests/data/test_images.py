@@ -155,3 +155,38 @@ def test_images_text_and_statistics_do_not_import_tensorflow():
     "import sys; from semanticvla_jax.data import images, text, statistics, rlds; sys.exit('tensorflow' in sys.modules)"
   )
   assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+  buffer = io.BytesIO()
+  image.save(buffer, kind)
+  return buffer.getvalue()
+
+
+def test_sixteen_bits_keep_their_upper_eight_as_tensorflow_does():
+  values = np.linspace(0, 65535, 20 * 16).astype(np.uint16).reshape(20, 16)
+  picture = encoded(Image.fromarray(values))
+  decoded = images.decode(picture)
+  np.testing.assert_array_equal(decoded, np.repeat((values >> 8)[..., None], 3, axis=2))
+  np.testing.assert_array_equal(decoded, images.decode(picture, "fast"))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_pictures_of_eight_bits_are_read_as_tensorflow_reads_them(mode):
+  picture = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 16, 3), np.uint8)).convert(mode))
+  np.testing.assert_array_equal(images.decode(picture), images.decode(picture, "fast"))
+
+
+@pytest.mark.parametrize("values", [np.full((9, 9), 1 << 20, np.int32), np.full((9, 9), -5, np.int32),
+                                    np.linspace(0, 1, 81, dtype=np.float32).reshape(9, 9)])  # fmt: skip
+def test_numbers_that_are_no_colours_are_refused(values):
+  with pytest.raises(ValueError, match="mode '[IF]'.*expected colours of 8 or 16 bits"):
+    images.decode(encoded(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (1, 1), (0, 64), (64, 0), (7, 200), (1, 64)])
+@pytest.mark.parametrize("options", [{}, {"crop_area": 0.9}, {"jpeg_quality": 95}])
+def test_a_frame_without_a_picture_is_refused(shape, options):
+  with pytest.raises(ValueError, match=f"too small: got {shape[0]} x {shape[1]} pixels; expected at least 8 x 8"):
+    images.prepare(np.zeros((*shape, 3), np.uint8), 32, **options)
+  assert images.prepare(np.zeros((8, 8, 3), np.uint8), 32, **options).shape == (32, 32, 3)

@@ -101,3 +101,20 @@ def test_errors(tokenizers, tmp_path):
   shutil.copy(text.EMBEDDED / "spiece.model", tmp_path / "tokenizer.model")
   with pytest.raises(ValueError, match="is no Llama tokeniser"):
     text.load(tmp_path)
+
+
+@pytest.mark.parametrize("space", ["  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u2009 ", "\u2028", "\u200b", "\x0b"])
+def test_white_space_of_any_kind_is_one_blank_for_both_towers(tokenizers, space):
+  plain = "pick up the red cube"
+  spaced = space + space.join(plain.split()) + space
+  assert text.tidy(spaced) == plain and text.prompt(spaced) == text.prompt(plain)
+  for one, other in ((tokenizers.prompt, tokenizers.prompt), (tokenizers.instruction, tokenizers.instruction)):
+    for a, b in zip(one([spaced]), other([plain])):
+      np.testing.assert_array_equal(a, b)
+  assert text.tidy("\ufeffpick  up.") == "pick up." and text.tidy(" \u200b\n") == ""
+
+
+def test_a_long_sentence_is_not_quoted_whole(tokenizers):
+  with pytest.raises(ValueError, match="Instruction does not fit") as error:
+    tokenizers.prompt(["go left " * 100_000])
+  assert len(str(error.value)) < 400 and "(800,000 characters)" in str(error.value)
