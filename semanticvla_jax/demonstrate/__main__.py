@@ -68,6 +68,7 @@ def _replay_arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--seed", type=int, default=default.seed, help="of the resets (default: 0)")
   parser.add_argument("--assets", help=f"folder (default: ${libero.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
   parser.add_argument("--renderer", default=default.renderer, help="egl or osmesa (default: egl)")
+  parser.add_argument("--egl-device", "--egl_device", type=int, help="that draws (default: the first that works)")
   parser.add_argument(
     "--check", action="store_true", help="draw and write nothing: say which replays succeed, in a quarter of the time"
   )
@@ -86,8 +87,9 @@ def replay(argv: list[str]) -> None:
 
   try:
     settings = libero.Settings(
-      args.suite, args.assets, size=args.size, seed=args.seed, renderer=args.renderer, max_steps=_HORIZON
-    )
+      args.suite, args.assets, size=args.size, seed=args.seed, renderer=args.renderer, egl_device=args.egl_device,
+      max_steps=_HORIZON,
+    )  # fmt: skip
     libero.check(settings)
     tasks = tuple(libero.task_numbers(args.tasks, args.suite))
     recipe = replays.Recipe(args.from_hdf5, args.suite, settings, tasks, args.episodes, args.workers)

@@ -58,7 +58,7 @@ class Beginning(NamedTuple):
 
 
 class Settings(NamedTuple):
-  """How the simulator is run; all of it is part of a result's fingerprint.
+  """How the simulator is run; all of it but `egl_device` is part of a result's fingerprint.
 
   Attributes:
     suite: one of SUITES.
@@ -76,6 +76,8 @@ class Settings(NamedTuple):
       "positive_w" flips first. The training data has the former; the latter cost 14 to 40 points elsewhere.
     max_steps: actions of an episode; None for the suite's own.
     renderer: "egl" or "osmesa"; same frames.
+    egl_device: EGL's number of the device that draws, which need not be CUDA's; None takes the first that works. What
+      is in a fingerprint is that device's name.
   """
 
   suite: str
@@ -88,6 +90,7 @@ class Settings(NamedTuple):
   quaternion: str = "robosuite"
   max_steps: int | None = None
   renderer: str = "egl"
+  egl_device: int | None = None
 
 
 def check(settings: Settings) -> None:
@@ -103,6 +106,11 @@ def check(settings: Settings) -> None:
     raise ValueError(
       f"LIBERO: got size={settings.size}, wait_steps={settings.wait_steps}, max_steps={settings.max_steps}; expected "
       "at least 8 pixels, 1 step to wait and 1 to act."
+    )
+  if settings.egl_device is not None and settings.renderer != "egl":
+    raise ValueError(
+      f"LIBERO: got egl_device={settings.egl_device} with renderer={settings.renderer!r}, which has no devices; "
+      "expected renderer='egl'; leave one of the two out."
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from semanticvla_jax.envs import libero
+from semanticvla_jax.envs import libero, opengl
 from semanticvla_jax.envs.process import LOGGER, Process
 
 _EARLIER = 100  # resets that a recorded one may have come after
@@ -36,13 +36,13 @@ def start(
     timeout: seconds without an answer after which it counts as broken.
 
   Raises:
-    ValueError: a setting is wrong, or benchmark or assets are missing.
+    ValueError: a setting is wrong, benchmark or assets are missing, or OpenGL cannot draw.
   """
   libero.check(settings)
   settings = settings._replace(assets=str(libero.find_assets(settings.assets)))
   libero.tasks(settings.suite)
-  variables = {"MUJOCO_GL": settings.renderer, "PYOPENGL_PLATFORM": settings.renderer, "LP_NUM_THREADS": "1",
-               "OMP_NUM_THREADS": "1"}  # fmt: skip
+  device = opengl.choose(settings.renderer, settings.egl_device)
+  variables = opengl.variables(settings.renderer, device) | {"LP_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
   return Process(functools.partial(Simulator, settings, beginnings), variables, timeout)
 
 

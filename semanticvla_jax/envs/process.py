@@ -32,6 +32,11 @@ class BrokenEnvironment(RuntimeError):
   """An environment broke: its message holds the traceback of its process, or what that printed last."""
 
 
+def environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+  """This process's variables for another one, some set to other values or, where that is None, taken away."""
+  return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+
+
 class Moment(NamedTuple):
   """Where an episode stands.
 
@@ -61,14 +66,17 @@ class Host:
     self.steps = 0
     return self._moment([observation], False)
 
-  def act(self, actions: Float[np.ndarray, "n a"], every: bool, on: bool) -> Moment:
-    """Executes actions until they are used up or, without `on`, the episode is over; renders all (`every`) or one."""
+  def act(self, actions: Float[np.ndarray, "n a"], every: bool, on: bool, look: bool = True) -> Moment:
+    """Executes actions until they are used up or, without `on`, the episode is over.
+
+    Renders all (`every`), one (`look`), or none.
+    """
     seen, done = [], False
     for i, action in enumerate(actions):
-      observation, done = self.environment.step(action, observe=every or i == len(actions) - 1)
+      observation, done = self.environment.step(action, observe=every or (look and i == len(actions) - 1))
       self.steps += 1
       over = done and not on
-      if observation is None and over:
+      if observation is None and over and look:
         observation = self.environment.observe()
       seen += [] if observation is None else [observation]
       if over:
@@ -92,11 +100,13 @@ class Process:
   Args:
     make: returns the environment; picklable (a class with its arguments in a functools.partial), for it is called in
       the process.
-    variables: of the process's environment, beside those of this one.
+    variables: of the process's environment, beside those of this one; None takes one of these away.
     timeout: seconds after which a process that does not answer counts as broken.
   """
 
-  def __init__(self, make: Callable[[], Any], variables: Mapping[str, str] | None = None, timeout: float = 900.0):
+  def __init__(
+    self, make: Callable[[], Any], variables: Mapping[str, str | None] | None = None, timeout: float = 900.0
+  ):
     self._make, self._variables, self.timeout = make, dict(variables or {}), timeout
     self._log = tempfile.TemporaryFile(prefix="environment_")  # noqa: SIM115, closed with the process
     self._moment: Moment | None = None
@@ -123,25 +133,29 @@ class Process:
     return self.receive().observations[-1]
 
   def step(self, action: np.ndarray, observe: bool = True) -> tuple[dict | None, bool]:
-    """Acts once and waits; returns (observation, done)."""
-    del observe  # what a single action shows is always rendered
-    self.act(np.asarray(action)[None])
+    """Acts once and waits; returns (observation, done), None for the observation where nothing is to be rendered."""
+    self.act(np.asarray(action)[None], look=observe)
     moment = self.receive()
-    return moment.observations[-1], moment.done
+    return (moment.observations[-1] if moment.observations else None), moment.done
+
+  def observe(self) -> dict:
+    """The current observation, rendered now."""
+    return self.ask("observe")
 
   def begin(self, seed: int) -> None:
     """Asks for episode `seed`."""
     self._send("reset", int(seed))
 
-  def act(self, actions: Float[np.ndarray, "n a"], every: bool = False, on: bool = False) -> None:
+  def act(self, actions: Float[np.ndarray, "n a"], every: bool = False, on: bool = False, look: bool = True) -> None:
     """Asks for actions to be executed.
 
     Args:
       actions: one after the other, until the episode is over.
       every: True renders an observation after each of them instead of after the last.
       on: True goes on when the episode is over.
+      look: False renders none of them, unless `every`.
     """
-    self._send("act", np.asarray(actions), every, on)
+    self._send("act", np.asarray(actions), every, on, look)
 
   def ask(self, name: str, *args: Any) -> Any:
     """Calls another method of the environment and waits for what it returns."""
@@ -194,7 +208,7 @@ class Process:
       warnings.filterwarnings("ignore", r"os\.fork\(\) was called")
       process = subprocess.Popen(
         command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
-        env=os.environ | self._variables,
+        env=environment(self._variables),
       )
     connection = Connection(ours.detach())
     connection.send(self._make)

@@ -294,7 +294,7 @@ def settings(args: argparse.Namespace, suite: str) -> libero.Settings:
   """The simulator's, from the flags."""
   found = libero.Settings(
     suite, args.assets, seeding=args.seeding, seed=PROTOCOLS[args.protocol].seed, max_steps=args.max_steps,
-    rotation=args.rotation, quaternion=args.quaternion, renderer=args.renderer,
+    rotation=args.rotation, quaternion=args.quaternion, renderer=args.renderer, egl_device=args.egl_device,
   )  # fmt: skip
   libero.check(found)
   return found
@@ -373,6 +373,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument("--rotation", type=int, default=180, help="of frames, as in the training data (default: 180)")
   parser.add_argument("--quaternion", choices=libero.QUATERNIONS, default="robosuite", help="as in the training data")
   parser.add_argument("--renderer", default="egl", help="egl or osmesa (default: egl)")
+  parser.add_argument("--egl-device", "--egl_device", type=int, help="that draws (default: the first that works)")
   parser.add_argument("--timeout", type=float, default=900.0, help="seconds without an answer that count as a crash")
   parser.add_argument(
     "--out", help="folder for the report; one that was interrupted is gone on with (default: runs/<policy>_<suite>)"
