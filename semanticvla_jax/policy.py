@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import logging
+import numbers
 import os
 import re
 import time
@@ -26,7 +28,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, UInt8
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import checkpoint, cli
 from semanticvla_jax.data import images, statistics, text
 from semanticvla_jax.models import checks, lora
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
@@ -45,6 +47,7 @@ VIEWS = {1: ("image",), 2: ("image", "wrist_image"), 3: ("image", "left_wrist_im
 NORMALISATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bounds"}
 GRIPPERS = ("command", "raw")
 ADAPTERS = ("merge", "keep")
+SENTENCES = 1024  # whose tokens are remembered; instructions may be free text, and a policy may serve for weeks
 _PIXELS = re.compile(r"(dino|siglip)/embedding/(kernel|lora_b)")  # what every pixel goes through
 
 
@@ -121,14 +124,15 @@ class Policy:
     tokenizers: text.Tokenizers,
     config: Mapping,
     *,
-    batch_sizes: Sequence[int] = (1,),
-    replay: int | None = None,
+    batch_sizes: Any = (1,),  # what comes from users is checked by value, not by type
+    replay: Any = None,
     gripper: str = "command",
     metadata: Mapping | None = None,
   ):
     self.model, self.params, self.stats, self.tokenizers, self.config = model, params, stats, tokenizers, config
     self.bare: SemanticVLA = model.model if isinstance(model, lora.LoRA) else model
     data = config.get("data") or {}
+    sizes = _batch_sizes(batch_sizes)
     self.mode = _choice("normalisation", data.get("normalisation", "q99"), NORMALISATIONS)
     self.mode = NORMALISATIONS[self.mode]
     self.gripper = _choice("gripper", gripper, GRIPPERS)
@@ -138,10 +142,11 @@ class Policy:
     )  # fmt: skip
     self.chunk = self.bare.chunk if self.bare.coupler is not None else 1
     self.replay = self.chunk if replay is None else replay
-    self._extra, self._words = dict(metadata or {}), {}
+    self._extra, self._told = dict(metadata or {}), set()
+    self._encode = functools.lru_cache(maxsize=SENTENCES)(self._encode)
     self._check()
     self._apply = jax.jit(lambda params, observation: model.apply({"params": params}, observation).actions)
-    self._compiled = {b: self._compile(b) for b in sorted(set(batch_sizes))}
+    self._compiled = {b: self._compile(b) for b in sizes}
 
   @classmethod
   def load(
@@ -244,20 +249,25 @@ class Policy:
   def reset(self) -> None:
     """Begins an episode. A policy remembers nothing from one call to the next."""
 
-  def infer(self, observation: Mapping[str, Any]) -> dict:
+  def infer(self, observation: Any) -> dict:
     """One observation → {"actions": f32[k a], "policy_timing": …}.
 
     Args:
-      observation: u8[h w 3] images, f32[p] state in raw units and the instruction, under any name in ALIASES; other
-        entries are ignored.
+      observation: a dict of u8[h w 3] images, f32[p] state in raw units and the instruction, under any name in ALIASES;
+        other entries are ignored.
 
     Raises:
       ValueError: something is missing, ambiguous or of the wrong kind.
     """
     return self.infer_batch([observation])[0]
 
-  def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict]:
-    """Several observations at once, padded to a compiled size, in parts where there are more than the largest."""
+  def infer_batch(self, observations: Any) -> list[dict]:
+    """A list of observations at once, padded to a compiled size, in parts where there are more than the largest."""
+    if isinstance(observations, Mapping | str) or not isinstance(observations, Sequence):
+      raise ValueError(
+        f"Observations: got {type(observations).__name__}; expected a list of observation dicts; pass [observation], "
+        "or call infer."
+      )
     if not self._compiled:
       raise ValueError("Policy is not compiled: got batch_sizes=(); expected a size to infer with; pass (1,).")
     largest, results = max(self._compiled), []
@@ -265,26 +275,44 @@ class Policy:
       results += self._infer(observations[first : first + largest])
     return results
 
-  def observe(self, observations: Sequence[Mapping[str, Any]]) -> Observation:
+  def observe(self, observations: Sequence[Any]) -> Observation:
     """Observation dicts → what the model reads, numpy arrays of batch len(observations)."""
     found = [_read(observation, VIEWS[self.bare.num_views], self.bare.proprio_dim) for observation in observations]
     views = [[images.prepare(image, **self._picture) for image in one["views"]] for one in found]
     proprio = None
     if self.bare.proprio_dim is not None:
       state = np.stack([one["state"] for one in found])
+      self._warn_of_other_units(state)
       proprio = statistics.normalise(state, self.stats.proprio, mode=self.mode)
     words = self.words([one["instruction"] for one in found])
     return Observation(np.stack([np.stack(one) for one in views]), proprio, *words)
 
   def words(self, instructions: Sequence[str]) -> tuple[np.ndarray | None, ...]:
     """Instructions → (prompt, prompt_mask, instruction, instruction_mask), the last two None without an ID-Pruner."""
-    for sentence in set(instructions) - self._words.keys():
-      pruner = (None, None) if self.bare.text is None else self.tokenizers.instruction([sentence])
-      self._words[sentence] = (*self.tokenizers.prompt([sentence]), *pruner)
-    rows = zip(*(self._words[sentence] for sentence in instructions))
+    rows = zip(*(self._encode(sentence) for sentence in instructions))
     return tuple(None if column[0] is None else np.concatenate(column) for column in rows)
 
-  def _infer(self, observations: Sequence[Mapping[str, Any]]) -> list[dict]:
+  def _encode(self, sentence: str) -> tuple[np.ndarray | None, ...]:
+    """One row of `words`; the constructor puts a bounded memory before it."""
+    pruner = (None, None) if self.bare.text is None else self.tokenizers.instruction([sentence])
+    return (*self.tokenizers.prompt([sentence]), *pruner)
+
+  def _warn_of_other_units(self, state: Float[np.ndarray, "b p"]) -> None:
+    """Says once of each dimension that it lies further outside the data's range than that is wide: other units?"""
+    stats = self.stats.proprio
+    low, high = np.where(np.isnan(stats.min), stats.q01, stats.min), np.where(np.isnan(stats.max), stats.q99, stats.max)
+    margin = np.maximum(high - low, 1e-3)
+    outside = (state < low - margin) | (state > high + margin)
+    for i in sorted({*np.flatnonzero(outside.any(axis=0)).tolist()} - self._told):
+      self._told.add(i)
+      value = state[outside[:, i], i][0]
+      logging.warning(
+        "Observation, state: got %g in dimension %d; expected about %g to %g, as in the data of %s; it is clipped to "
+        "that range: check its unit and order. (Said once for each dimension.)",
+        value, i, low[i], high[i], self._extra.get("dataset", "the policy"),
+      )  # fmt: skip
+
+  def _infer(self, observations: Sequence[Any]) -> list[dict]:
     n, begin = len(observations), time.perf_counter()
     size = min(b for b in self._compiled if b >= n)
     observation = self.observe(observations)
@@ -320,8 +348,8 @@ class Policy:
     )
     if self.bare.num_views not in VIEWS:
       raise ValueError(f"Policy: got {self.bare.num_views} views; expected {sorted(VIEWS)}; add their names to VIEWS.")
-    if not 1 <= self.replay <= self.chunk:
-      raise ValueError(f"Policy: got replay={self.replay}; expected 1 to {self.chunk}, the chunk; lower it.")
+    if not _is_whole(self.replay) or not 1 <= self.replay <= self.chunk:
+      raise ValueError(f"Policy: got replay={self.replay!r}; expected 1 to {self.chunk}, the chunk; choose another.")
     need, have = self.tokenizers.pad_id + 1, self.bare.llm.vocab
     if need > have:
       raise ValueError(
@@ -392,16 +420,59 @@ def _choice(name: str, value: Any, allowed: Sequence | Mapping) -> Any:
   return value
 
 
-def _read(observation: Mapping[str, Any], views: Sequence[str], proprio_dim: int | None) -> dict:
+def _is_whole(number: Any) -> bool:
+  return isinstance(number, numbers.Integral) and not isinstance(number, bool)
+
+
+def _batch_sizes(sizes: Any) -> list[int]:
+  """The sizes to compile for, ascending. Raises ValueError for what is no size."""
+  found = [*sizes] if isinstance(sizes, Sequence | set | frozenset | range) and not isinstance(sizes, str) else [None]
+  if not all(_is_whole(size) and size >= 1 for size in found):
+    raise ValueError(
+      f"Policy: got batch_sizes={sizes!r}; expected a tuple of whole numbers from 1 on, such as (1, 8), or () to "
+      "compile none; choose others."
+    )
+  return sorted({int(size) for size in found})
+
+
+def _read(observation: Any, views: Sequence[str], proprio_dim: int | None) -> dict:
   """One observation dict, checked: {"views": [u8[h w 3], …], "state": f32[p] or None, "instruction": str}."""
+  if not isinstance(observation, Mapping):
+    raise ValueError(
+      f"Observation: got {type(observation).__name__}; expected a dict of images, state and instruction; see "
+      "policy.ALIASES for their names."
+    )
   pictures = [_image(name, _find(observation, name)) for name in views]
   state = None if proprio_dim is None else _state(_find(observation, "state"), proprio_dim)
-  sentence = _find(observation, "instruction")
-  sentence = sentence.item() if isinstance(sentence, np.ndarray) and sentence.size == 1 else sentence
-  sentence = sentence.decode() if isinstance(sentence, bytes) else sentence
-  if not isinstance(sentence, str) or not sentence.strip():
-    raise ValueError(f"Observation, instruction: got {sentence!r}; expected a sentence; say what to do.")
-  return {"views": pictures, "state": state, "instruction": str(sentence)}
+  return {"views": pictures, "state": state, "instruction": _instruction(_find(observation, "instruction"))}
+
+
+def _instruction(sentence: Any) -> str:
+  """The instruction, tidy: str, bytes of UTF-8, or an array of one of them."""
+  given = sentence
+  try:
+    sentence = sentence.item() if isinstance(sentence, np.ndarray | np.generic) and sentence.size == 1 else sentence
+    sentence = sentence.decode() if isinstance(sentence, bytes) else sentence
+    if isinstance(sentence, str):
+      sentence.encode()  # half of a surrogate pair cannot be
+      sentence = text.tidy(sentence)
+  except UnicodeError as error:
+    raise ValueError(
+      f"Observation, instruction: got {_described(given)}, which is not Unicode text ({error.reason}); expected a "
+      "sentence; decode it where it comes from."
+    ) from error
+  if not isinstance(sentence, str) or not sentence:
+    raise ValueError(f"Observation, instruction: got {_described(given)}; expected a sentence; say what to do.")
+  return sentence
+
+
+def _described(value: Any) -> str:
+  """What was got instead of something else, in a few words."""
+  if isinstance(value, str):
+    return text.short(value)
+  if isinstance(value, np.ndarray):
+    return f"{value.dtype}{[*value.shape]}"
+  return f"{type(value).__name__} {text.short(str(value))}"
 
 
 def _find(observation: Mapping[str, Any], name: str) -> Any:
@@ -411,15 +482,28 @@ def _find(observation: Mapping[str, Any], name: str) -> Any:
   if there:
     raise ValueError(f"Observation is ambiguous: got {there}, which all mean {name!r}; expected one; drop the others.")
   have = sorted(map(str, observation))
-  near = difflib.get_close_matches(ALIASES[name][0], have, 1, 0.75)
+  taken = {alias for aliases in ALIASES.values() for alias in aliases}  # a camera is never proposed as another one
+  near = difflib.get_close_matches(ALIASES[name][0], [key for key in have if key not in taken], 1, 0.75)
+  listing = ", ".join(text.short(key) for key in have[:20]) + (f" and {len(have) - 20} more" if len(have) > 20 else "")
   raise ValueError(
-    f"Observation lacks {name!r}: got {have}; expected one of {[*ALIASES[name]]}"
+    f"Observation lacks {name!r}: got {listing or 'nothing'}; expected one of {[*ALIASES[name]]}"
     + (f"; did you mean to rename {near[0]!r}?" if near else "; add it.")
   )
 
 
+def _array(name: str, value: Any) -> np.ndarray:
+  """Anything that is an array, as numpy's. Raises ValueError for what is none."""
+  try:
+    return np.asarray(value)
+  except Exception as error:  # lists of unequal rows, tensors with gradients or on a device: each raises its own
+    raise ValueError(
+      f"Observation, {name}: got {type(value).__name__}, which numpy cannot read ({cli.first_line(error)}); expected "
+      "an array; convert it (a tensor: x.detach().cpu().numpy())."
+    ) from error
+
+
 def _image(name: str, image: Any) -> np.ndarray:
-  image = np.asarray(image)
+  image = _array(name, image)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
     raise ValueError(
       f"Observation, {name}: got {image.dtype}{[*image.shape]}; expected uint8[h w 3], RGB 0..255, upright; convert it "
@@ -429,10 +513,14 @@ def _image(name: str, image: Any) -> np.ndarray:
 
 
 def _state(state: Any, width: int) -> np.ndarray:
-  state = np.asarray(state, np.float32)
-  if state.shape != (width,) or not np.isfinite(state).all():
+  state = _array("state", state)
+  numeric = state.dtype.kind in "fiu"
+  with np.errstate(over="ignore"):
+    small = state.astype(np.float32) if numeric else state
+  if not numeric or small.shape != (width,) or not np.isfinite(small).all():
+    values = f" {small.reshape(-1)[:16]}" if numeric else ""
     raise ValueError(
-      f"Observation, state: got {state.dtype}{[*state.shape]} {state.reshape(-1)[:16]}; expected {width} finite "
-      "numbers in raw units; pass the robot's state as in the training data."
+      f"Observation, state: got {state.dtype}{[*state.shape]}{values}; expected {width} finite numbers in raw units; "
+      "pass the robot's state as in the training data."
     )
-  return state
+  return small

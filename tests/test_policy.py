@@ -224,6 +224,106 @@ def test_observations_that_do_not_fit_say_why(ready):
     policies.policy().infer(seen)
 
 
+class Tensor:
+  """What PyTorch's tensors with gradients do when numpy asks for them."""
+
+  def __array__(self, dtype=None, copy=None):
+    raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+
+
+@pytest.mark.parametrize("observation", [None, [], "pick up the cube", 3, [("prompt", "pick up the cube")]])
+def test_what_is_no_observation_is_refused(ready, observation):
+  with pytest.raises(ValueError, match="expected a dict of images"):
+    ready.infer(observation)
+
+
+@pytest.mark.parametrize("observations", [None, {}, "abc", 3, iter(())])
+def test_what_is_no_list_of_observations_is_refused(ready, observations):
+  with pytest.raises(ValueError, match="expected a list of observation dicts"):
+    ready.infer_batch(observations)
+
+
+@pytest.mark.parametrize("key", ["observation/image", "observation/state"])
+@pytest.mark.parametrize("value", [
+  [[1, 2], [3]], Tensor(), "here", [None] * 8, {"a": 1}, object(), 1.0, [1j] * 8, np.array(["1"] * 8), b"\xff" * 9,
+])  # fmt: skip
+def test_values_of_any_other_type_are_refused(ready, key, value):
+  with pytest.raises(ValueError, match="Observation, (image|state): got .*; expected") as error:
+    ready.infer(policies.observation() | {key: value})
+  assert type(error.value) is ValueError
+
+
+@pytest.mark.parametrize("sentence", [
+  "\ud800", "pick up \udfff", b"\xff\xfe", 3, ["pick up the cube"], np.array(["a", "b"]), " \u200b\n", b"", ("a",),
+])  # fmt: skip
+def test_what_is_no_sentence_is_refused(ready, sentence):
+  with pytest.raises(ValueError, match="Observation, instruction: got") as error:
+    ready.infer(policies.observation() | {"prompt": sentence})
+  assert type(error.value) is ValueError
+  str(error.value).encode()  # can be printed
+
+
+def test_a_sentence_may_be_bytes_or_an_array_of_one_and_white_space_does_not_matter(ready):
+  wanted = ready.observe([policies.observation()])
+  plain = policies.observation()["prompt"]
+  spaced = plain.replace(" ", "\t ")
+  for same in (plain.encode(), np.array(plain), np.array([plain]), np.str_(plain), f"  {plain}\n", spaced):
+    found = ready.observe([policies.observation() | {"prompt": same}])
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize("missing", ["observation/image", "observation/wrist_image", "observation/state", "prompt"])
+def test_no_input_is_proposed_in_another_ones_place(ready, missing):
+  seen = {key: value for key, value in policies.observation().items() if key != missing}
+  with pytest.raises(ValueError, match="Observation lacks") as error:
+    ready.infer(seen)
+  assert "rename" not in str(error.value)
+
+
+def test_messages_do_not_grow_with_what_was_sent(ready):
+  seen = policies.observation()
+  for bad in ({"prompt": "go left " * 125_000}, {"prompt": b"\xff" * 1_000_000}, {"observation/state": "1" * 1_000_000},
+              {"prompt": None} | {f"key {i}" * 100: i for i in range(1000)}):
+    with pytest.raises(ValueError) as error:
+      ready.infer(seen | bad)
+    assert len(str(error.value)) < 4000
+
+
+def test_sentences_are_remembered_up_to_a_bound(monkeypatch):
+  monkeypatch.setattr(policy, "SENTENCES", 4)
+  one = policies.policy()
+  first = one.words(["pick up the red cube"])
+  one.words([f"pick up cube {i}" for i in range(20)])
+  assert one._encode.cache_info().currsize == 4
+  for a, b in zip(one.words(["pick up the red cube"]), first):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("state", "dimensions"), [
+  (np.full(8, 1e30), {*range(8)}),
+  (1000 * np.array([0.2, 0.1, 0.15, 0, 0, 0, 0.03, -0.03]), {0, 1, 2, 6, 7}),  # millimetres
+  (np.array([0, 0, 0.15, 0, 0, 90.0, 0.03, -0.03]), {5}),  # degrees
+  (np.array([0, 0, 0.15, 0, 0, 0, 0.03, -0.03]), set()),
+])  # fmt: skip
+def test_a_state_in_other_units_is_told_once_a_dimension(state, dimensions, caplog):
+  one, seen = policies.policy(), policies.observation() | {"observation/state": state.astype(np.float32)}
+  one.observe([seen])
+  told = [record.getMessage() for record in caplog.records]
+  assert {int(line.split("in dimension ")[1][0]) for line in told} == dimensions and len(told) == len(dimensions)
+  assert all("as in the data of" in line for line in told)
+  one.observe([seen, seen])
+  assert len(caplog.records) == len(dimensions)
+
+
+@pytest.mark.parametrize("options", [
+  {"batch_sizes": (0,)}, {"batch_sizes": (1, -2)}, {"batch_sizes": 4}, {"batch_sizes": (1.0,)}, {"batch_sizes": "1"},
+  {"batch_sizes": (True,)}, {"batch_sizes": None}, {"replay": 2.5}, {"replay": 0}, {"replay": True}, {"replay": "8"},
+])  # fmt: skip
+def test_sizes_and_counts_that_are_none_are_refused(options):
+  with pytest.raises(ValueError, match=f"got {next(iter(options))}=.*; expected"):
+    policies.policy(**options)
+
+
 def test_parts_that_do_not_fit_say_why(folder):
   stats, words = policies.stats(), policies.tokenizers()
   model = tiny()
