@@ -9,7 +9,6 @@ if one does. With --data_dir the simulator's first frame is compared with the tr
 from __future__ import annotations
 
 import argparse
-import ctypes.util
 import glob
 import math
 import sys
@@ -23,7 +22,7 @@ from jaxtyping import UInt8
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import images, statistics
-from semanticvla_jax.envs import libero, libero_simulator
+from semanticvla_jax.envs import libero, libero_simulator, opengl
 from semanticvla_jax.envs.process import BrokenEnvironment
 from semanticvla_jax.evaluate.libero import PROTOCOLS
 from semanticvla_jax.evaluate.protocol import fitting
@@ -141,7 +140,7 @@ def accelerator(backend: str, devices: Sequence[str]) -> Finding:
   """
   seen = f"jax runs on {backend}; {', '.join(devices) or 'no accelerator'} in /dev"
   effect = "a silent fallback: the policy answers, only slowly"
-  remedy = "install requirements-cuda.txt or requirements-tpu.txt, and unset JAX_PLATFORMS"
+  remedy = "install requirements-cuda.txt or requirements-tpu.txt; unset JAX_PLATFORMS and CUDA_VISIBLE_DEVICES"
   return Finding("accelerator", backend == "cpu" and bool(devices), seen, effect, remedy)
 
 
@@ -182,19 +181,36 @@ def looks(digest: str, published: str | None) -> Finding:
   return Finding("stand-in assets", applies, f"hash {digest}; {known}", "the policy sees objects it never saw", remedy)
 
 
-def libraries(assets: str | None, renderer: str = "egl") -> list[Finding]:
-  """Whether the simulator can run at all, its assets and an OpenGL library, and whether the assets are stand-ins."""
+def libraries(assets: str | None, renderer: str = "egl", device: int | None = None) -> list[Finding]:
+  """Whether the simulator can run at all, its assets and OpenGL, and whether the assets are stand-ins."""
   try:
     folder = str(libero.find_assets(assets))
     found = [Finding("assets", False, folder, "", ""), looks(libero.assets_hash(folder), PUBLISHED_ASSETS)]
   except ValueError as error:
     found = [Finding("assets", True, str(error), "nothing runs", "see there")]
-  name = {"egl": "EGL", "osmesa": "OSMesa"}[renderer]
-  drawn = ctypes.util.find_library(name)
-  package = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}[renderer]
-  return [
-    *found, Finding("OpenGL", drawn is None, f"{name}: {drawn}", "nothing is drawn", f"apt-get install {package}"),
-  ]  # fmt: skip
+  return [*found, drawing(renderer, device)]
+
+
+def drawing(renderer: str, device: int | None = None) -> Finding:
+  """Whether OpenGL draws nothing: a context is opened and drawn with, in a process of its own."""
+  effect = "nothing is drawn, every episode breaks"
+  try:
+    chosen = opengl.choose(renderer, device)
+  except ValueError as error:
+    if opengl.draw(renderer, device).missing:
+      return Finding("OpenGL", None, f"{renderer}: the simulator is not installed", effect, "make sim")
+    return Finding("OpenGL", True, str(error), effect, _other_way(renderer))
+  drawn = opengl.draw(renderer, chosen)
+  where = "" if chosen is None else f", EGL device {chosen} of {drawn.devices}"
+  return Finding("OpenGL", False, f"{renderer}: drawn by {drawn.renderer}{where}", effect, "")
+
+
+def _other_way(renderer: str) -> str:
+  """What draws instead, as far as that can be found out here."""
+  others = [name for name in opengl.RENDERERS if name != renderer and opengl.draw(name).renderer is not None]
+  if others:
+    return f"--renderer={others[0]} draws here"
+  return f"apt-get install {opengl.PACKAGES[renderer]}, or choose with --egl-device and --renderer"
 
 
 def rotation(stored: Sequence[UInt8[np.ndarray, "h w 3"]], rendered: UInt8[np.ndarray, "h w 3"]) -> Finding:
@@ -276,13 +292,23 @@ def _data(args: argparse.Namespace) -> list[Finding]:
   found, frames = training_data(args.data_dir, f"{args.suite}_no_noops")
   if not frames:
     return [found]
-  settings = libero.Settings(args.suite, args.assets, rotation=args.rotation, renderer=args.renderer)
+  try:
+    return [found, rotation(frames, _first_picture(args))]
+  except (ValueError, BrokenEnvironment) as error:  # what else was found is worth the reading
+    seen = f"no frame of the simulator to compare with: {str(error).strip().splitlines()[-1]}"
+    return [found, Finding("rotation", None, seen, "about 0 %", "put the above right first")]
+
+
+def _first_picture(args: argparse.Namespace) -> UInt8[np.ndarray, "h w 3"]:
+  """Of the simulator's first episode."""
+  settings = libero.Settings(
+    args.suite, args.assets, rotation=args.rotation, renderer=args.renderer, egl_device=args.egl_device
+  )
   process = libero_simulator.start(settings)
   try:
-    rendered = process.reset(0)["observation/image"]
+    return process.reset(0)["observation/image"]
   finally:
     process.close()
-  return [found, rotation(frames, rendered)]
 
 
 def show(findings: Sequence[Finding]) -> str:
@@ -311,16 +337,20 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--protocol", choices=(*PROTOCOLS,), default="openvla", help="of the evaluation")
   parser.add_argument("--seeding", choices=libero.SEEDING, default="episode", help="of the evaluation")
   parser.add_argument("--renderer", default="egl", help="egl or osmesa (default: egl)")
+  parser.add_argument("--egl-device", "--egl_device", type=int, help="that draws (default: the first that works)")
   args = parser.parse_args(argv)
   try:
     if args.suite is None:
       found = suites([args.dataset] if args.dataset else [*checkpoint.read_policy_json(args.policy)[1]])
       args.suite = found[0]
       print(f"suite: {args.suite}, of those that the policy has statistics of: {', '.join(found)}")
-    libero.check(libero.Settings(args.suite, rotation=args.rotation, renderer=args.renderer))
+    libero.check(libero.Settings(
+      args.suite, rotation=args.rotation, renderer=args.renderer, egl_device=args.egl_device
+    ))  # fmt: skip
     findings = policy(args.policy, args.suite, args.dataset, args.quaternion, args.protocol)
     findings += [seeding(args.seeding), accelerator(jax.default_backend(), _accelerators())]
-    findings += simulator(libero.versions()) + libraries(args.assets, args.renderer) + _data(args)
+    findings += simulator(libero.versions()) + libraries(args.assets, args.renderer, args.egl_device)
+    findings += _data(args)
   except (ValueError, BrokenEnvironment) as error:
     sys.exit(str(error))
   print(show(findings))

@@ -88,6 +88,24 @@ def test_what_draws_is_known(simulator):
   assert simulator.ask("facts", 3)["renderer"].startswith("egl: ")
 
 
+@pytest.mark.parametrize("visible", ["1", "GPU-3f5c0b1e", ""])
+def test_an_episode_runs_whatever_the_shell_says_of_devices(visible, monkeypatch):
+  wrong = {"MUJOCO_EGL_DEVICE_ID": "7", "MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "glx"}
+  for name, value in ({"CUDA_VISIBLE_DEVICES": visible} | wrong).items():
+    monkeypatch.setenv(name, value)
+  process = libero_simulator.start(libero.Settings("libero_spatial", libero_assets.assets(), size=32, egl_device=0))
+  try:
+    assert process.reset(3)["observation/image"].std() > 10 and process.ask("facts", 3)["renderer"].startswith("egl: ")
+    assert process.step(ACTIONS[0], observe=False) == (None, False)
+  finally:
+    process.close()
+
+
+def test_a_device_that_does_not_exist_is_refused_before_anything_starts():
+  with pytest.raises(ValueError, match=r"EGL device: got 99; expected 0 to \d+, for this machine has \d+ EGL device"):
+    libero_simulator.start(libero.Settings("libero_spatial", libero_assets.assets(), egl_device=99))
+
+
 def test_once_per_environment_is_another_seeding_that_repeats_itself_too():
   """Trial 1 directly, and trial 1 after trial 0: the missing reset is made up for."""
   seeding = dict(seeding="environment", seed=7, size=64)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from point import FOLDER, Point
 
-from semanticvla_jax.envs.process import BrokenEnvironment, Process
+from semanticvla_jax.envs.process import BrokenEnvironment, Process, environment
 
 FORWARD = np.array([0.25, 0, 0, 0, 0, 0, 0], np.float32)
 
@@ -51,6 +51,26 @@ def test_several_actions_end_with_the_episode(started):
   process.act(np.tile(FORWARD, (6, 1)))
   moment = process.receive()  # the end comes before the last action, which was to be looked at
   assert moment.done and moment.observations[0]["observation/image"][0, 0, 0] == 4
+
+
+def test_nothing_is_rendered_that_is_not_asked_for(started):
+  process = started()
+  process.reset(0)
+  for step in (1, 2, 3):
+    assert process.step(FORWARD, observe=False) == (None, False)
+    assert process.observe()["observation/image"][0, 0, 0] == step
+  assert process.step(FORWARD, observe=False) == (None, True) and process.success
+  process.reset(0)
+  process.act(np.tile(FORWARD, (6, 1)), look=False)
+  moment = process.receive()
+  assert (moment.steps, moment.done, moment.observations) == (4, True, [])
+
+
+def test_variables_of_this_process_are_changed_or_taken_away(started, monkeypatch):
+  monkeypatch.setenv("TAKEN", "1")
+  monkeypatch.setenv("CHANGED", "1")
+  given = environment({"TAKEN": None, "NEVER": None, "CHANGED": "2", "NEW": ""})
+  assert (given["CHANGED"], given["NEW"]) == ("2", "") and not {"TAKEN", "NEVER"} & given.keys()
 
 
 def test_what_it_raises_comes_with_its_traceback(started):

@@ -9,7 +9,7 @@ import pytest
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import statistics, writer
-from semanticvla_jax.envs import libero
+from semanticvla_jax.envs import libero, opengl
 from semanticvla_jax.evaluate import doctor
 from semanticvla_jax.evaluate.__main__ import main
 
@@ -102,6 +102,30 @@ def test_rotation(turn, applies, best):
 def test_nothing_to_run_with_says_how_to_get_it(tmp_path):
   assets, _ = doctor.libraries(str(tmp_path))
   assert assets.applies and "hf download" in assets.seen
+
+
+@pytest.mark.parametrize("drawn, other, applies, words", [
+  (opengl.Drawn(2, "a GPU", None), None, False, "egl: drawn by a GPU, EGL device 0 of 2"),
+  (opengl.Drawn(1, None, "ImportError: Cannot initialize"), None, True, "apt-get install libegl1"),
+  (opengl.Drawn(None, None, "AttributeError: no EGL"), "llvmpipe", True, "--renderer=osmesa draws here"),
+  (opengl.Drawn(None, None, "the process ended with status -11"), None, True, "status -11"),
+  (opengl.Drawn(None, None, "ModuleNotFoundError: mujoco", missing=True), None, None, "make sim"),
+])
+def test_opengl_is_drawn_with(drawn, other, applies, words, monkeypatch):
+  def draw(renderer, device=None):
+    return drawn if renderer == "egl" else opengl.Drawn(None, other, None if other else "no library")
+
+  monkeypatch.setattr(opengl, "draw", draw)
+  opengl._first.cache_clear()
+  found = doctor.drawing("egl")
+  opengl._first.cache_clear()
+  assert found.applies is applies and words in doctor.show([found])
+
+
+def test_a_device_that_there_is_not_is_found(monkeypatch):
+  monkeypatch.setattr(opengl, "draw", lambda *_: opengl.Drawn(2, None, "must be between"))
+  found = doctor.libraries(None, "egl", 5)[-1]
+  assert found.applies and "got 5; expected 0 to 1, for this machine has 2 EGL devices" in found.seen
 
 
 @pytest.mark.parametrize("quality, own, applies", [(95, None, False), (None, None, True), (None, 95, False)])
