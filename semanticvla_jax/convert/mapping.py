@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from semanticvla_jax.convert import fit, llama, semanticvla, table, text, vit, work
+from semanticvla_jax.convert import adapter, fit, llama, semanticvla, table, text, vit, work
 from semanticvla_jax.convert.source import VLA, Source
 from semanticvla_jax.convert.table import Entry, Mismatch, Rule
 from semanticvla_jax.models import lora
@@ -95,14 +95,14 @@ def make_plan(
   if not source.has_adapters:
     entries, skipped = _match(source, bare, parameter_shapes(bare, bare), adapted=False)
     return Plan(entries, {}, None, skipped)
-  adapter = _adapter(source, lora_config)
+  settings = _adapter(source, lora_config)
   if keep and source.folded:
     raise ValueError(
       f"Adapters cannot be kept: got shards with the language adapters folded in ({source.paths[0].name}), beside "
       "vision adapters; expected all of them apart; use --lora merge, or the unmerged base as the first --source."
     )
-  targets = lora.TARGETS.get(adapter.targets, adapter.targets)
-  wrapped = lora.LoRA(bare.clone(), adapter.rank, adapter.alpha, targets)
+  targets = lora.TARGETS.get(settings.targets, settings.targets)
+  wrapped = lora.LoRA(bare.clone(), settings.rank, settings.alpha, targets)
   target = parameter_shapes(wrapped, bare)
   if source.folded:
     target = {p: s for p, s in target.items() if not _is_adapter(p) or p.startswith(("dino/", "siglip/"))}
@@ -114,7 +114,7 @@ def make_plan(
     for path in entries
     if path.endswith("/lora_a")
   }
-  return Plan({p: e for p, e in entries.items() if not _is_adapter(p)}, pairs, adapter, skipped)
+  return Plan({p: e for p, e in entries.items() if not _is_adapter(p)}, pairs, settings, skipped)
 
 
 def _is_adapter(path: str) -> bool:
@@ -136,13 +136,14 @@ def unused(bare: SemanticVLA) -> dict[str, str]:
 
 def _adapter(source: Source, config: Mapping | None) -> Adapter:
   """Rank and alpha: of adapter_config.json, which the config must agree with, else of the config."""
+  adapter.check(source)
   if not config:
     raise ValueError(
       "Source has LoRA adapters: got no `lora` in the config; expected rank, alpha and targets; use the config of its "
       "training."
     )
   ranks = {x.shape[0] for key, x in source.tensors.items() if ".lora_A." in key}
-  stored = source.adapter or {}
+  stored = {} if source.adapter is None else adapter.DEFAULTS | source.adapter
   for field, key in (("rank", "r"), ("alpha", "lora_alpha")):
     if key in stored and stored[key] != config[field]:
       raise ValueError(
@@ -153,11 +154,6 @@ def _adapter(source: Source, config: Mapping | None) -> Adapter:
     raise ValueError(
       f"Adapters of rank {sorted(ranks)}: expected {config['rank']} (lora.rank of the config); pass --set lora.rank=…, "
       "or the config of its training."
-    )
-  if stored.get("use_rslora") or stored.get("use_dora") or stored.get("rank_pattern") or stored.get("alpha_pattern"):
-    raise ValueError(
-      "Adapter of another kind: got use_rslora, use_dora, rank_pattern or alpha_pattern in adapter_config.json; "
-      "expected plain LoRA; fold it in with peft's merge_and_unload first."
     )
   return Adapter(int(config["rank"]), float(config["alpha"]), config.get("targets", "release"))
 

@@ -25,6 +25,8 @@ _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.(safetensors|bin)")
 FINE_TUNES = ("OpenVLA fine-tune", "OpenVLA-OFT", "SemanticVLA")  # whose config.json has the base's statistics
 # What transformers' Trainer leaves beside the weights.
 _TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)")
+_ADAPTER = re.compile(r"adapter_model\.(safetensors|bin|pt)")  # peft's, of any release
+SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")  # how the weights are computed with
 _LFS = b"version https://git-lfs"  # how the file that Git LFS puts in a large one's place begins
 VLA = ("openvla-7b", *FINE_TUNES)
 _MOMENTS = ("mean", "std", "min", "max", "q01", "q99", "mask")
@@ -50,12 +52,15 @@ class Source:
     config: config.json, {} without one.
     statistics: {dataset: {"action": …}}, or None where there are none; `statistics_file` says where they were. The
       norm_stats in the config.json of a fine-tune are its base's, and do not count.
-    adapter: adapter_config.json of lora_adapter/, or None.
+    adapter: adapter_config.json beside the adapter's weights, or None.
     folded: True where the adapter's language part is in the shards already (they lie in one folder with it, as the
       release's merge writes them, or only the vision file has adapters), so that its tensors are not listed.
     mark: what to_torch wrote into the config.json of the folder whose shards are read, whichever config.json is the
       newest; {} for the shards of others.
     ignored: files beside the weights that are the state of training (optimizer.pt and the like), not opened.
+    adapter_file, adapter_weights: where `adapter` was read, and the file of its tensors where it has one of its own.
+    settings: the files named in SETTINGS, in reading order; `beside` are those that lie beside files that were named
+      alone, and may belong to another model.
   """
 
   kind: str
@@ -69,6 +74,10 @@ class Source:
   folded: bool
   mark: dict = dataclasses.field(default_factory=dict)
   ignored: tuple[Path, ...] = ()
+  adapter_file: Path | None = None
+  adapter_weights: Path | None = None
+  settings: tuple[Path, ...] = ()
+  beside: tuple[Path, ...] = ()
 
   @property
   def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -146,7 +155,8 @@ def _recognise(paths: list[Path], merged: bool | None) -> Source:
     )
   if not found.adapters and any(".lora_" in key for key in tensors):
     folded = True  # FiLM's vision file alone has adapters: the merge left those out
-  adapter = _object(found.adapters[0].parent / "adapter_config.json") if found.adapters else None
+  adapter_file = _adapter_file(found, tensors)
+  adapter = None if adapter_file is None else read_object(adapter_file)
   config = _newest_json(found, "config.json") or {}
   statistics, where = _statistics(found, config)
   kind = _kind(tensors, found, where)
@@ -155,7 +165,34 @@ def _recognise(paths: list[Path], merged: bool | None) -> Source:
   mark = next((mark for shard in found.shards if (mark := _mark(shard.parent))), {})
   read = tuple(p for p, _ in groups)
   source = Source(kind, read, tensors, superseded, config, statistics, where, adapter, folded, mark, (*found.ignored,))
-  return _canonical_tower(source)
+  more = dict(adapter_file=adapter_file, adapter_weights=next(iter(found.adapters), None))
+  return _canonical_tower(dataclasses.replace(source, **more, **_settings(paths, found)))
+
+
+def _adapter_file(found: _Found, tensors: Mapping[str, Tensor]) -> Path | None:
+  """The adapter_config.json of the adapter, or of matrices that lie among other weights; None where there is none.
+
+  Raises:
+    ValueError: an adapter without it, whose rank and kind nothing tells.
+  """
+  if found.adapters:
+    path = found.adapters[0].parent / "adapter_config.json"
+    if not path.exists():
+      raise ValueError(
+        f"Incomplete source: got {found.adapters[0]} without adapter_config.json beside it; expected that file, which "
+        "has its rank, alpha and kind; fetch it too."
+      )
+    return path
+  folders = dict.fromkeys(x.file.parent for key, x in tensors.items() if ".lora_" in key)
+  there = [path for folder in folders if (path := folder / "adapter_config.json").exists()]
+  return there[-1] if there else None
+
+
+def _settings(paths: Sequence[Path], found: _Found) -> dict[str, tuple[Path, ...]]:
+  own = [path for name in SETTINGS for path in found.jsons.get(name, ())]
+  folders = dict.fromkeys(path.parent for path in paths if path.is_file())
+  beside = [folder / name for folder in folders for name in SETTINGS if (folder / name).is_file()]
+  return {"settings": (*own,), "beside": (*(path for path in beside if path not in own),)}
 
 
 def _collect(path: Path, found: _Found) -> None:
@@ -171,7 +208,7 @@ def _collect(path: Path, found: _Found) -> None:
   names = [p for p in names if p not in found.ignored]
   index = [p for p in names if p.name.endswith((".safetensors.index.json", ".bin.index.json"))]
   weights = [p for p in names if p.suffix in files.SUFFIXES]
-  shards = [p for p in weights if not _COMPANION.fullmatch(p.name)]
+  shards = [p for p in weights if not _COMPANION.fullmatch(p.name) and not _ADAPTER.fullmatch(p.name)]
   formats = {p.suffix for p in shards}
   if len(index) > 1 or len(formats) > 1:
     raise ValueError(
@@ -184,31 +221,34 @@ def _collect(path: Path, found: _Found) -> None:
     _check_unindexed(path, shards)
   found.shards += shards
   for p in names:
-    if p not in shards and (p.suffix not in files.SUFFIXES or _COMPANION.fullmatch(p.name)):
+    if p not in shards:
       _sort_file(p, found)
-  adapter = path / "lora_adapter" / "adapter_model.safetensors"
-  if _mark(path).get("placeholder_adapters"):
-    found.placeholders.add(path)
-  elif adapter.exists():
-    found.adapters.append(adapter)
-  elif adapter.parent.exists():
-    inside = sorted(p.name for p in adapter.parent.iterdir())
-    raise ValueError(f"Incomplete source: got {adapter.parent} with {inside}; expected {adapter.name}; fetch it too.")
-  elif (path / "adapter_model.safetensors") in shards:
-    found.shards.remove(path / "adapter_model.safetensors")
-    found.adapters.append(path / "adapter_model.safetensors")
+  _collect_adapter(path, found)
+
+
+def _collect_adapter(folder: Path, found: _Found) -> None:
+  """That of lora_adapter/, or the one that lies in the folder itself."""
+  inside = folder / "lora_adapter"
+  weights = sorted(p for p in inside.iterdir() if _ADAPTER.fullmatch(p.name)) if inside.is_dir() else []
+  if _mark(folder).get("placeholder_adapters"):
+    found.placeholders.add(folder)
+  elif weights:
+    found.adapters += weights
+  elif inside.exists():
+    names = sorted(p.name for p in inside.iterdir())
+    raise ValueError(f"Incomplete source: got {inside} with {names}; expected adapter_model.safetensors; fetch it too.")
 
 
 def _mark(folder: Path) -> dict:
   """What to_torch says in a folder's config.json: whether adapters are folded in, and which; {} where it did not."""
   path = folder / "config.json"
-  return (_object(path).get("semanticvla_jax") if path.exists() else None) or {}
+  return (read_object(path).get("semanticvla_jax") if path.exists() else None) or {}
 
 
 def _sort_file(path: Path, found: _Found) -> None:
   if match := _COMPANION.fullmatch(path.name):
     found.companions.setdefault(match[1], []).append(path)
-  elif path.name == "adapter_model.safetensors":
+  elif _ADAPTER.fullmatch(path.name):
     found.adapters.append(path)
   elif path.suffix in files.SUFFIXES:
     found.shards.append(path)
@@ -391,10 +431,11 @@ def _is_list(x: Any) -> bool:
 
 def _newest_json(found: _Found, name: str) -> dict | None:
   several = found.jsons.get(name)
-  return _object(several[-1]) if several else None
+  return read_object(several[-1]) if several else None
 
 
-def _object(path: Path) -> dict:
+def read_object(path: Path) -> dict:
+  """A JSON file that holds an object. Raises ValueError where it is damaged or holds anything else."""
   content = _json(path)
   if not isinstance(content, dict):
     raise ValueError(f"{path} is damaged: got {type(content).__name__}; expected a JSON object; download it again.")
@@ -403,8 +444,8 @@ def _object(path: Path) -> dict:
 
 def _json(path: Path) -> Any:
   try:
-    return json.loads(path.read_text())
-  except (ValueError, OSError) as error:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
     raise ValueError(
       f"{path} cannot be read: got {type(error).__name__}: {str(error)[:120]}; expected JSON; download it again."
     ) from error

@@ -32,7 +32,7 @@ import numpy as np
 
 import semanticvla_jax
 from semanticvla_jax import files
-from semanticvla_jax.convert import carried, mapping, stream, uncached, work
+from semanticvla_jax.convert import adapter, carried, mapping, stream, uncached, work
 from semanticvla_jax.convert.mapping import Plan
 from semanticvla_jax.convert.source import FINE_TUNES, VLA, Source, describe, recognise
 from semanticvla_jax.data import statistics
@@ -85,6 +85,9 @@ def to_orbax(
   for line in describe(source):
     say(line)
   _refuse_second_adapter(source)
+  if source.adapter is not None and not source.has_adapters:
+    for got, expected in adapter.problems_of(source.adapter):
+      say(f"adapter: {got}, not {expected}; it is in the shards already, and nothing of it is read")
   hashes = _hashes(source.paths)
   may = dict(resample_positions=resample, pad_vocabulary=pad_vocabulary)
   plan = mapping.make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only, **may)

@@ -19,6 +19,7 @@ import numpy as np
 from einops import rearrange
 from flax.traverse_util import unflatten_dict
 
+from semanticvla_jax.convert import adapter
 from semanticvla_jax.convert.folder import PolicyFolder
 from semanticvla_jax.convert.source import VLA, Source, recognise
 from semanticvla_jax.models import llama, lora, masks
@@ -125,9 +126,12 @@ class _Sides:
   """
 
   def __init__(self, source: Source, policy: PolicyFolder):
+    adapter.check(source)
     self.source, self.policy = source, policy
     self.model: SemanticVLA = build(dict(policy.config["model"]) | dict(dtype="float32", remat=None))
     self.lora = policy.config.get("lora") or policy.metadata.get("lora")
+    own = adapter.DEFAULTS | (source.adapter or {})
+    self.source_lora = self.lora if source.adapter is None else {"rank": own["r"], "alpha": own["lora_alpha"]}
     self.prefixes = PREFIXES[source.kind]
     self.ran: list[str] = []
 
@@ -178,13 +182,13 @@ class _Sides:
     a, b = (self.source.tensors.get(key.removesuffix("weight") + f"lora_{ab}.weight") for ab in "AB")
     if a is None or b is None or not key.endswith(".weight"):
       return x
-    if not self.lora:
+    if not self.source_lora:
       raise ValueError(
         f"Source has adapters: got {stored.name} and a policy without `lora`; expected the policy that was made from "
         "these files; pass the same --source paths as in to-orbax."
       )
     a, b = (torch.from_numpy(y.read().astype(np.float32)) for y in (a, b))
-    x = x + self.lora["alpha"] / self.lora["rank"] * (b.flatten(1) @ a.flatten(1)).reshape(x.shape)
+    x = x + self.source_lora["alpha"] / self.source_lora["rank"] * (b.flatten(1) @ a.flatten(1)).reshape(x.shape)
     if self.policy.adapted:
       return x
     return torch.from_numpy(x.numpy().astype(stored.dtype).astype(np.float32))  # it was stored like this when merged
