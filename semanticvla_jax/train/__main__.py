@@ -32,6 +32,7 @@ from ml_collections import config_flags
 from semanticvla_jax import checkpoint, cli
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.train import (
+  base_settings,
   command_line,
   distributed,
   diverged,
@@ -75,12 +76,22 @@ def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict,
   found = {folder: checkpoint.read_policy_shapes(folder) for folder in folders}  # before any weight is read
   taken, new = init.origins(wanted, found, config.trainable, random)
   params = init.draw(model, bare, config.seed, new, sharding.param_sharding(new, mesh, rule)) if new else {}
+  check_bases(config, taken)
   stats = None
   for folder, paths in taken.items():
     base = load_base(folder, mesh, rule)
     stats = base.statistics if stats is None else stats  # of the first
     params = combine(params, init.cast(init.only(base.params, paths), init.only(wanted, paths)))
   return params, stats and {name: statistics.from_openvla(entry) for name, entry in stats.items()}
+
+
+def check_bases(config: Any, taken: dict[str, list[str]]) -> None:
+  """Raises ValueError where a base's own settings or tokenisers give what is taken from it another meaning."""
+  here = epath.Path(config.data.tokenizers or text.EMBEDDED)
+  for folder, paths in taken.items():
+    there = epath.Path(folder).expanduser() / "tokenizers"
+    base_settings.check(folder, checkpoint.read_policy_json(folder)[0], config, paths)
+    base_settings.check_tokenizers(folder, there if there.exists() else None, here, paths)
 
 
 def load_base(folder: str, mesh: Any, rule: sharding.Rule) -> checkpoint.PolicyFiles:

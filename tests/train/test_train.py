@@ -85,6 +85,13 @@ def test_one_device_gives_the_losses_of_eight(straight, data, tmp_path, monkeypa
   assert [ours[k] for k in (1, 2, 3, 4)] == pytest.approx([theirs[k] for k in (1, 2, 3, 4)], rel=2e-4)
 
 
+def test_a_base_whose_adapters_count_otherwise_is_refused_before_a_weight_is_read(straight, data, tmp_path):
+  config = make_config(data, steps=1)
+  config.init_from, config.lora.alpha = str(straight[1]), 16.0
+  with pytest.raises(ValueError, match=r"trained for other settings(.|\n)*lora.alpha: 4.0 → 16.0"):
+    command.train(config, tmp_path)
+
+
 def test_workdir_of_another_config_is_refused(straight, data):
   config = make_config(data)
   config.optim.lr = 5e-3
