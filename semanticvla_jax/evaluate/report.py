@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.resources
 import io
 import json
 import os
@@ -17,65 +18,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from semanticvla_jax.evaluate import controls
+from semanticvla_jax import files
+from semanticvla_jax.evaluate import controls, protocol
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.visualize import Tile, png
 
 T = TypeVar("T")
-
-STYLE = """
-:root { --ink: #1c1e22; --soft: #6b7280; --line: #e5e7eb; --good: #168248; --bad: #be322d; --main: #2f5fd0;
-  --old: #9aa3b2; --control: #c58a1b; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f6f7f9; color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; }
-h2 { font-size: 20px; margin: 0 0 8px; }
-h3 { font-size: 15px; margin: 16px 0 8px; }
-header { margin-bottom: 24px; }
-.verdict { font-size: 19px; margin: 6px 0; }
-.soft { color: var(--soft); }
-.good { color: var(--good); } .bad { color: var(--bad); }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 20px 22px;
-  margin: 0 0 18px; }
-.moment { font-size: 16px; margin-top: 22px; padding-top: 14px; border-top: 1px solid var(--line); }
-section > p { margin: 0 0 12px; max-width: 78ch; color: #3c4250; }
-.story { display: grid; grid-template-columns: 1fr 1.15fr 1.75fr; gap: 22px; align-items: start; }
-.story h3 { margin-top: 0; }
-.story blockquote { margin: 0; font-size: 21px; line-height: 1.35; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; }
-video, img { display: block; width: 100%; border-radius: 4px; }
-img { image-rendering: auto; }
-figure { margin: 0; }
-figcaption { font-size: 12.5px; line-height: 1.35; color: var(--soft); margin-top: 4px; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; font-size: 15px; }
-th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13px;
-  border-bottom: 1px solid var(--line); }
-th, td { padding: 5px 10px 5px 0; vertical-align: middle; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.results td:first-child { width: 70px; } .results td:nth-child(2) { width: 270px; }
-tr.policy td:nth-child(2) { font-weight: 600; }
-.bar { width: 210px; } .bar svg { display: block; }
-.rail { fill: #eef0f4; } .fill { fill: var(--main); } .fill.baseline { fill: var(--old); }
-  .fill.control { fill: var(--control); }
-.whisker { stroke: var(--ink); stroke-width: 1.6; fill: none; }
-.dots { display: flex; flex-wrap: wrap; gap: 3px; padding-bottom: 8px; }
-.dots i { width: 9px; height: 9px; border-radius: 50%; background: #d9dde4; }
-.dots .yes { background: var(--good); } .dots .no { background: #e8b4b1; } .dots .error { background: #111; }
-.films { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 16px; }
-.tiles { display: grid; grid-template-columns: repeat(var(--columns, 4), 1fr); gap: 12px; }
-.curves svg { width: 100%; height: auto; }
-details { margin: 8px 0; } summary { cursor: pointer; font-weight: 600; font-size: 14px; }
-details .tiles { margin-top: 10px; }
-.facts { font-size: 13px; } .facts td:first-child { color: var(--soft); white-space: nowrap; width: 1%;
-  padding-right: 18px; vertical-align: top; }
-code { font-size: 12.5px; overflow-wrap: anywhere; } pre { background: #f1f3f6; padding: 10px 12px;
-  border-radius: 6px; overflow-x: auto; font-size: 13px; }
-@media (max-width: 820px) { .story { grid-template-columns: 1fr; } .tiles { grid-template-columns: 1fr 1fr; }
-  .bar { display: none; } }
-"""
-
 
 _PAUSE = "this.paused?this.play():this.pause()"  # films have no controls, which would hide their captions
 
@@ -175,14 +123,14 @@ def write(
     _fingerprint(rows, command, seconds or {}),
   ]  # fmt: skip
   body = "\n".join(part for part in parts if part)
+  style = importlib.resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
   page = (
     f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+    f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>'
     f"<body><main>{body}</main></body></html>\n"
   )
-  path = pathlib.Path(path)
-  path.write_text(page)
-  return path
+  files.write(path, page)
+  return pathlib.Path(path)
 
 
 def folder(policy: str, suite: str) -> str:
@@ -228,7 +176,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
   path = pathlib.Path(path)
   if not path.exists():
     raise ValueError(f"No metrics: got {path}, which does not exist; expected a metrics.jsonl; leave --metrics out.")
-  lines = [line for line in path.read_text().splitlines() if line.strip()]
+  lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
   found = []
   for number, line in enumerate(lines, start=1):
     try:
@@ -247,22 +195,38 @@ def _header(title: str, rows: Sequence[Row]) -> str:
   for row in (row for row in rows if row.kind == "policy"):
     before = next((x for x in rows if x.kind == "baseline" and x.suite == row.suite), None)
     told = next((x for x in rows if x.name == controls.NAMES["shuffled"] and x.suite == row.suite), None)
-    text = f"<b>{_of(row.summary)}</b> episodes of <b>{html.escape(row.suite)}</b> end with the task done"
-    text += f" <span class=soft>({_interval(row.summary)}, layouts: {html.escape(row.fingerprint['split'])})</span>"
+    text = _verdict(row.summary, row.suite, row.fingerprint.get("split", "unknown"))
     text += f"; before fine-tuning {_of(before.summary)}" if before else ""
     text += f"; told another episode's instruction, {_of(told.summary)}" if told else ""
     sentences.append(f"<p class=verdict>{text}.</p>")
   return f"<header><h1>{html.escape(title)}</h1>{''.join(sentences)}</header>"
 
 
-def _of(summary: dict) -> str:
-  errors = f" (and {summary['errors']} broke)" if summary["errors"] else ""
-  return f"{summary['successes']} of {summary['episodes']}{errors}"
+def _verdict(summary: Mapping, suite: str, split: str) -> str:
+  """How many of a suite's episodes succeeded, as a clause; what left the count stands beside it."""
+  suite, apart = f"<b>{html.escape(suite)}</b>", _apart(summary)
+  if not summary["episodes"]:
+    return f"<b>No</b> episode of {suite} can be counted: {apart}"
+  text = f"<b>{_of(summary)}</b> episodes of {suite} end with the task done"
+  text += f" <span class=soft>({_interval(summary)}, layouts: {html.escape(split)})</span>"
+  return text + (f", {apart}" if apart else "")
 
 
-def _interval(summary: dict) -> str:
-  low, high = summary["interval"]
-  return f"{100 * low:.0f}–{100 * high:.0f} %"
+def _of(summary: Mapping) -> str:
+  return f"{summary['successes']} of {summary['episodes']}" if summary["episodes"] else "none that counts"
+
+
+def _apart(summary: Mapping) -> str:
+  """What is not in a rate, and which failures were no attempt: "10 broke and are not counted"; often nothing."""
+  errors, spoilt = summary.get("errors", 0), summary.get("nonfinite", 0)
+  if not summary["episodes"]:
+    return f"all {errors} broke" if errors else "none was run"
+  parts = [f"{errors} broke and {'are' if errors > 1 else 'is'} not counted"] * bool(errors)
+  return ", ".join([*parts, *[f"{spoilt} failed by a non-finite action"] * bool(spoilt)])
+
+
+def _interval(summary: Mapping) -> str:
+  return protocol.interval_text(summary["interval"]) if summary["episodes"] else "–"
 
 
 def _story(films: Sequence[Film], scenes: Sequence[Scene]) -> str:
@@ -280,50 +244,74 @@ def _story(films: Sequence[Film], scenes: Sequence[Scene]) -> str:
   )
 
 
+_NUMBERS = ("success", "95 % interval", "episodes")
+
+
 def _table(heading: str, lead: str, rows: Sequence[Row]) -> str:
   if not rows:
     return ""
   lines = []
   for row in rows:
-    s = row.summary
-    steps = "–" if s["mean_steps_to_success"] is None else f"{s['mean_steps_to_success']:.0f}"
+    steps = row.summary["mean_steps_to_success"]
+    steps = "–" if steps is None else f"{steps:.0f}"
     lines.append(
-      f"<tr class={row.kind}><td>{html.escape(row.suite)}<td>{html.escape(row.name)}<td class=bar>{_bar(s, row.kind)}"
-      f"<td class=number>{_percent(s)}<td class=number>{_interval(s)}<td class=number>{_of(s)}<td class=number>{steps}"
-      f"<tr><td><td><td colspan=5>{_dots(row.episodes)}"
+      f"<tr class='row {row.kind}'><td class=suite data-label=suite>{html.escape(row.suite)}</td>"
+      f"<td class=name data-label=policy>{html.escape(row.name)}</td>{_rate(row.summary, row.kind)}"
+      f"<td class=number data-label=steps>{steps}</td></tr>\n"
+      f"<tr class=episodes><td colspan=7>{_dots(row.episodes)}</td></tr>\n"
     )
+  head = _head("suite", "policy", last="steps")
   return (
-    f"<section><h2>{heading}</h2><p>{lead} A dot is an episode (point at it).</p><table class=results><thead><tr>"
-    "<th>suite<th>policy<th><th class=number>success<th class=number>95 % interval<th class=number>episodes"
-    "<th class=number>steps</thead>"
-    f"<tbody>{''.join(lines)}</tbody></table></section>"
+    f"<section><h2>{heading}</h2><p>{lead} A dot is an episode (point at it): green done, pale not done, a ring an "
+    "action that is not finite, a black square a simulator that broke.</p>"
+    f"<table class=rates>{head}<tbody>{''.join(lines)}</tbody></table></section>"
   )
 
 
-def _percent(summary: dict) -> str:
-  return "–" if summary["rate"] is None else f"{100 * summary['rate']:.0f} %"
+def _head(*names: str, last: str | None) -> str:
+  """The head of a table of rates: `names`, a bar, the numbers of `_rate`, and one more."""
+  cells = "".join(f"<th class={'suite' if name == 'suite' else 'name'}>{name}</th>" for name in names)
+  numbers = "".join(f"<th class=number>{name}</th>" for name in (*_NUMBERS, *([last] if last else [])))
+  return f"<thead><tr>{cells}<th class=bar></th>{numbers}</tr></thead>"
 
 
-def _bar(summary: dict, kind: str) -> str:
-  """A bar from 0 to 1 with its interval, as SVG."""
+def _rate(summary: Mapping, kind: str) -> str:
+  """Four cells: a bar, the rate, its interval, and the count with what left it."""
+  apart = _apart(summary)
+  count = _of(summary) if summary["episodes"] else "–"
+  cells = (_percent(summary), _interval(summary), count + (f" <small>{apart}</small>" if apart else ""))
+  numbers = "".join(f"<td class=number data-label='{name}'>{cell}</td>" for name, cell in zip(_NUMBERS, cells))
+  return f"<td class=bar>{_bar(summary, kind)}</td>{numbers}"
+
+
+def _percent(summary: Mapping) -> str:
+  return protocol.percent(summary["successes"], summary["episodes"], decimals=0)
+
+
+def _bar(summary: Mapping, kind: str) -> str:
+  """A bar from 0 to 1 with its interval, as SVG that takes the width it is given; empty where there is no rate."""
   low, high = (200 * x for x in summary["interval"])
   rate = 200 * (summary["rate"] or 0)
+  drawn = (
+    f'<rect class="fill {kind}" width="{rate:.1f}" height="18"/><path class="whisker" d="M{low:.1f} 9H{high:.1f}'
+    f'M{low:.1f} 5v8M{high:.1f} 5v8"/>'
+  )
   return (
-    '<svg viewBox="0 0 200 18" width="200" height="18"><rect class="rail" width="200" height="18" rx="3"/>'
-    f'<rect class="fill {kind}" width="{rate:.1f}" height="18" rx="3"/><path class="whisker" d="M{low:.1f} 9H{high:.1f}'
-    f'M{low:.1f} 5v8M{high:.1f} 5v8"/></svg>'
+    '<svg viewBox="0 0 200 18" preserveAspectRatio="none" aria-hidden="true"><rect class="rail" width="200" '
+    f'height="18"/>{drawn if summary["episodes"] else ""}</svg>'
   )
 
 
 def _dots(episodes: Episodes) -> str:
-  dots = []
-  for seed, success, error, steps, asked, told in zip(
-    episodes.seeds, episodes.success, episodes.error, episodes.steps, episodes.instruction, episodes.told
+  dots, words = [], {"yes": "done in {} steps", "no": "not done", "error": "the simulator broke",
+                     "spoilt": "an action that is not finite after {} steps"}  # fmt: skip
+  spoilt = np.zeros(len(episodes.seeds), bool) if episodes.nonfinite is None else episodes.nonfinite
+  for seed, success, error, steps, asked, told, bad in zip(
+    episodes.seeds, episodes.success, episodes.error, episodes.steps, episodes.instruction, episodes.told, spoilt
   ):
-    kind = "error" if error else "yes" if success else "no"
-    words = f"seed {seed}: {asked}" + ("" if told == asked else f" (told: {told})")
-    outcome = {"yes": f"done in {steps} steps", "no": "not done", "error": "broke"}[kind]
-    dots.append(f'<i class={kind} title="{html.escape(words)}: {outcome}"></i>')
+    kind = "error" if error else "spoilt" if bad else "yes" if success else "no"
+    title = f"seed {seed}: {asked}" + ("" if told == asked else f" (told: {told})")
+    dots.append(f'<i class={kind} title="{html.escape(title)}: {words[kind].format(steps)}"></i>')
   return f"<div class=dots>{''.join(dots)}</div>"
 
 
@@ -332,31 +320,35 @@ def _tasks(rows: Sequence[Row]) -> str:
   blocks = []
   for row in (row for row in rows if row.kind == "policy" and row.summary.get("tasks")):
     before = next((x for x in rows if x.kind == "baseline" and x.suite == row.suite), None)
+    old = None if before is None else before.summary.get("tasks", {})
     lines = []
     for task, s in row.summary["tasks"].items():
-      old = f"<td class=number>{_of(before.summary['tasks'][task])}" if before else ""
-      lines.append(
-        f"<tr><td>{html.escape(task)}<td class=bar>{_bar(s, 'policy')}<td class=number>{_percent(s)}"
-        f"<td class=number>{_interval(s)}<td class=number>{_of(s)}{old}"
-      )
-    head = "<th class=number>before" if before else ""
-    blocks.append(
-      f"<h3>{html.escape(row.suite)}</h3><table><thead><tr><th>task<th><th class=number>success"
-      f"<th class=number>95 % interval<th class=number>episodes{head}</thead><tbody>{''.join(lines)}</tbody></table>"
-    )
+      cell = "" if old is None else f"<td class=number data-label=before>{_of(old[task]) if task in old else '–'}</td>"
+      lines.append(f"<tr class=row><td class=name>{html.escape(task)}</td>{_rate(s, 'policy')}{cell}</tr>\n")
+    head = _head("task", last=None if old is None else "before")
+    body = f"<table class=rates>{head}<tbody>{''.join(lines)}</tbody></table>"
+    blocks.append(f"<h3>{html.escape(row.suite)}</h3>{body}")
   return f"<section><h2>By task</h2>{''.join(blocks)}</section>" if blocks else ""
 
 
 def _video(film: Film) -> str:
-  data = base64.b64encode(film.path.read_bytes()).decode()
-  return f'<video src="data:video/mp4;base64,{data}" autoplay loop muted playsinline onclick="{_PAUSE}"></video>'
+  """A film, inside the page; a note where its file cannot be read."""
+  try:
+    data = film.path.read_bytes()
+    reason = "" if data else "it is empty"
+  except OSError as error:
+    reason = error.strerror or type(error).__name__
+  if reason:
+    return f"<p class=missing>The film {html.escape(film.path.name)} is missing: {html.escape(reason)}.</p>"
+  source = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+  return f'<video src="{source}" autoplay loop muted playsinline onclick="{_PAUSE}"></video>'
 
 
 def _films(films: Sequence[Film], note: str) -> str:
   if not films:
     return ""
   figures = "".join(
-    f'<figure>{_video(film)}<figcaption><span class={"good" if film.success else "bad"}>'
+    f"<figure>{_video(film)}<figcaption><span class={'good' if film.success else 'bad'}>"
     f"{'done' if film.success else 'not done'}</span> in {film.steps} steps · seed {film.seed}</figcaption></figure>"
     for film in films
   )
@@ -391,7 +383,7 @@ def _scene(scene: Scene) -> str:
     tiles = "".join(_tile(tile) for row in views for tile in row)
     blocks.append(
       f"<h3>{html.escape(label)}: <q>{html.escape(instruction)}</q></h3>"
-      f"<div class=tiles style='--columns:{max(map(len, views))}'>{tiles}</div>"
+      f"<div class=tiles style='--columns:{max(map(len, views), default=1)}'>{tiles}</div>"
     )
   if scene.cues:
     tiles = "".join(_tile(tile) for tile in scene.cues)
@@ -401,7 +393,7 @@ def _scene(scene: Scene) -> str:
 
 
 def _curves(metrics: Sequence[Mapping]) -> str:
-  """Losses (logarithmic) and rates over steps, as one SVG; nothing where nothing was measured."""
+  """Losses (logarithmic) and rates over steps; nothing where nothing was measured."""
   series: dict[str, list[tuple[float, float]]] = {}
   for line in metrics:
     for name, value in line.items():
@@ -413,24 +405,31 @@ def _curves(metrics: Sequence[Mapping]) -> str:
   panels = [(kind, part) for kind, part in (("loss", losses), ("success", rates)) if part]
   if not panels:
     return ""
+  drawings = "".join(f"<div>{_panel(kind, part)}</div>" for kind, part in panels)
+  return f"<section><h2>Training</h2><div class=curves>{drawings}</div></section>"
+
+
+def _panel(kind: str, series: Mapping[str, Sequence[tuple]]) -> str:
+  """The curves of one kind, "loss" or "success", as SVG; one each, so that they can stand one below the other."""
   with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
-    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (kind, part) in zip(axes, panels):
-      for name, points in sorted(part.items()):
-        _draw(axis, name, np.array(points, float), smooth=kind == "loss")
-      axis.set(xlabel="step", yscale="log" if kind == "loss" else "linear", ylabel=kind)
-      if kind == "success":
-        axis.set_ylim(0, 1)
-      axis.yaxis.set_major_formatter(ScalarFormatter())
-      axis.yaxis.set_minor_formatter(ScalarFormatter() if kind == "loss" else NullFormatter())
-      axis.spines[["top", "right"]].set_visible(False)
-      axis.grid(alpha=0.25)
-      axis.legend(frameon=False, fontsize=9)
+    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for name, points in sorted(series.items()):
+      _draw(axis, name, np.array(points, float), smooth=kind == "loss")
+    axis.set(xlabel="step", yscale="log" if kind == "loss" else "linear", ylabel=kind)
+    if kind == "success":
+      axis.set_ylim(0, 1)
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    low, high = axis.get_ylim()
+    crowded = kind == "success" or high > 10 * low  # then the decades say enough
+    axis.yaxis.set_minor_formatter(NullFormatter() if crowded else ScalarFormatter())
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=9)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
   drawing = buffer.getvalue()
-  return f"<section><h2>Training</h2><div class=curves>{drawing[drawing.index('<svg') :]}</div></section>"
+  return drawing[drawing.index("<svg") :]
 
 
 def _draw(axis, name: str, points: np.ndarray, smooth: bool) -> None:
@@ -449,15 +448,16 @@ def _fingerprint(rows: Sequence[Row], command: str, seconds: Mapping[str, float]
   blocks = []
   for row in rows:
     facts = [(html.escape(key), html.escape(_short(value))) for key, value in row.fingerprint.items()]
-    lines = "".join(f"<tr><td>{key}<td><code>{value}</code>" for key, value in facts)
+    lines = "".join(f"<tr><th scope=row>{key}</th><td><code>{value}</code></td></tr>\n" for key, value in facts)
     opened, name = " open" if row is rows[0] else "", html.escape(f"{row.suite} · {row.name}")
-    blocks.append(f"<details{opened}><summary>{name}</summary><table class=facts>{lines}</table></details>")
+    table = f"<table class=facts><tbody>{lines}</tbody></table>"
+    blocks.append(f"<details{opened}><summary>{name}</summary>{table}</details>")
   again = f"<h3>The same again</h3><pre>{html.escape(command)}</pre>" if command else ""
   spent = " · ".join(f"{html.escape(name)} {value:.0f} s" for name, value in seconds.items())
   return (
     "<section><h2>How it was measured</h2><p>Numbers may be compared only where these agree. An episode counts as done "
-    "if the task is fulfilled within the allowed steps; one that breaks (a non-finite action, a simulator that crashes "
-    "every time) is counted apart.</p>"
+    "if the task is fulfilled within the allowed steps. An action that is not finite is the policy's failure; an "
+    "episode whose simulator breaks every time says nothing of the policy and is in no rate.</p>"
     f"{''.join(blocks)}{again}{f'<p class=soft>{spent}</p>' if spent else ''}</section>"
   )
 

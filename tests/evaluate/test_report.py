@@ -88,6 +88,126 @@ def test_what_is_missing_is_left_out(tmp_path):
   assert "Success" in text and "By task" in text
 
 
+def crowded_row(kind, name, suite, success, broke=(), nonfinite=()):
+  n, long = len(success), "put both the cream cheese box and the butter into the basket and close the drawer"
+  flags = [np.isin(np.arange(n), [*which]) for which in (broke, nonfinite)]
+  said = [("pick up the cube", long)[i % 2] for i in range(n)]
+  success = np.array(success, bool) & ~flags[0] & ~flags[1]
+  episodes = Episodes(np.arange(n), success, np.full(n, 12), flags[0], said, said, nonfinite=flags[1])
+  mark = {"split": "heldout", "seeds": "0..3", "policy": {"folder": "/data/" + 30 * "a_long_name"}}
+  return report.Row(name, kind, suite, protocol.summary(episodes, str), mark, episodes)
+
+
+@pytest.fixture
+def crowded(tmp_path):
+  """Several suites, errors, actions that are not finite, a suite with nothing that counts, films that are missing."""
+  rows = [
+    crowded_row("policy", "this policy", "pick", [1] * 512, nonfinite=[7]),
+    crowded_row("baseline", "before", "pick", [0, 1]),
+    crowded_row("policy", "this policy", "a_suite_with_a_name_that_is_long", [1] * 48, range(10), [20, 21]),
+    crowded_row("policy", "recorded actions", "libero_object", [1] * 4, range(4)),
+    crowded_row("baseline", "before", "libero_object", []),
+    crowded_row("control", controls.NAMES["blind"], "pick", [0, 1, 1], [0]),
+  ]
+  (tmp_path / "empty.mp4").write_bytes(b"")
+  films = [report.Film(tmp_path / name, "pick", True, 12, 3) for name in ("none.mp4", "empty.mp4")]
+  scenes = [report.Scene("first step", [("pick", "told", [])], []), report.Scene("half way", [], [])]
+  metrics = [{"step": step, "loss": 1 / step} for step in range(1, 30)]
+  return report.write(tmp_path / "report.html", title="t", rows=rows, films=films, scenes=scenes, metrics=metrics)
+
+
+class Tables(html.parser.HTMLParser):
+  """The tables of a page: rows of cells (tag, classes, columns, label), those of a head apart; checks closing tags."""
+
+  EMPTY = ("meta", "img", "br", "path", "use")
+
+  def __init__(self, page):
+    super().__init__()
+    self.open, self.found, self.inside_head = [], [], False
+    self.feed(re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL))
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    attrs = dict(attrs)
+    if tag not in self.EMPTY:
+      self.open.append(tag)
+    if tag == "table":
+      self.found.append({"head": [], "body": []})
+    if tag == "tr":
+      self.found[-1]["head" if "thead" in self.open else "body"].append([])
+    if tag in ("td", "th"):
+      rows = self.found[-1]["head" if "thead" in self.open else "body"]
+      rows[-1].append((tag, attrs.get("class", "").split(), int(attrs.get("colspan", 1)), attrs.get("data-label")))
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+
+def test_every_number_stands_under_its_heading(page, crowded):
+  tables = [*Tables(page).found, *Tables(crowded.read_text(encoding="utf-8")).found]
+  assert sum(bool(table["head"]) for table in tables) == 8
+  for table in tables:
+    head = table["head"][0] if table["head"] else table["body"][0]
+    for row in table["body"]:
+      assert sum(columns for _, _, columns, _ in row) == len(head)
+      for (_, named, _, _), (_, classes, columns, label) in zip(head, row):
+        if table["head"] and columns == 1:
+          assert classes == named and (label or named == ["bar"] or named == ["name"])
+
+
+def narrow_rules(style):
+  """(selector, declarations) of all that holds on narrow screens."""
+  style = re.sub(r"/\*.*?\*/", "", style, flags=re.DOTALL)
+  for part in style.split("@media")[1:]:
+    body = part[part.index("{") + 1 :]
+    for selectors, declarations in re.findall(r"([^{}]+)\{([^{}]*)\}", body):
+      yield from ((selector.strip(), declarations) for selector in selectors.split(","))
+
+
+def test_what_a_narrow_screen_hides_is_hidden_with_its_heading(page):
+  """Only whole heads are: then each cell says itself what it is."""
+  style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+  rules = [*narrow_rules(style)]
+  assert rules and {selector for selector, said in rules if re.search(r"display:\s*none", said)} == {"thead"}
+  shown = [said for selector, said in rules if selector == ".rates td.number::after"]
+  assert shown and "attr(data-label)" in shown[0]
+
+
+def test_nothing_has_a_width_that_a_phone_has_not(page):
+  style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+  widths = re.findall(r"(?<![\w-])(?:min-)?width:\s*(\d+)px", re.sub(r"@media[^{]*", "", style))
+  assert all(int(width) <= 120 for width in widths)
+  fixed = re.findall(r"minmax\((\d+)px", style)  # wider ones are min(…, 100 %)
+  assert all(int(width) <= 120 for width in fixed) and not re.findall(r"<svg[^>]* width=\"\d+\"", page)
+
+
+def test_a_row_without_an_episode_that_counts_says_why(crowded):
+  text = Reader(crowded.read_text(encoding="utf-8")).text
+  assert "No episode of libero_object can be counted: all 4 broke" in re.sub(" +", " ", text)
+  assert "– – – all 4 broke –" in re.sub(" +", " ", text) and "0–100 %" not in text
+  assert "none was run" in text
+
+
+def test_what_left_a_rate_stands_beside_it_and_100_percent_is_all(crowded):
+  text = re.sub(" +", " ", Reader(crowded.read_text(encoding="utf-8")).text)
+  assert "99.8 % 99–99.97 % 511 of 512 1 failed by a non-finite action" in text
+  assert "95 % 83–99 % 36 of 38 10 broke and are not counted, 2 failed by a non-finite action" in text
+  assert "100 % 34–100 % 2 of 2 1 broke and is not counted" in text
+
+
+def test_missing_films_and_pictures_leave_the_rest_standing(crowded):
+  text = Reader(crowded.read_text(encoding="utf-8")).text
+  assert "The film none.mp4 is missing: No such file" in text and "The film empty.mp4 is missing: it is empty" in text
+  for heading in ("Success", "Controls", "By task", "Episodes", "Where it looks", "Training", "How it was measured"):
+    assert heading in text
+
+
+def test_dots_tell_four_outcomes_apart(crowded):
+  page = crowded.read_text(encoding="utf-8")
+  counts = {kind: page.count(f"<i class={kind} ") for kind in ("yes", "no", "error", "spoilt")}
+  assert counts == {"yes": 511 + 1 + 36 + 2, "no": 1, "error": 10 + 4 + 1, "spoilt": 1 + 2}
+
+
 def test_metrics_of_a_killed_training_are_read(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1, "loss": 2.0}\n\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
