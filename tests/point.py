@@ -17,7 +17,7 @@ class Point:
   Args:
     log: a file that each reset adds its seed to, as a trace across processes.
     trouble: {seed: what goes wrong at its second action}: "raise", "die" (once: the file `log`.SEED remembers),
-      "always die", "hang" (once) or "tell" (a warning, and nothing else).
+      "always die", "hang" (once), "nan" (a state that is not finite) or "tell" (a warning, and nothing else).
   """
 
   max_steps = 6
@@ -48,10 +48,16 @@ class Point:
 
   def observe(self) -> dict:
     image = np.full((8, 8, 3), self.steps, np.uint8)
+    place = np.nan if self.steps >= 2 and self.trouble.get(self.seed) == "nan" else self.place
     return {"observation/image": image, "observation/wrist_image": image, "prompt": self.instruction,
-            "observation/state": np.array([self.seed, self.place, *[0] * 6], np.float32)}
+            "observation/state": np.array([self.seed, place, *[0] * 6], np.float32)}
+
+  def facts(self, seed: int) -> dict[str, str]:
+    return {"renderer": "a point"}
 
   def go_wrong(self, how: str) -> None:
+    if how == "nan":
+      return
     if how == "raise":
       raise ArithmeticError("the physics exploded")
     if how == "tell":

@@ -3,8 +3,9 @@
     python -m semanticvla_jax.evaluate --policy=runs/place/policy --suite=place --split=heldout --episodes=100 \\
         --baseline=checkpoints/base --controls --out=runs/place/report
 
-writes report.html (self-contained), results.json, the films and the pictures in it. Episodes run wholly on the device;
---host runs them through the interface that simulators have, one at a time.
+writes results.json after every row, then films, pictures and report.html (self-contained). Run again into the same
+folder it goes on: what was measured alike is kept, more episodes, suites and controls are added, broken episodes
+repeated. Episodes run wholly on the device; --host runs them through the interface that simulators have, one at a time.
 
     python -m semanticvla_jax.evaluate compare runs/a/report runs/b/report
 
@@ -23,24 +24,23 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import pathlib
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
 
-from semanticvla_jax import cli
+from semanticvla_jax import cli, files
+from semanticvla_jax.envs import libero as envs_libero
 from semanticvla_jax.envs import tabletop, tasks
-from semanticvla_jax.evaluate import compare, controls, doctor, libero, protocol, report, visualize
-from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost
+from semanticvla_jax.evaluate import compare, controls, doctor, folder, libero, protocol, report, visualize
+from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost, check_robot
 from semanticvla_jax.policy import Policy
 
 _COLOURS = re.compile(rf" ?\b({'|'.join((*tasks.COLOURS, 'white'))})\b")
@@ -51,6 +51,12 @@ def task(instruction: str) -> str:
   return _COLOURS.sub("", instruction)
 
 
+def instructions(suite: str, split: str, seeds: Sequence[int]) -> list[str]:
+  """What episodes ask for, by their seeds, without running them."""
+  found = jax.vmap(lambda seed: tasks.reset(tasks.seed_key(seed, split), suite, split).instruction)
+  return [tasks.INSTRUCTIONS[i] for i in np.asarray(jax.jit(found)(np.array(seeds, np.int32)))]
+
+
 class Evaluation:
   """One policy on one suite: its runner, and rows of the report.
 
@@ -58,11 +64,15 @@ class Evaluation:
     args: of the command line.
     policy: to measure.
     suite: of the tabletop.
+    name, kind: of its row.
+
+  Raises:
+    ValueError: the suite, the split or a seed does not exist, or the policy does not fit.
   """
 
-  def __init__(self, args: argparse.Namespace, policy: Policy, suite: str):
+  def __init__(self, args: argparse.Namespace, policy: Policy, suite: str, name: str, kind: str):
     self.args, self.policy, self.suite = args, policy, suite
-    self.seeds = range(args.seed, args.seed + args.episodes)
+    self.key, self.seeds = (suite, kind, name), range(args.seed, args.seed + args.episodes)
     tasks.check_seeds(self.seeds, args.split)
     self.runner = self.make(policy)
 
@@ -80,43 +90,71 @@ class Evaluation:
     if not args.host:
       batch = -(-args.episodes // -(-args.episodes // args.batch))  # equal batches
       return OnDevice(policy, self.suite, args.split, replay=args.replay, batch=batch, keep_states=True)
+    check_robot(policy, policy.replay if args.replay is None else args.replay)
     environment = tabletop.TabletopEnvironment(self.suite, args.split, policy.image_size)
-    return OnHost(policy, environment, replay=args.replay)
+    ask = lambda seed: instructions(self.suite, args.split, [seed])[0]  # noqa: E731
+    return OnHost(policy, environment, replay=args.replay, instruction=ask)
 
-  def row(self, name: str, kind: str, episodes: Episodes, **changes: Any) -> report.Row:
-    """A result with its summary and fingerprint."""
-    mark = self.fingerprint(**changes)
-    row = report.Row(name, kind, self.suite, protocol.summary(episodes, task), mark, episodes)
-    low, high = (100 * x for x in row.summary["interval"])
-    print(f"{self.suite:8} {name:42} {episodes.successes}/{episodes.valid}  ({low:.0f}–{high:.0f} %)", flush=True)
-    return row
+  def marks(self, names: Sequence[str]) -> dict[folder.Key, dict]:
+    """The fingerprints of the policy's own row and of the controls that apply."""
+    found = {self.key: self.fingerprint()}
+    for name, changes in controls.of_policy(self.policy, names).items():
+      told = {"told": "another episode's instruction"} if name == "shuffled" else {}
+      found[self.control(name)] = self.fingerprint(model_changes=changes, **told)
+    return found
 
-  def measure(self, name: str, kind: str) -> report.Row:
+  def control(self, name: str) -> folder.Key:
+    """The row of a control."""
+    return self.suite, "control", controls.NAMES[name]
+
+  def measure(self, results: folder.Results) -> report.Row:
     """The policy itself."""
-    return self.row(name, kind, self.runner.run(self.seeds, progress=_progress(name, self.args.episodes)))
+    runner, name = self._resumed(results, self.key, self.runner), self.key[2]
+    show = _progress(name, self.args.episodes, self.runner)
+    return self._row(results, self.key, self.fingerprint(), runner.run(self.seeds, progress=show))
 
-  def controls(self, result: Episodes, names: Sequence[str]) -> list[report.Row]:
-    """The policy with one thing taken away at a time."""
-    rows = []
-    make = lambda variant, name: self.make(variant)  # noqa: E731
-    for name, (episodes, changes) in controls.run(self.policy, self.runner, result, make, names).items():
-      told = {"told": "another episode's instruction"} if name == controls.NAMES["shuffled"] else {}
-      rows.append(self.row(name, "control", episodes, model_changes=changes, **told))
-    return rows
+  def controls(self, results: folder.Results, own: Episodes, names: Sequence[str]) -> None:
+    """The policy with one thing taken away at a time, each a row as soon as it is measured."""
+    marks, shuffled = self.marks(names), self.control("shuffled")
+    make = lambda variant, name: self._resumed(results, self.control(name), self.make(variant))  # noqa: E731
+    runner, before = self._resumed(results, shuffled, self.runner), results.before(shuffled)
+    pairs = [] if before is None else zip(before.seeds.tolist(), before.told, before.error)
+    said = {seed: told for seed, told, error in pairs if not error}
+    for name, episodes, _ in controls.each(self.policy, runner, own, make, names, said=said):
+      self._row(results, self.control(name), marks[self.control(name)], episodes)
+
+  def _resumed(self, results: folder.Results, key: folder.Key, runner: OnDevice | OnHost) -> folder.Resumed:
+    return folder.Resumed(runner, results.before(key), f"{key[0]}, {key[2]}")
+
+  def _row(self, results: folder.Results, key: folder.Key, mark: dict, episodes: Episodes) -> report.Row:
+    if key in results.found:
+      mark = folder.gone_on(results.found[key].fingerprint, mark, results.out)
+    return results.add(report.Row(key[2], key[1], key[0], protocol.summary(episodes, task), mark, episodes))
 
 
-def films(result: Episodes, count: int, folder: pathlib.Path, suite: str) -> list[report.Film]:
-  """Films of the first episodes, half of them failures where there are as many."""
-  chosen = choose(result.success, count)
+def with_states(evaluation: Evaluation, result: Episodes, count: int) -> Episodes:
+  """The result, if its states are known; else those of its episodes that are shown, run again."""
+  if result.states is not None:
+    return result
+  seeds = result.seeds[sorted(choose(result.success, count))]
+  return evaluation.runner.run(seeds)
+
+
+def films(result: Episodes, count: int, out: pathlib.Path, suite: str) -> list[report.Film]:
+  """Films of the first episodes, half of them failures where there are as many; those before one that fails."""
   found = []
-  for i in chosen:
+  folder.afterwards("films", lambda: [found.append(film) for film in _films(result, count, out, suite)], None)
+  return found
+
+
+def _films(result: Episodes, count: int, out: pathlib.Path, suite: str) -> Iterator[report.Film]:
+  for i in choose(result.success, count):
     steps, success = int(result.steps[i]), bool(result.success[i])
     states = jax.tree.map(lambda x: x[: steps + 1, i], result.states)  # noqa: B023
     frames = visualize.film(visualize.pictures(states), result.told[i], success, result.instruction[i])
-    path = folder / f"{suite}_{result.seeds[i]}_{'done' if success else 'not_done'}.mp4"
-    visualize.write_mp4(path, frames)
-    found.append(report.Film(path, result.told[i], success, steps, int(result.seeds[i])))
-  return found
+    path = out / f"{suite}_{result.seeds[i]}_{'done' if success else 'not_done'}.mp4"
+    folder.write_film(path, frames)
+    yield report.Film(path, result.told[i], success, steps, int(result.seeds[i]))
 
 
 def choose(success: np.ndarray, count: int) -> list[int]:
@@ -126,7 +164,7 @@ def choose(success: np.ndarray, count: int) -> list[int]:
   return good[: count - failures] + bad[:failures]
 
 
-def scenes(policy: Policy, result: Episodes, index: int, folder: pathlib.Path, suite: str) -> list[report.Scene]:
+def scenes(policy: Policy, result: Episodes, index: int, out: pathlib.Path, suite: str) -> list[report.Scene]:
   """What the policy looks at in one episode, at its first and a middle step, as told and told something else."""
   told = result.told[index]
   other = next((sentence for sentence in result.instruction if sentence != told), told)
@@ -142,45 +180,92 @@ def scenes(policy: Policy, result: Episodes, index: int, folder: pathlib.Path, s
     name = f"episode {result.seeds[index]} of {suite}, {moment}"
     found.append(report.Scene(name, shown, visualize.cue_tiles(views[i][0], looks[2 * i])))
     sheet = visualize.sheet([row for _, _, rows in shown for row in rows])
-    Image.fromarray(sheet).save(folder / f"{suite}_looks_{moment.replace(' ', '_')}.png")
+    files.write(out / f"{suite}_looks_{moment.replace(' ', '_')}.png", visualize.png(sheet))
   return found
 
 
-def run(args: argparse.Namespace, out: pathlib.Path) -> tuple[list[report.Row], list, list, dict[str, float]]:
-  """All measurements: rows, films, scenes, and seconds by stage."""
-  rows, shown, looked, seconds = [], [], [], report.Stages()
-  timed = seconds.timed
+class Job(NamedTuple):
+  """What is measured on one suite: the policy, and what it was fine-tuned from, if that is asked for."""
+
+  own: Evaluation
+  before: Evaluation | None
+
+
+def jobs(args: argparse.Namespace, timed: Callable) -> list[Job]:
+  """All that is measured, suite by suite, after everything that can be checked without an episode.
+
+  Args:
+    args: of the command line.
+    timed: of `report.Stages`.
+
+  Raises:
+    ValueError: something does not exist, does not fit, or cannot be measured.
+  """
   options = dict(dataset=args.dataset, dtype=args.dtype, batch_sizes=(1,) if args.host else ())
   policy = timed("load", lambda: Policy.load(args.policy, **options))
   before = timed("load", lambda: Policy.load(args.baseline, **options)) if args.baseline else None
-  for suite in args.suite.split(","):
-    evaluation = Evaluation(args, policy, suite)
-    baseline = None if before is None else Evaluation(args, before, suite)
+  found = []
+  for suite in folder.suites(args.suite, tasks.SUITES):
+    own = Evaluation(args, policy, suite, "this policy", "policy")
+    baseline = None if before is None else Evaluation(args, before, suite, "before", "baseline")
     if baseline is not None:
       # Fine-tuning gives the statistics the name of its own data.
-      protocol.require_alike(evaluation.fingerprint(), baseline.fingerprint(), but=("policy.dataset",))
-    main = timed("evaluate", lambda: evaluation.measure("this policy", "policy"))  # noqa: B023
-    rows.append(main)
-    if baseline is not None:
-      rows.append(timed("baseline", lambda: baseline.measure("before", "baseline")))  # noqa: B023
-    if args.controls:
-      names = args.controls.split(",")
-      rows += timed("controls", lambda: evaluation.controls(main.episodes, names))  # noqa: B023
-    if main.episodes.states is not None and args.films:
-      shown += timed("films", lambda: films(main.episodes, args.films, out, suite))  # noqa: B023
-      index = choose(main.episodes.success, 1)[0]
-      looked += timed("pictures", lambda: scenes(policy, main.episodes, index, out, suite))  # noqa: B023
-  return rows, shown, looked, seconds
+      protocol.require_alike(own.fingerprint(), baseline.fingerprint(), but=("policy.dataset",))
+    if "shuffled" in _controls(args):
+      controls.shuffle(instructions(suite, args.split, own.seeds))
+    found.append(Job(own, baseline))
+  if left := [name for name in _controls(args) if name not in controls.of_policy(policy, _controls(args))]:
+    logging.warning("Controls left out, for they change nothing in this policy: %s", ", ".join(left))
+  return found
 
 
-def _progress(name: str, total: int) -> Callable[[int, int], None]:
+def measure(args: argparse.Namespace, results: folder.Results) -> list[tuple[Job, Episodes]]:
+  """Measures what an earlier run has not, each row on disk when it is there; the policy's own episodes by suite."""
+  timed, names = results.seconds.timed, _controls(args)
+  planned, found = jobs(args, timed), []
+  marks = {key: mark for job in planned for key, mark in job.own.marks(names).items()}
+  marks |= {job.before.key: job.before.fingerprint() for job in planned if job.before is not None}
+  results.check(marks, planned[0].own.seeds)
+  for own, before in planned:
+    row = timed("evaluate", lambda: own.measure(results))  # noqa: B023
+    found.append((Job(own, before), row.episodes))
+    if before is not None:
+      timed("baseline", lambda: before.measure(results))  # noqa: B023
+    if names and row.episodes.valid:
+      timed("controls", lambda: own.controls(results, row.episodes, names))  # noqa: B023
+  results.write()  # with the seconds of the last stage
+  return found
+
+
+def show(args: argparse.Namespace, results: folder.Results, found: list[tuple[Job, Episodes]]) -> dict[str, list]:
+  """Films and pictures, as many as can be made."""
+  shown, looked, timed = [], [], results.seconds.timed
+  for job, episodes in found if args.films and not args.host else ():
+    again = lambda: with_states(job.own, episodes, args.films)  # noqa: B023, E731
+    result = timed("films", lambda: folder.afterwards("films", again, None))  # noqa: B023
+    if result is None:
+      continue
+    shown += timed("films", lambda: films(result, args.films, results.out, job.own.suite))  # noqa: B023
+    index = choose(result.success, 1)[0]
+    look = lambda: scenes(job.own.policy, result, index, results.out, job.own.suite)  # noqa: B023, E731
+    looked += timed("pictures", lambda: folder.afterwards("pictures", look, []))  # noqa: B023
+  return {"films": shown, "scenes": looked}
+
+
+def _controls(args: argparse.Namespace) -> list[str]:
+  return args.controls.split(",") if args.controls else []
+
+
+def _progress(name: str, total: int, runner: OnDevice | OnHost) -> Callable[[int, int], None]:
   start = time.perf_counter()
 
   def show(done: int, successes: int) -> None:
     rate = done / (time.perf_counter() - start)
     if sys.stderr.isatty():
       end = "\n" if done == total else ""
-      print(f"\r{name}: {done}/{total}, {successes} done, {rate:.1f} episodes/s", end=end, file=sys.stderr, flush=True)
+      broke = f", {runner.broken} broke" if runner.broken else ""
+      line = f"\r{name}: {done}/{total}, {successes} succeeded{broke}, {rate:.1f} episodes/s"
+      print(line, end=end, file=sys.stderr, flush=True)
 
   return show
 
@@ -202,7 +287,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--seed", type=int, default=0, help="of the first episode (default: 0)")
   parser.add_argument("--replay", type=int, help="actions executed before asking again (default: the whole chunk)")
   parser.add_argument("--batch", type=int, default=64, help="episodes run together on the device (default: 64)")
-  parser.add_argument("--out", help="folder for the report; must not hold one (default: runs/<policy>_<suite>)")
+  parser.add_argument(
+    "--out", help="folder for the report; one measured alike is gone on with (default: runs/<policy>_<suite>)"
+  )
   parser.add_argument("--baseline", help="policy folder of before the fine-tuning, measured alike")
   parser.add_argument(
     "--controls", nargs="?", const=",".join(controls.NAMES), default="",
@@ -219,6 +306,36 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   return args
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+  """Raises ValueError for numbers that are out of range whatever the policy."""
+  if args.episodes < 1 or args.batch < 1:
+    raise ValueError(f"Evaluation: got episodes={args.episodes}, batch={args.batch}; expected at least 1 each.")
+  if args.films < 0 or (args.replay is not None and args.replay < 1):
+    raise ValueError(f"Evaluation: got films={args.films}, replay={args.replay}; expected at least 0 and 1.")
+
+
+def _check_suites(names: Sequence[str]) -> None:
+  """Raises ValueError for suites of both simulators at once, which have flags of their own."""
+  ours, libero_s = ([name for name in names if name.strip() in known] for known in (tasks.SUITES, envs_libero.SUITES))
+  if ours and libero_s:
+    raise ValueError(
+      f"Suites: got {ours} of the tabletop with {libero_s} of LIBERO; expected those of one; evaluate one after the "
+      "other, each with its own --out."
+    )
+
+
+def evaluate(args: argparse.Namespace, out: pathlib.Path, command: str) -> list[str]:
+  """Measures, then shows; returns what to say of rows without a rate."""
+  lines = folder.metrics(args.metrics)
+  if args.films and not args.host:
+    folder.warn_without_ffmpeg()
+  results = folder.Results(out, command, "all is measured again")
+  found = measure(args, results)
+  shown = show(args, results, found)
+  folder.write_page(out, results, title=args.title, metrics=lines, **shown)
+  return results.no_rates()
+
+
 def main(argv: list[str]) -> None:
   """Measures, writes results.json and report.html, and says where; problems end the program with their message."""
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -226,28 +343,24 @@ def main(argv: list[str]) -> None:
     return compare.main(argv[1:])
   if argv[:1] == ["doctor"]:
     return doctor.main(argv[1:])
-  if any("libero" in word for word in _values(argv, "--suite")):
-    return libero.main(argv)
-  args = _arguments(argv)
-  out = pathlib.Path(args.out)
-  command = "python -m semanticvla_jax.evaluate " + shlex.join(argv)
+  names = [name for words in _values(argv, "--suite")[-1:] for name in words.split(",")]
   try:
-    if args.episodes < 1 or args.batch < 1:
-      raise ValueError(f"Evaluation: got episodes={args.episodes}, batch={args.batch}; expected at least 1 each.")
-    controls.check(args.controls.split(",") if args.controls else ())
-    if (out / "results.json").exists():
-      raise ValueError(f"Report exists: got {out}; expected a folder without results.json; choose another.")
-    metrics = report.read_metrics(args.metrics) if args.metrics else []
-    out.mkdir(parents=True, exist_ok=True)
-    rows, shown, looked, seconds = run(args, out)
+    _check_suites(names)
+    if any("libero" in name for name in names):
+      return libero.main(argv)
+    args = _arguments(argv)
+    _check_numbers(args)
+    controls.check(_controls(args))
+    for name in folder.suites(args.suite, [*tasks.SUITES, *names]):
+      tasks.max_steps(name)  # names the nearest
+    tasks.check_split(args.split)
+    out = pathlib.Path(args.out)
+    with folder.alone(out):
+      missing = evaluate(args, out, "python -m semanticvla_jax.evaluate " + shlex.join(argv))
   except ValueError as error:
     sys.exit(str(error))
-  (out / "results.json").write_text(json.dumps(report.results(rows, command, seconds), indent=2) + "\n")
-  page = report.write(
-    out / "report.html", title=args.title, rows=rows, films=shown, scenes=looked, metrics=metrics, command=command,
-    seconds=seconds,
-  )
-  print(f"report: {page.resolve()}")
+  if missing:
+    sys.exit("\n".join(missing))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ on the same episodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,14 @@ NAMES = {
 }
 
 
-def shuffle(instructions: Sequence[str], seed: int = 0) -> list[str]:
+def shuffle(instructions: Sequence[str], seed: int = 0, said: Mapping[int, str] | None = None) -> list[str]:
   """The sentences in another order, such that no episode keeps its own; which sentences there are does not change.
+
+  Args:
+    instructions: each episode's own.
+    seed: of the order.
+    said: {index: sentence} of episodes that were told something before; they keep it, where the rest can be arranged
+      round it.
 
   Raises:
     ValueError: one sentence is more than half of all, so that some episode would have to keep it.
@@ -36,24 +43,92 @@ def shuffle(instructions: Sequence[str], seed: int = 0) -> list[str]:
       f"Shuffled instructions: got {str(names[counts.argmax()])!r} in {counts.max()} of {len(instructions)} episodes; "
       "expected at most half; run more episodes or a suite with more tasks."
     )
+  whole = _arrange(instructions, instructions, seed)
+  if said is None or all(whole[i] == sentence for i, sentence in said.items()):
+    return whole
+  rest = [i for i in range(len(instructions)) if i not in said]
+  pool = collections.Counter(instructions)
+  pool.subtract(said.values())
+  own = [instructions[i] for i in rest]
+  kept = all(sentence != instructions[i] for i, sentence in said.items()) and min(pool.values()) >= 0
+  if not kept or any(pool[name] + own.count(name) > len(rest) for name in pool):
+    return whole
+  told = _arrange(own, sorted(pool.elements()), seed)
+  return [said[i] if i in said else told[rest.index(i)] for i in range(len(instructions))]
+
+
+def _arrange(own: Sequence[str], pool: Sequence[str], seed: int) -> list[str]:
+  """As many sentences in an order in which none is an episode's own; there is one."""
   rng = np.random.default_rng(seed)
-  order = rng.permutation(len(instructions))
-  while stuck := [i for i, j in enumerate(order) if instructions[i] == instructions[j]]:
+  order = rng.permutation(len(own))
+  while stuck := [i for i, j in enumerate(order) if own[i] == pool[j]]:
     i = stuck[0]
-    free = [
-      j for j in range(len(order))
-      if instructions[order[j]] != instructions[i] and instructions[order[i]] != instructions[j]
-    ]
+    free = [j for j in range(len(order)) if pool[order[j]] != own[i] and pool[order[i]] != own[j]]
     j = rng.choice(free)
     order[i], order[j] = order[j], order[i]
-  return [instructions[j] for j in order]
+  return [pool[j] for j in order]
 
 
 def check(names: Sequence[str]) -> None:
-  """Raises ValueError for a control that there is not, before anything is measured for it."""
+  """Raises ValueError for a control that there is not, or one named twice, before anything is measured for it."""
   unknown = sorted(set(names) - set(NAMES))
   if unknown:
     raise ValueError(f"Controls: got {unknown}; expected some of {[*NAMES]}; choose among them.")
+  if len(set(names)) < len(names):
+    raise ValueError(f"Controls: got {[*names]}; expected each once; name none twice.")
+
+
+def applying(config: Mapping, prunes: bool, names: Sequence[str]) -> dict[str, dict]:
+  """Those controls that change something in a policy: {name: what they change in its model's config}.
+
+  Args:
+    config: of the model.
+    prunes: whether the model prunes by the instruction.
+    names: which of NAMES.
+  """
+  check(names)
+  own, found = config.get("anchor_rule", "similarity"), {}
+  for name in names:
+    if name == "shuffled":
+      found[name] = {}
+    elif name == "blind":
+      found[name] = {"images": "grey"}
+    elif prunes and name != own:
+      found[name] = {"anchor_rule": name}
+  return found
+
+
+def of_policy(policy: Policy, names: Sequence[str]) -> dict[str, dict]:
+  """As `applying`, for a policy."""
+  prunes = policy.bare.siglip_id_pruner is not None or policy.bare.dino_id_pruner is not None
+  return applying(policy.config["model"], prunes, names)
+
+
+def each(
+  policy: Policy,
+  runner: Any,
+  result: Episodes,
+  make: Callable[[Policy, str], Any],
+  names: Sequence[str] = tuple(NAMES),
+  seed: int = 0,
+  said: Mapping[int, str] | None = None,
+) -> Iterator[tuple[str, Episodes, dict]]:
+  """Yields the controls that apply to this policy one by one, on the episodes of `result`; see `run`.
+
+  Args:
+    said: what episodes, by their seeds, were told in an earlier run of the shuffled control.
+
+  Yields:
+    (name, episodes, what was changed in the model's config).
+  """
+  for name, changes in of_policy(policy, names).items():
+    if name == "shuffled":
+      before = {i: said[int(one)] for i, one in enumerate(result.seeds) if int(one) in (said or {})}
+      yield name, runner.run(result.seeds, shuffle(result.instruction, seed, before)), changes
+    elif name == "blind":
+      yield name, make(policy.blind(), name).run(result.seeds), changes
+    else:
+      yield name, make(policy.variant(**changes), name).run(result.seeds), changes
 
 
 def run(
@@ -77,15 +152,5 @@ def run(
   Returns:
     {description: (episodes, what was changed in the model's config)}.
   """
-  check(names)
-  prunes = policy.bare.siglip_id_pruner is not None or policy.bare.dino_id_pruner is not None
-  own = policy.config["model"].get("anchor_rule", "similarity")
-  found = {}
-  for name in names:
-    if name == "shuffled":
-      found[NAMES[name]] = (runner.run(result.seeds, shuffle(result.instruction, seed)), {})
-    elif name == "blind":
-      found[NAMES[name]] = (make(policy.blind(), name).run(result.seeds), {"images": "grey"})
-    elif prunes and name != own:
-      found[NAMES[name]] = (make(policy.variant(anchor_rule=name), name).run(result.seeds), {"anchor_rule": name})
-  return found
+  found = each(policy, runner, result, make, names, seed)
+  return {NAMES[name]: (episodes, changes) for name, episodes, changes in found}

@@ -2,8 +2,9 @@
 
     python -m semanticvla_jax.evaluate --policy=DIR --suite=libero_object --out=runs/object --workers=2
 
-Run again after an interruption it goes on at the next episode. Everything that changes a success rate is in the
-result's fingerprint; `evaluate compare` refuses results that were measured otherwise.
+Run again into the same folder it goes on: at the next episode after an interruption, with more --trials, suites or
+controls, and with episodes that broke. Everything that changes a success rate is in the result's fingerprint; episodes
+that were measured otherwise are not gone on with, and `evaluate compare` refuses such results.
 
     python -m semanticvla_jax.evaluate --recorded=DEMONSTRATIONS --suite=libero_object --out=runs/proof --trials=2
 
@@ -13,27 +14,32 @@ sends recorded actions through the same path, from the first states that they we
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import io
 import json
 import logging
 import pathlib
 import shlex
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from semanticvla_jax import checkpoint
-from semanticvla_jax.data import images, text
+from semanticvla_jax import checkpoint, files
+from semanticvla_jax.data import images, statistics, text
 from semanticvla_jax.envs import libero, libero_simulator
 from semanticvla_jax.envs.process import BrokenEnvironment
-from semanticvla_jax.evaluate import controls, protocol, report, visualize
+from semanticvla_jax.evaluate import controls, protocol, report, simulators, visualize
+from semanticvla_jax.evaluate import folder as places
 from semanticvla_jax.evaluate.recorded import Recorded
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.simulators import OnSimulators, Record, Records
+from semanticvla_jax.models.semanticvla import build
 from semanticvla_jax.policy import Policy
 
 _VIEWS = ("observation/image", "observation/wrist_image")
@@ -60,7 +66,8 @@ PROTOCOLS = {"openvla": Protocol(0, 8, 95), "openpi": Protocol(7, 5, None)}
 class Watch:
   """Keeps what a report shows: films of the first episodes of either outcome, and two moments of one of them.
 
-  On disk at once, so that a resumed evaluation shows what came before, too.
+  On disk at once, so that a resumed evaluation shows what came before, too. What cannot be written is missing in the
+  report, which is said; what is damaged is made again.
 
   Args:
     folder: of the report. name: begins the names of its files.
@@ -71,36 +78,87 @@ class Watch:
   def __init__(self, folder: pathlib.Path, name: str, count: int, replay: int):
     self.folder, self.name, self.count, self.replay = folder, name, count, replay
     self._list, self._moments = folder / f"{name}_films.json", folder / f"{name}_moments.npz"
-    self.films = json.loads(self._list.read_text()) if self._list.exists() else []
+    self._works = True
+    films = places.read_json(self._list, self._listed, None, "the films that are there are listed again")
+    self.films = self._there() if films is None and any(folder.glob(f"{name}_*_*.mp4")) else films or []
+    if self._moments.exists() and self._kept() is None:
+      aside = places.set_aside(self._moments)
+      logging.warning("%s is damaged: kept as %s; those of the next episode are taken", self._moments, aside.name)
 
   def __call__(self, record: Record, seen: list[dict]) -> None:
     """Takes an episode that ended."""
-    alike = [film for film in self.films if film["success"] == record.success]
-    if record.error is not None or not seen or len(alike) >= -(-self.count // 2):
-      return
-    if not self._moments.exists() or (record.success and not alike):
+    if record.error is None and seen and self._works:
+      self._works = places.afterwards("Films", lambda: self._take(record, seen), False)
+
+  def _take(self, record: Record, seen: list[dict]) -> bool:
+    """Makes a film of an episode that has a place among those shown; True."""
+    if not self._moments.exists() or (record.success and not any(film["success"] for film in self.films)):
       self._keep_moments(record, [seen[0], seen[len(seen) // 2]])
+    rest = self._room(record.success)
+    if rest is None:
+      return True
     frames = np.stack([np.stack([one[name] for name in _VIEWS]) for one in seen])
     steps = [min(i * self.replay, record.steps) for i in range(len(seen))]
     path = self.folder / f"{self.name}_{record.seed}_{'done' if record.success else 'not_done'}.mp4"
     pictures = visualize.film(frames, record.told, record.success, record.instruction, steps)
-    visualize.write_mp4(path, pictures, fps=max(1, round(_RATE / self.replay)))
-    self.films.append(
-      {"path": path.name, "told": record.told, "success": record.success, "steps": record.steps, "seed": record.seed}
-    )
-    self._list.write_text(json.dumps(self.films))
+    places.write_film(path, pictures, fps=max(1, round(_RATE / self.replay)))
+    dropped = [film["path"] for film in self.films if film not in rest]
+    self.films = [film for film in rest if film["path"] != path.name] + [self._entry(path, record)]
+    files.write_json(self._list, self.films)
+    for name in dropped:
+      (self.folder / name).unlink(missing_ok=True)
+    return True
+
+  def _room(self, success: bool) -> list[dict] | None:
+    """The films that stay beside one more of this outcome; None where there is no place for it."""
+    if len(self.films) < self.count:
+      return self.films
+    alike = [film for film in self.films if film["success"] == success]
+    share = self.count - self.count // 2 if success else self.count // 2
+    if len(alike) >= share:
+      return None
+    last = [film for film in self.films if film["success"] != success][-1]
+    return [film for film in self.films if film is not last]
 
   def shown(self) -> list[report.Film]:
     """The films, successes first."""
     found = [report.Film(**film | {"path": self.folder / film["path"]}) for film in self.films]
     return sorted(found, key=lambda film: (not film.success, film.seed))[: self.count]
 
+  @staticmethod
+  def _entry(path: pathlib.Path, record: Record) -> dict:
+    return {
+      "path": path.name, "told": record.told, "success": record.success, "steps": record.steps, "seed": record.seed
+    }
+
+  def _listed(self, value: list[dict]) -> list[dict]:
+    """Films of the list that are on disk; those that are not are told."""
+    found = [{key: one[key] for key in ("path", "told", "success", "steps", "seed")} for one in value]
+    there = [one for one in found if _whole(self.folder / one["path"])]
+    if gone := [one["path"] for one in found if one not in there]:
+      logging.warning("%s: films are missing or damaged, and left out: %s", self._list, ", ".join(gone))
+    return there
+
+  def _there(self) -> list[dict]:
+    """The films on disk whose episodes are recorded."""
+    records = Records(self.folder / f"{self.name}_policy.jsonl", repair=True).found.values()
+    paths = [self.folder / f"{self.name}_{one.seed}_{'done' if one.success else 'not_done'}.mp4" for one in records]
+    return [self._entry(path, one) for path, one in zip(paths, records) if _whole(path)][: self.count]
+
+  def _kept(self) -> dict[str, np.ndarray] | None:
+    """The moments; None where the file is damaged."""
+    try:
+      with np.load(self._moments) as file:
+        kept = {key: file[key] for key in file.files}
+      return kept if {"told", "seed", *(key.replace("/", "|") for key in _VIEWS)} <= kept.keys() else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+      return None
+
   def looked(self, policy: Policy, sentences: Sequence[str]) -> list[report.Scene]:
     """What the policy looked at in the moments kept, as told and told another of `sentences`."""
-    if not self._moments.exists():
+    kept = self._kept() if self._moments.exists() else None
+    if kept is None:
       return []
-    with np.load(self._moments) as file:
-      kept = {key: file[key] for key in file.files}
     told, seed = str(kept.pop("told")), int(kept.pop("seed"))
     other = next((sentence for sentence in sentences if sentence != told), told)
     scenes = []
@@ -113,12 +171,19 @@ class Watch:
       shown = [(said["prompt"], label, visualize.tiles(views, look)) for said, label, look in zip(pair, labels, looks)]
       scenes.append(report.Scene(f"episode {seed}, {moment}", shown, visualize.cue_tiles(views[0], looks[0])))
       sheet = visualize.sheet([row for _, _, rows in shown for row in rows])
-      Image.fromarray(sheet).save(self.folder / f"{self.name}_looks_{moment.replace(' ', '_')}.png")
+      files.write(self.folder / f"{self.name}_looks_{moment.replace(' ', '_')}.png", visualize.png(sheet))
     return scenes
 
   def _keep_moments(self, record: Record, moments: list[dict]) -> None:
     arrays = {key.replace("/", "|"): np.stack([one[key] for one in moments]) for key in (*_VIEWS, "observation/state")}
-    np.savez(self._moments, told=record.told, seed=record.seed, **arrays)
+    buffer = io.BytesIO()
+    np.savez(buffer, told=record.told, seed=record.seed, **arrays)
+    files.write(self._moments, buffer.getvalue())
+
+
+def _whole(path: pathlib.Path) -> bool:
+  """Whether a film is there, to its end."""
+  return path.is_file() and b"moov" in path.read_bytes()
 
 
 def _large(view: np.ndarray) -> np.ndarray:
@@ -133,11 +198,11 @@ class Evaluation:
     args: of the command line.
     policy: of `load`.
     suite: of LIBERO.
-    out: folder of the report.
+    results: of the report.
   """
 
-  def __init__(self, args: argparse.Namespace, policy: Any, suite: str, out: pathlib.Path):
-    self.args, self.policy, self.suite, self.out = args, policy, suite, out
+  def __init__(self, args: argparse.Namespace, policy: Any, suite: str, results: places.Results):
+    self.args, self.policy, self.suite, self.results, self.out = args, policy, suite, results, results.out
     chosen, self.seeds = PROTOCOLS[args.protocol], seeds(args, suite)
     self.settings = settings(args, suite)
     own = policy.metadata.get("jpeg_quality")
@@ -145,7 +210,7 @@ class Evaluation:
     replay = min(chosen.replay, policy.metadata["chunk"]) if args.replay is None else args.replay
     tasks = libero.tasks(suite)
     begun = policy.beginnings if isinstance(policy, Recorded) else None
-    self.watch = Watch(out, suite, args.films, replay) if args.films else None
+    self.watch: Watch | None = None
     self.simulators = OnSimulators(
       policy, lambda: libero_simulator.start(self.settings, begun, args.timeout), workers=args.workers, replay=replay,
       group=lambda seed: seed // libero.EPISODES, instruction=lambda seed: tasks[seed // libero.EPISODES].instruction,
@@ -192,52 +257,82 @@ class Evaluation:
     return digest.hexdigest()[:16]
 
   def measure(self) -> report.Row:
-    """The policy itself."""
+    """The policy itself.
+
+    Raises:
+      BrokenEnvironment: all of the first episodes broke; they are a row of the results all the same.
+    """
     mark = self._claim(self.fingerprint())
-    self.simulators.seen = self.watch
-    episodes = self.runner(self.policy, "policy").run(self.seeds)
-    self.simulators.seen = None
+    self.watch = Watch(self.out, self.suite, self.args.films, self.replay) if self.args.films else None
+    self.simulators.seen, runner = self.watch, self.runner(self.policy, "policy")
     name = "recorded actions" if isinstance(self.policy, Recorded) else "this policy"
+    try:
+      episodes = runner.run(self.seeds)
+    except BrokenEnvironment:
+      tried = Records(self.out / f"{self.suite}_policy.jsonl", repair=True).found
+      if some := [tried[seed] for seed in self.seeds if seed in tried]:
+        self.row(name, "policy", simulators.episodes(some), mark)
+      raise
+    finally:
+      self.simulators.seen = None
     return self.row(name, "policy", episodes, mark)
 
-  def controls(self, result: Episodes, names: Sequence[str]) -> list[report.Row]:
-    """The policy with one thing taken away at a time."""
-    rows, main = [], self.runner(self.policy, "policy")
-    for name, (episodes, changes) in controls.run(self.policy, main, result, self.runner, names).items():
-      told = {"told": name} if name == controls.NAMES["shuffled"] else {}
-      rows.append(self.row(name, "control", episodes, self.fingerprint(model_changes=changes, **told)))
-    return rows
+  def controls(self, result: Episodes, names: Sequence[str]) -> None:
+    """The policy with one thing taken away at a time, each a row as soon as it is measured."""
+    main = self.runner(self.policy, "policy")
+    before = Records(self.out / f"{self.suite}_shuffled.jsonl", repair=True).found
+    said = {seed: record.told for seed, record in before.items() if record.error is None}
+    for name, episodes, changes in controls.each(self.policy, main, result, self.runner, names, said=said):
+      told = {"told": controls.NAMES[name]} if name == "shuffled" else {}
+      self.row(controls.NAMES[name], "control", episodes, self.fingerprint(model_changes=changes, **told))
 
   def runner(self, policy: Any, label: str) -> _Runner:
     """Runs a policy in the simulators there are, its finished episodes in files of their own."""
     return _Runner(self, policy, label)
 
   def row(self, name: str, kind: str, episodes: Episodes, mark: Mapping) -> report.Row:
-    """A result with its summary."""
-    row = report.Row(name, kind, self.suite, protocol.summary(episodes, str), dict(mark), episodes)
-    low, high = (100 * x for x in row.summary["interval"])
-    broken = f", {row.summary['errors']} broke" if row.summary["errors"] else ""
-    count = f"{episodes.successes}/{episodes.valid}"
-    print(f"{self.suite:14} {name:42} {count}  ({low:.0f}–{high:.0f} %){broken}", flush=True)
-    return row
+    """A result with its summary, recorded."""
+    return self.results.add(report.Row(name, kind, self.suite, protocol.summary(episodes, str), dict(mark), episodes))
 
   def _claim(self, mark: Mapping) -> dict:
-    """Notes the fingerprint, or checks that episodes found here were measured with the same; returns that of all.
-
-    More or fewer episodes are no difference, nor is where the policy lies; sources that differ are all named.
-    """
-    path, now = self.out / f"{self.suite}_fingerprint.json", json.loads(json.dumps(mark))
-    before = json.loads(path.read_text()) if path.exists() else now
-    if lines := protocol.unlike(before, now, (*protocol.NOTED, *protocol.COUNTED, "policy.folder")):
-      listing = "\n  ".join(lines)
-      raise ValueError(
-        f"{self.out} holds episodes that were measured otherwise: got\n  {listing}\nexpected the same; choose "
-        "another --out."
-      )
-    parts = [part for each in (before, now) for part in each.get("sources", "").split()]
-    now["sources"] = " ".join(dict.fromkeys(parts))
-    path.write_text(json.dumps(now, indent=2) + "\n")
+    """Notes the fingerprint, or checks that episodes found here were measured with the same; returns that of all."""
+    path = self.out / f"{self.suite}_fingerprint.json"
+    now = places.gone_on(self._noted(path) or json.loads(json.dumps(mark)), mark, self.out)
+    files.write_json(path, now)
     return now
+
+  def _noted(self, path: pathlib.Path) -> dict | None:
+    """The fingerprint of the episodes found here; None where there is none, or they had to be set aside without."""
+    there, noted = path.exists(), places.read_json(path, _fingerprint, None, "results.json may know it")
+    found = [self.out / name for name in _episode_files(self.suite) if (self.out / name).exists()]
+    if noted is not None or not found:
+      return noted
+    rows = places.read_json(self.out / "results.json", lambda value: value["results"], [], "built anew")
+    marks = [row["fingerprint"] for row in rows if (row["suite"], row["kind"]) == (self.suite, "policy")]
+    if marks:
+      logging.warning("%s: taken from results.json", path)
+      return marks[0]
+    names = ", ".join(one.name for one in found)
+    if not there:
+      logging.warning("%s is missing: episodes in %s are taken for such as are measured now", path, names)
+      return None
+    moved = [places.set_aside(one).name for one in (*found, *self.out.glob(f"{self.suite}_films.json"))]
+    logging.warning(
+      "%s: how the episodes in %s were measured is not known; they are kept as %s and measured again (rename them back "
+      "and remove %s where you know that nothing changed)", self.out, names, ", ".join(moved), path.name,
+    )  # fmt: skip
+    return None
+
+
+def _fingerprint(value: Mapping) -> dict:
+  if not {"suite", "replay", "policy"} & value.keys():
+    raise KeyError("suite")
+  return {**value}
+
+
+def _episode_files(suite: str) -> list[str]:
+  """Names of all files of episodes that an evaluation of a suite may write."""
+  return [f"{suite}_{label}.jsonl" for label in ("policy", *controls.NAMES)]
 
 
 class _Runner:
@@ -248,30 +343,36 @@ class _Runner:
 
   def run(self, seeds: Sequence[int] | np.ndarray, told: Sequence[str] | None = None) -> Episodes:
     owner, label = self.owner, self.label if told is None else "shuffled"
-    records = Records(owner.out / f"{owner.suite}_{label}.jsonl")
-    owner.simulators.policy = self.policy
-    return owner.simulators.run(seeds, told, progress(f"{owner.suite} {label}", len(seeds)), records)
+    records, running = Records(owner.out / f"{owner.suite}_{label}.jsonl", repair=True), owner.simulators
+    running.policy = self.policy
+    show = progress(f"{owner.suite} {label}", len(seeds), lambda: running.broken)
+    return running.run(seeds, told, show, records)
 
 
 def broken(out: pathlib.Path) -> dict[str, dict[int, str]]:
   """The tracebacks of all episodes that broke each time, by file of episodes and number."""
-  found = {path.stem: Records(path).found.values() for path in sorted(out.glob("*.jsonl"))}
+  paths = sorted(out / name for suite in libero.SUITES for name in _episode_files(suite) if (out / name).exists())
+  found = {path.stem: Records(path, repair=True).found.values() for path in paths}
   errors = {name: {one.seed: one.error for one in records if one.error is not None} for name, records in found.items()}
   return {name: some for name, some in errors.items() if some}
 
 
-def progress(name: str, total: int) -> Callable[[int, int], None]:
-  """Prints, after each episode, how many are done and succeeded, and how long the rest will take."""
+def progress(name: str, total: int, broken: Callable[[], int] = lambda: 0) -> Callable[[int, int], None]:
+  """Prints, after each episode, how many are done, succeeded and broke, and how long the rest will take.
+
+  Args:
+    name: of what is measured. total: its episodes.
+    broken: how many broke so far, which are in no rate.
+  """
   start, first = time.perf_counter(), []
 
   def show(done: int, successes: int) -> None:
     first.append(done - 1)  # those found are not counted in the rate
     rate = (done - first[0]) / (time.perf_counter() - start)
-    left = (total - done) / rate / 60
-    print(
-      f"{name}: {done}/{total}, {successes} succeeded ({100 * successes / done:.0f} %), {60 * rate:.1f} episodes/min, "
-      f"{left:.0f} min left", flush=True,
-    )  # fmt: skip
+    left, broke = (total - done) / rate / 60, broken()
+    share = protocol.percent(successes, done - broke, 0) + (f" of {done - broke}, {broke} broke" if broke else "")
+    times = f"{60 * rate:.1f} episodes/min, {left:.0f} min left"
+    print(f"{name}: {done}/{total}, {successes} succeeded ({share}), {times}", flush=True)
 
   return show
 
@@ -307,17 +408,87 @@ def load(args: argparse.Namespace, suite: str) -> Any:
     ValueError: the policy is of another robot, or its statistics are of other suites.
   """
   if args.recorded:
-    return Recorded(args.recorded, suite, seeds(args, suite), args.replay or PROTOCOLS[args.protocol].replay)
+    return _recorded(args.recorded, suite, tuple(seeds(args, suite)), args.replay or PROTOCOLS[args.protocol].replay)
   sizes = sorted({args.workers, *(2**i for i in range(args.workers.bit_length()))})
   dataset = args.dataset or _dataset([*checkpoint.read_policy_json(args.policy)[1]], suite)
-  policy = Policy.load(args.policy, dataset=dataset, dtype=args.dtype, batch_sizes=sizes)
-  views, width, actions = policy.bare.num_views, policy.bare.proprio_dim, policy.metadata["action_dim"]
+  return Policy.load(args.policy, dataset=dataset, dtype=args.dtype, batch_sizes=sizes)
+
+
+@functools.cache
+def _recorded(folder: str, suite: str, seeds: tuple[int, ...], replay: int) -> Recorded:
+  return Recorded(folder, suite, seeds, replay)
+
+
+def check(args: argparse.Namespace) -> None:
+  """Finds out what can be known before an episode, of all suites.
+
+  Raises:
+    ValueError: something does not exist, does not fit, or cannot be measured.
+  """
+  names = args.controls.split(",") if args.controls else []
+  controls.check(names)
+  if names and args.recorded:
+    raise ValueError(f"Controls: got {names} with --recorded; expected a policy, for they change it; leave them out.")
+  suites = places.suites(args.suite, libero.SUITES)
+  _check_numbers(args)
+  for suite in suites:
+    settings(args, suite)
+    tasks, numbers = libero.tasks(suite), seeds(args, suite)
+    if args.recorded:
+      load(args, suite)
+      continue
+    _check_policy(args, suite)
+    if "shuffled" in names:
+      controls.shuffle([tasks[seed // libero.EPISODES].instruction for seed in numbers])
+    _check_states(suite, numbers)
+  libero.find_assets(args.assets)
+  if args.policy:
+    _tell_left_out(args.policy, names)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+  if args.workers < 1 or args.films < 0 or args.timeout <= 0 or (args.replay is not None and args.replay < 1):
+    raise ValueError(
+      f"Evaluation: got workers={args.workers}, films={args.films}, timeout={args.timeout:g}, replay={args.replay}; "
+      "expected at least 1, at least 0, more than 0, at least 1; change what is less."
+    )
+
+
+def _check_policy(args: argparse.Namespace, suite: str) -> None:
+  """Raises ValueError unless a policy has statistics of a suite and is of LIBERO's robot; reads no parameters."""
+  config, entries, _ = checkpoint.read_policy_json(args.policy)
+  dataset = args.dataset or _dataset([*entries], suite)
+  stats = statistics.select({name: statistics.from_openvla(one, name) for name, one in entries.items()}, dataset)
+  model = build(config["model"])
+  views, width, actions = model.num_views, model.proprio_dim, len(stats.action.mask)
   if views > 2 or width not in (None, 8) or actions != 7:
     raise ValueError(
       f"Policy is of another robot: got {views} views, proprioception of width {width}, {actions} action dimensions; "
       "expected 1 or 2, 8, 7; evaluate a policy trained on LIBERO."
     )
-  return policy
+  chunk = model.chunk if model.coupler is not None else 1
+  if args.replay is not None and args.replay > chunk:
+    raise ValueError(f"Evaluation: got replay={args.replay}; expected 1 to {chunk}, the policy's chunk; lower it.")
+
+
+def _check_states(suite: str, numbers: Sequence[int]) -> None:
+  """Raises ValueError unless the benchmark's first states of all episodes are there."""
+  for task in sorted({seed // libero.EPISODES for seed in numbers}):
+    found, last = libero.first_states(libero.tasks(suite)[task]), max(
+      seed % libero.EPISODES for seed in numbers if seed // libero.EPISODES == task
+    )  # fmt: skip
+    if last >= len(found):
+      raise ValueError(
+        f"LIBERO: got trial {last} of task {task} of {suite}; expected 0 to {len(found) - 1}, its first states; lower "
+        "--trials."
+      )
+
+
+def _tell_left_out(folder: str, names: Sequence[str]) -> None:
+  model = build(config := checkpoint.read_policy_json(folder)[0]["model"])
+  prunes = model.siglip_id_pruner is not None or model.dino_id_pruner is not None
+  if left := [name for name in names if name not in controls.applying(config, prunes, names)]:
+    logging.warning("Controls left out, for they change nothing in this policy: %s", ", ".join(left))
 
 
 def _dataset(names: Sequence[str], suite: str) -> str:
@@ -332,26 +503,30 @@ def _dataset(names: Sequence[str], suite: str) -> str:
   return fits[0]
 
 
-def run(args: argparse.Namespace, out: pathlib.Path) -> tuple[list, list, list, dict[str, float]]:
-  """All measurements: rows, films, scenes, and seconds by stage."""
-  rows, films, scenes, seconds = [], [], [], report.Stages()
-  timed = seconds.timed
-  for suite in args.suite.split(","):
+def run(args: argparse.Namespace, results: places.Results) -> dict[str, list]:
+  """Measures, each row on disk when it is there; films and pictures, as many as could be made.
+
+  Raises:
+    BrokenEnvironment: the simulator does not work.
+  """
+  films, scenes, timed = [], [], results.seconds.timed
+  for suite in places.suites(args.suite, libero.SUITES):
     policy = timed("load", lambda: load(args, suite))  # noqa: B023
-    evaluation = Evaluation(args, policy, suite, out)
+    evaluation = Evaluation(args, policy, suite, results)
     try:
       main = timed("evaluate", evaluation.measure)
-      rows.append(main)
-      if args.controls:
-        rows += timed("controls", lambda: evaluation.controls(main.episodes, args.controls.split(",")))  # noqa: B023
+      if args.controls and main.episodes.valid:
+        timed("controls", lambda: evaluation.controls(main.episodes, args.controls.split(",")))  # noqa: B023
     finally:
       evaluation.simulators.close()
+    results.write()  # with the seconds of the last stage
     if evaluation.watch is not None:
       films += evaluation.watch.shown()
-      sentences = [task.instruction for task in libero.tasks(suite)]
       if isinstance(policy, Policy):
-        scenes += timed("pictures", lambda: evaluation.watch.looked(policy, sentences))  # noqa: B023
-  return rows, films, scenes, seconds
+        sentences = [task.instruction for task in libero.tasks(suite)]
+        look = lambda: evaluation.watch.looked(policy, sentences)  # noqa: B023, E731
+        scenes += timed("pictures", lambda: places.afterwards("pictures", look, []))  # noqa: B023
+  return {"films": films, "scenes": scenes}
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -376,7 +551,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument("--egl-device", "--egl_device", type=int, help="that draws (default: the first that works)")
   parser.add_argument("--timeout", type=float, default=900.0, help="seconds without an answer that count as a crash")
   parser.add_argument(
-    "--out", help="folder for the report; one that was interrupted is gone on with (default: runs/<policy>_<suite>)"
+    "--out", help="folder for the report; one measured alike is gone on with (default: runs/<policy>_<suite>)"
   )
   parser.add_argument(
     "--controls", nargs="?", const="shuffled", default="",
@@ -394,27 +569,35 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   return args
 
 
+def evaluate(args: argparse.Namespace, out: pathlib.Path, command: str) -> list[str]:
+  """Measures, then shows; returns what to say of rows without a rate."""
+  lines = places.metrics(args.metrics)
+  if args.films:
+    places.warn_without_ffmpeg()
+  results = places.Results(out, command, "built anew from the episodes", lambda: {"broken": broken(out)})
+  shown, problem = {}, []
+  try:
+    shown = run(args, results)
+  except BrokenEnvironment as error:
+    problem = [str(error)]
+  page = dict(title=args.title, metrics=lines, film_note="a frame for each time the policy looked, at about real speed")
+  if results.all:
+    places.write_page(out, results, finished=not problem, **page, **shown)
+  return results.no_rates() + problem
+
+
 def main(argv: Sequence[str]) -> None:
   """Measures, writes results.json and report.html, and says where; problems end the program with their message."""
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
   args = arguments(argv)
-  command = "python -m semanticvla_jax.evaluate " + shlex.join(argv)
   out = pathlib.Path(args.out)
   try:
-    controls.check(args.controls.split(",") if args.controls else ())
-    if (out / "results.json").exists():
-      raise ValueError(f"Report exists: got {out}; expected a folder without results.json; choose another.")
-    metrics = report.read_metrics(args.metrics) if args.metrics else []
-    out.mkdir(parents=True, exist_ok=True)
-    rows, films, scenes, seconds = run(args, out)
-  except (ValueError, BrokenEnvironment) as error:
+    check(args)
+    with places.alone(out):
+      missing = evaluate(args, out, "python -m semanticvla_jax.evaluate " + shlex.join(argv))
+  except ValueError as error:
     sys.exit(str(error))
   except KeyboardInterrupt:
     sys.exit(f"Interrupted; the same command goes on at the next episode. Finished ones are in {out}.")
-  found = report.results(rows, command, seconds) | {"broken": broken(out)}
-  (out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
-  page = report.write(
-    out / "report.html", title=args.title, rows=rows, films=films, scenes=scenes, metrics=metrics, command=command,
-    seconds=seconds, film_note="a frame for each time the policy looked, at about real speed",
-  )  # fmt: skip
-  print(f"report: {page.resolve()}")
+  if missing:
+    sys.exit("\n".join(missing))

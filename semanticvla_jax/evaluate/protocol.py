@@ -13,6 +13,7 @@ from statistics import NormalDist
 from typing import Any
 
 import jax
+import numpy as np
 
 from semanticvla_jax.evaluate.rollout import Episodes
 
@@ -157,6 +158,9 @@ def within(name: str, fields: Sequence[str]) -> bool:
 def summary(episodes: Episodes, group: Callable[[str], str] | None = None) -> dict:
   """Successes, episodes, errors, rate, Wilson interval and mean steps to success, as JSON values.
 
+  Episodes that broke (`errors`) are in no other number. Those that failed by an action that is not finite count as
+  failures and are told beside. Of no episodes at all there is no rate (None).
+
   Args:
     episodes: the result.
     group: a function of an instruction; adds the same numbers by its values, under "tasks".
@@ -164,7 +168,7 @@ def summary(episodes: Episodes, group: Callable[[str], str] | None = None) -> di
   done = [int(steps) for steps, success in zip(episodes.steps, episodes.success) if success]
   n = episodes.valid
   found = {
-    "successes": episodes.successes, "episodes": n, "errors": int(episodes.error.sum()),
+    "successes": episodes.successes, "episodes": n, "errors": episodes.broken, "nonfinite": episodes.spoilt,
     "rate": episodes.successes / n if n else None, "interval": [*wilson(episodes.successes, n)],
     "mean_steps_to_success": sum(done) / len(done) if done else None,
   }  # fmt: skip
@@ -175,10 +179,58 @@ def summary(episodes: Episodes, group: Callable[[str], str] | None = None) -> di
   return found
 
 
+def count_text(summary: Mapping) -> str:
+  """A summary's count and what left it or is told beside it: "38/38, 10 broke, 2 by a non-finite action"."""
+  errors, spoilt = summary.get("errors", 0), summary.get("nonfinite", 0)
+  broke = f", {errors} broke" if errors else ""
+  failed = f", {spoilt} failed by a non-finite action" if spoilt else ""
+  return f"{summary['successes']}/{summary['episodes']}{broke}{failed}"
+
+
+def rate_text(summary: Mapping) -> str:
+  """A summary's rate as a line ends with it: "38/48, 2 broke  79.2 %  (65–88 %)", or that there is none."""
+  if not summary["episodes"]:
+    return f"no rate: all {summary.get('errors', 0)} episodes broke"
+  percentage = percent(summary["successes"], summary["episodes"])
+  return f"{count_text(summary)}  {percentage}  ({interval_text(summary['interval'])})"
+
+
 def select(episodes: Episodes, index: Sequence[int]) -> Episodes:
   """Some of the episodes, without their states."""
-  arrays = (getattr(episodes, name)[list(index)] for name in ("seeds", "success", "steps", "error"))
-  return Episodes(*arrays, [episodes.instruction[i] for i in index], [episodes.told[i] for i in index])
+  names = ("seeds", "success", "steps", "error", "nonfinite", "retries", "seconds")
+  arrays = {name: None if (x := getattr(episodes, name)) is None else x[list(index)] for name in names}
+  said = {name: [getattr(episodes, name)[i] for i in index] for name in ("instruction", "told")}
+  return Episodes(**arrays, **said)
+
+
+def per_episode(episodes: Episodes) -> list[dict]:
+  """A dict for each episode, as JSON values; `episodes_of` reads them."""
+  spoilt = np.zeros(len(episodes.seeds), bool) if episodes.nonfinite is None else episodes.nonfinite
+  rows = [
+    dict(seed=int(seed), success=bool(success), steps=int(steps), error=bool(error), nonfinite=bool(bad), asked=asked,
+         told=told)
+    for seed, success, steps, error, asked, told, bad in zip(*episodes[:6], spoilt)
+  ]  # fmt: skip
+  if episodes.retries is not None:
+    times = zip(episodes.retries.tolist(), episodes.seconds.tolist())
+    rows = [row | dict(retries=retries, seconds=seconds) for row, (retries, seconds) in zip(rows, times)]
+  return rows
+
+
+def episodes_of(rows: Sequence[Mapping]) -> Episodes:
+  """What `per_episode` gave, without states; what an earlier version wrote lacks `nonfinite`.
+
+  Raises:
+    KeyError, TypeError, ValueError: they are something else.
+  """
+  column = lambda name, kind: np.array([kind(row[name]) for row in rows], kind)  # noqa: E731
+  timed = all("retries" in row for row in rows) and bool(rows)
+  return Episodes(
+    column("seed", np.int64), column("success", bool), column("steps", np.int32), column("error", bool),
+    [str(row["asked"]) for row in rows], [str(row["told"]) for row in rows],
+    retries=column("retries", np.int64) if timed else None, seconds=column("seconds", np.float64) if timed else None,
+    nonfinite=np.array([bool(row.get("nonfinite", False)) for row in rows], bool),
+  )  # fmt: skip
 
 
 @functools.cache

@@ -1,16 +1,16 @@
 """Runs a policy in closed loop: wholly on the device (`OnDevice`), or step by step on the host (`OnHost`).
 
 Both ask the policy for a chunk, execute `replay` of its actions, and ask again; an episode ends with success, after
-`max_steps` actions, or at an action that is not finite (an error, which is no failure of the task). Views are rendered
-only when the policy looks. The two give the same successes; the first is one compiled program a batch of episodes, the
-second works with any `envs.base.Environment`.
+`max_steps` actions, or at an action that is not finite, which is the policy's failure. An environment that breaks is
+an error, which is nobody's failure. Views are rendered only when the policy looks. The two give the same successes; the
+first is one compiled program a batch of episodes, the second works with any `envs.base.Environment`.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from semanticvla_jax import cli
 from semanticvla_jax.envs import tabletop, tasks
 from semanticvla_jax.policy import Policy, centre_crop, gripper_command, normalise_proprio, unnormalise_actions
 from semanticvla_jax.types import Observation, Statistics
@@ -34,11 +35,12 @@ class Episodes(NamedTuple):
     seeds: i64[n].
     success: bool[n].
     steps: i32[n], actions taken, those that led to success included.
-    error: bool[n], True where the policy gave an action that is not finite, or the simulator broke.
+    error: bool[n], True where the simulator broke: such an episode says nothing of the policy.
     instruction: n sentences, what success means.
     told: n sentences, what the policy was told.
     states: every state before an action and the last one, State with leading axes [t + 1, n]; None unless asked for.
     retries, seconds: i64[n], how often each broke and was begun again; f64[n], its duration. None without simulators.
+    nonfinite: bool[n], True where the policy gave an action that is not finite, a failure; None for nowhere.
   """
 
   seeds: np.ndarray
@@ -50,6 +52,7 @@ class Episodes(NamedTuple):
   states: tasks.State | None = None
   retries: np.ndarray | None = None
   seconds: np.ndarray | None = None
+  nonfinite: np.ndarray | None = None
 
   @property
   def successes(self) -> int:
@@ -60,12 +63,22 @@ class Episodes(NamedTuple):
     """Episodes without an error: what a success rate is a share of."""
     return int((~self.error).sum())
 
+  @property
+  def broken(self) -> int:
+    """Episodes with an error."""
+    return int(self.error.sum())
+
+  @property
+  def spoilt(self) -> int:
+    """Failures by an action that is not finite."""
+    return 0 if self.nonfinite is None else int(self.nonfinite.sum())
+
 
 class Ended(NamedTuple):
-  """The running record of a batch: success bool[b], error bool[b], steps i32[b]."""
+  """The running record of a batch: success bool[b], nonfinite bool[b] (the policy failed so), steps i32[b]."""
 
   success: Bool[Array, "b"]
-  error: Bool[Array, "b"]
+  nonfinite: Bool[Array, "b"]
   steps: Int[Array, "b"]
 
 
@@ -85,13 +98,13 @@ def simulate(
 
   def act(carry, actions):
     states, ended = carry
-    running = ~ended.success & ~ended.error & (ended.steps < max_steps)
-    broken = running & ~jnp.isfinite(actions).all(axis=-1)
-    moves = running & ~broken
+    running = ~ended.success & ~ended.nonfinite & (ended.steps < max_steps)
+    spoilt = running & ~jnp.isfinite(actions).all(axis=-1)
+    moves = running & ~spoilt
     after = jax.vmap(tabletop.step)(states, jnp.where(moves[:, None], actions, 0.0))
     states = jax.tree.map(lambda new, old: jnp.where(_like(moves, new), new, old), after, states)
     success = ended.success | (moves & jax.vmap(tabletop.success)(states))
-    ended = Ended(success, ended.error | broken, ended.steps + moves)
+    ended = Ended(success, ended.nonfinite | spoilt, ended.steps + moves)
     return (states, ended), states if keep_states else None
 
   def ask(carry):
@@ -104,7 +117,7 @@ def simulate(
 
   def advance(carry, _):
     states, ended = carry
-    over = ended.success | ended.error | (ended.steps >= max_steps)
+    over = ended.success | ended.nonfinite | (ended.steps >= max_steps)
     return jax.lax.cond(over.all(), rest, ask, (states, ended))
 
   start = (states, Ended(jnp.zeros(b, bool), jnp.zeros(b, bool), jnp.zeros(b, jnp.int32)))
@@ -193,6 +206,8 @@ class OnDevice:
     ValueError: the suite or split does not exist, or the policy is of another robot.
   """
 
+  broken = 0  # pure functions do not break
+
   def __init__(
     self, policy: Policy, suite: str, split: str = "heldout", *, replay: int | None = None, batch: int = 64,
     keep_states: bool = False,
@@ -247,8 +262,8 @@ class OnDevice:
     states = None
     if self._setup.keep_states:
       states = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *(part[2] for part in parts))
-    told = instruction if told is None else list(told)
-    return Episodes(seeds, ended.success, ended.steps, ended.error, instruction, told, states)
+    told, error = instruction if told is None else list(told), np.zeros(len(seeds), bool)
+    return Episodes(seeds, ended.success, ended.steps, error, instruction, told, states, nonfinite=ended.nonfinite)
 
   def _index(self, sentence: str) -> int:
     if sentence not in self._sentences:
@@ -259,64 +274,128 @@ class OnDevice:
     return self._sentences.index(sentence)
 
 
+def check_state(observation: Mapping[str, Any]) -> None:
+  """Raises ArithmeticError where an environment's state is not finite: its physics broke, whatever the policy does."""
+  state = observation.get("observation/state")
+  if state is not None and not np.isfinite(np.asarray(state, np.float64)).all():
+    raise ArithmeticError(f"the environment's state is not finite: {np.asarray(state)}")
+
+
+class _Outcome(NamedTuple):
+  """What came of one episode on the host; see `Episodes`."""
+
+  success: bool
+  steps: int
+  error: bool
+  nonfinite: bool
+  instruction: str
+  told: str
+
+
+class _Broken(Exception):
+  """The environment raised what is its cause."""
+
+
 class OnHost:
   """Episodes of any `envs.base.Environment`, one at a time, through `Policy.infer`.
 
   Args:
-    policy: anything with infer, reset and replay.
-    environment: an `envs.base.Environment`.
+    policy: anything with infer, reset and replay. No actions at all end the episode.
+    environment: an `envs.base.Environment`. Whatever it raises makes an error of that episode alone.
     replay: actions executed before asking again; None for the policy's own.
+    instruction: of a seed; what is said of an episode that broke before it could tell itself.
+
+  Attributes:
+    broken: episodes with an error, of those that the latest `run` has finished.
+
+  Raises:
+    ValueError: `replay` is less than 1.
   """
 
-  def __init__(self, policy: Any, environment: Any, *, replay: int | None = None):
-    self.policy, self.environment = policy, environment
+  def __init__(
+    self, policy: Any, environment: Any, *, replay: int | None = None,
+    instruction: Callable[[int], str] = lambda seed: "",
+  ):  # fmt: skip
+    self.policy, self.environment, self._known = policy, environment, instruction
     self.replay = policy.replay if replay is None else replay
-    self.max_steps = environment.max_steps
+    if self.replay < 1:
+      raise ValueError(f"Evaluation: got replay={self.replay}; expected at least 1 action; raise it.")
+    self.max_steps, self.broken = environment.max_steps, 0
 
   def run(
     self, seeds: Sequence[int] | np.ndarray, told: Sequence[str] | None = None, progress: Progress | None = None
   ) -> Episodes:
     """As `OnDevice.run`; any sentence may be told."""
-    rows = []
+    rows, self.broken = [], 0
     for i, seed in enumerate(seeds):
       rows.append(self._episode(int(seed), None if told is None else told[i]))
+      self.broken += rows[-1].error
       if progress is not None:
-        progress(i + 1, sum(row[0] for row in rows))
-    success, steps, error, instruction, said = zip(*rows)
+        progress(i + 1, sum(row.success for row in rows))
+    success, steps, error, nonfinite, instruction, said = zip(*rows)
     flags = (np.array(success, bool), np.array(steps, np.int32), np.array(error, bool))
-    return Episodes(np.asarray(seeds, np.int64), *flags, list(instruction), list(said))
+    seeds = np.asarray(seeds, np.int64)
+    return Episodes(seeds, *flags, list(instruction), list(said), nonfinite=np.array(nonfinite, bool))
 
-  def _episode(self, seed: int, told: str | None) -> tuple[bool, int, bool, str, str]:
-    observation = self.environment.reset(seed)
+  def _episode(self, seed: int, told: str | None) -> _Outcome:
+    self._instruction, self._steps = "", 0
+    try:
+      success, nonfinite = self._run(seed, told)
+      error = False
+    except _Broken as broken:
+      logging.warning("Episode %d broke after %d steps: %s", seed, self._steps, cli.first_line(broken.__cause__))
+      success, nonfinite, error = False, False, True
+      self._instruction = self._instruction or self._known(seed)
+    said = self._instruction if told is None else told
+    return _Outcome(success, self._steps, error, nonfinite, self._instruction, said)
+
+  def _run(self, seed: int, told: str | None) -> tuple[bool, bool]:
+    """One episode; whether it succeeded, and whether an action was not finite."""
+    observation = self._ask(lambda: self.environment.reset(seed))
+    self._instruction = self._ask(lambda: self.environment.instruction)
     self.policy.reset()
-    instruction = self.environment.instruction
-    told = instruction if told is None else told
-    steps, done, error = 0, False, False
-    while not done and not error:
-      actions = self.policy.infer({**observation, "prompt": told})["actions"][: self.replay]
+    done = False
+    while not done:
+      self._ask(lambda: check_state(observation))  # noqa: B023
+      said = self._instruction if told is None else told
+      actions = self.policy.infer({**observation, "prompt": said})["actions"][: self.replay]
+      if not len(actions):
+        break
       for i, action in enumerate(actions):
         if not np.isfinite(action).all():
-          logging.error("episode %d: the policy gave %s after %d steps", seed, action, steps)
-          error = True
-          break
-        observation, done = self.environment.step(action, observe=i == len(actions) - 1)
-        steps += 1
+          logging.warning("Episode %d failed: the policy gave %s after %d steps.", seed, action, self._steps)
+          return False, True
+        observation, done = self._ask(lambda: self.environment.step(action, observe=i == len(actions) - 1))  # noqa: B023
+        self._steps += 1
         if done:
           break
-    return self.environment.success and not error, steps, error, instruction, told
+    return bool(self._ask(lambda: self.environment.success)), False
+
+  @staticmethod
+  def _ask(work: Callable[[], Any]) -> Any:
+    """What the environment answers; whatever it raises is told from what the policy raises."""
+    try:
+      return work()
+    except Exception as error:  # a simulator raises what it likes
+      raise _Broken from error
 
 
-def _check(policy: Policy, replay: int) -> None:
+def check_robot(policy: Policy, replay: int) -> None:
+  """Raises ValueError unless a policy is of the tabletop's robot and gives at least `replay` actions at a time."""
   views, width, actions = policy.bare.num_views, policy.bare.proprio_dim, policy.metadata["action_dim"]
   if views > 2 or width not in (None, 8) or actions != 7 or policy.gripper != "command":
     raise ValueError(
       f"Policy is of another robot: got {views} views, proprioception of width {width}, {actions} action dimensions, "
       f"gripper={policy.gripper!r}; expected 1 or 2, 8, 7 and 'command'; evaluate a policy trained on the tabletop."
     )
+  if not 1 <= replay <= policy.chunk:
+    raise ValueError(f"Evaluation: got replay={replay}; expected 1 to {policy.chunk}, the policy's chunk; lower it.")
+
+
+def _check(policy: Policy, replay: int) -> None:
+  check_robot(policy, replay)
   if policy.metadata["jpeg_quality"] is not None:
     raise ValueError(
       f"Policy sees JPEGs: got jpeg_quality={policy.metadata['jpeg_quality']}; expected None on the device, where "
       "nothing is encoded; evaluate it with OnHost (--host)."
     )
-  if not 1 <= replay <= policy.chunk:
-    raise ValueError(f"Evaluation: got replay={replay}; expected 1 to {policy.chunk}, the policy's chunk; lower it.")

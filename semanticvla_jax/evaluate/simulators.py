@@ -2,8 +2,8 @@
 
 Each simulator executes a chunk on its own while the policy answers another, and renders only what the policy is going
 to see. A simulator that breaks costs the retry of its episode; an episode that breaks every time is an error with a
-traceback, which is no failure of the task. What is finished is saved at once, so that an interrupted evaluation goes on
-at the next episode.
+traceback, which is no failure of the task. An action that is not finite is one, the policy's. What is finished is saved
+at once, before anybody looks at it, so that an interrupted evaluation goes on at the next episode.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from semanticvla_jax import files
 from semanticvla_jax.data import images
 from semanticvla_jax.envs.process import BrokenEnvironment, Moment, Process
-from semanticvla_jax.evaluate.rollout import Episodes
+from semanticvla_jax.evaluate.rollout import Episodes, check_state
 
 _PICTURES = ("observation/image", "observation/wrist_image")
 
@@ -37,6 +38,7 @@ class Record(NamedTuple):
     instruction, told: what success means, what the policy was told.
     retries: how often it broke and was begun again.
     seconds: from its (last) beginning to its end.
+    nonfinite: whether it failed by an action that is not finite.
   """
 
   seed: int
@@ -47,6 +49,7 @@ class Record(NamedTuple):
   told: str
   retries: int
   seconds: float
+  nonfinite: bool = False
 
 
 class Records:
@@ -54,34 +57,66 @@ class Records:
 
   Args:
     path: of the file; its folder exists. Lines that are there already are read, the last of each episode counts; a
-      last one that was cut off is dropped, and its episode run again.
+      last one that was cut off is dropped, which is said, and its episode run again.
+    repair: damaged lines are moved into `<name>.damaged` beside it, which is said, and their episodes run again.
 
   Raises:
-    ValueError: another line is damaged.
+    ValueError: another line than the last is damaged, without `repair`.
   """
 
-  def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path)
-    lines = self.path.read_text().split("\n") if self.path.exists() else [""]
-    if lines[-1]:
-      self.path.write_text("".join(line + "\n" for line in lines[:-1]))
-    self.found = {record.seed: record for record in map(self._read, lines[:-1])}
+  def __init__(self, path: str | os.PathLike, repair: bool = False):
+    self.path, self.found = pathlib.Path(path), {}
+    *lines, last = (self.path.read_bytes() if self.path.exists() else b"").split(b"\n")
+    good, bad = [], []
+    for line in lines:
+      try:
+        record = self._read(line)
+      except ValueError:
+        if not repair:
+          raise
+        bad.append(line)
+      else:
+        good.append(line)
+        self.found[record.seed] = record
+    if bad or last:
+      self._put_right(good, bad, last)
 
   def add(self, record: Record) -> None:
     """Appends one episode."""
-    with self.path.open("a") as file:
+    with self.path.open("a", encoding="utf-8") as file:
       file.write(json.dumps(record._asdict()) + "\n")
       file.flush()
       os.fsync(file.fileno())
     self.found[record.seed] = record
 
-  def _read(self, line: str) -> Record:
+  def _put_right(self, good: Sequence[bytes], bad: Sequence[bytes], last: bytes) -> None:
+    """Leaves the good lines alone in the file, those that are damaged beside it, and says so."""
+    if bad:
+      aside = self.path.with_name(f"{self.path.name}.damaged")
+      before = aside.read_bytes() if aside.exists() else b""
+      files.write(aside, before + b"".join(line + b"\n" for line in bad))
+      logging.warning(
+        "%s: %d damaged lines, the first %r, are now in %s; their episodes run again", self.path, len(bad),
+        bad[0][:80].decode(errors="replace"), aside.name,
+      )  # fmt: skip
+    if last:
+      logging.warning("%s: its last line was cut off; that episode runs again", self.path)
+    files.write(self.path, b"".join(line + b"\n" for line in good))
+
+  def _read(self, line: bytes) -> Record:
     try:
-      return Record(**json.loads(line))
-    except (json.JSONDecodeError, TypeError) as error:
+      record = Record(**json.loads(line))
+      numbers = [int(value) for value in (record.seed, record.steps, record.retries)]
+      if [record.seed, record.steps, record.retries] != numbers or not isinstance(record.success, bool):
+        raise TypeError
+      if not (isinstance(record.instruction, str) and isinstance(record.told, str)) or float(record.seconds) < 0:
+        raise TypeError
+    except (ValueError, TypeError) as error:
       raise ValueError(
-        f"{self.path}: got the line {line[:80]!r}; expected an episode; remove the line, and it is run again."
+        f"{self.path}: got the line {line[:80].decode(errors='replace')!r}; expected an episode; remove the line, and "
+        "it is run again."
       ) from error
+    return record
 
 
 class _Running:
@@ -96,6 +131,7 @@ class _Running:
     self.seed: int | None = None
     self.moment: Moment | None = None
     self.seen: list[dict] = []
+    self.spoilt = False  # whether what follows the actions sent is not finite
 
   def begin(self, seed: int, group: Any) -> None:
     self.seed, self.group, self.moment, self.seen = seed, group, None, []
@@ -117,7 +153,11 @@ class OnSimulators:
     jpeg_quality: frames go through a JPEG of this quality before the policy sees them, as stored training frames did;
       None leaves them as rendered. dct: how that is decoded, see images.decode.
     retries: how often an episode that breaks is begun again.
-    seen: called at the end of each episode with its record and the observations that the policy had, and the last one.
+    seen: called when an episode that did not break has ended and been recorded, with its record and the observations
+      that the policy had, and the last one.
+
+  Attributes:
+    broken: episodes with an error, of those that the latest `run` has finished.
   """
 
   def __init__(
@@ -129,7 +169,9 @@ class OnSimulators:
     if workers < 1 or retries < 0:
       raise ValueError(f"Simulators: got workers={workers}, retries={retries}; expected at least 1 and 0.")
     self.policy, self.workers, self.retries, self.seen = policy, workers, retries, seen
-    self.replay = policy.replay if replay is None else replay
+    self.replay, self.broken = policy.replay if replay is None else replay, 0
+    if self.replay < 1:
+      raise ValueError(f"Simulators: got replay={self.replay}; expected at least 1 action; raise it.")
     self._make, self._group, self._instruction, self._jpeg, self._dct = make, group, instruction, jpeg_quality, dct
     self._pool: list[_Running] = []
 
@@ -164,27 +206,35 @@ class OnSimulators:
     """
     seeds = [int(seed) for seed in seeds]
     found = {} if records is None else records.found
-    done = {seed: found[seed] for seed in seeds if seed in found and found[seed].error is None}
     self._told = {} if told is None else dict(zip(seeds, told))
+    done = {seed: found[seed] for seed in seeds if seed in found and self._is_this(found[seed])}
     self._waiting = [seed for seed in seeds if seed not in done]
     self._tries: dict[int, int] = {}
+    self.broken = 0
     if self._waiting:
       self._start(min(self.workers, len(self._waiting)))
-      for record in self._episodes():
+      for record, seen in self._episodes():
         done[record.seed] = record
+        self.broken += record.error is not None
         if records is not None:
           records.add(record)
+        if self.seen is not None and record.error is None:
+          self.seen(record, seen)
         self._give_up_if_all_broke(done)
         if progress is not None:
           progress(len(done), sum(one.success for one in done.values()))
     return episodes([done[seed] for seed in seeds])
+
+  def _is_this(self, record: Record) -> bool:
+    """Whether a finished episode did not break and was told what it would be told now."""
+    return record.error is None and self._told.get(record.seed, record.told) == record.told
 
   def _start(self, count: int) -> None:
     while len(self._pool) < count:
       self._pool.append(_Running(self._make()))
 
   def _episodes(self):
-    """Yields a record whenever an episode ends."""
+    """Yields a record, and what was observed, whenever an episode ends."""
     try:
       while self._waiting or any(one.seed is not None for one in self._pool):
         for one in self._pool:
@@ -217,18 +267,22 @@ class OnSimulators:
       one.heard = now
     return ready + late
 
-  def _hear(self, one: _Running) -> Record | None:
-    """Takes a simulator's answer; returns a record if the episode is over."""
+  def _hear(self, one: _Running) -> tuple[Record, list[dict]] | None:
+    """Takes a simulator's answer; returns a record and what was observed if the episode is over."""
     try:
       if time.monotonic() > one.heard + one.process.timeout:
         raise BrokenEnvironment(f"No answer from the environment within {one.process.timeout:g} s.")
-      one.moment = one.process.receive()
-    except BrokenEnvironment as error:
+      moment = one.process.receive()
+      check_state(moment.observations[-1])
+    except (BrokenEnvironment, ArithmeticError) as error:
       return self._broke(one, str(error))
-    one.seen += one.moment.observations
-    return self._end(one) if one.moment.done else None
+    one.moment = moment
+    one.seen += moment.observations
+    if one.spoilt and not moment.done:
+      return self._end(one, nonfinite=True)
+    return self._end(one) if moment.done else None
 
-  def _ask(self, asking: list[_Running]) -> list[Record]:
+  def _ask(self, asking: list[_Running]) -> list[tuple[Record, list[dict]]]:
     """Asks the policy for all simulators that wait for actions, and sends them on; returns what ended thereby."""
     if not asking:
       return []
@@ -236,13 +290,16 @@ class OnSimulators:
     ended = []
     for one, result in zip(asking, results):
       actions = np.asarray(result["actions"])[: self.replay]
-      if not len(actions):
-        ended.append(self._end(one))
-      elif not np.isfinite(actions).all():
-        ended.append(self._end(one, f"The policy gave {actions} after {one.moment.steps} steps."))
+      finite = np.isfinite(actions).all(axis=(*range(1, actions.ndim),))
+      good = len(actions) if finite.all() else int(finite.argmin())
+      if good < len(actions):
+        steps = one.moment.steps + good
+        logging.warning("Episode %d: the policy gave %s after %d steps.", one.seed, actions[good], steps)
+      if not good:
+        ended.append(self._end(one, nonfinite=good < len(actions)))
       else:
-        one.moment, one.heard = None, time.monotonic()
-        one.process.act(actions)
+        one.moment, one.heard, one.spoilt = None, time.monotonic(), good < len(actions)
+        one.process.act(actions[:good])
     return ended
 
   def _observation(self, one: _Running) -> dict:
@@ -253,19 +310,17 @@ class OnSimulators:
     sentence = self._told.get(one.seed, one.moment.instruction)
     return observation | {"prompt": sentence, "episode": one.seed, "step": one.moment.steps}
 
-  def _end(self, one: _Running, error: str | None = None) -> Record:
-    moment, told = one.moment, self._told.get(one.seed, one.moment.instruction)
+  def _end(self, one: _Running, nonfinite: bool = False) -> tuple[Record, list[dict]]:
+    moment, told, seen = one.moment, self._told.get(one.seed, one.moment.instruction), one.seen
     seconds = round(time.monotonic() - one.began, 3)
     record = Record(
-      one.seed, moment.success and error is None, moment.steps, error, moment.instruction, told,
-      self._tries.get(one.seed, 0), seconds,
+      one.seed, moment.success and not nonfinite, moment.steps, None, moment.instruction, told,
+      self._tries.get(one.seed, 0), seconds, nonfinite,
     )  # fmt: skip
-    if self.seen is not None:
-      self.seen(record, one.seen)
     one.idle()
-    return record
+    return record, seen
 
-  def _broke(self, one: _Running, error: str) -> Record | None:
+  def _broke(self, one: _Running, error: str) -> tuple[Record, list[dict]] | None:
     """Starts the simulator again; the episode waits for another try, unless it had enough of them."""
     seed, tries = one.seed, self._tries.get(one.seed, 0)
     logging.warning("Episode %d broke (try %d of %d):\n%s", seed, tries + 1, self.retries + 1, error)
@@ -277,7 +332,7 @@ class OnSimulators:
       self._waiting.insert(0, seed)
       return None
     sentence = self._instruction(seed)
-    return Record(seed, False, 0, error, sentence, self._told.get(seed, sentence), tries, seconds)
+    return Record(seed, False, 0, error, sentence, self._told.get(seed, sentence), tries, seconds), []
 
   def _give_up_if_all_broke(self, done: Mapping[int, Record]) -> None:
     errors = [record.error for record in done.values() if record.error is not None]
@@ -288,9 +343,9 @@ class OnSimulators:
 def episodes(records: Sequence[Record]) -> Episodes:
   """Finished episodes as arrays, in their order."""
   columns = list(zip(*records)) or [()] * len(Record._fields)
-  seed, success, steps, error, instruction, told, retries, seconds = columns
+  seed, success, steps, error, instruction, told, retries, seconds, nonfinite = columns
   broken = np.array([one is not None for one in error], bool)
   return Episodes(
     np.array(seed, np.int64), np.array(success, bool), np.array(steps, np.int32), broken, [*instruction], [*told],
-    retries=np.array(retries, np.int64), seconds=np.array(seconds, np.float64),
+    retries=np.array(retries, np.int64), seconds=np.array(seconds, np.float64), nonfinite=np.array(nonfinite, bool),
   )  # fmt: skip

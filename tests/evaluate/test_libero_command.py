@@ -152,7 +152,7 @@ def test_a_policy_goes_through_the_whole_command(tmp_path, monkeypatch):
     "libero_object_no_noops", 0.9, 8)
   assert rows[2]["fingerprint"]["model_changes"] == {"anchor_rule": "random"}
   page = (out / "report.html").read_text()
-  assert len([*out.glob("*.mp4")]) == page.count("data:video/mp4") - 1 == 1  # one kind of outcome, shown at the top too
+  assert len([*out.glob("*.mp4")]) == page.count("data:video/mp4") - 1 == 2  # one is shown at the top too
   assert len([*out.glob("*_looks_*.png")]) == 2 and page.count("data:image/png") >= 16
 
 

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import policies
 import pytest
+from point import Point
 
 from semanticvla_jax.envs import tabletop, tasks
+from semanticvla_jax.envs.process import BrokenEnvironment
 from semanticvla_jax.evaluate.rollout import OnDevice, OnHost, simulate
 
 REPLAY, MAX_STEPS, SEEDS = 2, 40, range(12)
@@ -74,7 +76,7 @@ def test_an_episode_ends_with_success_or_at_the_last_step_or_at_a_broken_action(
   kind = np.array(SEEDS) % 3
   assert ended.success[kind == 0].all() and not ended.success[kind != 0].any()
   assert (ended.steps[kind == 1] == MAX_STEPS).all() and (ended.steps[kind == 0] < MAX_STEPS).all()
-  assert (ended.steps[kind == 2] == 1).all() and ended.error.tolist() == (kind == 2).tolist()
+  assert (ended.steps[kind == 2] == 1).all() and ended.nonfinite.tolist() == (kind == 2).tolist()
 
 
 def test_the_host_loop_gives_the_same_episodes(environment):
@@ -84,11 +86,12 @@ def test_the_host_loop_gives_the_same_episodes(environment):
   episodes = OnHost(policy, environment).run(SEEDS, [str(i % 3) for i in SEEDS])
   np.testing.assert_array_equal(episodes.success, ended.success)
   np.testing.assert_array_equal(episodes.steps, ended.steps)
-  np.testing.assert_array_equal(episodes.error, ended.error)
+  np.testing.assert_array_equal(episodes.nonfinite, ended.nonfinite)
+  assert not episodes.error.any()
   assert policy.resets == len(SEEDS)
-  assert policy.asked == sum(-(-(int(steps) + error) // REPLAY) for steps, error in zip(ended.steps, ended.error))
+  assert policy.asked == sum(-(-(int(steps) + bad) // REPLAY) for steps, bad in zip(ended.steps, ended.nonfinite))
   assert episodes.told == [str(i % 3) for i in SEEDS] and episodes.instruction[0].startswith("pick up the ")
-  assert (episodes.successes, episodes.valid) == (4, 8)
+  assert (episodes.successes, episodes.valid, episodes.spoilt) == (4, 12, 4)
 
 
 def test_kept_states_are_the_episode():
@@ -141,6 +144,66 @@ def test_a_policy_acts_the_same_on_device_and_host(device, environment):
     expected = jax.tree.map(lambda x: x[: one.steps[0] + 1, i], episodes.states)  # noqa: B023
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), path, expected)
     assert np.ptp(path.position, axis=0).min() > 0.01, "the policy moves"
+
+
+def test_a_policy_that_gives_no_number_fails_on_device_and_is_in_the_rate():
+  one = policies.policy(config=policies.CROPPING)
+  one.params = jax.tree.map(lambda x: x * np.nan, one.params)
+  episodes = OnDevice(one, "pick", "heldout", batch=4, keep_states=True).run(range(6))
+  assert episodes.nonfinite.all() and not episodes.error.any() and not episodes.success.any()
+  assert (episodes.valid, episodes.spoilt, episodes.steps.tolist()) == (6, 6, [0] * 6)
+
+
+class Still:
+  """Walks there in four steps, unless a seed has actions of its own."""
+
+  replay = 3
+
+  def __init__(self, actions=None):
+    self.actions = actions or {}
+
+  def reset(self):
+    pass
+
+  def infer(self, observation):
+    walk = np.tile(np.float32([0.25, 0, 0, 0, 0, 0, 1]), (8, 1))
+    return {"actions": self.actions.get(int(observation["observation/state"][0]), walk)}
+
+
+@pytest.mark.parametrize("trouble", ["raise", "nan"])
+def test_an_environment_that_breaks_on_the_host_is_an_error_of_that_episode_alone(trouble, tmp_path, caplog):
+  host = OnHost(Still(), Point(str(tmp_path / "log"), {1: trouble}), instruction=lambda seed: f"goal {seed}")
+  host.policy.replay = host.replay = 1
+  episodes = host.run([0, 1, 2], progress=lambda *numbers: None)
+  assert episodes.error.tolist() == [False, True, False] and (episodes.valid, episodes.broken, host.broken) == (2, 1, 1)
+  assert episodes.instruction[1] == "go to goal 0" and "Episode 1 broke after" in caplog.text
+
+
+def test_a_reset_that_breaks_keeps_its_sentence(tmp_path):
+  class Closed(Point):
+    def reset(self, seed):
+      raise BrokenEnvironment("no display")
+
+  episodes = OnHost(Still(), Closed(str(tmp_path / "log")), instruction=lambda seed: f"goal {seed}").run([4])
+  assert episodes.error.all() and episodes.instruction == episodes.told == ["goal 4"]
+
+
+def test_what_a_policy_raises_is_no_broken_environment(tmp_path):
+  class Refusing(Still):
+    def infer(self, observation):
+      raise ValueError("Observation lacks 'state'")
+
+  with pytest.raises(ValueError, match="lacks 'state'"):
+    OnHost(Refusing(), Point(str(tmp_path / "log"))).run([0])
+
+
+def test_no_actions_end_an_episode_and_numbers_that_are_none_fail_it(tmp_path):
+  odd = {1: np.zeros((0, 7)), 2: np.full((8, 7), np.nan), 3: np.array([[0.0] * 7, [-np.inf] * 7, [0.0] * 7])}
+  episodes = OnHost(Still(odd), Point(str(tmp_path / "log"))).run(range(4))
+  assert episodes.success.tolist() == [True, False, False, False] and not episodes.error.any()
+  assert episodes.nonfinite.tolist() == [False, False, True, True] and episodes.steps.tolist() == [4, 0, 0, 1]
+  with pytest.raises(ValueError, match="replay=0; expected at least 1"):
+    OnHost(Still(), Point(str(tmp_path / "log")), replay=0)
 
 
 def test_what_a_policy_is_told_changes_what_it_does(device):

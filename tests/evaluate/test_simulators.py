@@ -11,7 +11,7 @@ from point import FOLDER, Point
 
 from semanticvla_jax.envs.process import BrokenEnvironment, Process
 from semanticvla_jax.evaluate import report
-from semanticvla_jax.evaluate.simulators import OnSimulators, Records
+from semanticvla_jax.evaluate.simulators import OnSimulators, Record, Records
 
 
 class Half:
@@ -148,14 +148,80 @@ def test_a_killed_worker_costs_its_episode_a_retry(runner, tmp_path):
   assert result.success.tolist() == [True, False, True, False] and begun(tmp_path) == [0, 1, 2, 2, 3]
 
 
-def test_actions_that_are_not_finite_are_an_error_and_none_end_the_episode(runner):
+def test_actions_that_are_not_finite_are_a_failure_and_none_end_the_episode(runner, tmp_path):
   class Odd(Half):
     def actions(self, episode):
-      return np.full((8, 7), np.nan) if episode == 0 else np.zeros((0, 7)) if episode == 1 else super().actions(episode)
+      walk = super().actions(0)
+      late = np.where(np.arange(8)[:, None] == 1, np.inf, walk)  # finite actions before it are executed
+      return {0: np.full((8, 7), np.nan), 1: np.zeros((0, 7)), 3: late}.get(episode, walk)
 
-  result = runner(policy=Odd()).run([0, 1, 2])
-  assert result.error.tolist() == [True, False, False] and result.success.tolist() == [False, False, True]
-  assert result.steps.tolist() == [0, 0, 4]
+  records = Records(tmp_path / "records")
+  result = runner(policy=Odd()).run([0, 1, 2, 3], records=records)
+  assert not result.error.any() and result.success.tolist() == [False, False, True, False]
+  assert result.nonfinite.tolist() == [True, False, False, True] and (result.valid, result.spoilt) == (4, 2)
+  assert result.steps.tolist() == [0, 0, 4, 1]
+  kept = Records(tmp_path / "records").found
+  assert [kept[seed].nonfinite for seed in range(4)] == [True, False, False, True] and kept[0].error is None
+
+
+def test_success_before_an_action_that_is_not_finite_counts(runner):
+  class Late(Half):
+    def actions(self, episode):
+      return np.array([[1.0] * 7, [np.nan] * 7], np.float32)
+
+  result = runner(policy=Late()).run([0])
+  assert result.success.tolist() == [True] and result.steps.tolist() == [1] and not result.nonfinite.any()
+
+
+def test_a_state_that_is_not_finite_is_a_broken_simulator(runner):
+  result = runner({1: "nan"}, retries=0).run([0, 1, 2])
+  assert result.error.tolist() == [False, True, False] and result.valid == 2
+
+
+def test_records_of_an_earlier_version_are_read(tmp_path):
+  old = {"seed": 3, "success": True, "steps": 9, "error": None, "instruction": "go", "told": "go", "retries": 0,
+         "seconds": 1.5}  # fmt: skip
+  (tmp_path / "records").write_text(json.dumps(old) + "\n", encoding="utf-8")
+  assert Records(tmp_path / "records").found[3].nonfinite is False
+
+
+@pytest.mark.parametrize("bad", [b"{}", b'{"seed": 2, "succ', b"[]", b"\xff\xfe", b"", b'{"seed": "x"}'])
+def test_damaged_lines_are_put_aside_and_their_episodes_run_again(runner, tmp_path, caplog, bad):
+  path = tmp_path / "records"
+  records = Records(path)
+  for seed in (0, 1):
+    records.add(Record(seed, True, 4, None, "go", "go", 0, 1.0))
+  first, second = path.read_bytes().splitlines()
+  path.write_bytes(first + b"\n" + bad + b"\n" + second + b"\n")
+  assert [*Records(path, repair=True).found] == [0, 1]
+  assert str(path) in caplog.text and "1 damaged lines" in caplog.text
+  assert (tmp_path / "records.damaged").read_bytes() == bad + b"\n"
+  assert [*Records(path).found] == [0, 1]
+
+
+def test_an_episode_is_recorded_before_anybody_looks_at_it(runner, tmp_path):
+  records = Records(tmp_path / "records")
+
+  def look(record, views):
+    raise OSError("No space left on device")
+
+  with pytest.raises(OSError, match="No space"):
+    runner(workers=1, seen=look).run([0, 1], records=records)
+  assert [*Records(tmp_path / "records").found] == [0]
+
+
+def test_what_was_told_something_else_is_run_again(runner, tmp_path):
+  path = tmp_path / "records"
+  runner(workers=1).run([0, 2], ["sit", "stand"], records=Records(path))
+  assert runner(workers=1).run([0, 2], ["sit", "lie"], records=Records(path)).told == ["sit", "lie"]
+  assert begun(tmp_path) == [0, 2, 2]
+
+
+def test_broken_episodes_are_counted_for_the_progress(runner):
+  told = []
+  one = runner({1: "raise"}, retries=0, workers=1)
+  one.run([0, 1, 2], progress=lambda done, successes: told.append((done, successes, one.broken)))
+  assert told == [(1, 1, 0), (2, 1, 1), (3, 2, 1)]
 
 
 def test_what_was_seen_is_handed_on(runner):
@@ -167,3 +233,5 @@ def test_what_was_seen_is_handed_on(runner):
 def test_nonsense_is_refused(runner):
   with pytest.raises(ValueError, match="workers=0"):
     runner(workers=0)
+  with pytest.raises(ValueError, match="replay=0; expected at least 1"):
+    runner(replay=0)

@@ -1,0 +1,303 @@
+"""The folder of a report: checked before anything is measured, written by one run at a time, gone on with by the next.
+
+What is measured is recorded first, in results.json, whole after every row. Films, pictures and the page come
+afterwards, and that one of them fails is a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import pathlib
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import imageio_ffmpeg
+import numpy as np
+from jaxtyping import UInt8
+
+from semanticvla_jax import cli, files
+from semanticvla_jax.evaluate import protocol, report, visualize
+from semanticvla_jax.evaluate.rollout import Episodes, Progress
+
+T = TypeVar("T")
+Key = tuple[str, str, str]  # of a row: suite, kind, name
+_PROBE = 1 << 16  # bytes
+# In these, episodes of one row may differ: they say how many there are, or decide nothing.
+_MAY_DIFFER = (*protocol.NOTED, *protocol.COUNTED, "policy.folder")
+
+
+@contextlib.contextmanager
+def alone(out: pathlib.Path) -> Iterator[None]:
+  """Makes a report's folder and keeps other runs from writing it while the block runs.
+
+  Raises:
+    ValueError: it is a file, cannot be written, or another run is at work in it.
+  """
+  there = next((path for path in (out, *out.parents) if path.exists()), out)
+  if there.exists() and not there.is_dir():
+    raise ValueError(f"Report's folder: got {there}, which is a file; expected a folder; choose another --out.")
+  with contextlib.ExitStack() as stack:
+    try:
+      out.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(files.alone(out, inside=True))
+      files.write(out / ".probe", b"\0" * _PROBE)
+      (out / ".probe").unlink()
+    except OSError as error:
+      raise ValueError(
+        f"Report's folder cannot be written: got {out} ({cli.first_line(error)}); expected one that may be written, "
+        "with room; choose another --out."
+      ) from error
+    yield
+
+
+def suites(words: str, known: Sequence[str]) -> list[str]:
+  """The suites of a flag such as "pick,place".
+
+  Raises:
+    ValueError: one does not exist, or is named twice.
+  """
+  names = [word.strip() for word in words.split(",")]
+  if unknown := [name for name in names if name not in known]:
+    raise ValueError(f"Suites: got {unknown} in {words!r}; expected some of {', '.join(known)}; change --suite.")
+  if len(set(names)) < len(names):
+    raise ValueError(f"Suites: got {words!r}; expected each once; name none twice.")
+  return names
+
+
+def metrics(path: str | None) -> list[dict]:
+  """The lines of a training's metrics.jsonl; none without a path.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
+  try:
+    return report.read_metrics(path) if path else []
+  except (OSError, UnicodeError) as error:
+    raise ValueError(
+      f"Metrics cannot be read: got {path} ({cli.first_line(error)}); expected a metrics.jsonl; leave --metrics out."
+    ) from error
+
+
+def warn_without_ffmpeg() -> None:
+  """Says so, before anything is measured, where films cannot be made."""
+  try:
+    program = imageio_ffmpeg.get_ffmpeg_exe()
+    subprocess.run([program, "-version"], check=True, capture_output=True, stdin=subprocess.DEVNULL)
+  except Exception as error:  # whatever it is, only films depend on it
+    logging.warning("No ffmpeg that works (%s): there will be results, but no films (--films=0)", cli.first_line(error))
+
+
+def set_aside(path: pathlib.Path) -> pathlib.Path:
+  """Renames a file that cannot be used to the first free of NAME.damaged, NAME.damaged_1, … and returns that."""
+  names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged_{i}" for i in itertools.count(1)))
+  return path.rename(next(free for name in names if not (free := path.with_name(name)).exists()))
+
+
+def read_json(path: pathlib.Path, read: Callable[[Any], T], otherwise: T, consequence: str) -> T:
+  """What `read` makes of a JSON file; of none, or of a damaged one, which is set aside and told, `otherwise`."""
+  if not path.exists():
+    return otherwise
+  try:
+    return read(json.loads(path.read_text(encoding="utf-8")))
+  except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
+    aside = set_aside(path)
+    logging.warning("%s is damaged (%s): kept as %s; %s", path, cli.first_line(error), aside.name, consequence)
+    return otherwise
+
+
+def gone_on(before: Mapping, now: Mapping, out: pathlib.Path) -> dict:
+  """The fingerprint of an earlier run's episodes together with this one's.
+
+  More or fewer episodes are no difference, nor is where the policy lies; sources that differ are all named.
+
+  Raises:
+    ValueError: they were measured otherwise; names the fields.
+  """
+  now = json.loads(json.dumps(now))
+  if lines := protocol.unlike(before, now, _MAY_DIFFER):
+    listing = "\n  ".join(lines)
+    raise ValueError(
+      f"{out} holds episodes that were measured otherwise: got\n  {listing}\nexpected the same; choose another --out."
+    )
+  parts = [part for each in (before, now) for part in each.get("sources", "").split()]
+  return now | {"sources": " ".join(dict.fromkeys(parts))}
+
+
+class Results:
+  """Measured rows, in results.json whenever there is another; those of an earlier run stay in it until replaced.
+
+  Args:
+    out: the folder.
+    command: how to get the results again.
+    damaged: what becomes of rows in a results.json that cannot be read, for its warning.
+    more: what else the file holds, asked for at each writing.
+
+  Attributes:
+    found: rows of an earlier run that this one has not measured (again).
+    rows: of this run.
+    seconds: spent by stage, by all runs together.
+  """
+
+  def __init__(self, out: pathlib.Path, command: str, damaged: str, more: Callable[[], dict] = dict):
+    self.out, self.command, self._more = out, command, more
+    self.rows: list[report.Row] = []
+    self.found, seconds = read_json(out / "results.json", _held, ({}, {}), damaged)
+    self.seconds = report.Stages(seconds)
+
+  def check(self, marks: Mapping[Key, dict], seeds: Sequence[int]) -> None:
+    """Raises ValueError unless what is found may stay, and is not all, and more than, what is to be measured.
+
+    Args:
+      marks: the fingerprint of each row to be measured.
+      seeds: of its episodes.
+    """
+    for key, mark in marks.items():
+      if key in self.found:
+        gone_on(self.found[key].fingerprint, mark, self.out)
+        if lost := sorted({*self.found[key].episodes.seeds.tolist()} - {*seeds}):
+          raise ValueError(
+            f"{self.out} holds other episodes: got seed {lost[0]} and {len(lost) - 1} more of {key[0]}, {key[2]!r}, "
+            "which are not asked for; expected all of them; widen --seed and --episodes, or choose another --out."
+          )
+    whole = [key for key in marks if key in self.found and _has(self.found[key].episodes, seeds)]
+    others = [f"{suite}, {name!r}" for suite, _, name in self.found if (suite, _, name) not in marks]
+    if others and len(whole) == len(marks):
+      raise ValueError(
+        f"Report exists: got {self.out}, which holds all of this and {'; '.join(others)}; expected something to "
+        "measure; ask for those too, or choose another --out."
+      )
+
+  def before(self, key: Key) -> Episodes | None:
+    """Episodes of an earlier run's row."""
+    return self.found[key].episodes if key in self.found else None
+
+  def add(self, row: report.Row) -> report.Row:
+    """Prints a row and writes it, with all others."""
+    key = (row.suite, row.kind, row.name)
+    self.found.pop(key, None)
+    self.rows.append(row)
+    self.write()
+    print(f"{row.suite:14} {row.name:42} {protocol.rate_text(row.summary)}", flush=True)
+    return row
+
+  def write(self, finished: bool = False) -> None:
+    """Writes results.json; `finished` notes that nothing is missing, the page included."""
+    found = report.results(self.all, self.command, self.seconds)
+    files.write_json(self.out / "results.json", found | self._more() | {"finished": finished})
+
+  @property
+  def all(self) -> list[report.Row]:
+    """The rows of this run, then those of earlier ones."""
+    return [*self.rows, *self.found.values()]
+
+  def no_rates(self) -> list[str]:
+    """What to say of rows of this run in which no episode is left to count."""
+    return [
+      f"{row.suite}, {row.name}: {protocol.rate_text(row.summary)}" for row in self.rows if not row.summary["episodes"]
+    ]
+
+
+def _held(value: Mapping) -> tuple[dict[Key, report.Row], dict[str, float]]:
+  """Rows and seconds of a results.json, this version's or an earlier one's."""
+  rows = [_row(one) for one in value["results"]]
+  return {(row.suite, row.kind, row.name): row for row in rows}, {**value["seconds"]}
+
+
+def _row(one: Mapping) -> report.Row:
+  names = ("name", "kind", "suite", "fingerprint", "per_episode")
+  summary = {"nonfinite": 0} | {key: value for key, value in one.items() if key not in names}
+  if missing := {"successes", "episodes", "errors", "rate", "interval", "mean_steps_to_success"} - summary.keys():
+    raise KeyError(*missing)
+  episodes = protocol.episodes_of(one["per_episode"])
+  return report.Row(one["name"], one["kind"], one["suite"], summary, {**one["fingerprint"]}, episodes)
+
+
+def _has(episodes: Episodes, seeds: Sequence[int]) -> bool:
+  return {*seeds} <= {*episodes.seeds[~episodes.error].tolist()}
+
+
+class Resumed:
+  """A runner that runs only what an earlier run lacks: kept is an episode that did not break and was told the same.
+
+  Args:
+    runner: an OnDevice or OnHost.
+    before: the earlier run's episodes, where there was one.
+    name: of the row, for what is said.
+  """
+
+  def __init__(self, runner: Any, before: Episodes | None, name: str):
+    self.runner, self.name = runner, name
+    self._before = {} if before is None else {one["seed"]: one for one in protocol.per_episode(before)}
+
+  def run(
+    self, seeds: Sequence[int] | np.ndarray, told: Sequence[str] | None = None, progress: Progress | None = None
+  ) -> Episodes:
+    """As the runner's own."""
+    seeds = [int(seed) for seed in seeds]
+    say = dict(zip(seeds, told or [None] * len(seeds)))
+    kept = {seed: self._before[seed] for seed in seeds if self._is_this(seed, say[seed])}
+    if not kept:
+      return self.runner.run(seeds, told, progress)
+    print(f"{self.name}: {len(kept)} of {len(seeds)} episodes were measured before, kept", flush=True)
+    missing = [seed for seed in seeds if seed not in kept]
+    if missing:
+      successes = sum(one["success"] for one in kept.values())
+      show = None if progress is None else lambda done, ok: progress(done + len(kept), ok + successes)
+      new = self.runner.run(missing, None if told is None else [say[seed] for seed in missing], show)
+      kept |= {one["seed"]: one for one in protocol.per_episode(new)}
+    return protocol.episodes_of([kept[seed] for seed in seeds])
+
+  def _is_this(self, seed: int, told: str | None) -> bool:
+    one = self._before.get(seed)
+    return one is not None and not one["error"] and told in (None, one["told"])
+
+
+def afterwards(what: str, work: Callable[[], T], otherwise: T) -> T:
+  """What `work` returns, or `otherwise` and a warning where it fails: the results are on disk."""
+  try:
+    return work()
+  except Exception as error:  # whatever it is, it costs no result
+    logging.warning("%s failed: %s; the results are in results.json all the same", what, cli.first_line(error))
+    return otherwise
+
+
+def write_film(path: pathlib.Path, frames: UInt8[np.ndarray, "t h w 3"], fps: int = visualize.FRAMES_A_SECOND) -> None:
+  """Writes an mp4 beside its place and renames it.
+
+  Raises:
+    OSError: ffmpeg failed, or there is no room.
+    RuntimeError: there is no ffmpeg.
+  """
+  partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+  try:
+    visualize.write_mp4(partial, frames, fps)
+    if not partial.exists() or b"moov" not in partial.read_bytes():  # the index, which comes last
+      raise OSError(f"ffmpeg did not finish {path.name}")
+    files.fsync(partial)
+    partial.replace(path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+  files.fsync(path.parent)
+
+
+def write_page(out: pathlib.Path, results: Results, *, finished: bool = True, **fields: Any) -> bool:
+  """Writes report.html, whole, and notes in results.json whether that is all; returns whether it could."""
+
+  def work() -> bool:
+    partial = out / ".report.html.partial"
+    try:
+      report.write(partial, rows=results.all, command=results.command, seconds=results.seconds, **fields)
+      partial.replace(out / "report.html")
+    finally:
+      partial.unlink(missing_ok=True)
+    results.write(finished)
+    print(f"report: {os.path.abspath(out / 'report.html')}")
+    return True
+
+  return afterwards("report.html", work, False)
