@@ -148,23 +148,11 @@ def results(rows: Sequence[Row], command: str, seconds: Mapping[str, float]) -> 
     "results": [
       {
         "name": row.name, "kind": row.kind, "suite": row.suite, **row.summary, "fingerprint": row.fingerprint,
-        "per_episode": _per_episode(row.episodes),
+        "per_episode": protocol.per_episode(row.episodes),
       }
       for row in rows
     ],
   }  # fmt: skip
-
-
-def _per_episode(episodes: Episodes) -> list[dict]:
-  """A dict for each episode, as JSON values."""
-  rows = [
-    dict(seed=int(seed), success=bool(success), steps=int(steps), error=bool(error), asked=asked, told=told)
-    for seed, success, steps, error, asked, told in zip(*episodes[:6])
-  ]
-  if episodes.retries is not None:
-    times = zip(episodes.retries.tolist(), episodes.seconds.tolist())
-    rows = [row | dict(retries=retries, seconds=seconds) for row, (retries, seconds) in zip(rows, times)]
-  return rows
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
