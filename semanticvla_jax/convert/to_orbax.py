@@ -32,7 +32,7 @@ import numpy as np
 
 import semanticvla_jax
 from semanticvla_jax import files
-from semanticvla_jax.convert import adapter, carried, mapping, stream, uncached, work
+from semanticvla_jax.convert import adapter, carried, mapping, settings, stream, uncached, work
 from semanticvla_jax.convert.mapping import Plan
 from semanticvla_jax.convert.source import FINE_TUNES, VLA, Source, describe, recognise
 from semanticvla_jax.data import statistics
@@ -76,7 +76,8 @@ def to_orbax(
     say: is given lines of progress.
 
   Raises:
-    ValueError: the target exists, the source is damaged, incomplete, or does not fit the config. Nothing is written.
+    ValueError: the target exists, the source is damaged, incomplete, does not fit the config, or says in its own files
+      that its model computes what ours does not. Nothing is written.
   """
   began = time.monotonic()
   target = Path(target).expanduser().absolute()
@@ -88,6 +89,7 @@ def to_orbax(
   if source.adapter is not None and not source.has_adapters:
     for got, expected in adapter.problems_of(source.adapter):
       say(f"adapter: {got}, not {expected}; it is in the shards already, and nothing of it is read")
+  config, changed = settings.carry(source, config, only, say)
   hashes = _hashes(source.paths)
   may = dict(resample_positions=resample, pad_vocabulary=pad_vocabulary)
   plan = mapping.make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only, **may)
@@ -101,7 +103,7 @@ def to_orbax(
   with whole(target, watch.progress.total, say) as partial:
     params_sha256 = stream.write(partial / "params", leaves, watch.seen)
     report = _report(source, plan, leaves, watch) | {"sources": hashes.result(), "lora": lora, "dtype": dtype}
-    report["warnings"] = warnings
+    report |= {"carried": changed, "warnings": warnings}
     seconds = round(time.monotonic() - began, 2)
     report |= {"params_sha256": params_sha256, "seconds": seconds, "peak_rss_bytes": peak_rss()}
     contents = {
@@ -111,7 +113,7 @@ def to_orbax(
       "conversion.json": report,
     }
     for name, content in contents.items():
-      (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+      (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     carried.copy(models, partial / "tokenizers")
     carried.copy(carried.processor_files(sources), partial / "source_files")
   return report
@@ -393,6 +395,7 @@ def table(report: Mapping, most: int = 8) -> list[str]:
     f"{report['merged_adapters']} adapters folded in",
     *(f"  {n:5d} unused: {why}" for why, n in reasons.items()),
     *(f"  {path}: {what}" for path, what in report["fitted"].items()),
+    *(f"  {line}" for line in report["carried"]),
     f"  {len(report['superseded'])} superseded by a later file",
     *(f"  {n:5d} arrays {change}" for change, n in report["dtype_changes"].items()),
     f"  statistics: {', '.join(report['statistics']) or 'none'}",

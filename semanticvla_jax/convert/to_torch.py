@@ -25,7 +25,7 @@ import numpy as np
 from einops import rearrange
 
 import semanticvla_jax
-from semanticvla_jax.convert import carried, files, mapping, semanticvla, table, uncached, work
+from semanticvla_jax.convert import carried, files, mapping, semanticvla, settings, table, uncached, work
 from semanticvla_jax.convert import companions as release
 from semanticvla_jax.convert.folder import PolicyFolder
 from semanticvla_jax.convert.source import Source, recognise
@@ -97,11 +97,11 @@ def to_torch(
   from_base = _from_base(origin, tensors, build(folder.config["model"]))
   added = {key: x for key, (x, _) in from_base.items()}
   groups = _groups(tensors | added, folder.metadata.get("step"), shard)
-  settings = release.settings(folder.config.get("lora") or folder.metadata.get("lora"), tensors)
+  lora_settings = release.settings(folder.config.get("lora") or folder.metadata.get("lora"), tensors)
   vision = next((name for name in groups if name.startswith("vision_backbone")), None)
   wrapped = vision is not None and companions == "pt"
   if wrapped:
-    groups[vision] = _wrapped(tensors | added, settings)
+    groups[vision] = _wrapped(tensors | added, lora_settings)
   progress = work.Progress(sum(x.nbytes for content in groups.values() for x in content.values()), say)
   with whole(target, progress.total, say) as partial, concurrent.futures.ThreadPoolExecutor(1) as pool:
     if check:
@@ -114,10 +114,10 @@ def to_torch(
       if checked.done():
         checked.result()  # no need to write the rest of what is damaged
     checked.result()
-    if lora == "keep" or (wrapped and settings["targets"] == "release"):
+    if lora == "keep" or (wrapped and lora_settings["targets"] == "release"):
       (partial / ADAPTER).parent.mkdir(exist_ok=True)
-      adapter = release.adapter_config(tensors | added, settings)
-      (partial / ADAPTER).with_name("adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
+      text = json.dumps(release.adapter_config(tensors | added, lora_settings), indent=2) + "\n"
+      (partial / ADAPTER).with_name("adapter_config.json").write_text(text, encoding="utf-8")
     _write_index(partial, groups)
     report = _facts(folder, groups, companions) | {
       "lora": lora,
@@ -355,24 +355,25 @@ def _write_index(partial: Path, groups: Mapping[str, Mapping[str, Out]]) -> None
   size = sum(x.nbytes for content in shards.values() for x in content.values())
   weight_map = {key: name for name, content in shards.items() for key in content}
   content = {"metadata": {"total_size": size}, "weight_map": weight_map}
-  (partial / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+  (partial / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_json(partial: Path, folder: PolicyFolder, origin: Source | None, report: dict, placeholders: bool) -> None:
   """config.json (of the base, else of the conversion, else minimal), dataset_statistics.json, conversion.json."""
   path = folder.folder / "conversion.json"
-  known = json.loads(path.read_text()).get("source_config") if path.exists() else None
+  known = json.loads(path.read_text(encoding="utf-8")).get("source_config") if path.exists() else None
   config = (origin.config if origin is not None else None) or known
   config = dict(config or {"model_type": "openvla", "architectures": ["OpenVLAForActionPrediction"]})
-  settings = folder.config["lora"] if folder.adapted else folder.metadata.get("lora")
+  config = settings.stated(config, build(folder.config["model"]))
+  adapters = folder.config["lora"] if folder.adapted else folder.metadata.get("lora")
   config["norm_stats"] = folder.statistics
   merged = report["lora"] == "merge"
-  config["semanticvla_jax"] = {"merged": merged, "lora": settings, "version": semanticvla_jax.__version__}
+  config["semanticvla_jax"] = {"merged": merged, "lora": adapters, "version": semanticvla_jax.__version__}
   if placeholders:
     config["semanticvla_jax"]["placeholder_adapters"] = True  # zeros, for the release's loader
   contents = {"config.json": config, "dataset_statistics.json": folder.statistics, "conversion.json": report}
   for name, content in contents.items():
-    (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+    (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_small_files(partial: Path, folder: PolicyFolder, base: Sequence[str | Path]) -> None:

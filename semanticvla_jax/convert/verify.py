@@ -8,7 +8,7 @@ language model, a head) in memory at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 from einops import rearrange
 from flax.traverse_util import unflatten_dict
 
-from semanticvla_jax.convert import adapter
+from semanticvla_jax.convert import adapter, settings
 from semanticvla_jax.convert.folder import PolicyFolder
 from semanticvla_jax.convert.source import VLA, Source, recognise
 from semanticvla_jax.models import llama, lora, masks
@@ -30,6 +30,8 @@ from semanticvla_jax.models.text import TextEncoder
 from semanticvla_jax.models.vit import ViT
 
 TOLERANCE = 5e-5
+_EPSILONS = ("layer_norm_eps", "rms_norm_eps")
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "max_position_embeddings")
 BATCH, WORDS = 2, 9  # of the made-up inputs
 Pair = tuple[str, Any, Any]  # stage, ours, theirs
 State = dict[str, Any]  # tensors of PyTorch by name
@@ -83,14 +85,17 @@ def verify(
     say: is given each row as soon as it is known.
 
   Returns:
-    (rows, paths of parameters that no stage ran).
+    (rows, paths of parameters that no stage ran). Where the source's own files say what the policy's model does not do,
+    PyTorch's side does what they say, and each such field has a row of its own, with an error of inf.
 
   Raises:
     ValueError: torch or transformers is missing, or the source lacks tensors of a stage.
   """
   torch, _ = _libraries()
   sides = _Sides(recognise(sources, merged), PolicyFolder(policy))
-  rows = []
+  rows = [Row(f"{d.text}, expected {d.expected}", float("inf")) for d in sides.differences()]
+  for row in rows:
+    say(row)
   with jax.default_matmul_precision("highest"), torch.inference_mode():
     for stage in sides.stages():
       for name, ours, theirs in stage(np.random.default_rng(seed)):
@@ -134,6 +139,13 @@ class _Sides:
     self.source_lora = self.lora if source.adapter is None else {"rank": own["r"], "alpha": own["lora_alpha"]}
     self.prefixes = PREFIXES[source.kind]
     self.ran: list[str] = []
+
+  def differences(self) -> list[settings.Difference]:
+    """What the source's own files say and the policy's model does not do, of the towers that the policy has."""
+    prefixes = self.source.prefixes
+    if prefixes != ("",):
+      prefixes = tuple(p for p in prefixes if any(path.startswith(p) for path in self.policy.leaves))
+    return settings.differences(self.source, self.model, prefixes)
 
   def stages(self) -> Iterator[Callable[[np.random.Generator], Iterator[Pair]]]:
     """What can be run, one after the other."""
@@ -208,11 +220,12 @@ class _Sides:
     pixels = jnp.asarray(rng.standard_normal((BATCH, vit.image, vit.image, 3)), jnp.float32)
     widths = {x.shape[1] for x in film.values() if x.ndim == 2}
     condition = jnp.asarray(rng.standard_normal((BATCH, widths.pop())), jnp.float32) if film else None
+    own = settings.fields(self.source, name)
     if name == "dino":
-      theirs = transformers.Dinov2WithRegistersModel(dinov2_config(vit, depth)).eval()
+      theirs = _built(transformers.Dinov2WithRegistersModel, dinov2_config(vit, depth), own)
       theirs.layernorm, layers, norm = torch.nn.Identity(), theirs.encoder.layer, "norm2"
     else:
-      theirs = transformers.SiglipVisionModel(siglip_config(vit, depth)).eval()
+      theirs = _built(transformers.SiglipVisionModel, siglip_config(vit, depth), own)
       theirs.post_layernorm, layers, norm = torch.nn.Identity(), theirs.encoder.layers, "layer_norm2"
     _load(theirs, state, name)
     for i, layer in enumerate(layers if film else ()):
@@ -236,7 +249,7 @@ class _Sides:
   def text_tower(self, name: str, rng: np.random.Generator) -> Iterator[Pair]:
     torch, transformers = _libraries()
     tower: TextEncoder = self.model.text.clone()
-    theirs = transformers.SiglipTextModel(siglip_text_config(tower)).eval()
+    theirs = _built(transformers.SiglipTextModel, siglip_text_config(tower), settings.fields(self.source, name))
     theirs.head = torch.nn.Identity()  # the pooled vector is not used
     _load(theirs, self._hugging_face(name), name)
     length = min(WORDS, tower.positions)
@@ -254,7 +267,7 @@ class _Sides:
     ids = rng.integers(0, sizes.vocab, (BATCH, WORDS))
     x = jnp.asarray(self.params("llm/embed/")["embedding"][ids])
     y = self._tensor(f"{prefix}model.embed_tokens.weight")[ids]
-    one = transformers.LlamaModel(llama_config(sizes, depth=1, vocab=8)).eval()
+    one = _built(transformers.LlamaModel, llama_config(sizes, depth=1, vocab=8), settings.fields(self.source, name))
     one.norm = torch.nn.Identity()
     block = llama.Block(sizes.num_heads, sizes.mlp_dim, sizes.eps, sizes.theta)
     positions = masks.positions(jnp.asarray(valid))
@@ -266,7 +279,8 @@ class _Sides:
       _load(one.layers[0], self.state(f"{prefix}model.layers.{i}."), f"layer {i}")
       y = one(inputs_embeds=y, attention_mask=torch.from_numpy(valid).long()).last_hidden_state
     x = nn.RMSNorm(epsilon=sizes.eps).apply({"params": self.params("llm/norm/")}, x)
-    y = torch.nn.functional.rms_norm(y, y.shape[-1:], self._tensor(f"{prefix}model.norm.weight"), sizes.eps)
+    scale, eps = self._tensor(f"{prefix}model.norm.weight"), one.config.rms_norm_eps
+    y = torch.nn.functional.rms_norm(y, y.shape[-1:], scale, eps)
     yield name, np.asarray(x)[valid], y.numpy()[valid]
     if self._has("llm/lm_head/"):
       logits = x @ self.params("llm/lm_head/")["kernel"]
@@ -333,6 +347,40 @@ def llama_config(sizes: llama.Llama, depth: int, vocab: int) -> Any:
   _, transformers = _libraries()
   rope = dict(rope_parameters=dict(rope_type="default", rope_theta=sizes.theta))
   return transformers.LlamaConfig(**_encoder_sizes(sizes, depth), vocab_size=vocab, rms_norm_eps=sizes.eps, **rope)
+
+
+def _built(cls: Any, config: Any, fields: Mapping[str, Any] | None) -> Any:
+  """PyTorch's class in our sizes, with what the source's own files (None: there are none) say beside them.
+
+  Raises:
+    ValueError: the class does not take what they say.
+  """
+  try:
+    return cls(config if fields is None else _own(config, fields)).eval()
+  except (ValueError, TypeError, KeyError) as error:
+    said = (str(error).strip().splitlines() or [""])[-1][:160]
+    raise ValueError(
+      f"{cls.__name__} refuses the source's own configuration: got {type(error).__name__}: {said}; expected a "
+      "config.json that transformers reads; mend it."
+    ) from error
+
+
+def _own(config: Any, fields: Mapping[str, Any]) -> Any:
+  """A configuration with the source's own fields; those that change shapes stay, or the tensors could not be loaded."""
+  _, transformers = _libraries()
+  default, kept = type(config)(), config.to_dict()
+  own = {name: fields.get(name, getattr(default, name)) for name in _EPSILONS if hasattr(default, name)}
+  act = fields.get("hidden_act", default.hidden_act)
+  act = settings.NAMES.get(settings.ACTIVATIONS.get(act, act), act)
+  own |= {"hidden_act": act} if act in transformers.activations.ACT2FN else {}  # else `differences` has told of it
+  same_width = fields.get("hidden_size", default.hidden_size) == config.hidden_size
+  heads = fields.get("num_attention_heads", default.num_attention_heads if same_width else 0)
+  if heads and config.hidden_size % heads == 0:
+    own["num_attention_heads"] = heads
+    kept = {name: x for name, x in kept.items() if name not in ("num_key_value_heads", "head_dim")}
+  if "rope_parameters" in kept:
+    own |= {"rope_parameters": None} | {name: fields[name] for name in _ROPE if fields.get(name)}
+  return type(config)(**{name: x for name, x in kept.items() if name != "model_type"} | own)
 
 
 def _encoder_sizes(x: Any, depth: int) -> dict:

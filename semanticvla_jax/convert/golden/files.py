@@ -65,7 +65,7 @@ def read_json(path: str | Path) -> dict:
   """A JSON object. Raises ValueError where the file is missing or holds anything else."""
   path = Path(path)
   try:
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise ValueError(f"verify-golden: got {path} ({error.strerror}), expected a JSON file; check the path.") from None
   except ValueError as error:
