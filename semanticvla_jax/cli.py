@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 _LONGEST = 400  # characters of a foreign message
@@ -59,6 +61,23 @@ def use_utf8() -> None:
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):
       stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def make_importable(config: str) -> None:
+  """Lets a config file, "…/configs/libero.py:lite", import what it lies beside, from whatever folder a command starts.
+
+  Its own folder and the one above come first; this repository's, for `from configs import common`, last.
+  """
+  match = re.fullmatch(r"(.*\.py)(:.*)?", config)
+  if match is None:
+    return
+  folder = Path(match[1]).expanduser().resolve().parent
+  for place in (folder, folder.parent):
+    if str(place) not in sys.path[:2]:
+      sys.path.insert(0, str(place))
+  root = Path(__file__).resolve().parents[1]
+  if (root / "configs" / "common.py").exists() and str(root) not in sys.path:
+    sys.path.append(str(root))
 
 
 def _keep_traceback(error: Exception) -> str:

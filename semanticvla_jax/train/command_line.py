@@ -6,12 +6,17 @@ import sys
 
 from absl import flags
 
+from semanticvla_jax import cli
+
 PARSING = "Error whilst parsing config file"  # ml_collections' words before a traceback of the config file
 
 
 def parse(argv: list[str]) -> list[str]:
   """The `flags_parser` of absl's `app.run`, for commands with a --config; ends the program where that is no config."""
   sys.argv = spelled(argv)  # ml_collections looks for --config.… there
+  for name, following in zip(sys.argv, [*sys.argv[1:], ""]):
+    if name.startswith("--config=") or name == "--config":
+      cli.make_importable(name.partition("=")[2] or following)
   try:
     rest = flags.FLAGS(sys.argv)
     if flags.FLAGS["config"].value is not None:
