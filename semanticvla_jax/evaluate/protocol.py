@@ -18,7 +18,7 @@ import numpy as np
 from semanticvla_jax.evaluate.rollout import Episodes
 
 PACKAGES = ("semanticvla_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
-# Fields in which compared results may differ: that is what is compared. All others must be equal.
+# Fields in which compared results may differ: that is what is compared. `require_alike` wants all others equal.
 COMPARED = (
   "policy.policy_hash", "policy.folder", "policy.step", "policy.parameters", "preprocessing.image_size",
   "preprocessing.views", "preprocessing.pruner_text", "chunk", "told", "model_changes",

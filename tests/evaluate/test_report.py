@@ -3,6 +3,8 @@
 import html.parser
 import json
 import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import policies
@@ -179,6 +181,12 @@ def test_nothing_has_a_width_that_a_phone_has_not(page):
   assert all(int(width) <= 120 for width in widths)
   fixed = re.findall(r"minmax\((\d+)px", style)  # wider ones are min(…, 100 %)
   assert all(int(width) <= 120 for width in fixed) and not re.findall(r"<svg[^>]* width=\"\d+\"", page)
+
+
+def test_the_style_goes_with_the_package():
+  project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+  packaged = project["tool"]["setuptools"]["package-data"]["semanticvla_jax.evaluate"]
+  assert all(Path(report.__file__).with_name(name).exists() for name in packaged) and "report.css" in packaged
 
 
 def test_a_row_without_an_episode_that_counts_says_why(crowded):
