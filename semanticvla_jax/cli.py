@@ -23,6 +23,7 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
   with the statuses that shells give them (141, 130).
   """
   use_utf8()
+  _use_32_bits()
   try:
     status = main([*sys.argv[1:]] if argv is None else [*argv])
     sys.stdout.flush()
@@ -61,6 +62,14 @@ def use_utf8() -> None:
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):
       stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _use_32_bits() -> None:
+  """Sets JAX_ENABLE_X64 aside, which this package's numbers are not made for, and says so."""
+  jax = sys.modules.get("jax")
+  if jax is not None and jax.config.jax_enable_x64:
+    jax.config.update("jax_enable_x64", False)
+    print("JAX_ENABLE_X64 is set: this command computes in 32 bits all the same", file=sys.stderr)
 
 
 def make_importable(config: str) -> None:

@@ -335,7 +335,8 @@ class Policy:
         instruction=np.zeros((size, m), np.int32), instruction_mask=np.ones((size, m), bool)
       )
     observation = jax.tree.map(np.asarray, observation)
-    compiled = self._apply.lower(self.params, observation).compile()
+    with jax.enable_x64(False):  # whatever the process around it is set to
+      compiled = self._apply.lower(self.params, observation).compile()
     jax.block_until_ready(compiled(self.params, observation))
     return compiled
 

@@ -35,6 +35,7 @@ from semanticvla_jax.envs.tasks import (
   Leaf,
   State,
   angle_between,
+  in_32_bits,
   reset,
 )
 
@@ -194,11 +195,13 @@ def _turn(state: State, point: Waypoint) -> Float[Array, "3"]:
   return tabletop.compose(jnp.append(jnp.zeros(2), point.yaw), -state.rotation)
 
 
+@in_32_bits
 def turn_left(state: State) -> Float[Array, "3"]:
   """The rotation vector in radians that the expert has still to turn, however many steps that takes."""
   return _turn(state, _waypoint(state))
 
 
+@in_32_bits
 def disturb(action: Float[Array, "7"], key: PRNGKeyArray, noise: float | Float[Array, ""]) -> Float[Array, "7"]:
   """Adds noise that, as in human movement, grows with the command.
 
@@ -213,6 +216,7 @@ def disturb(action: Float[Array, "7"], key: PRNGKeyArray, noise: float | Float[A
   return jnp.clip(jnp.append(moved, jnp.where(wrong, -action[6], action[6])), -1.0, 1.0)
 
 
+@in_32_bits
 def act(state: State, key: PRNGKeyArray | None = None, noise: float | Float[Array, ""] = 0.0) -> Float[Array, "7"]:
   """The expert's action in [-1, 1]; with a key, disturbed by `noise` (see `disturb`)."""
   point = _waypoint(state)
@@ -222,6 +226,7 @@ def act(state: State, key: PRNGKeyArray | None = None, noise: float | Float[Arra
   return action if key is None else disturb(action, key, noise)
 
 
+@in_32_bits
 def rollout_from(state: State, key: PRNGKeyArray, noise: float | Float[Array, ""], steps: int) -> Rollout:
   """Runs the expert from `state` for `steps` actions (static)."""
 
@@ -236,6 +241,7 @@ def rollout_from(state: State, key: PRNGKeyArray, noise: float | Float[Array, ""
   return Rollout(states, actions, executed, success, first)
 
 
+@in_32_bits
 def rollout(key: PRNGKeyArray, suite: str | int | Int[Array, ""], split: str = "train",
             noise: float | Float[Array, ""] = 0.0, steps: int = 60) -> Rollout:
   """Draws an episode and runs the expert on it; the arguments are those of `reset` and `act`."""
@@ -243,6 +249,7 @@ def rollout(key: PRNGKeyArray, suite: str | int | Int[Array, ""], split: str = "
   return rollout_from(reset(k_reset, suite, split), k_noise, noise, steps)
 
 
+@in_32_bits
 def perturbed_state(key: PRNGKeyArray, state: State) -> State:
   """A random moment from which the task of `state` can still be done, for broad coverage of states in training.
 

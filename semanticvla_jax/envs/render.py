@@ -31,6 +31,7 @@ from semanticvla_jax.envs.tasks import (
   PLATE,
   SLOT,
   State,
+  in_32_bits,
 )
 
 # Red, green, blue, yellow, purple, orange, and the white of plates.
@@ -77,6 +78,7 @@ class Surface(NamedTuple):
   shade: Number = 1.0
 
 
+@in_32_bits
 def rotation_matrix(rotation: Float[Array, "3"]) -> Float[Array, "3 3"]:
   """The matrix of an axis-angle (Rodrigues), exact at zero."""
   x, y, z = rotation
@@ -289,6 +291,7 @@ def _light(hit: Hit, state: State, o: Vector, d: Vector) -> Number:
   return jax.lax.scan(add, jnp.ones_like(hit.t), (jnp.concatenate([state.centre, hand]), radius, jnp.asarray(_DARK)))[0]
 
 
+@in_32_bits
 def views(state: State, size: int, samples: int = 1) -> UInt8[Array, "2 {size} {size} 3"]:
   """The agent view (from the front, above) and the wrist view (down between the fingers), RGB, upright.
 
@@ -304,6 +307,7 @@ def views(state: State, size: int, samples: int = 1) -> UInt8[Array, "2 {size} {
   return (rgb * 255 + 0.5).astype(jnp.uint8).reshape(2, size, size, 3)
 
 
+@in_32_bits
 def project(state: State, point: Float[Array, "3"]) -> Float[Array, "2 2"]:
   """Where a point of the world (metres) appears: (row, column) in [0, 1) of both views, outside when out of sight."""
   turn = rotation_matrix(state.rotation)

@@ -36,6 +36,7 @@ from semanticvla_jax.envs.tasks import (
   SUITES,
   State,
   angle_between,
+  in_32_bits,
   instruction,
   instructions,
   max_steps,
@@ -64,6 +65,7 @@ _OVER = 0.008  # what overlaps by less than this in height lies on top, by more 
 _SIDEWAYS, _UPRIGHT, _TURNED = 0.018, 0.020, 0.35  # a grasp: metres along the pads, metres in height, radians
 
 
+@in_32_bits
 def compose(a: Float[Array, "3"], b: Float[Array, "3"]) -> Float[Array, "3"]:
   """The axis-angle (angle <= pi) of rotation `b` followed by rotation `a`, both axis-angle in the world frame."""
 
@@ -78,6 +80,7 @@ def compose(a: Float[Array, "3"], b: Float[Array, "3"]) -> Float[Array, "3"]:
   return v / sine * 2 * jnp.arctan2(sine, w)
 
 
+@in_32_bits
 def heading(rotation: Float[Array, "3"]) -> Float[Array, ""]:
   """The yaw of the gripper, radians."""
   matrix = rotation_matrix(rotation)
@@ -210,6 +213,7 @@ def _move(state: State, shift: Float[Array, "3"], turn: Float[Array, "3"]) -> St
   return _carry(state.replace(position=state.position + jnp.append(slide, lift)))
 
 
+@in_32_bits
 def graspable(state: State) -> Bool[Array, " n"]:
   """Which objects closing fingers would grasp: between them, at the height of the pads, aligned."""
   matrix = rotation_matrix(state.rotation)
@@ -268,25 +272,28 @@ def _fall(state: State) -> State:
   return moved.replace(centre=moved.centre.at[:, 2].set(z), yaw=yaw)
 
 
+@in_32_bits
 def settle(state: State) -> State:
   """Lets a state that was put together freely come to rest, with nothing inside anything else."""
   still = jnp.zeros(3)
   return jax.lax.fori_loop(0, 3, lambda _, s: _fall(_move(_carry(s), still, still)), state)
 
 
+@in_32_bits
 def step(state: State, action: Float[Array, "7"]) -> State:
   """Acts once: translation (x 0.05 m), rotation (axis-angle in the world frame, x 0.5 rad), gripper (> 0 closes).
 
   The action is clipped to [-1, 1]; the gripper moves its full way in a step unless a limit, an object or the table is
   in the way.
   """
-  action = jnp.clip(action, -1.0, 1.0)
+  action = jnp.clip(jnp.asarray(action, jnp.float32), -1.0, 1.0)
   shift, turn = action[:3] * TRANSLATION / _SUBSTEPS, action[3:6] * ROTATION / _SUBSTEPS
   state = jax.lax.fori_loop(0, _SUBSTEPS, lambda _, s: _move(s, shift, turn), state)
   state = _fall(_grip(state, action[6]))
   return state.replace(time=state.time + 1)
 
 
+@in_32_bits
 def achieved(state: State) -> Bool[Array, "2"]:
   """Which of the two goals of the task the state fulfils; an absent goal is fulfilled."""
   target, destination = state.target, state.destination
@@ -305,16 +312,19 @@ def achieved(state: State) -> Bool[Array, "2"]:
   return jnp.take_along_axis(cases, state.verb[None], axis=0)[0]
 
 
+@in_32_bits
 def success(state: State) -> Bool[Array, ""]:
   """Whether the state fulfils its instruction."""
   return achieved(state).all()
 
 
+@in_32_bits
 def proprio(state: State) -> Float[Array, "8"]:
   """Gripper position xyz (metres), axis-angle (radians), the two finger positions (metres, mirrored), as in LIBERO."""
   return jnp.concatenate([state.position, state.rotation, jnp.stack([state.finger, -state.finger])])
 
 
+@in_32_bits
 def observe(state: State, size: int) -> tuple[UInt8[Array, "2 size size 3"], Float[Array, "8"]]:
   """Renders the agent and wrist views and reads the proprioception."""
   return render.views(state, size), proprio(state)
