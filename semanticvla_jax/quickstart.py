@@ -5,7 +5,7 @@
 Runs the commands that a user would type, each printed before it starts, on something the base has not seen, and ends
 with the success before and after. Run again after an interruption it goes on where it was: finished demonstrations and
 a finished evaluation are kept where they are of the same flags and policies, training resumes from its last checkpoint
-(and refuses to go on with another base, config or data).
+(and refuses to go on with another base, config or data), and so does the evaluation after its last row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semanticvla_jax import cli
+from semanticvla_jax import cli, files
 
 BASE = Path("checkpoints/tabletop_small")
 # States are varied by where episodes begin: under the noise of `demonstrate`'s default the later actions of a chunk
@@ -38,7 +38,7 @@ def demonstrate(args: argparse.Namespace) -> list[str] | None:
   wanted = {"suite": args.suite, "split": args.split, "episodes": args.demonstrations, "size": args.size} | VARIED
   facts = args.out / "data" / f"tabletop_{args.suite}" / "1.0.0" / "demonstrations.json"
   if facts.exists():
-    found = json.loads(facts.read_text())
+    found = _read(facts, "remove that folder, and they are made again")
     if any(found.get(key) != value for key, value in wanted.items()):
       raise ValueError(
         f"{facts.parent}: got demonstrations of { {key: found.get(key) for key in wanted} }, expected {wanted}; choose "
@@ -61,7 +61,10 @@ def train(args: argparse.Namespace) -> list[str]:
 def evaluate(args: argparse.Namespace) -> list[str] | None:
   """The command that measures before, after and the controls; None when just that was done, of the same policies.
 
-  A report of anything else is set aside, which is said.
+  A report of anything else is set aside, which is said; one of it that is not finished is gone on with.
+
+  Raises:
+    ValueError: another run is at work in the report's folder.
   """
   report, policy = args.out / "report", args.out / "policy"
   command = [
@@ -69,13 +72,23 @@ def evaluate(args: argparse.Namespace) -> list[str] | None:
     f"--split={args.split}", f"--episodes={args.episodes}", f"--seed={EVALUATION_SEED}", f"--controls={args.controls}",
     f"--metrics={args.out / 'metrics.jsonl'}", f"--out={report}",
   ]  # fmt: skip
-  if not (report / "results.json").exists():
+  results = report / "results.json"
+  if not results.exists():
     return command
-  reason = outdated(report / "results.json", command, {"policy": policy, "baseline": args.base})
-  if reason is None:
-    return None
-  print(f"\n{report} {reason}: kept as {set_aside(report)}, measured again", flush=True)
+  with files.alone(report, inside=True):
+    reason = outdated(results, command, {"policy": policy, "baseline": args.base})
+    if reason is None:
+      return None if finished(results) else command
+    aside = set_aside(report)
+    (aside / ".lock").unlink(missing_ok=True)
+  print(f"\n{report} {reason}: kept as {aside}, measured again", flush=True)
   return command
+
+
+def finished(results: Path) -> bool:
+  """Whether nothing of results.json is left to do: all rows are in it, none of their episodes broke, it is shown."""
+  found = json.loads(results.read_text(encoding="utf-8"))
+  return found.get("finished", True) and not any(row.get("errors") for row in found["results"])
 
 
 def outdated(results: Path, command: Sequence[str], policies: Mapping[str, Path]) -> str | None:
@@ -89,14 +102,15 @@ def outdated(results: Path, command: Sequence[str], policies: Mapping[str, Path]
   from semanticvla_jax import checkpoint  # takes seconds to import, and most runs do not need it
 
   try:
-    found = json.loads(results.read_text())
+    found = json.loads(results.read_text(encoding="utf-8"))
     flags = shlex.split(found["command"])
     hashes = {row["kind"]: row["fingerprint"]["policy"]["policy_hash"] for row in found["results"]}
   except (ValueError, KeyError, TypeError, AttributeError):
     return "holds a results.json that cannot be read"
   if other := [flag for flag in command if flag not in flags]:
     return f"was measured without {' '.join(other)}"
-  other = [kind for kind, folder in policies.items() if hashes.get(kind) != checkpoint.policy_hash(folder)]
+  there = [kind for kind in policies if kind in hashes or found.get("finished", True)]  # others are yet to be measured
+  other = [kind for kind in there if hashes.get(kind) != checkpoint.policy_hash(policies[kind])]
   return f"was measured with another {' and another '.join(other)}" if other else None
 
 
@@ -125,14 +139,49 @@ def summary(results: Sequence[Mapping], seconds: Mapping[str, float], out: Path)
   order = ["baseline", "policy", "control"]
   lines = [""]
   for row in sorted(results, key=lambda row: order.index(row["kind"])):
-    low, high = (100 * x for x in row["interval"])
-    share = f"{row['successes']}/{row['episodes']}"
     label = labels.get(row["kind"], f"control: {row['name']}")
-    lines.append(f"{label:44}{share:>9}  {100 * row['rate']:5.1f} %  (95 %: {low:.0f}–{high:.0f})")
+    lines.append(f"{label:44}{_rate(row)}")
   stages = "   ".join(f"{name} {_clock(value)}" for name, value in seconds.items())
   lines += ["", f"time        {stages}   in all {_clock(sum(seconds.values()))}"]
   lines += [f"report      {out / 'report' / 'report.html'}", f"checkpoint  {out / 'policy'}"]
   return "\n".join(lines)
+
+
+def _rate(row: Mapping) -> str:
+  """A row's count, rate and interval, and what is not in them; or that there is none."""
+  errors, spoilt = row.get("errors", 0), row.get("nonfinite", 0)
+  if row["rate"] is None:
+    return f"no rate: all {errors} episodes broke"
+  low, high = (_percent(end, 0) for end in row["interval"])
+  share, rate = f"{row['successes']}/{row['episodes']}", _percent(row["rate"], 1)
+  broke = f", {errors} broke and are not counted" if errors else ""
+  failed = f", {spoilt} failed by a non-finite action" if spoilt else ""
+  return f"{share:>9}  {rate:>5} %  (95 %: {low}–{high}){broke}{failed}"
+
+
+def _percent(share: float, decimals: int) -> str:
+  """A share of one in percent, with more decimals where it would be rounded to 0 or 100 but is neither."""
+  while float(text := f"{100 * share:.{decimals}f}") in (0, 100) and 0 < share < 1 and decimals < 6:
+    decimals += 1
+  return text
+
+
+def _read(path: Path, remedy: str) -> dict:
+  """A JSON object. Raises ValueError, with the file's name, where it is none."""
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+      raise ValueError(f"a {type(found).__name__}")
+    return found
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged: got {cli.first_line(error)}; expected a JSON object; {remedy}.") from error
+
+
+def _check_folders(out: Path) -> None:
+  """Raises ValueError where a folder that stages write is a file."""
+  for folder in (out, *out.parents, out / "data", out / "report", out / "policy"):
+    if folder.exists() and not folder.is_dir():
+      raise ValueError(f"Folder: got {folder}, which is a file; expected a folder; choose another --out.")
 
 
 def _clock(seconds: float) -> str:
@@ -163,12 +212,13 @@ def main(argv: list[str]) -> None:
   try:
     if not (args.base / "config.json").exists():
       raise ValueError(f"Base: got {args.base}, expected a policy folder; run from the repository or pass --base.")
+    _check_folders(args.out)
     seconds = {"demonstrations": run("demonstrations", demonstrate(args))}
     seconds["training"] = run("training", train(args))
     seconds["evaluation"] = run("evaluation", evaluate(args))
+    results = _read(args.out / "report" / "results.json", "run the same command again")["results"]
   except ValueError as error:
     sys.exit(str(error))
-  results = json.loads((args.out / "report" / "results.json").read_text())["results"]
   print(summary(results, seconds, args.out))
 
 

@@ -315,13 +315,15 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _check_suites(names: Sequence[str]) -> None:
-  """Raises ValueError for suites of both simulators at once, which have flags of their own."""
+  """Raises ValueError for suites of both simulators at once, which have flags of their own, and others of LIBERO's."""
   ours, libero_s = ([name for name in names if name.strip() in known] for known in (tasks.SUITES, envs_libero.SUITES))
   if ours and libero_s:
     raise ValueError(
       f"Suites: got {ours} of the tabletop with {libero_s} of LIBERO; expected those of one; evaluate one after the "
       "other, each with its own --out."
     )
+  if any("libero" in name for name in names):
+    folder.suites(",".join(names), envs_libero.SUITES)
 
 
 def evaluate(args: argparse.Namespace, out: pathlib.Path, command: str) -> list[str]:

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import pathlib
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -290,14 +289,10 @@ def write_page(out: pathlib.Path, results: Results, *, finished: bool = True, **
   """Writes report.html, whole, and notes in results.json whether that is all; returns whether it could."""
 
   def work() -> bool:
-    partial = out / ".report.html.partial"
-    try:
-      report.write(partial, rows=results.all, command=results.command, seconds=results.seconds, **fields)
-      partial.replace(out / "report.html")
-    finally:
-      partial.unlink(missing_ok=True)
+    page = out / "report.html"
+    report.write(page, rows=results.all, command=results.command, seconds=results.seconds, **fields)
     results.write(finished)
-    print(f"report: {os.path.abspath(out / 'report.html')}")
+    print(f"report: {page.resolve()}")
     return True
 
   return afterwards("report.html", work, False)

@@ -175,6 +175,8 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
       raise ValueError(
         f"{path}, line {number}: got {line[:60]!r}; expected a JSON object; repair or remove the line."
       ) from error
+    if not isinstance(found[-1], dict):
+      raise ValueError(f"{path}, line {number}: got {line[:60]!r}; expected a JSON object; remove the line.")
   return found
 
 
