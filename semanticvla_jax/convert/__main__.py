@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from semanticvla_jax import cli
-from semanticvla_jax.convert import compare, full_size, golden, to_orbax, to_torch, verify
+from semanticvla_jax.convert import compare, fold, full_size, golden, to_orbax, to_torch, verify
 
 MERGED = {"auto": None, "yes": True, "no": False}  # --merged
 
@@ -70,6 +70,17 @@ def to_torch_verb(args: argparse.Namespace) -> int:
   options = dict(base=args.base, companions=args.companions, lora=args.lora, check=not args.no_check)
   report = to_torch.to_torch(args.policy, args.target, **options, say=say)
   print("\n".join(to_torch.lines(report)))
+  return 0
+
+
+def fold_verb(args: argparse.Namespace) -> int:
+  """python -m semanticvla_jax.convert fold --policy policy
+
+  Folds a policy's adapters into its weights, as loading it does, and replaces the folder, or makes another with
+  --target. Statistics, tokenisers and reports are kept, and so are the types of the weights; the parameters' hash is
+  checked first. A run that is interrupted leaves the old folder whole. Without adapters there is nothing to do.
+  """
+  fold.fold(args.policy, args.target, say=lambda line: print(line, flush=True))
   return 0
 
 
@@ -208,6 +219,11 @@ def _to_torch_arguments(verb: argparse.ArgumentParser) -> None:
   verb.add_argument("--no-check", action="store_true", help="do not read and hash the parameters beside")
 
 
+def _fold_arguments(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("--policy", required=True, metavar="DIR", help="a policy folder with adapters")
+  verb.add_argument("--target", metavar="DIR", help="the folder to make, which must not exist; left out: in place")
+
+
 def _inspect_arguments(verb: argparse.ArgumentParser) -> None:
   verb.add_argument("path", nargs="+", help="a policy folder, or folders and files of a PyTorch checkpoint")
 
@@ -228,6 +244,7 @@ def _verify_arguments(verb: argparse.ArgumentParser) -> None:
 
 VERBS = {
   "diff": (diff_verb, _diff_arguments),
+  "fold": (fold_verb, _fold_arguments),
   "inspect": (inspect_verb, _inspect_arguments),
   "to-orbax": (to_orbax_verb, _to_orbax_arguments),
   "to-torch": (to_torch_verb, _to_torch_arguments),

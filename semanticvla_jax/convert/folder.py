@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.convert import uncached, work
+from semanticvla_jax.models import lora
 
 
 class Leaf(NamedTuple):
@@ -89,6 +90,16 @@ class PolicyFolder:
       yield self.read(path)
       return
     yield from (self.read(path, layer) for layer in range(self.leaves[path].shape[0]))
+
+  def merged(self, path: str, layer: int | None = None) -> np.ndarray:
+    """A parameter, or one layer of a stack, with the adapter of its own folded in where it has one; its dtype stays."""
+    value = self.read(path, layer)
+    a, b = (path.removesuffix("kernel") + name for name in ("lora_a", "lora_b"))
+    if not path.endswith("/kernel") or a not in self.leaves:
+      return value
+    settings = self.config["lora"]
+    tree = {"x": {"kernel": value, "lora_a": self.read(a, layer), "lora_b": self.read(b, layer)}}
+    return np.asarray(lora.merge(tree, settings["rank"], settings["alpha"])["x"]["kernel"])
 
   def check_hash(self) -> None:
     """Raises ValueError where the parameters are not those that metadata.json was written for; reads all of them."""

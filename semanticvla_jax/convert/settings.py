@@ -104,13 +104,13 @@ class Difference(NamedTuple):
     return f"{self.name} {self.field.words.format(repr(ours))}"
 
 
-def _number(x: Any) -> float:
+def _number(x: Any) -> int | float:
   if isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) or x <= 0:
     raise ValueError("expected a number above 0")
   return x
 
 
-def _activation(x: Any) -> str:
+def _activation(x: Any) -> Any:
   return ACTIVATIONS.get(x, x)
 
 

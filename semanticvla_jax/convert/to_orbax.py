@@ -32,7 +32,7 @@ import numpy as np
 
 import semanticvla_jax
 from semanticvla_jax import files
-from semanticvla_jax.convert import adapter, carried, mapping, settings, stream, uncached, work
+from semanticvla_jax.convert import adapter, carried, mapping, settings, stream, swap, uncached, work
 from semanticvla_jax.convert.mapping import Plan
 from semanticvla_jax.convert.source import FINE_TUNES, VLA, Source, describe, recognise
 from semanticvla_jax.data import statistics
@@ -138,11 +138,12 @@ def check_target(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole(target: Path, nbytes: int, say: Callable[[str], None]) -> Iterator[Path]:
+def whole(target: Path, nbytes: int, say: Callable[[str], None], replace: bool = False) -> Iterator[Path]:
   """An empty `.<name>.partial` beside `target` that becomes it when the block ends well, and is removed when not.
 
   It is on the disk before it has its name: what a power cut leaves is whole or not there. What a killed run left is
-  removed first. Raises ValueError where another run is writing there, the folder cannot be made, or the disk is full.
+  removed first. With `replace`, `target` is a folder, which stays as it is until then and is removed. Raises ValueError
+  where another run is writing there, the folder cannot be made, or the disk is full.
   """
   with contextlib.ExitStack() as stack:
     try:
@@ -151,7 +152,7 @@ def whole(target: Path, nbytes: int, say: Callable[[str], None]) -> Iterator[Pat
       partial = _empty(target, say)
     except OSError as error:
       raise _cannot_write(target, error) from error
-    yield from _renamed(partial, target)
+    yield from _renamed(partial, target, replace)
 
 
 def _empty(target: Path, say: Callable[[str], None]) -> Path:
@@ -163,12 +164,15 @@ def _empty(target: Path, say: Callable[[str], None]) -> Path:
   return partial
 
 
-def _renamed(partial: Path, target: Path) -> Iterator[Path]:
+def _renamed(partial: Path, target: Path, replace: bool) -> Iterator[Path]:
   try:
     yield partial
     _put_on_disk(partial)
-    check_target(target)
-    partial.rename(target)
+    if replace:
+      swap.exchange(partial, target)
+    else:
+      check_target(target)
+      partial.rename(target)
     files.fsync(target.parent)
   except Exception as error:
     if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):

@@ -8,7 +8,6 @@ safetensors header is written first, for every size is known, then the numbers o
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import hashlib
 import json
 import logging
@@ -30,7 +29,6 @@ from semanticvla_jax.convert import companions as release
 from semanticvla_jax.convert.folder import PolicyFolder
 from semanticvla_jax.convert.source import Source, recognise
 from semanticvla_jax.convert.to_orbax import check_target, peak_rss, sha256, whole
-from semanticvla_jax.models.lora import merge
 from semanticvla_jax.models.semanticvla import SemanticVLA, build
 
 SHARD = 5 * 10**9  # bytes, Hugging Face's "5GB"
@@ -210,7 +208,7 @@ def _output(folder: PolicyFolder, parts: list[tuple[table.Entry, int | None]], k
   parts = sorted(parts, key=lambda part: part[0].rule.part or (0, 1))
 
   def make() -> np.ndarray:
-    read = folder.read if keep else functools.partial(_value, folder)
+    read = folder.read if keep else folder.merged
     values = (read(entry.target, layer) for entry, layer in parts)
     if not rule.pattern:
       return next(values)
@@ -221,16 +219,6 @@ def _output(folder: PolicyFolder, parts: list[tuple[table.Entry, int | None]], k
     return (np.concatenate(arrays) if rule.part else arrays[0]).reshape(shape)
 
   return Out(tuple(shape), folder.leaves[entry.target].dtype, make)
-
-
-def _value(folder: PolicyFolder, path: str, layer: int | None) -> np.ndarray:
-  value = folder.read(path, layer)
-  a, b = (path.removesuffix("kernel") + name for name in ("lora_a", "lora_b"))
-  if not path.endswith("/kernel") or a not in folder.leaves:
-    return value
-  settings = folder.config["lora"]
-  tree = {"x": {"kernel": value, "lora_a": folder.read(a, layer), "lora_b": folder.read(b, layer)}}
-  return np.asarray(merge(tree, settings["rank"], settings["alpha"])["x"]["kernel"])
 
 
 def _from_base(origin: Source | None, tensors: Mapping[str, Out], model: SemanticVLA) -> dict[str, tuple[Out, str]]:

@@ -265,8 +265,9 @@ class _Sides:
     sizes, prefix = self.model.llm, self.prefixes[name]
     valid = np.arange(WORDS) < np.array([[WORDS], [WORDS // 2 + 1]])
     ids = rng.integers(0, sizes.vocab, (BATCH, WORDS))
-    x = jnp.asarray(self.params("llm/embed/")["embedding"][ids])
-    y = self._tensor(f"{prefix}model.embed_tokens.weight")[ids]
+    x = self.params("llm/embed/")["embedding"][ids]
+    noise = x.std() * rng.standard_normal(x.shape).astype(np.float32)  # rows that are alike would hide positions
+    x, y = jnp.asarray(x + noise), self._tensor(f"{prefix}model.embed_tokens.weight")[ids] + torch.from_numpy(noise)
     one = _built(transformers.LlamaModel, llama_config(sizes, depth=1, vocab=8), settings.fields(self.source, name))
     one.norm = torch.nn.Identity()
     block = llama.Block(sizes.num_heads, sizes.mlp_dim, sizes.eps, sizes.theta)
