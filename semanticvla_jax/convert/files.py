@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 from semanticvla_jax.convert import uncached, vit
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # PyTorch's, which numpy does not know
 _MOST_HEADER = 100_000_000  # bytes, as safetensors allows
 DTYPES = {
   "F64": np.dtype(np.float64),
@@ -35,6 +37,8 @@ DTYPES = {
   "U8": np.dtype(np.uint8),
   "BOOL": np.dtype(np.bool_),
 }
+# Types of safetensors that are no weights as they are: packed or scaled ones, indices, complex numbers.
+UNREAD = ("U16", "U32", "U64", "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 class Tensor(NamedTuple):
@@ -90,15 +94,19 @@ def _safetensors(path: Path) -> list[Tensor]:
     text = file.read(length)
   try:
     header = json.loads(text)
+    _check_types(path, header)
     fields = [
       (name, DTYPES[f["dtype"]], tuple(map(int, f["shape"])), *map(int, f["data_offsets"]))
       for name, f in header.items()
       if name != "__metadata__"
     ]
+  except UnreadType:
+    raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
-      f"{path} has a damaged header: got {type(error).__name__}: {str(error)[:120]}; expected JSON of dtype "
-      f"(one of {', '.join(DTYPES)}), shape and data_offsets a tensor; download the file again."
+      f"{path} has a damaged header, or a type that is newer than this package: got {type(error).__name__}: "
+      f"{str(error)[:120]}{_of_type(text, error)}; expected JSON of dtype (one of {', '.join(DTYPES)}), shape and "
+      "data_offsets a tensor; download the file again, or convert that tensor."
     ) from error
   start = 8 + length
   _check_header(path, fields, size - start)
@@ -106,6 +114,32 @@ def _safetensors(path: Path) -> list[Tensor]:
     Tensor(path, name, shape, dtype, _reader(path, dtype, shape, start + a), start + a)
     for name, dtype, shape, a, _ in fields
   ]
+
+
+def _of_type(text: bytes, error: Exception) -> str:
+  """The first tensor of the type that is unknown, where this is what is wrong."""
+  if not isinstance(error, KeyError) or error.args[0] in ("dtype", "shape", "data_offsets"):
+    return ""
+  owners = [name for name, field in json.loads(text).items() if field.get("dtype") == error.args[0]]
+  return f" ({owners[0]})" if owners else ""
+
+
+class UnreadType(ValueError):
+  """A tensor of a type that is not read."""
+
+
+def _check_types(path: Path, header: dict) -> None:
+  """Raises UnreadType at the first tensor of a type that safetensors has and this package does not read."""
+  for name, field in header.items():
+    if name != "__metadata__" and field["dtype"] in UNREAD:
+      raise _unread(path, name, field["dtype"])
+
+
+def _unread(path: Path, name: str, dtype: str) -> UnreadType:
+  return UnreadType(
+    f"{path} has a tensor of a type that is not read: got {name} of {dtype}; expected one of {', '.join(DTYPES)} in "
+    "every tensor; the file may be whole: pass the weights before they were quantised or packed."
+  )
 
 
 def _check_header(path: Path, fields: list[tuple], room: int) -> None:
@@ -177,6 +211,9 @@ def _torch_tensor(path: Path, name: str, x) -> Tensor:
   import torch
 
   same_bits = {torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16))}
+  same_bits |= {getattr(torch, ours): (torch.uint8, np.dtype(getattr(ml_dtypes, ours))) for ours in _FLOAT8}
+  if x.layout != torch.strided or x.is_quantized:
+    raise _unread(path, name, f"{x.layout}, {x.dtype}")
 
   def read() -> np.ndarray:
     dense = x.detach().contiguous()
@@ -185,14 +222,23 @@ def _torch_tensor(path: Path, name: str, x) -> Tensor:
       return dense.view(carrier).numpy().view(dtype).copy()
     return dense.numpy().copy()
 
-  dtype = same_bits[x.dtype][1] if x.dtype in same_bits else torch.empty(0, dtype=x.dtype).numpy().dtype
+  try:
+    dtype = same_bits[x.dtype][1] if x.dtype in same_bits else torch.empty(0, dtype=x.dtype).numpy().dtype
+  except (TypeError, RuntimeError) as error:
+    raise _unread(path, name, str(x.dtype)) from error
   return Tensor(path, name, tuple(x.shape), dtype, read)
 
 
 def _npz(path: Path) -> list[Tensor]:
   """A released SigLIP of big_vision under our own names, `siglip/…` and `text/…`; the file is read at once."""
-  with np.load(path, allow_pickle=False) as stored:
-    arrays = {name: stored[name] for name in stored.files}
+  try:
+    with np.load(path, allow_pickle=False) as stored:
+      arrays = {name: stored[name] for name in stored.files}
+  except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    raise ValueError(
+      f"{path} cannot be opened: got {type(error).__name__}: {str(error).partition(chr(10))[0][:160]}; expected arrays "
+      "of numbers as numpy.savez writes them; download it again."
+    ) from error
   out = []
   for tower, ours in (("img", "siglip"), ("txt", "text")):
     for name, x in vit.big_vision(arrays, tower).items():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from semanticvla_jax.convert import files
+from semanticvla_jax.convert import __main__, files
 from semanticvla_jax.convert.source import describe, recognise
 
 
@@ -150,6 +150,31 @@ def test_a_header_that_lies(header, message, tmp_path):
     files.open_file(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("dtype", ["U32", "U16", "U64", "F8_E8M0", "F4", "C64"])
+def test_a_type_that_is_not_read_is_no_damage(dtype, tmp_path, capsys):
+  header = {"__metadata__": {"format": "pt"}, "layer.qweight": {"dtype": dtype, "shape": [2], "data_offsets": [0, 8]}}
+  write_header(tmp_path / "x.safetensors", header)
+  assert __main__.main(["inspect", str(tmp_path)]) == 1
+  said = capsys.readouterr().err
+  assert f"got layer.qweight of {dtype}; expected one of F64" in said and "damaged" not in said and "again" not in said
+
+
+def test_a_type_of_a_later_safetensors_is_named_with_its_tensor(tmp_path):
+  write_header(tmp_path / "x.safetensors", {"layer.w": {"dtype": "I4", "shape": [2], "data_offsets": [0, 1]}})
+  with pytest.raises(ValueError, match=r"or a type that is newer than this package: got KeyError: 'I4' \(layer.w\)"):
+    files.open_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"no archive"])
+def test_a_damaged_npz_is_named(content, tmp_path):
+  (tmp_path / "x.npz").write_bytes(content)
+  with pytest.raises(ValueError, match=r"x.npz cannot be opened: got .*; expected arrays"):
+    files.open_file(tmp_path / "x.npz")
+  np.savez(tmp_path / "y.npz", **{"img/x": np.array([{}], object)})
+  with pytest.raises(ValueError, match=r"y.npz cannot be opened: got ValueError"):
+    files.open_file(tmp_path / "y.npz")
+
+
 def test_two_steps_are_ambiguous(tmp_path):
   folder = checkpoints.oft(tmp_path / "oft")
   (folder / "action_head--20_checkpoint.safetensors").write_bytes(
@@ -236,6 +261,20 @@ def test_pytorch_files(tmp_path):
   (tmp_path / "short.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:300])
   with pytest.raises(ValueError, match="cannot be opened"):
     files.open_file(tmp_path / "short.pt")
+
+
+@pytest.mark.parity
+def test_types_of_pytorch_that_numpy_does_not_know(tmp_path):
+  torch = pytest.importorskip("torch", reason="needs torch: run `make parity`")
+  x = torch.tensor([0.5, -2.0, 448.0])
+  torch.save({"a": x.to(torch.float8_e4m3fn), "b": x.to(torch.float8_e5m2)}, tmp_path / "x.pt")
+  a, b = files.open_file(tmp_path / "x.pt")
+  assert (str(a.dtype), str(b.dtype)) == ("float8_e4m3fn", "float8_e5m2")
+  np.testing.assert_array_equal(a.read().astype(np.float32), [0.5, -2.0, 448.0])
+  for name, y in {"sparse": x.to_sparse(), "half": torch.zeros(2, dtype=torch.complex32)}.items():
+    torch.save({"layer.w": y}, tmp_path / f"{name}.pt")
+    with pytest.raises(ValueError, match=r"of a type that is not read: got layer.w of "):
+      files.open_file(tmp_path / f"{name}.pt")
 
 
 class Malicious:
