@@ -11,7 +11,7 @@ import pytest
 from helpers import random_params
 from policies import stats
 
-from semanticvla_jax import checkpoint, quickstart
+from semanticvla_jax import checkpoint, files, quickstart
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.models.semanticvla import build
 
@@ -139,3 +139,67 @@ def test_the_summary_reads_from_before_to_after(tmp_path):
   lines = quickstart.summary(rows, {"training": 312.0, "evaluation": 61.0}, tmp_path).splitlines()
   assert [line.split()[0] for line in lines if "%" in line] == ["before", "after", "control:"]
   assert "91/100" in lines[2] and "91.0 %" in lines[2] and "in all 6:13" in "\n".join(lines)
+
+
+def whole(args, **changes):
+  """The report's results.json with other values."""
+  path = args.out / "report" / "results.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_report_that_is_not_finished_is_gone_on_with(measured):
+  args, command = measured
+  rows = json.loads((args.out / "report" / "results.json").read_text())["results"]
+  whole(args, finished=False)
+  assert quickstart.evaluate(args) == command
+  whole(args, results=rows[:1])  # the baseline is yet to be measured
+  assert quickstart.evaluate(args) == command
+  whole(args, results=[rows[0] | {"errors": 2}, rows[1]], finished=True)
+  assert quickstart.evaluate(args) == command, "broken episodes are repeated"
+  whole(args, results=rows, finished=True)
+  assert quickstart.evaluate(args) is None and not (args.out / "report_1").exists()
+  whole(args, results=rows[:1], finished=True)
+  assert quickstart.evaluate(args) == command and (args.out / "report_1").exists()
+
+
+def test_a_report_that_another_run_writes_is_not_set_aside(measured):
+  args, _ = measured
+  args.episodes = 5
+  with files.alone(args.out / "report", inside=True), pytest.raises(ValueError, match="is being written: got process"):
+    quickstart.evaluate(args)
+  assert (args.out / "report" / "results.json").exists()
+  quickstart.evaluate(args)
+  assert [path.name for path in (args.out / "report_1").iterdir()] == ["results.json"]
+
+
+def test_the_summary_says_what_left_a_rate_and_where_there_is_none(tmp_path):
+  common = {"kind": "policy", "name": "this policy", "interval": [0.98765, 0.99987]}
+  rows = [
+    common | {"successes": 511, "episodes": 512, "rate": 511 / 512, "errors": 3, "nonfinite": 1},
+    common | {"kind": "control", "successes": 0, "episodes": 0, "rate": None, "errors": 12, "nonfinite": 0},
+    common | {"kind": "baseline", "successes": 19999, "episodes": 20000, "rate": 19999 / 20000},
+  ]
+  _, before, after, control, *_ = quickstart.summary(rows, {"evaluation": 1.0}, tmp_path).splitlines()
+  assert "511/512   99.8 %  (95 %: 99–99.99), 3 broke and are not counted, 1 failed by a non-finite action" in after
+  assert control.endswith("no rate: all 12 episodes broke") and "19999/20000  99.995 %" in before
+
+
+@pytest.mark.parametrize("below", ["", "data", "report"])
+def test_a_file_where_a_folder_belongs_is_said_before_a_stage_runs(tmp_path, command, below, monkeypatch):
+  monkeypatch.setattr(quickstart, "run", lambda *_: pytest.fail("a stage ran"))
+  (tmp_path / "out").mkdir()
+  place = tmp_path / "out" / (below or "file")
+  place.write_text("x")
+  base = next(flag for flag in command if flag.startswith("--base="))
+  with pytest.raises(SystemExit, match=f"got {place}, which is a file; expected a folder"):
+    quickstart.main([base, f"--out={place if not below else place.parent}"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_list_of_demonstrations_is_named(tmp_path, content):
+  args = quickstart._arguments([f"--out={tmp_path}"])
+  facts = tmp_path / "data" / "tabletop_place" / "1.0.0" / "demonstrations.json"
+  facts.parent.mkdir(parents=True)
+  facts.write_text(content)
+  with pytest.raises(ValueError, match=f"{facts} is damaged: .*remove that folder"):
+    quickstart.demonstrate(args)

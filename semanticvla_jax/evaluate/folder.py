@@ -180,8 +180,8 @@ class Results:
     key = (row.suite, row.kind, row.name)
     self.found.pop(key, None)
     self.rows.append(row)
+    print(f"{row.suite:14} {row.name:42} {protocol.rate_text(row.summary)}", flush=True)  # first: a disk may be full
     self.write()
-    print(f"{row.suite:14} {row.name:42} {protocol.rate_text(row.summary)}", flush=True)
     return row
 
   def write(self, finished: bool = False) -> None:
@@ -257,11 +257,11 @@ class Resumed:
 
 
 def afterwards(what: str, work: Callable[[], T], otherwise: T) -> T:
-  """What `work` returns, or `otherwise` and a warning where it fails: the results are on disk."""
+  """What `work` returns, or `otherwise` and a warning where it fails: what was measured is on disk."""
   try:
     return work()
   except Exception as error:  # whatever it is, it costs no result
-    logging.warning("%s failed: %s; the results are in results.json all the same", what, cli.first_line(error))
+    logging.warning("%s failed: %s; what was measured is kept all the same", what, cli.first_line(error))
     return otherwise
 
 

@@ -39,6 +39,36 @@ def test_shuffles_differ_and_hard_ones_work_and_impossible_ones_are_refused():
     controls.shuffle(["a", "a", "a", "b"])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_was_told_before_is_kept_where_the_rest_can_be_arranged_round_it(seed):
+  before = controls.shuffle(SAID, seed)
+  more = [*SAID, "a", "f", "b"]
+  told = controls.shuffle(more, seed + 9, dict(enumerate(before)))
+  assert told[: len(SAID)] == before and collections.Counter(told) == collections.Counter(more)
+  assert not any(a == b for a, b in zip(told, more))
+  some = {i: before[i] for i in (1, 4, 6)}  # of an interrupted run
+  assert controls.shuffle(SAID, seed, some) == before
+  told = controls.shuffle(more, seed, some)
+  assert all(told[i] == sentence for i, sentence in some.items()) and not any(a == b for a, b in zip(told, more))
+
+
+@pytest.mark.parametrize("said", [{0: "a"}, {0: "nothing of these"}, {2: "a"}])
+def test_what_cannot_be_kept_is_told_anew(said):
+  own = ["a", "a", "b", "b"] if 2 not in said else ["a", "a", "b", "c", "c", "c"]
+  told = controls.shuffle(own, 0, said)
+  assert collections.Counter(told) == collections.Counter(own) and not any(a == b for a, b in zip(told, own))
+
+
+def test_controls_come_one_by_one_as_they_are_measured():
+  policy, log = policies.policy(), []
+  runner = Runner(policy, log)
+  result = runner.run(range(20, 28))
+  log.clear()
+  found = controls.each(policy, runner, result, lambda other, name: Runner(other, log), said={20: "c"})
+  assert next(found)[0] == "shuffled" and len(log) == 1 and log[0][2][0] == "c"
+  assert next(found)[0] == "blind" and len(log) == 2
+
+
 def test_each_control_runs_the_same_episodes():
   policy, log = policies.policy(), []
   runner = Runner(policy, log)
@@ -53,6 +83,8 @@ def test_each_control_runs_the_same_episodes():
   assert asked == ["blind", "random", "uniform", "centre"]
   changes = [change for _, change in found.values()]
   assert changes == [{}, {"images": "grey"}, *({"anchor_rule": rule} for rule in ("random", "uniform", "centre"))]
+  with pytest.raises(ValueError, match="name none twice"):
+    controls.check(["blind", "shuffled", "blind"])
   with pytest.raises(ValueError, match=r"got \['middle'\]"):
     controls.run(policy, runner, result, lambda other, name: Runner(other, log), names=("middle",))
 

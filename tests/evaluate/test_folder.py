@@ -207,7 +207,7 @@ def test_what_fails_afterwards_is_a_warning(caplog):
     raise OSError("No space left on device")
 
   assert folder.afterwards("pictures", work, []) == []
-  assert "pictures failed: OSError: No space left on device; the results are in results.json" in caplog.text
+  assert "pictures failed: OSError: No space left on device; what was measured is kept" in caplog.text
   with pytest.raises(KeyboardInterrupt):
     folder.afterwards("pictures", lambda: (_ for _ in ()).throw(KeyboardInterrupt), [])
 

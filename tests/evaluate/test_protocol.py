@@ -61,6 +61,30 @@ def test_a_summary_counts_errors_apart():
   assert protocol.summary(episodes([0, 0], [1, 1]))["rate"] is None
 
 
+def test_failures_by_actions_that_are_not_finite_are_in_the_rate_and_told():
+  one = episodes([1, 0, 0, 0, 1], [0, 0, 1, 0, 0])._replace(nonfinite=np.array([0, 1, 0, 0, 0], bool))
+  found = protocol.summary(one, lambda sentence: sentence.split()[-1])
+  assert (found["successes"], found["episodes"], found["errors"], found["nonfinite"]) == (2, 4, 1, 1)
+  tasks = {name: (x["episodes"], x["errors"], x["nonfinite"]) for name, x in found["tasks"].items()}
+  assert tasks == {"cube": (2, 1, 0), "ball": (2, 0, 1)}
+  assert protocol.rate_text(found) == "2/4, 1 broke, 1 failed by a non-finite action  50.0 %  (15–85 %)"
+  assert protocol.rate_text(protocol.summary(episodes([0, 0], [1, 1]))) == "no rate: all 2 episodes broke"
+  assert "100 %" not in protocol.rate_text(protocol.summary(episodes([1] * 511 + [0])))
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_episodes_as_json_values_and_back(timed):
+  one = episodes([1, 0, 0], [0, 0, 1])._replace(nonfinite=np.array([0, 1, 0], bool))
+  one = one._replace(retries=np.array([0, 1, 2]), seconds=np.array([1.5, 2.5, 3.5])) if timed else one
+  rows = json.loads(json.dumps(protocol.per_episode(one)))
+  assert [(x["seed"], x["success"], x["error"], x["nonfinite"]) for x in rows] == [
+    (0, True, False, False), (1, False, False, True), (2, False, True, False)]  # fmt: skip
+  again = protocol.episodes_of(rows)
+  assert protocol.per_episode(again) == rows and (again.retries is None) != timed
+  chosen = protocol.select(one, [2, 1])
+  assert protocol.per_episode(chosen) == [rows[2], rows[1]]
+
+
 @functools.cache
 def facts() -> dict:
   return policies.policy().metadata

@@ -212,7 +212,7 @@ def test_what_fails_after_the_measurement_is_a_warning_and_is_made_by_the_next_r
     patch.setattr(*where, full)
     command.main(words)
   name = {"report": "report.html"}.get(what, what)
-  assert f"{name} failed: OSError: No space left on device; the results are in results.json" in caplog.text
+  assert f"{name} failed: OSError: No space left on device; what was measured is kept" in caplog.text
   assert rows(tmp_path)["pick", "this policy"]["episodes"] == 2
   assert len([*tmp_path.glob("*.mp4")]) == (what != "films") and not [*tmp_path.glob(".*")]
   if what == "films":
