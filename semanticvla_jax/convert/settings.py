@@ -320,7 +320,7 @@ def _read(name: str, field: Field, raw: Any, where: str) -> Said:
     return Said(raw, field.read(raw), where)
   except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
     raise ValueError(
-      f"{where} is damaged: got {name}={str(raw)[:80]!r}; expected a value as transformers writes it ({error}); "
+      f"{where} is damaged: got {name}={repr(raw)[:80]}; expected a value as transformers writes it ({error}); "
       "mend the file, or download it again."
     ) from error
 

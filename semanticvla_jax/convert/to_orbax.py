@@ -86,9 +86,7 @@ def to_orbax(
   for line in describe(source):
     say(line)
   _refuse_second_adapter(source)
-  if source.adapter is not None and not source.has_adapters:
-    for got, expected in adapter.problems_of(source.adapter):
-      say(f"adapter: {got}, not {expected}; it is in the shards already, and nothing of it is read")
+  _say_of_folded(source, say)
   config, changed = settings.carry(source, config, only, say)
   hashes = _hashes(source.paths)
   may = dict(resample_positions=resample, pad_vocabulary=pad_vocabulary)
@@ -208,6 +206,13 @@ def _refuse_second_adapter(source: Source) -> None:
       f"Adapter on a merged base: got {source.paths[0].parent}, into which adapters {mark['lora']} were folded, and an "
       "adapter beside it; expected the base that the adapter was trained on; pass that base, or leave the adapter out."
     )
+
+
+def _say_of_folded(source: Source, say: Callable[[str], None]) -> None:
+  """Says that an adapter which is no plain LoRA was folded in by others, where nothing of it is read here."""
+  if source.adapter is not None and not source.has_adapters:
+    for got, expected in adapter.problems_of(source.adapter):
+      say(f"adapter: {got}, not {expected}; it is in the shards already, and nothing of it is read")
 
 
 def _statistics(source: Source, config: Mapping, need: bool, say: Callable[[str], None]) -> dict:
