@@ -14,14 +14,16 @@ so that parameters cannot be paired with the wrong statistics. *Training state* 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -78,27 +80,29 @@ def save_policy(
   statistics: Mapping,
   metadata: Mapping | None = None,
   tokenizers: Path | None = None,
+  replace: bool = False,
 ) -> epath.Path:
   """Writes a policy folder beside its place and renames it when complete: a reader never sees half a policy.
 
   Every process of a multi-host run calls this; the first one writes the small files.
 
   Args:
-    folder: the place, local or gs://; must not exist.
+    folder: the place, local or gs://; must not exist, unless `replace`.
     params: nested dict of arrays of any sharding.
     config, statistics: JSON values; tuples become lists.
     metadata: added to (and may override) package_version, created, step (None) and merged: True if the tree holds no
       LoRA adapters.
     tokenizers: folder whose `*.model` files are copied.
+    replace: whether a folder that is there goes, once the new one is complete.
 
   Returns:
     The folder.
 
   Raises:
-    ValueError: the folder exists, or something is no JSON.
+    ValueError: the folder exists, something is no JSON, or it cannot be written (a full disk); what was there stays.
   """
   folder = _absolute(folder)
-  if folder.exists():
+  if folder.exists() and not replace:
     raise ValueError(f"Policy folder exists: got {folder}; expected a new one; remove it or choose another name.")
   flat = flatten_dict(params, sep="/")
   facts = {
@@ -112,22 +116,36 @@ def save_policy(
   }
   contents = [_dumps(name, value) for name, value in zip(FILES, (config, statistics, facts))]
   partial = folder.parent / f".{folder.name}.partial"
-  if jax.process_index() == 0:
-    partial.rmtree(missing_ok=True)
-    partial.mkdir(parents=True)
-  _meet(f"begin {folder}")
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(partial / "params", params)
-  if jax.process_index() == 0:
-    for name, text in zip(FILES, contents):
-      (partial / name).write_text(text)
-    for path in [] if tokenizers is None else sorted(_absolute(tokenizers).glob("*.model")):
-      (partial / "tokenizers").mkdir(exist_ok=True)
-      path.copy(partial / "tokenizers" / path.name)
-    partial.rename(folder)
+  try:
+    if jax.process_index() == 0:
+      partial.rmtree(missing_ok=True)
+      partial.mkdir(parents=True)
+    _meet(f"begin {folder}")
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(partial / "params", params)
+    if jax.process_index() == 0:
+      _complete(partial, contents, tokenizers)
+      folder.rmtree(missing_ok=True)
+      partial.rename(folder)
+  except Exception as error:  # Orbax raises what it likes, bare Exceptions among it
+    with contextlib.suppress(OSError):
+      partial.rmtree(missing_ok=True)
+    raise ValueError(
+      f"Policy {folder} cannot be written: got {_cause(error)}; expected room and access in {folder.parent}; make room "
+      "or choose another place, and run again."
+    ) from error
   _meet(f"end {folder}")
   logging.info("wrote %s: %s parameters", folder, f"{facts['parameters']:,}")
   return folder
+
+
+def _complete(partial: epath.Path, contents: list[str], tokenizers: Path | None) -> None:
+  """Puts a policy's small files beside its parameters."""
+  for name, text in zip(FILES, contents):
+    (partial / name).write_text(text)
+  for path in [] if tokenizers is None else sorted(_absolute(tokenizers).glob("*.model")):
+    (partial / "tokenizers").mkdir(exist_ok=True)
+    path.copy(partial / "tokenizers" / path.name)
 
 
 def load_policy(
@@ -272,8 +290,13 @@ class Checkpointer:
   def __enter__(self) -> Checkpointer:
     return self
 
-  def __exit__(self, *_) -> None:
-    self.close()
+  def __exit__(self, kind: type | None, *_) -> None:
+    try:
+      self.close()
+    except ValueError as error:
+      if kind is None:
+        raise
+      logging.error("%s", error)  # the other one is what ended the run
 
   @property
   def steps(self) -> list[int]:
@@ -291,6 +314,9 @@ class Checkpointer:
       step: number of updates done.
       trees: pytrees of arrays by name, e.g. {"params": …, "train": …}; inference reads "params" only.
       json: JSON values by name, e.g. {"config": …, "statistics": …}.
+
+    Raises:
+      ValueError: this save, or the one before it, cannot be written.
     """
     if _JSON in trees:
       raise ValueError(f"Checkpointer.save: got a tree named {_JSON!r}; expected another name; rename it.")
@@ -298,7 +324,8 @@ class Checkpointer:
       return False
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items[_JSON] = ocp.args.JsonSave({name: _plain(name, value) for name, value in (json or {}).items()})
-    return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+    with self._telling():
+      return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
   def restore(self, abstract: Mapping[str, Any], step: int | None = None) -> Restored | None:
     """Restores the newest checkpoint that can be read, or that of `step`; None if there is none.
@@ -392,12 +419,27 @@ class Checkpointer:
     logging.error("moved the corrupt checkpoints of steps %s to %s; going on from the one before", steps, away)
 
   def wait(self) -> None:
-    """Returns when the save in progress is on disk; raises what went wrong in it."""
-    self._manager.wait_until_finished()
+    """Returns when the save in progress is on disk. Raises ValueError for what went wrong in it."""
+    with self._telling():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, and ends the threads."""
-    self._manager.close()
+    """Waits, and ends the threads; raises as `wait` does."""
+    with self._telling():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _telling(self) -> Iterator[None]:
+    """Turns whatever Orbax raises while it writes into one line that says from where the run goes on."""
+    try:
+      yield
+    except Exception as error:  # Orbax raises what it likes, bare Exceptions among it
+      whole = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+      left = f"from step {whole[-1]}, the newest whole one" if whole else "at step 0, for none is whole yet"
+      raise ValueError(
+        f"Checkpoint cannot be written to {self.folder}: got {_cause(error)}; expected room and access there; make "
+        f"room and run the same command again: it goes on {left}."
+      ) from error
 
 
 def _shapes(item: epath.Path) -> dict:
@@ -483,6 +525,13 @@ def _absolute(path: Path) -> epath.Path:
 
 def _first_line(error: Exception) -> str:
   return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+
+
+def _cause(error: Exception) -> str:
+  """Why something was not written: a full disk by that name, whichever library said it."""
+  full = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)}
+  said = next((words for words in full if words in str(error)), None)
+  return f"a full disk ({said})" if said else _first_line(error)
 
 
 def _meet(name: str) -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
   """
   use_utf8()
   _use_32_bits()
+  threading.excepthook = _say_of_a_thread
   try:
     status = main([*sys.argv[1:]] if argv is None else [*argv])
     sys.stdout.flush()
@@ -41,6 +43,8 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
   except Exception as error:  # whatever it is, the user gets one line
     print(f"error: {describe(error)}", file=sys.stderr)
     status = 1
+  if status:  # what threads and callbacks complain of while the program ends comes of the same cause
+    threading.excepthook = sys.unraisablehook = lambda failed: None
   sys.exit(status)
 
 
@@ -55,6 +59,11 @@ def first_line(error: BaseException) -> str:
   """The type and the first line of a message that others wrote."""
   line = next((line for line in str(error).splitlines() if line.strip()), "")
   return f"{type(error).__name__}: {line[:_LONGEST]}".removesuffix(": ")
+
+
+def _say_of_a_thread(failed: threading.ExceptHookArgs) -> None:
+  if failed.exc_value is not None:
+    print(f"a thread failed: {first_line(failed.exc_value)}", file=sys.stderr)
 
 
 def use_utf8() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import io
 import logging
 import pathlib
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from semanticvla_jax import cli
+from semanticvla_jax import cli, files
 from semanticvla_jax.data import images, mixtures, records, rlds, statistics, trajectories
 
 _TEXT_WIDTH, _NUMBER_WIDTH, _MARGIN, _LINE = 640, 40, 8, 12  # pixels
@@ -137,7 +138,9 @@ def main(argv: list[str]) -> None:
     else:
       sheet = np.concatenate([preview(dataset, count=args.count, size=args.size) for dataset in datasets])
       out = pathlib.Path(args.out or f"{args.name}.png")
-      Image.fromarray(sheet).save(out)
+      contents = io.BytesIO()
+      Image.fromarray(sheet).save(contents, "PNG")
+      files.write(out, contents.getvalue())
       logging.info("wrote %s", out)
   except ValueError as error:
     sys.exit(str(error))

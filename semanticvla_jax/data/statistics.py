@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
+from semanticvla_jax import files
 from semanticvla_jax.types import Statistics
 
 MODES = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}
@@ -235,7 +236,7 @@ def load(path: str | pathlib.Path) -> dict[str, DatasetStatistics]:
   """
   path = pathlib.Path(path)
   try:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
   except json.JSONDecodeError as error:
     raise ValueError(f"{path} is not JSON: got {error}; expected statistics; write the file again.") from error
   if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
@@ -298,6 +299,4 @@ def _read(entry: Mapping, where: str, extremes: bool = True) -> Statistics:
 def _write(path: str | pathlib.Path, content: dict) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(json.dumps(content, indent=2) + "\n")
-  partial.replace(path)
+  files.write_json(path, content)

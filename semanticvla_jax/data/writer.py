@@ -6,12 +6,14 @@ import io
 import logging
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
+
+from semanticvla_jax import files
 
 _VERSION = "1.0.0"
 
@@ -59,7 +61,12 @@ class Episode(NamedTuple):
 
 
 def write(
-  data_dir: str | pathlib.Path, name: str, episodes: Iterable[Episode], *, episodes_per_shard: int = 64
+  data_dir: str | pathlib.Path,
+  name: str,
+  episodes: Iterable[Episode],
+  *,
+  episodes_per_shard: int = 64,
+  finish: Callable[[pathlib.Path], None] | None = None,
 ) -> pathlib.Path:
   """Writes `<data_dir>/<name>/1.0.0`: features.json, dataset_info.json and tfrecord shards of split "train".
 
@@ -67,29 +74,46 @@ def write(
   episodes give equal bytes. Everything is written to a folder beside it, which is renamed when complete, so that a
   reader never sees half a dataset. The result is read by `rlds.load` and by `tfds.builder_from_directory`.
 
+  Args:
+    data_dir, name: where to.
+    episodes: made one by one while they are written.
+    episodes_per_shard: of each shard but the last.
+    finish: writes what else belongs into the folder, before it has its name.
+
   Returns:
     The folder.
 
   Raises:
-    ValueError: the folder exists, there are no episodes, or an episode has wrong shapes or non-finite numbers.
+    ValueError: the folder exists or another run writes it, there are no episodes, or an episode has wrong shapes or
+      non-finite numbers.
   """
   folder = pathlib.Path(data_dir) / name / _VERSION
   if folder.exists():
     raise ValueError(f"Dataset exists: got {folder}; expected a new folder; remove it or choose another name.")
-  partial = folder.with_name(f".{_VERSION}.partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  episodes = iter(episodes)
-  first = next(episodes, None)
-  if first is None:
-    partial.rmdir()
-    raise ValueError(f"No episodes for {name!r}: got an empty iterator; expected at least one; check what makes them.")
-  features = _features(first.image.shape[1:], first.wrist_image.shape[1:])
-  counts, num_bytes = _write_shards(partial, name, features, _chain(first, episodes), episodes_per_shard)
-  _write_info(partial, name, features, counts, num_bytes)
-  partial.rename(folder)
+  with files.alone(folder):
+    partial = folder.with_name(f".{_VERSION}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    counts, num_bytes = _fill(partial, name, iter(episodes), episodes_per_shard)
+    if finish is not None:
+      finish(partial)
+    partial.rename(folder)
   logging.info("%s: %d episodes in %d shards, %.1f MB", folder, sum(counts), len(counts), num_bytes / 1e6)
   return folder
+
+
+def _fill(
+  folder: pathlib.Path, name: str, episodes: Iterator[Episode], episodes_per_shard: int
+) -> tuple[list[int], int]:
+  """Writes shards and descriptions; returns the numbers of episodes by shard, and the bytes of all."""
+  first = next(episodes, None)
+  if first is None:
+    folder.rmdir()
+    raise ValueError(f"No episodes for {name!r}: got an empty iterator; expected at least one; check what makes them.")
+  features = _features(first.image.shape[1:], first.wrist_image.shape[1:])
+  counts, num_bytes = _write_shards(folder, name, features, _chain(first, episodes), episodes_per_shard)
+  _write_info(folder, name, features, counts, num_bytes)
+  return counts, num_bytes
 
 
 def _chain(first: Episode, rest: Iterable[Episode]) -> Iterable[Episode]:

@@ -9,16 +9,20 @@ file says what its reset was seeded with (LIBERO's own do not), fixtures stand w
 from __future__ import annotations
 
 import collections
+import io
 import json
 import logging
 import pathlib
 import shutil
 import threading
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from semanticvla_jax import cli, files
 from semanticvla_jax.data import hdf5, writer
 from semanticvla_jax.demonstrate import numbers
 from semanticvla_jax.envs import libero, libero_simulator
@@ -80,9 +84,10 @@ def write(
     raise ValueError(f"Dataset name {name!r} would be read by another recipe; expected one that starts with 'libero'.")
   demonstrations = collect(recipe)
   facts = _facts(recipe, demonstrations)
-  _claim(parts, facts)
-  _Replays(recipe, demonstrations, parts, progress).run()
-  return _assemble(recipe, demonstrations, parts, folder, name, facts)
+  with files.alone(parts):
+    _claim(parts, facts)
+    _Replays(recipe, demonstrations, parts, progress).run()
+    return _assemble(recipe, demonstrations, parts, folder, name, facts)
 
 
 def check(recipe: Recipe, progress: Callable[[int, int, int], None] | None = None) -> Report:
@@ -117,9 +122,9 @@ def _facts(recipe: Recipe, demonstrations: dict[int, hdf5.Demonstration]) -> dic
   settings = recipe.settings._asdict() | {"assets": libero.assets_hash(str(libero.find_assets(recipe.settings.assets)))}
   settings.pop("egl_device")  # another of the same kind draws the same
   paths = sorted({one.path for one in demonstrations.values()})
-  files = {path.name: hdf5.digest(path) for path in paths}
+  hashes = {path.name: hdf5.digest(path) for path in paths}
   seeds = "as recorded" if any(one.seed is not None for one in demonstrations.values()) else "settings"
-  return {"suite": recipe.suite, "simulator": settings, "resets": seeds, "versions": libero.versions(), "files": files}
+  return {"suite": recipe.suite, "simulator": settings, "resets": seeds, "versions": libero.versions(), "files": hashes}
 
 
 def _claim(parts: pathlib.Path, facts: dict) -> dict:
@@ -129,17 +134,23 @@ def _claim(parts: pathlib.Path, facts: dict) -> dict:
   """
   parts.mkdir(parents=True, exist_ok=True)
   path = parts / "facts.json"
-  before = json.loads(path.read_text()) if path.exists() else facts
-  files = before.get("files", {})
+  try:
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else facts
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is damaged: got {cli.first_line(error)}; expected what the replays in {parts} were made with; remove "
+      "that folder to begin anew."
+    ) from error
+  known = before.get("files", {})
   unlike = [(key, before.get(key), facts[key]) for key in facts if key != "files" and before.get(key) != facts[key]]
-  unlike += [(name, files[name], found) for name, found in facts["files"].items() if files.get(name, found) != found]
+  unlike += [(name, known[name], found) for name, found in facts["files"].items() if known.get(name, found) != found]
   if unlike:
     raise ValueError(
       f"Replays in {parts} were made otherwise: got (what, then, now) {unlike}; expected the same; remove that folder "
       "to begin anew."
     )
-  facts = facts | {"files": files | facts["files"]}
-  path.write_text(json.dumps(facts))
+  facts = facts | {"files": known | facts["files"]}
+  files.write_json(path, facts)
   return facts
 
 
@@ -154,7 +165,7 @@ class _Replays:
     self, recipe: Recipe, demonstrations: dict[int, hdf5.Demonstration], parts: pathlib.Path | None, progress
   ):
     self.recipe, self.demonstrations, self.parts, self.progress = recipe, demonstrations, parts, progress
-    stored = [] if parts is None else [seed for seed in demonstrations if _part(parts, seed).exists()]
+    stored = [] if parts is None else [seed for seed in demonstrations if _is_sound(_part(parts, seed))]
     self.ended = {seed: _read(_part(parts, seed)) is not None for seed in stored}
     self.waiting = collections.deque(seed for seed in demonstrations if seed not in self.ended)
     self.lock, self.error = threading.Lock(), None
@@ -237,10 +248,20 @@ def _store(path: pathlib.Path, demonstration: hdf5.Demonstration, seen: list[dic
       arrays[name.split("/")[1]] = np.frombuffer(b"".join(frames), np.uint8)
       arrays[name.split("/")[1] + "_sizes"] = np.array([*map(len, frames)])
     arrays["shape"] = np.array(seen[0][_VIEWS[0]].shape)
-  partial = path.with_suffix(".partial")
-  with partial.open("wb") as file:
-    np.savez(file, **arrays)
-  partial.rename(path)
+  contents = io.BytesIO()
+  np.savez(contents, **arrays)
+  files.write(path, contents.getvalue())
+
+
+def _is_sound(path: pathlib.Path) -> bool:
+  """Whether a replay is stored and can be read; one that is damaged is told, and made again."""
+  try:
+    if path.exists():
+      _read(path)
+    return path.exists()
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    logging.warning("%s is damaged (%s): replayed again", path, cli.first_line(error))
+    return False
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
@@ -276,10 +297,14 @@ def _assemble(
         part["joint_state"], f"{recipe.suite}/{demonstration.path.name}/{demonstration.name}",
       )  # fmt: skip
 
-  out = writer.write(folder.parent.parent, name, episodes())
-  numbers.write(out, name, kept)
-  report = Report(len(demonstrations), len(kept), dict(dropped), sum(len(action) for action, _ in kept), out)
-  facts = facts | {"tried": report.tried, "kept": report.kept, "dropped": report.dropped, "frames": report.frames}
-  (out / "demonstrations.json").write_text(json.dumps(facts, indent=2) + "\n")
+  def report() -> Report:
+    return Report(len(demonstrations), len(kept), dict(dropped), sum(len(action) for action, _ in kept), folder)
+
+  def finish(partial: pathlib.Path) -> None:
+    numbers.write(partial, name, kept)
+    counts = {key: getattr(report(), key) for key in ("tried", "kept", "dropped", "frames")}
+    files.write_json(partial / "demonstrations.json", facts | counts)
+
+  writer.write(folder.parent.parent, name, episodes(), finish=finish)
   shutil.rmtree(parts)
-  return report
+  return report()

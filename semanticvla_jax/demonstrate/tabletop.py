@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from semanticvla_jax import files
 from semanticvla_jax.data import writer
 from semanticvla_jax.demonstrate import numbers
 from semanticvla_jax.envs import expert, tabletop, tasks
@@ -85,10 +85,12 @@ def write(recipe: Recipe, out: str | pathlib.Path, name: str, progress: Callable
       if len(lengths) == recipe.episodes:
         return
 
-  folder = writer.write(out, name, episodes())
-  numbers.write(folder, name, kept)
-  facts = recipe._asdict() | {"tried": len(lengths) + len(dropped), "dropped_seeds": dropped, "frames": sum(lengths)}
-  (folder / "demonstrations.json").write_text(json.dumps(facts, indent=2) + "\n")
+  def finish(folder: pathlib.Path) -> None:
+    numbers.write(folder, name, kept)
+    facts = {"tried": len(lengths) + len(dropped), "dropped_seeds": dropped, "frames": sum(lengths)}
+    files.write_json(folder / "demonstrations.json", recipe._asdict() | facts)
+
+  folder = writer.write(out, name, episodes(), finish=finish)
   logging.info("%s: %d episodes kept, %d dropped (seeds %s)", name, len(lengths), len(dropped), dropped[:10])
   return Report(len(lengths) + len(dropped), len(lengths), dropped, sum(lengths), folder)
 

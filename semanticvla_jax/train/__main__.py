@@ -34,6 +34,7 @@ from semanticvla_jax.data import statistics, text
 from semanticvla_jax.train import (
   base_settings,
   command_line,
+  config_checks,
   distributed,
   diverged,
   grounding,
@@ -117,6 +118,7 @@ class Prepared(NamedTuple):
 
 def prepare(config: Any, deadline: float) -> Prepared:
   """Draws or loads the parameters and puts them on the mesh. Raises ValueError for what a user can put right."""
+  config_checks.check(config)
   mesh = sharding.make_mesh(config.mesh)
   rule = sharding.rule_of(config.mesh)
   sharding.check_rows(config.data.batch_size, sharding.devices_of_rows(mesh), config.optim.accumulate)
@@ -178,8 +180,14 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
     config, workdir: see the command. profile: first and last step of a trace. deadline: seconds hosts wait for hosts.
 
   Raises:
-    ValueError: what a user can put right. NotFinite, Diverged: the loss broke. Preempted: after SIGTERM, all saved.
+    ValueError: what a user can put right, another run in the workdir among it. NotFinite, Diverged: the loss broke.
+      Preempted: after SIGTERM, all saved.
   """
+  with distributed.alone(workdir):
+    return _train(config, workdir, profile, deadline)
+
+
+def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline: float) -> Path:
   ready = prepare(config, deadline)
   with open_checkpoints(config, workdir) as checkpointer:
     state, start, saved = resume.restore(checkpointer, ready.state, resume.plain(config))
@@ -249,8 +257,6 @@ def loop(
 def write_policy(config: Any, workdir: Path, state: Any, frozen: Any, stats: dict, deadline: float) -> Path:
   """`<workdir>/policy`: parameters, statistics, config and tokenisers in one folder; replaces the one of this run."""
   target = workdir / "policy"
-  if jax.process_index() == 0 and target.exists():
-    epath.Path(target).rmtree()
   distributed.meet("policy", deadline)
   return type(workdir)(
     checkpoint.save_policy(
@@ -260,6 +266,7 @@ def write_policy(config: Any, workdir: Path, state: Any, frozen: Any, stats: dic
       statistics={name: statistics.to_openvla(entry) for name, entry in stats.items()},
       metadata={"step": int(state.step)},
       tokenizers=Path(config.data.tokenizers or text.EMBEDDED),
+      replace=True,
     )
   )
 

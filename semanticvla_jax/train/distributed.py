@@ -16,10 +16,14 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+
+from semanticvla_jax import files
 
 PREEMPTED = 75  # exit status of a run that was told to stop, saved, and goes on when started again (EX_TEMPFAIL)
 METHODS = ("auto", "none", "tpu", "slurm")
@@ -225,6 +229,27 @@ def meet(name: str, deadline: float) -> None:
     ) from error
 
 
+@contextlib.contextmanager
+def alone(workdir: os.PathLike) -> Iterator[None]:
+  """Keeps other runs out of a workdir: process 0 holds its lock, and all of them hear whether it does.
+
+  Raises:
+    ValueError: another run is at work there.
+  """
+  with contextlib.ExitStack() as stack:
+    problem = None
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(files.alone(workdir, inside=True))
+      except ValueError as error:
+        problem = error
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
+      problem = problem or ValueError(f"{workdir} is being written by another run: process 0 says which one.")
+    if problem is not None:
+      raise problem
+    yield
+
+
 def set_up_logging() -> None:
   """Process 0 tells everything, the others their errors, with their number."""
   index = jax.process_index()
@@ -234,6 +259,14 @@ def set_up_logging() -> None:
     force=True,
   )  # fmt: skip
   logging.getLogger("absl").setLevel(logging.WARNING if index == 0 else logging.ERROR)  # Orbax: a dozen lines a save
+  for handler in logging.getLogger().handlers:
+    handler.addFilter(is_news)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+  """False for tracebacks out of Orbax's threads and tasks: what they tell is raised where the save is waited for."""
+  trace = record.exc_info[2] if record.exc_info else None
+  return not any("/orbax/" in frame.filename for frame in traceback.extract_tb(trace))
 
 
 def leave_on_sigterm() -> None:

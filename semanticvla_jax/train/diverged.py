@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import statistics
+import zipfile
+import zlib
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from semanticvla_jax import cli, files
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.types import Batch, Observation
 
@@ -66,13 +69,23 @@ def save_batch(batch: Any, folder: Path, step: int) -> Path:
   path = folder / f"bad_batch_{step}{process}.npz"
   contents = io.BytesIO()
   np.savez(contents, **named)
-  path.write_bytes(contents.getvalue())
+  files.write(path, contents.getvalue())
   return path
 
 
 def load_batch(path: Path) -> Batch:
-  """What `save_batch` wrote, as arrays: to look at, or to run a step on (`step.make_step`)."""
-  with np.load(path) as file:
-    arrays = dict(file)
-  seen = {name.removeprefix("observation."): x for name, x in arrays.items() if name.startswith("observation.")}
-  return Batch(Observation(**{"proprio": None} | seen), arrays["actions"], arrays["action_mask"])
+  """What `save_batch` wrote, as arrays: to look at, or to run a step on (`step.make_step`).
+
+  Raises:
+    ValueError: the file is damaged, or holds something else.
+  """
+  try:
+    with np.load(path) as file:
+      arrays = dict(file)
+    seen = {name.removeprefix("observation."): x for name, x in arrays.items() if name.startswith("observation.")}
+    return Batch(Observation(**{"proprio": None} | seen), arrays["actions"], arrays["action_mask"])
+  except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    raise ValueError(
+      f"{path} is no batch: got {cli.first_line(error)}; expected a bad_batch_STEP.npz that a training run left; name "
+      "another file."
+    ) from error

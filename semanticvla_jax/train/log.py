@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import secrets
@@ -12,6 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from semanticvla_jax import files
 
 
 class Trace:
@@ -43,6 +46,14 @@ class Trace:
       jax.block_until_ready(values)
       self.__exit__()
       logging.info("traced steps %d to %d: %s", *self.steps, self.folder)
+
+
+def _step(line: str) -> int | None:
+  """The step that a line of metrics.jsonl is of; None for what is no such line."""
+  try:
+    return int(json.loads(line)["step"])
+  except (ValueError, KeyError, TypeError):
+    return None
 
 
 class Metrics:
@@ -116,19 +127,15 @@ class Metrics:
   def _truncate(self, start: int) -> None:
     if not self.path.exists():
       return
-    lines = self.path.read_text().splitlines()
-    whole = [line for line in lines if line.startswith("{") and line.endswith("}")]  # a kill may leave half a line
-    kept = [line for line in whole if json.loads(line)["step"] <= start]
-    self._replace("".join(line + "\n" for line in kept))
+    lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+    steps = [_step(line) for line in lines]
+    if None in steps[:-1]:  # a kill may leave half of the last one
+      logging.warning("%s: %d damaged lines are dropped", self.path, steps[:-1].count(None))
+    self._replace("".join(line + "\n" for line, step in zip(lines, steps) if step is not None and step <= start))
 
   def _replace(self, content: str) -> None:
-    """Writes the file anew: whole or not at all (objects of a bucket are so by themselves)."""
-    if not isinstance(self.path, Path):
-      self.path.write_text(content)
-      return
-    partial = self.path.with_name(f".{self.path.name}.partial")
-    partial.write_text(content)
-    partial.replace(self.path)
+    """Writes the file anew: whole or not at all."""
+    files.write(self.path, content)
 
   def add(self, step: int, metrics: Mapping, wait: float, flush: bool = False) -> dict | None:
     """Takes the metrics of update `step` (1, 2, …) and the seconds spent waiting for its batch.
@@ -173,10 +180,10 @@ class Metrics:
   def _write(self, step: int, means: dict) -> None:
     line = json.dumps({name: value if np.isfinite(value) else None for name, value in means.items()}) + "\n"
     if isinstance(self.path, Path):
-      with self.path.open("a") as f:
+      with self.path.open("a", encoding="utf-8") as f:
         f.write(line)
     else:  # a bucket has no appending
-      self._replace((self.path.read_text() if self.path.exists() else "") + line)
+      self._replace((self.path.read_text(encoding="utf-8") if self.path.exists() else "") + line)
     for name, value in means.items():
       if name != "step" and self._board is not None:
         self._board.add_scalar(name, value, step)
@@ -191,6 +198,7 @@ class Metrics:
 
   def close(self) -> None:
     if self._board is not None:
-      self._board.close()
+      with contextlib.suppress(OSError):  # a full disk, which metrics.jsonl has met first
+        self._board.close()
     if self._wandb is not None:
       self._wandb.finish()

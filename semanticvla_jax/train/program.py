@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from semanticvla_jax.models.semanticvla import SemanticVLA
-from semanticvla_jax.train import expert, flops, grounding, init, optimizer
+from semanticvla_jax.train import config_checks, expert, flops, grounding, init, optimizer
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.partition import combine, partition
 from semanticvla_jax.types import Batch, Observation
@@ -27,6 +27,7 @@ class Program(NamedTuple):
 
 def of(config: Any) -> Program:
   """The step that a config trains with. Raises ValueError for a config that does not fit together."""
+  config_checks.check(config)
   model, bare = init.make_model(config)
   wanted = init.shapes(model, bare, config.trainable, config.frozen_dtype)
   trainable, frozen = partition(wanted, config.trainable)

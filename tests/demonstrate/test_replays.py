@@ -187,3 +187,13 @@ def test_a_recorded_drawer_stands_where_it_stood():
       assert process.receive().success, row.name
   finally:
     process.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"noise"])
+def test_a_damaged_replay_is_told_and_made_again(tmp_path, content, caplog):
+  path = tmp_path / "00003.npz"
+  assert not replays._is_sound(path)
+  np.savez(path)
+  assert replays._is_sound(path) and not caplog.text
+  path.write_bytes(content)
+  assert not replays._is_sound(path) and f"{path} is damaged" in caplog.text
