@@ -142,7 +142,7 @@ def save_policy(
 def _complete(partial: epath.Path, contents: list[str], tokenizers: Path | None) -> None:
   """Puts a policy's small files beside its parameters."""
   for name, text in zip(FILES, contents):
-    (partial / name).write_text(text)
+    (partial / name).write_bytes(text.encode())
   for path in [] if tokenizers is None else sorted(_absolute(tokenizers).glob("*.model")):
     (partial / "tokenizers").mkdir(exist_ok=True)
     path.copy(partial / "tokenizers" / path.name)
@@ -223,7 +223,7 @@ def read_policy_json(folder: Path) -> tuple[dict, dict, dict]:
   contents = []
   for name in FILES:
     try:
-      contents.append(json.loads((folder / name).read_text()))
+      contents.append(json.loads((folder / name).read_bytes()))
     except ValueError as error:  # no JSON, or no text at all
       raise ValueError(
         f"Policy file {folder / name} is corrupt: got {_first_line(error)}; expected JSON; copy the folder again from "

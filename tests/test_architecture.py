@@ -61,3 +61,22 @@ def test_heavy_packages_stay_where_they_belong(path):
   assert not outside & FORBIDDEN.get(part(path), set())
   if path.name != "__main__.py":
     assert "configs" not in outside
+
+
+def without_encoding(path: Path):
+  """Lines that read or write text in whatever the locale says."""
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+      continue
+    attribute = node.func.attr if isinstance(node.func, ast.Attribute) else None
+    owner = getattr(getattr(node.func, "value", None), "id", None)
+    modes = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+    binary = any(isinstance(mode, str) and "b" in mode for mode in modes)
+    opened = (isinstance(node.func, ast.Name) and node.func.id == "open") or attribute == "open"
+    if attribute in ("read_text", "write_text") or (opened and not binary and owner not in ("os", "Image", "ts")):
+      yield f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def test_every_text_file_is_utf8_whatever_the_locale():
+  found = [line for path in FILES for line in without_encoding(path)]
+  assert [line for line in found if "KvStore" not in line and not line.startswith("convert/folder.py")] == []

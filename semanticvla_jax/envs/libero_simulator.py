@@ -260,7 +260,8 @@ def _import(assets: str) -> Callable[..., Any]:
   folder = tempfile.mkdtemp(prefix="libero_config_")
   paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files",
            "datasets": root / "datasets", "assets": assets}  # fmt: skip
-  (pathlib.Path(folder) / "config.yaml").write_text("".join(f"{key}: {path}\n" for key, path in paths.items()))
+  lines = "".join(f"{key}: {path}\n" for key, path in paths.items())
+  (pathlib.Path(folder) / "config.yaml").write_text(lines, encoding="utf-8")
   os.environ["LIBERO_CONFIG_PATH"] = folder
   import libero.libero as benchmark
 

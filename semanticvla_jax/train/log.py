@@ -120,9 +120,10 @@ class Metrics:
       ) from error
     folder, known = self.path.parent, self.path.parent / "wandb_id.txt"
     if self._start == 0 or not known.exists():
-      known.write_text(secrets.token_hex(4))
+      files.write(known, secrets.token_hex(4))
     local = str(folder) if isinstance(folder, Path) else None  # wandb writes its files to a disk
-    self._wandb = wandb.init(project=project, id=known.read_text(), dir=local, config=dict(config), resume="allow")
+    number = known.read_text(encoding="utf-8")
+    self._wandb = wandb.init(project=project, id=number, dir=local, config=dict(config), resume="allow")
 
   def _truncate(self, start: int) -> None:
     if not self.path.exists():
