@@ -209,14 +209,21 @@ def jobs(args: argparse.Namespace, timed: Callable) -> list[Job]:
     own = Evaluation(args, policy, suite, "this policy", "policy")
     baseline = None if before is None else Evaluation(args, before, suite, "before", "baseline")
     if baseline is not None:
-      # Fine-tuning gives the statistics the name of its own data.
-      protocol.require_alike(own.fingerprint(), baseline.fingerprint(), but=("policy.dataset",))
+      _check_alike(own.fingerprint(), baseline.fingerprint())
     if "shuffled" in _controls(args):
       controls.shuffle(instructions(suite, args.split, own.seeds))
     found.append(Job(own, baseline))
   if left := [name for name in _controls(args) if name not in controls.of_policy(policy, _controls(args))]:
     logging.warning("Controls left out, for they change nothing in this policy: %s", ", ".join(left))
   return found
+
+
+def _check_alike(own: dict, before: dict) -> None:
+  """Raises ValueError where two policies would be measured differently; what differs in themselves is told."""
+  protocol.require_alike(own, before, but=protocol.OWN)
+  # Fine-tuning gives the statistics the name of its own data.
+  if lines := protocol.unlike(own, before, (*protocol.COMPARED, *protocol.NOTED, "policy.dataset")):
+    logging.warning("This policy and the baseline differ in what is their own: %s", "; ".join(lines))
 
 
 def measure(args: argparse.Namespace, results: folder.Results) -> list[tuple[Job, Episodes]]:
@@ -316,11 +323,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _check_suites(names: Sequence[str]) -> None:
   """Raises ValueError for suites of both simulators at once, which have flags of their own, and others of LIBERO's."""
-  ours, libero_s = ([name for name in names if name.strip() in known] for known in (tasks.SUITES, envs_libero.SUITES))
-  if ours and libero_s:
+  ours, others = ([name for name in names if name.strip() in known] for known in (tasks.SUITES, envs_libero.SUITES))
+  if ours and others:
     raise ValueError(
-      f"Suites: got {ours} of the tabletop with {libero_s} of LIBERO; expected those of one; evaluate one after the "
-      "other, each with its own --out."
+      f"Suites: got {ours} of the tabletop with {others} of LIBERO; expected one of the two; evaluate them in turn."
     )
   if any("libero" in name for name in names):
     folder.suites(",".join(names), envs_libero.SUITES)
@@ -332,7 +338,11 @@ def evaluate(args: argparse.Namespace, out: pathlib.Path, command: str) -> list[
   if args.films and not args.host:
     folder.warn_without_ffmpeg()
   results = folder.Results(out, command, "all is measured again")
-  found = measure(args, results)
+  try:
+    found = measure(args, results)
+  except KeyboardInterrupt:
+    print(f"Rows that were finished are in {out}; the same command goes on after them.", file=sys.stderr)
+    raise
   shown = show(args, results, found)
   folder.write_page(out, results, title=args.title, metrics=lines, **shown)
   return results.no_rates()

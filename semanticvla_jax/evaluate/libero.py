@@ -484,6 +484,27 @@ def _check_states(suite: str, numbers: Sequence[int]) -> None:
       )
 
 
+def check_found(args: argparse.Namespace, out: pathlib.Path) -> None:
+  """Raises ValueError where episodes of one of the suites were measured otherwise, as far as flags and files tell.
+
+  The whole fingerprint, with what draws, is compared when a suite's simulator is there.
+  """
+  for suite in places.suites(args.suite, libero.SUITES):
+    try:
+      before = json.loads((out / f"{suite}_fingerprint.json").read_text(encoding="utf-8"))
+      hashed = before["policy"]["policy_hash"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that is told of when it is needed
+      continue
+    simulator = settings(args, suite)
+    now = {
+      "max_steps": simulator.max_steps or libero.MAX_STEPS[suite], "protocol": args.protocol,
+      "quaternion": simulator.quaternion, "wait_steps": simulator.wait_steps,
+      "policy_hash": checkpoint.policy_hash(args.policy) if args.policy else hashed,
+    }  # fmt: skip
+    noted = {name: before.get(name) for name in now} | {"policy_hash": hashed}
+    places.gone_on(noted, now, out / f"{suite}_fingerprint.json")
+
+
 def _tell_left_out(folder: str, names: Sequence[str]) -> None:
   model = build(config := checkpoint.read_policy_json(folder)[0]["model"])
   prunes = model.siglip_id_pruner is not None or model.dino_id_pruner is not None
@@ -575,6 +596,7 @@ def evaluate(args: argparse.Namespace, out: pathlib.Path, command: str) -> list[
   if args.films:
     places.warn_without_ffmpeg()
   results = places.Results(out, command, "built anew from the episodes", lambda: {"broken": broken(out)})
+  check_found(args, out)
   shown, problem = {}, []
   try:
     shown = run(args, results)

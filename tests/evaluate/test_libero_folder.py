@@ -64,6 +64,7 @@ def run(folder, tmp_path, monkeypatch):
     return Process(make, {"PYTHONPATH": FOLDER}, 60.0)
 
   command.trouble, command.policy, command.started, command.out = {}, Half(), [], tmp_path / "out"
+  monkeypatch.setattr(libero.checkpoint, "policy_hash", lambda folder: "h")
   monkeypatch.setattr(libero, "load", lambda args, suite: command.policy)
   monkeypatch.setattr(libero.libero_simulator, "start", start)
   monkeypatch.setattr(libero.libero, "find_assets", lambda given=None: Path("assets"))
@@ -86,7 +87,7 @@ MAIN = ("libero_goal", "this policy")
 
 @pytest.mark.parametrize("wrong, message", [
   ("--suite=libero_goal,libero_object", r"no statistics of libero_object"), ("--suite=libero_goal,libero_gaol", "gaol"),
-  ("--suite=libero_goal,libero_goal", "name none twice"), ("--suite=libero_goal,pick", "those of one"),
+  ("--suite=libero_goal,libero_goal", "name none twice"), ("--suite=libero_goal,pick", "one of the two"),
   ("--controls=shuffled --tasks=3", "in 2 of 2 episodes"), ("--controls=shufled", "shufled"),
   ("--films=-2", "films=-2"), ("--workers=0", "workers=0"), ("--replay=0", "replay=0"),
   ("--replay=99", "replay=99; expected 1 to 8"), ("--timeout=0", "timeout=0"), ("--trials=51", "expected 1 to 50"),
@@ -224,6 +225,18 @@ def test_what_was_measured_otherwise_is_refused_and_stays(run):
     with pytest.raises(SystemExit, match=f"(?s){line}.*choose another --out"):
       run(*words)
   assert (run.out / "results.json").read_bytes() == before and not begun(run)
+
+
+def test_a_second_suite_that_was_measured_otherwise_is_refused_before_the_first_begins(run, monkeypatch):
+  run()
+  for words, line in (["--max-steps=5"], "max_steps: 300 against 5"), (["--protocol=openpi"], "openvla against openpi"):
+    with pytest.raises(SystemExit, match=line):
+      run(*words, suite="libero_spatial,libero_goal")
+    assert not run.started
+  monkeypatch.setattr(libero.checkpoint, "policy_hash", lambda folder: "another")
+  with pytest.raises(SystemExit, match="policy_hash: h against another"):
+    run(suite="libero_spatial,libero_goal")
+  assert not run.started
 
 
 def test_other_lines_in_the_folder_are_left_alone(run):

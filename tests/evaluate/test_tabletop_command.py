@@ -112,11 +112,14 @@ def test_an_existing_file_as_out_is_one_line(folders, made_up, tmp_path):
     command.main(flags(folders, tmp_path / "file"))
 
 
-def test_a_row_is_kept_when_a_later_one_is_interrupted_and_the_rest_is_measured_then(folders, made_up, tmp_path):
+def test_a_row_is_kept_when_a_later_one_is_interrupted_and_the_rest_is_measured_then(
+  folders, made_up, tmp_path, capsys
+):
   made_up.stop = "place"
   words = flags(folders, tmp_path, f"--baseline={folders / 'b'}", suite="pick,place")
   with pytest.raises(KeyboardInterrupt):
     command.main(words)
+  assert f"finished are in {tmp_path}; the same command goes on" in capsys.readouterr().err
   assert [*rows(tmp_path)] == [("pick", "this policy"), ("pick", "before")]
   made_up.stop, made_up.runs = None, []
   command.main(words)
@@ -218,6 +221,17 @@ def test_what_fails_after_the_measurement_is_a_warning_and_is_made_by_the_next_r
   if what == "films":
     command.main(words)  # the row is kept, its film made of the episode run again
     assert len([*tmp_path.glob("*.mp4")]) == 1 and "data:video/mp4" in (tmp_path / "report.html").read_text()
+
+
+def test_a_baseline_of_other_settings_is_measured_and_they_are_told(folders, made_up, tmp_path, caplog):
+  other = {**policies.CROPPING, "data": {**policies.CROPPING["data"], "crop_area": 0.8, "normalisation": "bounds"}}
+  checkpoint.save_policy(
+    tmp_path / "base", random_params(tiny()), config=other, tokenizers=text.EMBEDDED,
+    statistics={"another_name": statistics.to_openvla(policies.stats())},
+  )
+  command.main(flags(folders, tmp_path / "out", f"--baseline={tmp_path / 'base'}"))
+  assert "differ in what is their own: " in caplog.text and "preprocessing.crop_area: 0.9 against 0.8" in caplog.text
+  assert "preprocessing.normalisation" in caplog.text and len(rows(tmp_path / "out")) == 2
 
 
 def test_controls_that_change_nothing_are_named(folders, made_up, tmp_path, caplog):
