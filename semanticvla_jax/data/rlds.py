@@ -169,8 +169,8 @@ def find(data_dir: str, name: str) -> str:
   others = [path.name for path in inside if path not in versions and not path.name.startswith(".")]
   if inside and not versions:
     raise ValueError(
-      f"Dataset {name!r} has no version: got {others[:20]} in {root}; expected a folder x.y.z with features.json, such "
-      "as 1.0.0; rename the one that is meant."
+      f"No dataset {name!r}: got {others[:20] or 'no version'} in {root}; expected a folder x.y.z with features.json, "
+      "such as 1.0.0; rename the one that is meant."
     )
   if not versions:
     close = difflib.get_close_matches(name, have, n=1, cutoff=0.0)

@@ -29,6 +29,7 @@ def _is_number(x: Any) -> bool:
 
 
 _ABOVE_0 = Rule(lambda x: _is_number(x) and x > 0, "a finite number above 0")
+_RATE = Rule(lambda x: isinstance(x, numbers.Real) and x > 0, "a number above 0")
 _FROM_0 = Rule(lambda x: _is_number(x) and x >= 0, "a finite number, 0 or more")
 _DECAY = Rule(lambda x: _is_number(x) and 0 <= x < 1, "a number in [0, 1)")
 
@@ -36,7 +37,7 @@ RULES = {
   "seed": Rule(lambda x: _is_whole(x) and 0 <= x < 2**31, "a whole number from 0 to 2³¹ − 1"),
   "lora.rank": _whole(1),
   "lora.alpha": _ABOVE_0,
-  "optim.lr": _ABOVE_0,
+  "optim.lr": _RATE,
   "optim.end_lr": _FROM_0,
   "optim.warmup_steps": _whole(0),
   "optim.decay_steps": _whole(1, absent=True),

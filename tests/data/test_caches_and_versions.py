@@ -34,7 +34,7 @@ def test_the_highest_complete_version_is_read(folder, caplog):
 
 def test_a_dataset_of_other_folders_alone_is_refused(folder):
   (folder / NAME / "1.0.0").rename(folder / NAME / "1.0.0.bak")
-  with pytest.raises(ValueError, match=r"has no version: got \['1.0.0.bak'\].*expected a folder x.y.z"):
+  with pytest.raises(ValueError, match=r"No dataset 'tabletop_toy': got \['1.0.0.bak'\].*expected a folder x.y.z"):
     rlds.find(str(folder), NAME)
 
 
