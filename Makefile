@@ -13,7 +13,7 @@ help:            ## this list
 $(VENV)/.main: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --disable-pip-version-check uv
-	$(VENV)/bin/uv pip install -q --python $(PY) -r requirements.lock
+	$(VENV)/bin/uv pip install -q --compile-bytecode --python $(PY) -r requirements.lock
 	$(VENV)/bin/uv pip install -q --python $(PY) --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -23,7 +23,7 @@ $(VENV)/.parity: requirements-parity.txt $(VENV)/.main
 	touch $@
 
 $(VENV)/.sim: requirements-libero.txt $(VENV)/.main
-	$(VENV)/bin/uv pip install -q --python $(PY) --no-deps -r requirements-libero.txt
+	$(VENV)/bin/uv pip install -q --compile-bytecode --python $(PY) --no-deps -r requirements-libero.txt
 	touch $@
 
 venv: $(VENV)/.main  ## the Python environment everything runs in

@@ -1,5 +1,6 @@
 """All tests run on CPU with eight fake devices; jaxtyping's shapes are checked at every call of the package."""
 
+import gc
 import os
 import tempfile
 
@@ -17,6 +18,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from jaxtyping import install_import_hook  # noqa: E402
+
+gc.set_threshold(100_000, 50, 50)  # a traced program is millions of objects, and none of them garbage
 
 install_import_hook("semanticvla_jax", "beartype.beartype")
 
