@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 SUITE ?= place
 SPLIT ?= unseen
 
-.PHONY: help venv quickstart test slow processes soak parity sim pretrain bench bench-sim bench-convert aot lint lock
+.PHONY: help venv quickstart test slow processes soak parity sim pretrain picture bench bench-sim bench-convert aot lint lock
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -53,6 +53,10 @@ pretrain: $(VENV)/.main  ## the small tabletop base from scratch, in three runs;
 	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py --workdir=runs/pretrain
 	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py:aim --workdir=runs/pretrain/aim --config.init_from=runs/pretrain/policy
 	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py:turn --workdir=runs/pretrain/turn --config.init_from=runs/pretrain/aim/policy
+
+picture: $(VENV)/.main  ## the picture of the README: one episode of the shipped base, what it keeps and looks at
+	$(PY) -m semanticvla_jax.evaluate --policy=checkpoints/tabletop_small --suite=place --episodes=8 --films=1 --out=runs/picture
+	cp runs/picture/place_looks_first_step.png docs/looks.png
 
 bench: $(VENV)/.main  ## speed on this machine, each figure with its peer
 	$(PY) -m semanticvla_jax.benchmark evaluation

@@ -20,6 +20,7 @@ MAY_IMPORT = {
   "evaluate": {"models", "data", "envs", "checkpoint", "policy"},
   "serve": {"policy"},
   "quickstart": {"checkpoint"},
+  "__main__": set(),
   "benchmark": {"models", "data", "envs", "checkpoint", "policy", "train", "evaluate"},
 }
 FORBIDDEN = {  # third-party packages that must not be imported when the module is

@@ -1,0 +1,41 @@
+"""The commands of this package: `semanticvla VERB …`, or `python -m semanticvla_jax.VERB …`."""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+import sys
+
+VERBS = {
+  "quickstart": "demonstrations, fine-tuning, evaluation and a report on the embedded tabletop",
+  "demonstrate": "demonstrations as an RLDS dataset: the tabletop's expert, or LIBERO's recordings replayed",
+  "data": "inspect a dataset, preview its frames, compute its statistics",
+  "train": "train or fine-tune a policy on all devices there are; resumes when run again",
+  "train.preflight": "does a training config fit a TPU slice? Compiles it without the hardware",
+  "evaluate": "measure a policy in closed loop on the tabletop or LIBERO; compare results; find known traps",
+  "convert": "PyTorch checkpoints to policy folders and back; verify, compare, fold adapters",
+  "benchmark": "speed, each figure with the peer it was measured against",
+}
+
+
+def usage() -> str:
+  """One line for each verb."""
+  lines = [f"  {verb:16} {what}" for verb, what in VERBS.items()]
+  return "\n".join(["usage: semanticvla VERB …   (semanticvla VERB --help lists its flags)", "", *lines])
+
+
+def main() -> None:
+  """Runs a verb as `python -m` would; without one, or with --help, lists them."""
+  verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+  if verb in ("-h", "--help"):
+    print(usage())
+    return
+  if verb not in VERBS:
+    near = difflib.get_close_matches(verb, VERBS, 1, 0.0)
+    sys.exit(f"error: got the verb {verb!r}; expected one of {', '.join(VERBS)}; did you mean {near[0]!r}?")
+  del sys.argv[1]
+  runpy.run_module(f"semanticvla_jax.{verb}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+  main()
