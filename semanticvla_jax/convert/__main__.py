@@ -150,7 +150,7 @@ def load_config(name: str, changes: list[str]) -> dict:
 def _config_module(file: Path) -> ModuleType:
   if not file.is_file() or file.suffix != ".py":
     raise ValueError(f"No config: got {file}; expected a file such as configs/openvla_oft.py; check the path.")
-  sys.path.insert(0, str(file.resolve().parent.parent))
+  cli.make_importable(str(file))
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
   module = importlib.util.module_from_spec(spec)
   try:
