@@ -6,6 +6,8 @@ import difflib
 import runpy
 import sys
 
+from semanticvla_jax import cli
+
 VERBS = {
   "quickstart": "demonstrations, fine-tuning, evaluation and a report on the embedded tabletop",
   "demonstrate": "demonstrations as an RLDS dataset: the tabletop's expert, or LIBERO's recordings replayed",
@@ -26,15 +28,18 @@ def usage() -> str:
 
 def main() -> None:
   """Runs a verb as `python -m` would; without one, or with --help, lists them."""
-  verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
-  if verb in ("-h", "--help"):
+  if len(sys.argv) < 2 or sys.argv[1] not in VERBS:
+    cli.run(_without_verb)
+  verb = sys.argv.pop(1)
+  runpy.run_module(f"semanticvla_jax.{verb}", run_name="__main__", alter_sys=True)
+
+
+def _without_verb(argv: list[str]) -> None:
+  if not argv or argv[0] in ("-h", "--help"):
     print(usage())
     return
-  if verb not in VERBS:
-    near = difflib.get_close_matches(verb, VERBS, 1, 0.0)
-    sys.exit(f"error: got the verb {verb!r}; expected one of {', '.join(VERBS)}; did you mean {near[0]!r}?")
-  del sys.argv[1]
-  runpy.run_module(f"semanticvla_jax.{verb}", run_name="__main__", alter_sys=True)
+  (near,) = difflib.get_close_matches(argv[0], VERBS, 1, 0.0)
+  raise ValueError(f"got the verb {argv[0]!r}; expected one of {', '.join(VERBS)}; did you mean {near!r}?")
 
 
 if __name__ == "__main__":

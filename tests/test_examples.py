@@ -31,15 +31,23 @@ def test_the_package_names_what_a_newcomer_needs_and_loads_it_when_asked():
 
 def test_every_verb_is_a_command(capsys, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["semanticvla"])
-  commands.main()
+  with pytest.raises(SystemExit) as ended:
+    commands.main()
   listed = capsys.readouterr().out
+  assert not ended.value.code
   root = Path(semanticvla_jax.__file__).parent
   for verb in commands.VERBS:
     place = root / verb.replace(".", "/")
     assert verb in listed and ((place / "__main__.py").exists() or place.with_suffix(".py").exists())
+
+
+def test_a_misspelt_verb_is_one_line(capsys, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["semanticvla", "evalute"])
-  with pytest.raises(SystemExit, match="got the verb 'evalute'.*did you mean 'evaluate'"):
+  with pytest.raises(SystemExit) as ended:
     commands.main()
+  assert ended.value.code == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: got the verb 'evalute'") and line.endswith("did you mean 'evaluate'?")
 
 
 def test_a_verb_gets_its_arguments():
