@@ -177,6 +177,22 @@ def _read(path: Path, remedy: str) -> dict:
     raise ValueError(f"{path} is damaged: got {cli.first_line(error)}; expected a JSON object; {remedy}.") from error
 
 
+def _check(args: argparse.Namespace) -> None:
+  """Raises ValueError for what a later stage would refuse, before an earlier one spends minutes on it."""
+  from semanticvla_jax.evaluate import controls  # takes seconds to import, which --help need not wait for
+
+  if not (args.base / "config.json").exists():
+    raise ValueError(f"Base: got {args.base}, expected a policy folder; run from the repository or pass --base.")
+  config = Path(args.config.partition(".py:")[0] + ".py" if ".py:" in args.config else args.config)
+  if not config.is_file():
+    raise ValueError(f"Config: got {config}, expected a file; run from the repository or pass --config.")
+  for name in ("demonstrations", "episodes", "steps", "size"):
+    if (count := getattr(args, name)) is not None and count < 1:
+      raise ValueError(f"--{name}: got {count}, expected at least 1; pass a positive number.")
+  controls.check(args.controls.split(",") if args.controls else [])
+  _check_folders(args.out)
+
+
 def _check_folders(out: Path) -> None:
   """Raises ValueError where a folder that stages write is a file."""
   for folder in (out, *out.parents, out / "data", out / "report", out / "policy"):
@@ -210,9 +226,7 @@ def main(argv: list[str]) -> None:
   """Runs the stages and prints the summary; problems end the program with their message."""
   args = _arguments(argv)
   try:
-    if not (args.base / "config.json").exists():
-      raise ValueError(f"Base: got {args.base}, expected a policy folder; run from the repository or pass --base.")
-    _check_folders(args.out)
+    _check(args)
     seconds = {"demonstrations": run("demonstrations", demonstrate(args))}
     seconds["training"] = run("training", train(args))
     seconds["evaluation"] = run("evaluation", evaluate(args))

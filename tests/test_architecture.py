@@ -19,7 +19,7 @@ MAY_IMPORT = {
   "policy": {"models", "data", "checkpoint"},
   "evaluate": {"models", "data", "envs", "checkpoint", "policy"},
   "serve": {"policy"},
-  "quickstart": {"checkpoint"},
+  "quickstart": {"checkpoint", "evaluate"},
   "__main__": set(),
   "benchmark": {"models", "data", "envs", "checkpoint", "policy", "train", "evaluate"},
 }

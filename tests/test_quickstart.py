@@ -195,6 +195,24 @@ def test_a_file_where_a_folder_belongs_is_said_before_a_stage_runs(tmp_path, com
     quickstart.main([base, f"--out={place if not below else place.parent}"])
 
 
+@pytest.mark.parametrize(
+  "flag, message",
+  [
+    ("--controls=shufled", r"Controls: got \['shufled'\]; expected some of"),
+    ("--controls=blind,blind", "name none twice"),
+    ("--episodes=0", "--episodes: got 0, expected at least 1"),
+    ("--demonstrations=-1", "--demonstrations: got -1, expected at least 1"),
+    ("--steps=0", "--steps: got 0, expected at least 1"),
+    ("--config=configs/none.py:tiny", "Config: got configs/none.py, expected a file"),
+  ],
+)
+def test_what_a_later_stage_would_refuse_is_said_before_a_stage_runs(tmp_path, command, flag, message, monkeypatch):
+  monkeypatch.setattr(quickstart, "run", lambda *_: pytest.fail("a stage ran"))
+  with pytest.raises(SystemExit, match=message):
+    quickstart.main([*command[3:], f"--out={tmp_path / 'out'}", flag])
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_a_damaged_list_of_demonstrations_is_named(tmp_path, content):
   args = quickstart._arguments([f"--out={tmp_path}"])
