@@ -113,10 +113,16 @@ def each(
   seed: int = 0,
   said: Mapping[int, str] | None = None,
 ) -> Iterator[tuple[str, Episodes, dict]]:
-  """Yields the controls that apply to this policy one by one, on the episodes of `result`; see `run`.
+  """Yields the controls that apply to this policy one by one, on the episodes of `result`.
 
   Args:
-    said: what episodes, by their seeds, were told in an earlier run of the shuffled control.
+    policy: the one evaluated.
+    runner: the OnDevice or OnHost that gave `result`.
+    result: of the evaluation itself.
+    make: makes such a runner of another policy, for the control of that name.
+    names: which of NAMES; those that change nothing in this policy are left out.
+    seed: of the shuffle.
+    said: {seed: instruction} of the episodes that an earlier run of the shuffled control measured.
 
   Yields:
     (name, episodes, what was changed in the model's config).
@@ -129,28 +135,3 @@ def each(
       yield name, make(policy.blind(), name).run(result.seeds), changes
     else:
       yield name, make(policy.variant(**changes), name).run(result.seeds), changes
-
-
-def run(
-  policy: Policy,
-  runner: Any,
-  result: Episodes,
-  make: Callable[[Policy, str], Any],
-  names: Sequence[str] = tuple(NAMES),
-  seed: int = 0,
-) -> dict[str, tuple[Episodes, dict]]:
-  """The controls that apply to this policy, on the episodes of `result`.
-
-  Args:
-    policy: the one evaluated.
-    runner: the OnDevice or OnHost that gave `result`.
-    result: of the evaluation itself.
-    make: makes such a runner of another policy, for the control of that name.
-    names: which of NAMES; those that change nothing in this policy are left out.
-    seed: of the shuffle.
-
-  Returns:
-    {description: (episodes, what was changed in the model's config)}.
-  """
-  found = each(policy, runner, result, make, names, seed)
-  return {NAMES[name]: (episodes, changes) for name, episodes, changes in found}

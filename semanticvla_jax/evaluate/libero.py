@@ -336,7 +336,7 @@ def _episode_files(suite: str) -> list[str]:
 
 
 class _Runner:
-  """The simulators with one policy, as `controls.run` wants it."""
+  """The simulators with one policy, as `controls.each` wants it."""
 
   def __init__(self, owner: Evaluation, policy: Any, label: str):
     self.owner, self.policy, self.label = owner, policy, label

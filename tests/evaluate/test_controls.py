@@ -75,18 +75,18 @@ def test_each_control_runs_the_same_episodes():
   result = runner.run(range(20, 28))
   log.clear()
   asked = []
-  found = controls.run(policy, runner, result, lambda other, name: (asked.append(name), Runner(other, log))[1])
-  assert [*found] == [*controls.NAMES.values()]
+  make = lambda other, name: (asked.append(name), Runner(other, log))[1]  # noqa: E731
+  names, _, changes = zip(*controls.each(policy, runner, result, make))
+  assert names == (*controls.NAMES,)
   assert [seeds for _, seeds, _ in log] == [list(range(20, 28))] * 5
   assert [rule for rule, _, _ in log] == [None, None, "random", "uniform", "centre"]
   assert [told is None for _, _, told in log] == [False, True, True, True, True]
   assert asked == ["blind", "random", "uniform", "centre"]
-  changes = [change for _, change in found.values()]
-  assert changes == [{}, {"images": "grey"}, *({"anchor_rule": rule} for rule in ("random", "uniform", "centre"))]
+  assert [*changes] == [{}, {"images": "grey"}, *({"anchor_rule": rule} for rule in ("random", "uniform", "centre"))]
   with pytest.raises(ValueError, match="name none twice"):
     controls.check(["blind", "shuffled", "blind"])
   with pytest.raises(ValueError, match=r"got \['middle'\]"):
-    controls.run(policy, runner, result, lambda other, name: Runner(other, log), names=("middle",))
+    next(controls.each(policy, runner, result, make, names=("middle",)))
 
 
 def test_pruning_controls_are_left_out_where_they_change_nothing():
@@ -95,5 +95,5 @@ def test_pruning_controls_are_left_out_where_they_change_nothing():
     **policies.CONFIG["model"], "siglip_pruner": None, "dino_pruner": None, "film": (), "dense_fuser": None,
   }})  # fmt: skip
   runner = Runner(no_pruner, log)
-  found = controls.run(no_pruner, runner, runner.run(range(8)), lambda other, name: Runner(other, log))
-  assert [*found] == [controls.NAMES["shuffled"], controls.NAMES["blind"]]
+  found = controls.each(no_pruner, runner, runner.run(range(8)), lambda other, name: Runner(other, log))
+  assert [name for name, _, _ in found] == ["shuffled", "blind"]
