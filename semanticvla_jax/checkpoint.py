@@ -140,7 +140,7 @@ def save_policy(
 
 
 def _complete(partial: epath.Path, contents: list[str], tokenizers: Path | None) -> None:
-  """Puts a policy's small files beside its parameters."""
+  """Writes a policy's small files next to its parameters."""
   for name, text in zip(FILES, contents):
     (partial / name).write_bytes(text.encode())
   for path in [] if tokenizers is None else sorted(_absolute(tokenizers).glob("*.model")):

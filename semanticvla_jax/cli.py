@@ -82,7 +82,7 @@ def _use_32_bits() -> None:
 
 
 def make_importable(config: str) -> None:
-  """Lets a config file, "…/configs/libero.py:lite", import what it lies beside, from whatever folder a command starts.
+  """Lets a config file, "…/configs/libero.py:lite", import from its own folder, whatever the working directory is.
 
   Its own folder and the one above come first; this repository's, for `from configs import common`, last.
   """

@@ -70,8 +70,8 @@ def alone(
 
   Args:
     target: file or folder that is written.
-    say: is told where the file system has no locks; the block runs without.
-    inside: whether the lock is `<target>/.lock`, in a folder that exists, or `.<name>.lock` beside it.
+    say: is called with a message where the file system has no locks; the block then runs without one.
+    inside: whether the lock is `<target>/.lock`, in a folder that exists, or `.<name>.lock` next to it.
 
   Raises:
     ValueError: another run holds it; names its process.

@@ -426,7 +426,7 @@ def _is_whole(number: Any) -> bool:
 
 
 def _batch_sizes(sizes: Any) -> list[int]:
-  """The sizes to compile for, ascending. Raises ValueError for what is no size."""
+  """The sizes to compile for, ascending. Raises ValueError for anything else than a positive integer."""
   found = [*sizes] if isinstance(sizes, Sequence | set | frozenset | range) and not isinstance(sizes, str) else [None]
   if not all(_is_whole(size) and size >= 1 for size in found):
     raise ValueError(

@@ -51,7 +51,7 @@ PLAIN: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check(source: Source) -> None:
-  """Raises ValueError where adapters that are read are not plain LoRA, or where this cannot be told.
+  """Raises ValueError where adapters that are read are not plain LoRA, or where this cannot be decided.
 
   Adapters that are in the shards already were folded by peft, which knows its own kinds: nothing of them is read.
   """

@@ -1,4 +1,4 @@
-"""A policy's adapters folded into its kernels: a policy folder without adapters, beside the old one or in its place."""
+"""A policy's adapters folded into its kernels: a policy folder without adapters, in a new folder or in place."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class PolicyFolder:
     yield from (self.read(path, layer) for layer in range(self.leaves[path].shape[0]))
 
   def merged(self, path: str, layer: int | None = None) -> np.ndarray:
-    """A parameter, or one layer of a stack, with the adapter of its own folded in where it has one; its dtype stays."""
+    """A parameter, or one layer of a stack, with its adapter folded in where it has one; its dtype stays."""
     value = self.read(path, layer)
     a, b = (path.removesuffix("kernel") + name for name in ("lora_a", "lora_b"))
     if not path.endswith("/kernel") or a not in self.leaves:

@@ -229,7 +229,7 @@ def carry(
     source: recognised files.
     config: {"model": …, …}.
     only: the one tower that is wanted, as in `mapping.make_plan`.
-    say: is given a line for what cannot be told, and those that are returned.
+    say: is called with a line for each field that cannot be checked, and with those that are returned.
 
   Raises:
     ValueError: the files say what our model does not do, or contradict themselves.
@@ -333,7 +333,7 @@ def _contradiction(name: str, first: Said, second: Said) -> ValueError:
 
 
 def _check_top(source: Source, parts: Sequence[Section]) -> None:
-  """Raises ValueError where OpenVLA's config.json says beside its text_config what that one does not say."""
+  """Raises ValueError where OpenVLA's config.json sets outside its text_config what the text_config does not set."""
   own = [s for s in parts if s.part == "llm"]
   if source.kind not in VLA or not own:
     return

@@ -52,13 +52,13 @@ class Source:
     config: config.json, {} without one.
     statistics: {dataset: {"action": …}}, or None where there are none; `statistics_file` says where they were. The
       norm_stats in the config.json of a fine-tune are its base's, and do not count.
-    adapter: adapter_config.json beside the adapter's weights, or None.
+    adapter: adapter_config.json in the folder of the adapter's weights, or None.
     folded: True where the adapter's language part is in the shards already (they lie in one folder with it, as the
       release's merge writes them, or only the vision file has adapters), so that its tensors are not listed.
     mark: what to_torch wrote into the config.json of the folder whose shards are read, whichever config.json is the
       newest; {} for the shards of others.
     ignored: files beside the weights that are the state of training (optimizer.pt and the like), not opened.
-    adapter_file, adapter_weights: where `adapter` was read, and the file of its tensors where it has one of its own.
+    adapter_file, adapter_weights: where `adapter` was read, and the file of its tensors where they have a separate one.
     settings: the files named in SETTINGS, in reading order; `beside` are those that lie beside files that were named
       alone, and may belong to another model.
   """

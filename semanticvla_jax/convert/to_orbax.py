@@ -209,7 +209,7 @@ def _refuse_second_adapter(source: Source) -> None:
 
 
 def _say_of_folded(source: Source, say: Callable[[str], None]) -> None:
-  """Says that an adapter which is no plain LoRA was folded in by others, where nothing of it is read here."""
+  """Warns that an adapter other than plain LoRA must already have been merged, where its tensors are not read here."""
   if source.adapter is not None and not source.has_adapters:
     for got, expected in adapter.problems_of(source.adapter):
       say(f"adapter: {got}, not {expected}; it is in the shards already, and nothing of it is read")

@@ -86,7 +86,7 @@ def verify(
 
   Returns:
     (rows, paths of parameters that no stage ran). Where the source's own files say what the policy's model does not do,
-    PyTorch's side does what they say, and each such field has a row of its own, with an error of inf.
+    PyTorch's side does what they say, and each such field has its own row, with an error of inf.
 
   Raises:
     ValueError: torch or transformers is missing, or the source lacks tensors of a stage.
@@ -373,7 +373,7 @@ def _own(config: Any, fields: Mapping[str, Any]) -> Any:
   own = {name: fields.get(name, getattr(default, name)) for name in _EPSILONS if hasattr(default, name)}
   act = fields.get("hidden_act", default.hidden_act)
   act = settings.NAMES.get(settings.ACTIVATIONS.get(act, act), act)
-  own |= {"hidden_act": act} if act in transformers.activations.ACT2FN else {}  # else `differences` has told of it
+  own |= {"hidden_act": act} if act in transformers.activations.ACT2FN else {}  # else `differences` reports it
   same_width = fields.get("hidden_size", default.hidden_size) == config.hidden_size
   heads = fields.get("num_attention_heads", default.num_attention_heads if same_width else 0)
   if heads and config.hidden_size % heads == 0:

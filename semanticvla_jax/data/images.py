@@ -45,7 +45,7 @@ class Augmentation(NamedTuple):
 
 RELEASE = Augmentation()
 DCTS = ("accurate", "fast")
-SMALLEST = 8  # pixels of a side: less is no picture of anything
+SMALLEST = 8  # pixels of a side: nothing can be recognized in fewer
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow's modes of a grey PNG of 16 bits
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 

@@ -147,7 +147,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def find(data_dir: str, name: str) -> str:
-  """Returns the folder of the highest version of a dataset, x.y.z; what else is beside it is ignored and named once.
+  """Returns the folder of the highest version of a dataset, x.y.z; others are ignored and named once.
 
   Raises:
     ValueError: there is none, or the place cannot be reached.
@@ -180,7 +180,7 @@ def find(data_dir: str, name: str) -> str:
     )
   newest = str(max(versions, key=lambda path: [int(part) for part in path.name.split(".")]))
   if others:
-    _warn_once(f"{newest} is read; no version with features.json, ignored beside it: {', '.join(others[:20])}")
+    _warn_once(f"{newest} is read; no version with features.json, ignored: {', '.join(others[:20])}")
   return newest
 
 

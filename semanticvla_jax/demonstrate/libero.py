@@ -254,7 +254,7 @@ def _store(path: pathlib.Path, demonstration: hdf5.Demonstration, seen: list[dic
 
 
 def _is_sound(path: pathlib.Path) -> bool:
-  """Whether a replay is stored and can be read; one that is damaged is told, and made again."""
+  """Whether a replay is stored and can be read; a damaged one is reported and made again."""
   try:
     if path.exists():
       _read(path)

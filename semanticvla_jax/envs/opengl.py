@@ -1,8 +1,8 @@
 """Which OpenGL device draws a simulator's frames, found out by drawing with it.
 
 MuJoCo and robosuite read CUDA_VISIBLE_DEVICES, MUJOCO_EGL_DEVICE_ID, MUJOCO_GL and PYOPENGL_PLATFORM, each in its own
-way, and end in tracebacks for values that CUDA is fine with. So a process that draws has variables of its own, whatever
-the shell's are, and the device is one that has drawn before.
+way, and end in tracebacks for values that CUDA is fine with. So a process that draws has its own environment variables,
+whatever the shell's are, and the device is one that has drawn before.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SCENE = (
 
 
 class Drawn(NamedTuple):
-  """What came of drawing one small picture in a process of its own.
+  """The result of drawing one small picture in a separate process.
 
   Attributes:
     devices: EGL devices that there are; None without EGL, or where they could not be counted.
@@ -46,7 +46,7 @@ class Drawn(NamedTuple):
 
 
 def variables(renderer: str, device: int | None = None) -> dict[str, str | None]:
-  """What a process that draws is given beside its parent's variables; None takes one away.
+  """The environment variables that a drawing process gets in addition to its parent's; None removes one.
 
   Args:
     renderer: "egl" or "osmesa".
@@ -115,7 +115,7 @@ def _refusal(renderer: str, device: int | None, found: Drawn) -> str:
 
 @functools.cache
 def draw(renderer: str, device: int | None = None) -> Drawn:
-  """Draws in a process of its own, as the simulator would, and says what did."""
+  """Draws in a separate process, as the simulator would, and reports which device did."""
   command = [sys.executable, "-m", __name__, renderer]
   with warnings.catch_warnings():  # jax warns of forks; this child becomes python at once
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called")
@@ -127,11 +127,11 @@ def draw(renderer: str, device: int | None = None) -> Drawn:
     except subprocess.TimeoutExpired:
       return Drawn(None, None, f"no answer within {_SECONDS} s")
   lines = done.stdout.decode(errors="replace").splitlines()
-  told = next((line for line in reversed(lines) if line.startswith('{"devices"')), None)
-  if told is None:
+  answer = next((line for line in reversed(lines) if line.startswith('{"devices"')), None)
+  if answer is None:
     last = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()][-1:]
     return Drawn(None, None, f"the process ended with status {done.returncode}: {last[0][:200] if last else 'silent'}")
-  return Drawn(**json.loads(told))
+  return Drawn(**json.loads(answer))
 
 
 def _count() -> int | None:

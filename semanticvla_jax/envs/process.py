@@ -100,7 +100,7 @@ class Process:
   Args:
     make: returns the environment; picklable (a class with its arguments in a functools.partial), for it is called in
       the process.
-    variables: of the process's environment, beside those of this one; None takes one of these away.
+    variables: of the process's environment, in addition to those of this one; None removes one of these.
     timeout: seconds after which a process that does not answer counts as broken.
   """
 

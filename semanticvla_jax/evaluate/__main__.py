@@ -219,7 +219,7 @@ def jobs(args: argparse.Namespace, timed: Callable) -> list[Job]:
 
 
 def _check_alike(own: dict, before: dict) -> None:
-  """Raises ValueError where two policies would be measured differently; what differs in themselves is told."""
+  """Raises ValueError where two policies would be measured differently; reports how the policies themselves differ."""
   protocol.require_alike(own, before, but=protocol.OWN)
   # Fine-tuning gives the statistics the name of its own data.
   if lines := protocol.unlike(own, before, (*protocol.COMPARED, *protocol.NOTED, "policy.dataset")):

@@ -31,7 +31,7 @@ def shuffle(instructions: Sequence[str], seed: int = 0, said: Mapping[int, str] 
   Args:
     instructions: each episode's own.
     seed: of the order.
-    said: {index: sentence} of episodes that were told something before; they keep it, where the rest can be arranged
+    said: {index: sentence} of episodes that had one before; they keep it, where the rest can be arranged
       round it.
 
   Raises:

@@ -192,7 +192,7 @@ def libraries(assets: str | None, renderer: str = "egl", device: int | None = No
 
 
 def drawing(renderer: str, device: int | None = None) -> Finding:
-  """Whether OpenGL draws nothing: a context is opened and drawn with, in a process of its own."""
+  """Whether OpenGL draws nothing: a context is opened and drawn with, in a separate process."""
   effect = "nothing is drawn, every episode breaks"
   try:
     chosen = opengl.choose(renderer, device)

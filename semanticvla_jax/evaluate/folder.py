@@ -98,7 +98,7 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
 
 
 def read_json(path: pathlib.Path, read: Callable[[Any], T], otherwise: T, consequence: str) -> T:
-  """What `read` makes of a JSON file; of none, or of a damaged one, which is set aside and told, `otherwise`."""
+  """What `read` makes of a JSON file; of none, or of a damaged one, which is set aside and reported, `otherwise`."""
   if not path.exists():
     return otherwise
   try:
@@ -266,7 +266,7 @@ def afterwards(what: str, work: Callable[[], T], otherwise: T) -> T:
 
 
 def write_film(path: pathlib.Path, frames: UInt8[np.ndarray, "t h w 3"], fps: int = visualize.FRAMES_A_SECOND) -> None:
-  """Writes an mp4 beside its place and renames it.
+  """Writes an mp4 under a temporary name and renames it.
 
   Raises:
     OSError: ffmpeg failed, or there is no room.

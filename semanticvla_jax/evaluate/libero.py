@@ -110,7 +110,7 @@ class Watch:
     return True
 
   def _room(self, success: bool) -> list[dict] | None:
-    """The films that stay beside one more of this outcome; None where there is no place for it."""
+    """The films that are kept with one more of this outcome; None where there is no room for it."""
     if len(self.films) < self.count:
       return self.films
     alike = [film for film in self.films if film["success"] == success]
@@ -132,7 +132,7 @@ class Watch:
     }
 
   def _listed(self, value: list[dict]) -> list[dict]:
-    """Films of the list that are on disk; those that are not are told."""
+    """Films of the list that are on disk; missing ones are reported."""
     found = [{key: one[key] for key in ("path", "told", "success", "steps", "seed")} for one in value]
     there = [one for one in found if _whole(self.folder / one["path"])]
     if gone := [one["path"] for one in found if one not in there]:
@@ -493,7 +493,7 @@ def check_found(args: argparse.Namespace, out: pathlib.Path) -> None:
     try:
       before = json.loads((out / f"{suite}_fingerprint.json").read_text(encoding="utf-8"))
       hashed = before["policy"]["policy_hash"]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or one that is told of when it is needed
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that is reported when it is needed
       continue
     simulator = settings(args, suite)
     now = {

@@ -55,7 +55,7 @@ def percent(successes: int, episodes: int, decimals: int = 1) -> str:
   """A success rate as text, "79.2 %": "100 %" only where all succeeded, "0 %" only where none did, "–" of no episodes.
 
   Args:
-    successes, episodes: what is counted; what left the count is for the caller to print beside it.
+    successes, episodes: what is counted; the caller prints what was left out of the count.
     decimals: fewest of a rate between 0 and 100; there are more where it would be rounded to one of these.
 
   Raises:
@@ -159,7 +159,7 @@ def summary(episodes: Episodes, group: Callable[[str], str] | None = None) -> di
   """Successes, episodes, errors, rate, Wilson interval and mean steps to success, as JSON values.
 
   Episodes that broke (`errors`) are in no other number. Those that failed by an action that is not finite count as
-  failures and are told beside. Of no episodes at all there is no rate (None).
+  failures and are reported separately. Of no episodes at all there is no rate (None).
 
   Args:
     episodes: the result.
@@ -180,7 +180,7 @@ def summary(episodes: Episodes, group: Callable[[str], str] | None = None) -> di
 
 
 def count_text(summary: Mapping) -> str:
-  """A summary's count and what left it or is told beside it: "38/38, 10 broke, 2 by a non-finite action"."""
+  """A summary's count and what is reported with it: "38/38, 10 broke, 2 by a non-finite action"."""
   errors, spoilt = summary.get("errors", 0), summary.get("nonfinite", 0)
   broke = f", {errors} broke" if errors else ""
   failed = f", {spoilt} failed by a non-finite action" if spoilt else ""

@@ -193,7 +193,7 @@ def _header(title: str, rows: Sequence[Row]) -> str:
 
 
 def _verdict(summary: Mapping, suite: str, split: str) -> str:
-  """How many of a suite's episodes succeeded, as a clause; what left the count stands beside it."""
+  """How many of a suite's episodes succeeded, as a clause; with what was left out of the count."""
   suite, apart = f"<b>{html.escape(suite)}</b>", _apart(summary)
   if not summary["episodes"]:
     return f"<b>No</b> episode of {suite} can be counted: {apart}"

@@ -373,7 +373,7 @@ class OnHost:
 
   @staticmethod
   def _ask(work: Callable[[], Any]) -> Any:
-    """What the environment answers; whatever it raises is told from what the policy raises."""
+    """What the environment answers; whatever it raises is distinguished from what the policy raises."""
     try:
       return work()
     except Exception as error:  # a simulator raises what it likes

@@ -58,7 +58,7 @@ class Records:
   Args:
     path: of the file; its folder exists. Lines that are there already are read, the last of each episode counts; a
       last one that was cut off is dropped, which is said, and its episode run again.
-    repair: damaged lines are moved into `<name>.damaged` beside it, which is said, and their episodes run again.
+    repair: damaged lines are moved into `<name>.damaged`, which is logged, and their episodes run again.
 
   Raises:
     ValueError: another line than the last is damaged, without `repair`.
@@ -90,7 +90,7 @@ class Records:
     self.found[record.seed] = record
 
   def _put_right(self, good: Sequence[bytes], bad: Sequence[bytes], last: bytes) -> None:
-    """Leaves the good lines alone in the file, those that are damaged beside it, and says so."""
+    """Keeps the good lines in the file, moves the damaged ones out of it, and logs that."""
     if bad:
       aside = self.path.with_name(f"{self.path.name}.damaged")
       before = aside.read_bytes() if aside.exists() else b""
@@ -226,7 +226,7 @@ class OnSimulators:
     return episodes([done[seed] for seed in seeds])
 
   def _is_this(self, record: Record) -> bool:
-    """Whether a finished episode did not break and was told what it would be told now."""
+    """Whether a finished episode did not break and had the instruction that it would have now."""
     return record.error is None and self._told.get(record.seed, record.told) == record.told
 
   def _start(self, count: int) -> None:

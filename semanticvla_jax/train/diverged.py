@@ -86,6 +86,6 @@ def load_batch(path: Path) -> Batch:
     return Batch(Observation(**{"proprio": None} | seen), arrays["actions"], arrays["action_mask"])
   except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(
-      f"{path} is no batch: got {cli.first_line(error)}; expected a bad_batch_STEP.npz that a training run left; name "
-      "another file."
+      f"{path} is not a saved batch: got {cli.first_line(error)}; expected a bad_batch_STEP.npz that a training run "
+      "left; name another file."
     ) from error

@@ -49,7 +49,7 @@ class Trace:
 
 
 def _step(line: str) -> int | None:
-  """The step that a line of metrics.jsonl is of; None for what is no such line."""
+  """The step that a line of metrics.jsonl is of; None for any other line."""
   try:
     return int(json.loads(line)["step"])
   except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""A policy's adapters are folded in as loading folds them, beside it or in its place, and never half."""
+"""A policy's adapters are folded in as loading folds them, in a new folder or in place, and never in half."""
 
 import json
 import shutil

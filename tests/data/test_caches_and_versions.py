@@ -1,4 +1,4 @@
-"""What lies beside a dataset or in its cache: only x.y.z is a version, a damaged cache is made anew and named."""
+"""Other entries of a dataset's folder, and its cache: only x.y.z is a version, a damaged cache is made again."""
 
 import json
 import logging

@@ -86,7 +86,7 @@ def test_a_policy_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeyp
 def test_what_is_no_batch_is_named(tmp_path, content):
   path = tmp_path / "bad_batch_3.npz"
   np.savez(path, other=np.zeros(2)) if content is None else path.write_bytes(content)
-  with pytest.raises(ValueError, match=f"{path} is no batch: got .*; expected a bad_batch_STEP.npz"):
+  with pytest.raises(ValueError, match=f"{path} is not a saved batch: got .*; expected a bad_batch_STEP.npz"):
     diverged.load_batch(path)
 
 
