@@ -3,9 +3,9 @@
 import contextlib
 import errno
 import os
-import subprocess
 
 import checkpoints
+import disks
 import pytest
 
 from semanticvla_jax import files
@@ -18,13 +18,8 @@ from semanticvla_jax.convert.to_orbax import to_orbax
 def small_disk(tmp_path, monkeypatch):
   """A folder that takes 400 kB, which nobody sees beforehand."""
   monkeypatch.setattr(files, "check_room", lambda target, nbytes: None)
-  folder = tmp_path / "small"
-  folder.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
-  if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-    pytest.skip("a small tmpfs cannot be mounted here: needs root and CAP_SYS_ADMIN")
-  yield folder
-  subprocess.run(["umount", "-l", str(folder)], check=True)
+  with disks.small(tmp_path / "small", "400k") as folder:
+    yield folder
 
 
 def test_to_orbax_onto_a_full_disk(small_disk, made):

@@ -1,8 +1,6 @@
 """A workdir belongs to one run at a time, and what cannot be written is said in one line, with where it goes on."""
 
-import os
-import subprocess
-
+import disks
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,13 +15,8 @@ TREES = {"train": {"w": jnp.ones((400, 400))}}  # 640 kB
 
 @pytest.fixture
 def small_disk(tmp_path):
-  folder = tmp_path / "small"
-  folder.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
-  if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-    pytest.skip("a small tmpfs cannot be mounted here: needs root and CAP_SYS_ADMIN")
-  yield folder
-  subprocess.run(["umount", "-l", str(folder)], check=True)
+  with disks.small(tmp_path / "small", "1500k") as folder:
+    yield folder
 
 
 def test_a_workdir_that_another_run_writes_is_refused(tmp_path):
