@@ -430,7 +430,7 @@ def _batch_sizes(sizes: Any) -> list[int]:
   found = [*sizes] if isinstance(sizes, Sequence | set | frozenset | range) and not isinstance(sizes, str) else [None]
   if not all(_is_whole(size) and size >= 1 for size in found):
     raise ValueError(
-      f"Policy: got batch_sizes={sizes!r}; expected a tuple of whole numbers from 1 on, such as (1, 8), or () to "
+      f"Policy: got batch_sizes={sizes!r}; expected a tuple of positive integers, such as (1, 8), or () to "
       "compile none; choose others."
     )
   return sorted({int(size) for size in found})

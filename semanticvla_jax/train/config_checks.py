@@ -17,7 +17,7 @@ class Rule(NamedTuple):
 
 
 def _whole(least: int, absent: bool = False) -> Rule:
-  return Rule(lambda x: _is_whole(x) and x >= least, f"a whole number from {least} on", absent)
+  return Rule(lambda x: _is_whole(x) and x >= least, f"an integer of at least {least}", absent)
 
 
 def _is_whole(x: Any) -> bool:
@@ -34,7 +34,7 @@ _FROM_0 = Rule(lambda x: _is_number(x) and x >= 0, "a finite number, 0 or more")
 _DECAY = Rule(lambda x: _is_number(x) and 0 <= x < 1, "a number in [0, 1)")
 
 RULES = {
-  "seed": Rule(lambda x: _is_whole(x) and 0 <= x < 2**31, "a whole number from 0 to 2³¹ − 1"),
+  "seed": Rule(lambda x: _is_whole(x) and 0 <= x < 2**31, "an integer from 0 to 2³¹ − 1"),
   "lora.rank": _whole(1),
   "lora.alpha": _ABOVE_0,
   "optim.lr": _RATE,
