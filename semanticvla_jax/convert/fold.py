@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import checkpoint, files
 from semanticvla_jax.convert import stream, swap, work
 from semanticvla_jax.convert.folder import PolicyFolder
 from semanticvla_jax.convert.to_orbax import check_target, whole
@@ -50,8 +49,8 @@ def fold(
     digest = stream.write(partial / "params", leaves, lambda path, piece: progress.add(piece.nbytes, path))
     facts = {"merged": True, "parameters": sum(leaf.size for leaf in leaves.values()), "params_sha256": digest}
     metadata = folder.metadata | facts | {"lora": settings}
-    _write(partial / "config.json", {**folder.config, "lora": None})
-    _write(partial / "metadata.json", metadata)
+    files.write_json(partial / "config.json", {**folder.config, "lora": None})
+    files.write_json(partial / "metadata.json", metadata)
     _copy_rest(place, partial)
   count = len(folder.leaves) - len(leaves)
   say(f"{target}: {count // 2} adapters of rank {settings['rank']}, alpha {settings['alpha']} folded in")
@@ -89,10 +88,6 @@ def _bring_back(place: Path, say: Callable[[str], None]) -> None:
   if not place.exists() and swap.aside(place).exists():
     say(f"{place} comes back from {swap.aside(place)}, where a run that did not finish had put it")
     swap.aside(place).rename(place)
-
-
-def _write(path: Path, content: Any) -> None:
-  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_rest(place: Path, partial: Path) -> None:

@@ -14,7 +14,6 @@ import datetime
 import errno
 import functools
 import hashlib
-import json
 import logging
 import os
 import resource
@@ -111,7 +110,7 @@ def to_orbax(
       "conversion.json": report,
     }
     for name, content in contents.items():
-      (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+      files.write_json(partial / name, content)
     carried.copy(models, partial / "tokenizers")
     carried.copy(carried.processor_files(sources), partial / "source_files")
   return report

@@ -29,6 +29,7 @@ from semanticvla_jax.convert import companions as release
 from semanticvla_jax.convert.folder import PolicyFolder
 from semanticvla_jax.convert.source import Source, recognise
 from semanticvla_jax.convert.to_orbax import check_target, peak_rss, sha256, whole
+from semanticvla_jax.files import write_json
 from semanticvla_jax.models.semanticvla import SemanticVLA, build
 
 SHARD = 5 * 10**9  # bytes, Hugging Face's "5GB"
@@ -114,8 +115,8 @@ def to_torch(
     checked.result()
     if lora == "keep" or (wrapped and lora_settings["targets"] == "release"):
       (partial / ADAPTER).parent.mkdir(exist_ok=True)
-      text = json.dumps(release.adapter_config(tensors | added, lora_settings), indent=2) + "\n"
-      (partial / ADAPTER).with_name("adapter_config.json").write_text(text, encoding="utf-8")
+      config = release.adapter_config(tensors | added, lora_settings)
+      write_json((partial / ADAPTER).with_name("adapter_config.json"), config)
     _write_index(partial, groups)
     report = _facts(folder, groups, companions) | {
       "lora": lora,
@@ -343,7 +344,7 @@ def _write_index(partial: Path, groups: Mapping[str, Mapping[str, Out]]) -> None
   size = sum(x.nbytes for content in shards.values() for x in content.values())
   weight_map = {key: name for name, content in shards.items() for key in content}
   content = {"metadata": {"total_size": size}, "weight_map": weight_map}
-  (partial / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+  write_json(partial / "model.safetensors.index.json", content)
 
 
 def _write_json(partial: Path, folder: PolicyFolder, origin: Source | None, report: dict, placeholders: bool) -> None:
@@ -361,7 +362,7 @@ def _write_json(partial: Path, folder: PolicyFolder, origin: Source | None, repo
     config["semanticvla_jax"]["placeholder_adapters"] = True  # zeros, for the release's loader
   contents = {"config.json": config, "dataset_statistics.json": folder.statistics, "conversion.json": report}
   for name, content in contents.items():
-    (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(partial / name, content)
 
 
 def _copy_small_files(partial: Path, folder: PolicyFolder, base: Sequence[str | Path]) -> None:
