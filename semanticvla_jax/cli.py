@@ -84,18 +84,20 @@ def _use_32_bits() -> None:
 def make_importable(config: str) -> None:
   """Lets a config file, "…/configs/libero.py:lite", import from its own folder, whatever the working directory is.
 
-  Its own folder and the one above come first; this repository's, for `from configs import common`, last.
+  The folder above its own comes first, so that `configs` is the config's own package. Its own folder comes last: a
+  config may be called as an installed package is (configs/libero.py), and must not hide it. This repository's comes
+  after both, for `from configs import common`.
   """
   match = re.fullmatch(r"(.*\.py)(:.*)?", config)
   if match is None:
     return
   folder = Path(match[1]).expanduser().resolve().parent
-  for place in (folder, folder.parent):
-    if str(place) not in sys.path[:2]:
-      sys.path.insert(0, str(place))
+  if str(folder.parent) not in sys.path[:1]:
+    sys.path.insert(0, str(folder.parent))
   root = Path(__file__).resolve().parents[1]
-  if (root / "configs" / "common.py").exists() and str(root) not in sys.path:
-    sys.path.append(str(root))
+  for place in (folder, *([root] if (root / "configs" / "common.py").exists() else [])):
+    if str(place) not in sys.path:
+      sys.path.append(str(place))
 
 
 def _keep_traceback(error: Exception) -> str:

@@ -1,7 +1,6 @@
 """Whether the LIBERO simulator can run here: packages, assets, an OpenGL library; tests skip with the reason if not."""
 
 import ctypes.util
-import importlib.util
 import tarfile
 import tempfile
 from pathlib import Path
@@ -13,10 +12,17 @@ from semanticvla_jax.envs import libero
 SHARED = Path(__file__).parents[2] / "shared" / "libero"
 DEMONSTRATIONS = SHARED / "demonstrations"
 
+skipped = pytest.mark.skipif(not libero.is_installed(), reason="LIBERO is not installed: make sim")
+
+
+def installed(test):
+  """Marks a test that reads the benchmark's tasks but starts no simulator: it runs where `make sim` installed them."""
+  return pytest.mark.sim(skipped(test))
+
 
 def assets() -> str:
   """The folder of assets: a configured one, or the archive beside the repository, unpacked once."""
-  if importlib.util.find_spec("libero") is None:
+  if not libero.is_installed():
     pytest.skip("LIBERO is not installed: make sim")
   if ctypes.util.find_library("EGL") is None:
     pytest.skip("no EGL library: apt-get install libegl1 libgl1-mesa-dri")

@@ -1,5 +1,6 @@
 """A command that fails says so in one line, whatever it was; streams are UTF-8 under any locale."""
 
+import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -62,3 +63,14 @@ def test_streams_are_utf8_under_any_locale(variables, tmp_path):
   program.write_text(PROGRAM.format("print('95 % → “grün” \\ud800')"), encoding="utf-8")
   run = subprocess.run([sys.executable, program], capture_output=True, timeout=60, env=variables)
   assert (run.returncode, run.stdout.decode()) == (0, "95 % → “grün” \\ud800\n")
+
+
+def test_a_config_imports_from_its_own_repository_and_hides_no_installed_package(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), *sys.path])
+  for file in ("site/installed/__init__.py", "mine/configs/installed.py", "mine/configs/sibling.py"):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("")
+  cli.make_importable(str(tmp_path / "mine" / "configs" / "installed.py") + ":lite")
+  assert importlib.util.find_spec("installed").origin == str(tmp_path / "site" / "installed" / "__init__.py")
+  assert importlib.util.find_spec("sibling").origin == str(tmp_path / "mine" / "configs" / "sibling.py")
+  assert sys.path[0] == str(tmp_path / "mine")

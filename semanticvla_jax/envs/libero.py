@@ -120,13 +120,19 @@ def package() -> pathlib.Path:
   Raises:
     ValueError: it is not installed.
   """
-  spec = importlib.util.find_spec("libero")
-  if spec is None or not spec.submodule_search_locations:
+  if not is_installed():
     raise ValueError(
       "LIBERO is not installed: got no package 'libero'; expected hf-libero; run `make sim`, or "
       "pip install --no-deps -r requirements-libero.txt."
     )
+  spec = importlib.util.find_spec("libero")
   return pathlib.Path(next(iter(spec.submodule_search_locations))) / "libero"
+
+
+def is_installed() -> bool:
+  """Whether there is a package `libero`; a module of that name is something else."""
+  spec = importlib.util.find_spec("libero")
+  return spec is not None and bool(spec.submodule_search_locations)
 
 
 @functools.cache
@@ -225,7 +231,7 @@ def find_assets(given: str | os.PathLike | None = None) -> pathlib.Path:
 
 def _usual_places() -> list[pathlib.Path]:
   cache = pathlib.Path("~/.cache/libero/assets")
-  return [cache] if importlib.util.find_spec("libero") is None else [package() / "assets", cache]
+  return [package() / "assets", cache] if is_installed() else [cache]
 
 
 @functools.cache

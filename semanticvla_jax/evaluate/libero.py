@@ -431,13 +431,15 @@ def check(args: argparse.Namespace) -> None:
     raise ValueError(f"Controls: got {names} with --recorded; expected a policy, for they change it; leave them out.")
   suites = places.suites(args.suite, libero.SUITES)
   _check_numbers(args)
-  for suite in suites:
+  for suite in suites:  # what needs no simulator
     settings(args, suite)
+    if args.policy:
+      _check_policy(args, suite)
+  for suite in suites:
     tasks, numbers = libero.tasks(suite), seeds(args, suite)
     if args.recorded:
       load(args, suite)
       continue
-    _check_policy(args, suite)
     if "shuffled" in names:
       controls.shuffle([tasks[seed // libero.EPISODES].instruction for seed in numbers])
     _check_states(suite, numbers)

@@ -1,6 +1,5 @@
 """LIBERO's demonstrations as RLDS: what is kept, in which layout, and that an interruption costs nothing."""
 
-import importlib.util
 import json
 import pathlib
 import typing
@@ -15,7 +14,6 @@ from semanticvla_jax.demonstrate.__main__ import main
 from semanticvla_jax.envs import libero, libero_simulator
 from semanticvla_jax.envs.process import Moment, Process
 
-installed = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed: make sim")
 NAME = "libero_object_no_noops"
 
 
@@ -36,7 +34,7 @@ def seen(seed, count):
   ]
 
 
-@installed
+@libero_assets.installed
 def test_the_dataset_of_finished_replays(tmp_path):
   recipe = replays.Recipe("unused", "libero_object", libero.Settings("libero_object"))
   rows, parts = {seed: demonstration(seed) for seed in (0, 1, 2)}, tmp_path / "parts"
@@ -139,7 +137,7 @@ def test_names_that_would_be_read_otherwise_and_finished_datasets_are_refused(tm
     main(["--suite=libero_object", f"--out={tmp_path}"])
 
 
-@installed
+@libero_assets.installed
 def test_tasks_that_are_no_numbers_are_refused(tmp_path):
   with pytest.raises(SystemExit, match="got tasks='0,x'; expected numbers from 0 to 9 of libero_object"):
     main(["--from-hdf5=x", "--suite=libero_object", "--tasks=0,x", f"--out={tmp_path}"])

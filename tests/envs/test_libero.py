@@ -1,18 +1,16 @@
 """LIBERO without its simulator: settings, tasks, first states, assets, conventions."""
 
-import importlib.util
 import io
 import math
 import pickle
 import zipfile
 from pathlib import Path
 
+import libero_assets
 import numpy as np
 import pytest
 
 from semanticvla_jax.envs import libero
-
-installed = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed: make sim")
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -28,7 +26,7 @@ def test_settings_that_do_not_exist_are_refused(changes, message):
     libero.check(libero.Settings("libero_goal")._replace(**changes))
 
 
-@installed
+@libero_assets.installed
 def test_tasks_in_the_order_and_wording_of_the_benchmark():
   assert [len(libero.tasks(suite)) for suite in libero.SUITES] == [10, 10, 10, 10, 90]
   assert libero.tasks("libero_object")[0].instruction == "pick up the alphabet soup and place it in the basket"
@@ -49,7 +47,7 @@ def test_what_a_file_name_asks_for(name, sentence):
   assert libero._sentence(name) == sentence
 
 
-@installed
+@libero_assets.installed
 def test_fifty_first_states_a_task():
   found = libero.first_states(libero.tasks("libero_goal")[4])
   assert found.shape == (50, 79) and len(np.unique(found, axis=0)) == 50

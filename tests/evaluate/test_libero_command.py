@@ -1,6 +1,5 @@
 """The command for LIBERO: its flags, what it keeps, what it refuses; and the harness proven in the real simulator."""
 
-import importlib.util
 import json
 
 import libero_assets
@@ -15,14 +14,12 @@ from semanticvla_jax.evaluate import compare, libero
 from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.evaluate.simulators import Record, Records
 
-installed = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed: make sim")
-
 
 def arguments(*more):
   return libero.arguments(["--policy=x", "--suite=libero_goal", "--out=x", *more])
 
 
-@installed
+@libero_assets.installed
 def test_episodes_by_task_and_trial():
   assert libero.seeds(arguments("--tasks=3,1", "--trials=2"), "libero_goal") == [150, 151, 50, 51]
   assert len(libero.seeds(arguments(), "libero_90")) == 90 * 50

@@ -1,11 +1,11 @@
 """The command for LIBERO and its folder, with a point for a simulator: what is checked, recorded and gone on with."""
 
 import functools
-import importlib.util
 import json
 import types
 from pathlib import Path
 
+import libero_assets
 import numpy as np
 import policies
 import pytest
@@ -19,7 +19,7 @@ from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.evaluate.simulators import Record, Records
 from semanticvla_jax.policy import Policy
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed: make sim")
+pytestmark = [pytest.mark.sim, libero_assets.skipped]
 
 
 class Half(Policy):
