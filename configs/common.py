@@ -145,7 +145,7 @@ def _train() -> ConfigDict:
       keep_last=3,
       keep_every=placeholder(int),  # checkpoints at multiples of this stay for good
       log_every=50,
-      grounding=None,  # weights of train/grounding.py, for training from scratch
+      grounding=None,  # weights of tabletop/auxiliary_losses.py, for training from scratch
       spike=placeholder(float),  # stop where the loss exceeds this many times its recent median
       wandb=placeholder(str),  # project to report to as well
     )

@@ -1,7 +1,7 @@
 """Evaluates a policy in an environment of your own: `python examples/evaluate_my_environment.py`.
 
 An environment is any class with `max_steps`, `instruction`, `success`, `reset(seed)`, `step(action, observe)` and
-`observe()` (see semanticvla_jax/envs/base.py). This one asks the gripper to reach a height.
+`observe()` (see semanticvla_jax/envs/environment.py). This one asks the gripper to reach a height.
 """
 
 from pathlib import Path

@@ -7,7 +7,7 @@ units of the training data, and the instruction as `prompt`.
 from pathlib import Path
 
 from semanticvla_jax import Policy
-from semanticvla_jax.envs.tabletop import TabletopEnvironment
+from semanticvla_jax.tabletop.physics import TabletopEnvironment
 
 BASE = Path(__file__).resolve().parents[1] / "checkpoints" / "tabletop_small"
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from semanticvla_jax.envs import libero
+from semanticvla_jax.libero import suites
 
 SHARED = Path(__file__).parents[2] / "shared" / "libero"
 DEMONSTRATIONS = SHARED / "demonstrations"
 
-skipped = pytest.mark.skipif(not libero.is_installed(), reason="LIBERO is not installed: make sim")
+skipped = pytest.mark.skipif(not suites.is_installed(), reason="LIBERO is not installed: make sim")
 
 
 def installed(test):
@@ -22,12 +22,12 @@ def installed(test):
 
 def assets() -> str:
   """The folder of assets: a configured one, or the archive beside the repository, unpacked once."""
-  if not libero.is_installed():
+  if not suites.is_installed():
     pytest.skip("LIBERO is not installed: make sim")
   if ctypes.util.find_library("EGL") is None:
     pytest.skip("no EGL library: apt-get install libegl1 libgl1-mesa-dri")
   try:
-    return str(libero.find_assets())
+    return str(suites.find_assets())
   except ValueError as error:
     archive, reason = SHARED / "assets.tar.xz", str(error)
   if not archive.exists():

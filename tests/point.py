@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semanticvla_jax.envs.process import LOGGER
+from semanticvla_jax.envs.subprocess_env import LOGGER
 
 FOLDER = str(Path(__file__).parent)
 

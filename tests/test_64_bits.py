@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import policies
 
-from semanticvla_jax.envs import expert, tabletop
 from semanticvla_jax.evaluate.rollout import OnDevice
+from semanticvla_jax.tabletop import expert, physics
 
 
 def both(function):
@@ -28,7 +28,7 @@ def assert_equal(pair):
 
 def test_an_environment_is_the_same():
   def episode():
-    environment = tabletop.TabletopEnvironment("place", "heldout", 32)
+    environment = physics.TabletopEnvironment("place", "heldout", 32)
     first = environment.reset(5)
     then, _ = environment.step(np.full(7, 0.4))  # float64, as a planner in 64 bits gives
     return [one[key] for one in (first, then) for key in ("observation/image", "observation/state")]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from semanticvla_jax import cli
 from semanticvla_jax.benchmark import evaluation, simulators
-from semanticvla_jax.envs.process import BrokenEnvironment
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from semanticvla_jax.envs import tabletop
 from semanticvla_jax.evaluate.rollout import OnDevice, OnHost
 from semanticvla_jax.policy import Policy
+from semanticvla_jax.tabletop import physics
 
 
 def measure(folder: Path, suite: str, batch: int, host_episodes: int, repeats: int = 3) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def measure(folder: Path, suite: str, batch: int, host_episodes: int, repeats: i
   """
   policy = Policy.load(folder, batch_sizes=(1,))
   device = OnDevice(policy, suite, batch=batch)
-  host = OnHost(policy, tabletop.TabletopEnvironment(suite, "heldout", policy.image_size))
+  host = OnHost(policy, physics.TabletopEnvironment(suite, "heldout", policy.image_size))
   fast, fast_result = _best(device, range(batch), repeats)
   slow, slow_result = _best(host, range(host_episodes), repeats)
   agree = fast_result.success[:host_episodes] == slow_result.success

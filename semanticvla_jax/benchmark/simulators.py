@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from semanticvla_jax.envs import libero, libero_simulator
-from semanticvla_jax.evaluate.recorded import Recorded
 from semanticvla_jax.evaluate.simulators import OnSimulators
+from semanticvla_jax.libero import simulator, suites
+from semanticvla_jax.libero.replay_policy import Recorded
 
 
 def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[int]) -> dict[str, Any]:
@@ -23,11 +23,11 @@ def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[i
     Episodes a second of each, their ratio to the first, actions a second, and successes.
   """
   found: dict[str, Any] = {"suite": suite, "task": task, "episodes": trials}
-  seeds = [libero.EPISODES * task + trial for trial in range(trials)]
+  seeds = [suites.EPISODES * task + trial for trial in range(trials)]
   policy, first = Recorded(folder, suite, seeds), None
   for count in workers:
     runner = OnSimulators(
-      policy, lambda: libero_simulator.start(libero.Settings(suite), policy.beginnings), workers=count, jpeg_quality=95
+      policy, lambda: simulator.start(suites.Settings(suite), policy.beginnings), workers=count, jpeg_quality=95
     )
     try:
       runner.run(seeds[:count])  # starts all of them

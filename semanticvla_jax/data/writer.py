@@ -14,6 +14,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from semanticvla_jax import files
+from semanticvla_jax.data import standardise, statistics
 
 _VERSION = "1.0.0"
 
@@ -252,3 +253,19 @@ def jpeg(image: UInt8[np.ndarray, "h w 3"] | bytes) -> bytes:
   buffer = io.BytesIO()
   Image.fromarray(image).save(buffer, "JPEG", quality=95)
   return buffer.getvalue()
+
+
+def write_statistics(folder: pathlib.Path, name: str, kept: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+  """Writes dataset_statistics.json with the statistics that training computes from the dataset.
+
+  Args:
+    folder: of the dataset. name: of the dataset, which decides how it is read.
+    kept: (action f32[t 7], state f32[t 8]) of each episode, as stored.
+  """
+  recipe = standardise.recipe(name)
+  found = [recipe.standardise({"action": action, "observation/state": state}) for action, state in kept]
+  actions, proprio = (np.concatenate([getattr(one, key) for one in found]) for key in ("actions", "proprio"))
+  stats = statistics.DatasetStatistics(
+    statistics.compute(actions, recipe.normalised), statistics.compute(proprio), len(actions), len(found)
+  )
+  statistics.save_openvla(folder / "dataset_statistics.json", {name: stats})

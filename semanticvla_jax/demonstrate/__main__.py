@@ -22,10 +22,10 @@ import sys
 import time
 
 from semanticvla_jax import cli
-from semanticvla_jax.demonstrate import libero as replays
-from semanticvla_jax.demonstrate import tabletop
-from semanticvla_jax.envs import libero, tasks
-from semanticvla_jax.envs.process import BrokenEnvironment
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
+from semanticvla_jax.libero import demonstrations as replays
+from semanticvla_jax.libero import suites
+from semanticvla_jax.tabletop import demonstrations, tasks
 
 _HORIZON = 1000  # the simulator's own: a demonstration is replayed to its end
 
@@ -35,7 +35,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     prog="python -m semanticvla_jax.demonstrate", description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  default = tabletop.Recipe("place")
+  default = demonstrations.Recipe("place")
   parser.add_argument("--suite", required=True, help=f"one of {', '.join(tasks.SUITES)}")
   parser.add_argument("--split", default=default.split, help=f"layouts: {', '.join(tasks.SPLITS)} (default: train)")
   parser.add_argument("--episodes", type=int, default=default.episodes, help="successful ones (default: 200)")
@@ -45,7 +45,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument(
     "--perturbed", type=float, default=default.perturbed, help="share of episodes that begin anywhere (default: 0)"
   )
-  parser.add_argument("--label", default=default.label, help=f"which action is recorded: {', '.join(tabletop.LABELS)}")
+  labels = ", ".join(demonstrations.LABELS)
+  parser.add_argument("--label", default=default.label, help=f"which action is recorded: {labels}")
   parser.add_argument("--out", default="data", help="folder of datasets (default: data)")
   parser.add_argument("--name", help="of the dataset (default: tabletop_<suite>)")
   return parser.parse_args(argv)
@@ -56,17 +57,17 @@ def _replay_arguments(argv: list[str]) -> argparse.Namespace:
     prog="python -m semanticvla_jax.demonstrate", description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  default = libero.Settings("libero_object")
+  default = suites.Settings("libero_object")
   parser.add_argument(
     "--from-hdf5", "--from_hdf5", required=True, metavar="DIR", help="folder of <task>_demo.hdf5, or the one above"
   )
-  parser.add_argument("--suite", required=True, help=f"one of {', '.join(libero.SUITES)}")
+  parser.add_argument("--suite", required=True, help=f"one of {', '.join(suites.SUITES)}")
   parser.add_argument("--tasks", help="their numbers, e.g. 0,3 (default: all)")
   parser.add_argument("--episodes", type=int, help="demonstrations of each task (default: all)")
   parser.add_argument("--workers", type=int, default=2, help="simulators at once, about 2 GB each (default: 2)")
   parser.add_argument("--size", type=int, default=default.size, help="pixels of a side of both views (default: 256)")
   parser.add_argument("--seed", type=int, default=default.seed, help="of the resets (default: 0)")
-  parser.add_argument("--assets", help=f"folder (default: ${libero.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
+  parser.add_argument("--assets", help=f"folder (default: ${suites.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
   parser.add_argument("--renderer", default=default.renderer, help="egl or osmesa (default: egl)")
   parser.add_argument("--egl-device", "--egl_device", type=int, help="that draws (default: the first that works)")
   parser.add_argument(
@@ -86,12 +87,12 @@ def replay(argv: list[str]) -> None:
     print(f"{done}/{total} replays, {kept} succeeded, {time.perf_counter() - start:.0f} s", flush=True)
 
   try:
-    settings = libero.Settings(
+    settings = suites.Settings(
       args.suite, args.assets, size=args.size, seed=args.seed, renderer=args.renderer, egl_device=args.egl_device,
       max_steps=_HORIZON,
     )  # fmt: skip
-    libero.check(settings)
-    tasks = tuple(libero.task_numbers(args.tasks, args.suite))
+    suites.check(settings)
+    tasks = tuple(suites.task_numbers(args.tasks, args.suite))
     recipe = replays.Recipe(args.from_hdf5, args.suite, settings, tasks, args.episodes, args.workers)
     if args.check:
       report = replays.check(recipe, progress)
@@ -114,13 +115,13 @@ def main(argv: list[str]) -> None:
   if any(word.replace("_", "-").startswith("--from-hdf5") for word in argv):
     return replay(argv)
   args = _arguments(argv)
-  if args.suite in libero.SUITES:
+  if args.suite in suites.SUITES:
     sys.exit(
       f"Demonstrations: got --suite={args.suite} without --from-hdf5; expected a folder of LIBERO's recorded "
       f"demonstrations, for the expert knows only {', '.join(tasks.SUITES)}; add --from-hdf5=DIR."
     )
   name = args.name or f"tabletop_{args.suite}"
-  recipe = tabletop.Recipe(
+  recipe = demonstrations.Recipe(
     args.suite, args.split, args.episodes, args.seed, args.size, args.noise, args.label, args.perturbed
   )
   start = time.perf_counter()
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> None:
       print(f"{done}/{recipe.episodes} episodes, {time.perf_counter() - start:.0f} s", flush=True)
 
   try:
-    report = tabletop.write(recipe, args.out, name, progress)
+    report = demonstrations.write(recipe, args.out, name, progress)
   except ValueError as error:
     sys.exit(str(error))
   size = sum(path.stat().st_size for path in report.folder.iterdir()) / 1e6

@@ -37,11 +37,12 @@ import jax
 import numpy as np
 
 from semanticvla_jax import cli, files
-from semanticvla_jax.envs import libero as envs_libero
-from semanticvla_jax.envs import tabletop, tasks
-from semanticvla_jax.evaluate import compare, controls, doctor, folder, libero, protocol, report, visualize
+from semanticvla_jax.evaluate import compare, controls, folder, libero, protocol, report, visualize
 from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost, check_robot
+from semanticvla_jax.libero import doctor
+from semanticvla_jax.libero import suites as envs_libero
 from semanticvla_jax.policy import Policy
+from semanticvla_jax.tabletop import physics, tasks
 
 _COLOURS = re.compile(rf" ?\b({'|'.join((*tasks.COLOURS, 'white'))})\b")
 
@@ -91,7 +92,7 @@ class Evaluation:
       batch = -(-args.episodes // -(-args.episodes // args.batch))  # equal batches
       return OnDevice(policy, self.suite, args.split, replay=args.replay, batch=batch, keep_states=True)
     check_robot(policy, policy.replay if args.replay is None else args.replay)
-    environment = tabletop.TabletopEnvironment(self.suite, args.split, policy.image_size)
+    environment = physics.TabletopEnvironment(self.suite, args.split, policy.image_size)
     ask = lambda seed: instructions(self.suite, args.split, [seed])[0]  # noqa: E731
     return OnHost(policy, environment, replay=args.replay, instruction=ask)
 

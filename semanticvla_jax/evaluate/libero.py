@@ -26,41 +26,26 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from semanticvla_jax import checkpoint, files
 from semanticvla_jax.data import images, statistics, text
-from semanticvla_jax.envs import libero, libero_simulator
-from semanticvla_jax.envs.process import BrokenEnvironment
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.evaluate import controls, protocol, report, simulators, visualize
 from semanticvla_jax.evaluate import folder as places
-from semanticvla_jax.evaluate.recorded import Recorded
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.simulators import OnSimulators, Record, Records
+from semanticvla_jax.libero import simulator as libero_simulator
+from semanticvla_jax.libero import suites as libero
+from semanticvla_jax.libero.protocols import PROTOCOLS, fitting
+from semanticvla_jax.libero.replay_policy import Recorded
 from semanticvla_jax.models.semanticvla import build
 from semanticvla_jax.policy import Policy
 
 _VIEWS = ("observation/image", "observation/wrist_image")
 _RATE = 20  # control steps a second
-
-
-class Protocol(NamedTuple):
-  """What a community's evaluation fixes besides the simulator.
-
-  Attributes:
-    seed: of the resets.
-    replay: actions executed of a chunk.
-    jpeg_quality: of the round trip that frames take, as stored training frames did; None for none.
-  """
-
-  seed: int
-  replay: int
-  jpeg_quality: int | None
-
-
-PROTOCOLS = {"openvla": Protocol(0, 8, 95), "openpi": Protocol(7, 5, None)}
 
 
 class Watch:
@@ -516,7 +501,7 @@ def _tell_left_out(folder: str, names: Sequence[str]) -> None:
 
 def _dataset(names: Sequence[str], suite: str) -> str:
   """Whose statistics, of those that a policy has. Raises ValueError where none is in the suite's units."""
-  fits = protocol.fitting(names, suite)
+  fits = fitting(names, suite)
   if not fits:
     raise ValueError(
       f"Policy has no statistics of {suite}: got those of {[*names]}; expected {suite!r} or '{suite}_no_noops', for "

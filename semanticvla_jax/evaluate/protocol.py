@@ -116,15 +116,6 @@ def fingerprint(
   }  # fmt: skip
 
 
-def fitting(names: Sequence[str], suite: str) -> list[str]:
-  """Those of a policy's statistics that are in a LIBERO suite's units, the best first.
-
-  The suite's own, with or without `_no_noops` as the release chooses, else those of the four suites together.
-  """
-  own = [name for name in (suite, f"{suite}_no_noops") if name in names]
-  return own + [name for name in names if name.startswith("libero_4_task_suites") and suite != "libero_90"]
-
-
 def require_alike(first: Mapping, second: Mapping, but: Sequence[str] = ()) -> None:
   """Raises ValueError unless two fingerprints are equal in all but the fields COMPARED, NOTED and `but`."""
   lines = unlike(first, second, (*COMPARED, *NOTED, *but))

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax import cli
-from semanticvla_jax.envs import tabletop, tasks
 from semanticvla_jax.policy import Policy, centre_crop, gripper_command, normalise_proprio, unnormalise_actions
+from semanticvla_jax.tabletop import physics, tasks
 from semanticvla_jax.types import Observation, Statistics
 
 Query = Callable[[tasks.State, Array], Array]  # states [b], told i32[b] -> actions f32[b k 7]
@@ -101,9 +101,9 @@ def simulate(
     running = ~ended.success & ~ended.nonfinite & (ended.steps < max_steps)
     spoilt = running & ~jnp.isfinite(actions).all(axis=-1)
     moves = running & ~spoilt
-    after = jax.vmap(tabletop.step)(states, jnp.where(moves[:, None], actions, 0.0))
+    after = jax.vmap(physics.step)(states, jnp.where(moves[:, None], actions, 0.0))
     states = jax.tree.map(lambda new, old: jnp.where(_like(moves, new), new, old), after, states)
-    success = ended.success | (moves & jax.vmap(tabletop.success)(states))
+    success = ended.success | (moves & jax.vmap(physics.success)(states))
     ended = Ended(success, ended.nonfinite | spoilt, ended.steps + moves)
     return (states, ended), states if keep_states else None
 
@@ -165,7 +165,7 @@ class Inputs(NamedTuple):
 def policy_query(model: nn.Module, setup: Setup, inputs: Inputs) -> Query:
   """Asks a policy inside jit: render, read the gripper, gather the words, run the model, un-normalise."""
   action, proprio = inputs.stats
-  look = jax.vmap(functools.partial(tabletop.observe, size=setup.image_size))
+  look = jax.vmap(functools.partial(physics.observe, size=setup.image_size))
 
   def query(states: tasks.State, told: Int[Array, "b"]) -> Float[Array, "b k 7"]:
     images, state = look(states)

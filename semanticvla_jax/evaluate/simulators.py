@@ -21,7 +21,7 @@ import numpy as np
 
 from semanticvla_jax import files
 from semanticvla_jax.data import images
-from semanticvla_jax.envs.process import BrokenEnvironment, Moment, Process
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Moment, Process
 from semanticvla_jax.evaluate.rollout import Episodes, check_state
 
 _PICTURES = ("observation/image", "observation/wrist_image")

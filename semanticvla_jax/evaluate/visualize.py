@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from semanticvla_jax.envs import render, tabletop, tasks
 from semanticvla_jax.policy import VIEWS, Policy
+from semanticvla_jax.tabletop import physics, render, tasks
 
 FRAMES_A_SECOND = 10  # half the speed of the tabletop's 20 Hz
 _RENDERED = 16  # frames rendered together
@@ -180,7 +180,7 @@ def pictures(states: tasks.State, size: int = 256) -> UInt8[np.ndarray, "t 2 {si
 
 def observation(state: tasks.State, size: int) -> dict:
   """What a policy sees of one state, as the environment's dict."""
-  views, proprio = jax.jit(tabletop.observe, static_argnums=1)(state, size)
+  views, proprio = jax.jit(physics.observe, static_argnums=1)(state, size)
   views = np.asarray(views)
   return {"observation/image": views[0], "observation/wrist_image": views[1], "observation/state": np.asarray(proprio),
           "prompt": tasks.instruction(state)}  # fmt: skip

@@ -31,13 +31,13 @@ from ml_collections import config_flags
 
 from semanticvla_jax import checkpoint, cli
 from semanticvla_jax.data import statistics, text
+from semanticvla_jax.tabletop import auxiliary_losses
 from semanticvla_jax.train import (
   base_settings,
   command_line,
   config_checks,
   distributed,
   diverged,
-  grounding,
   init,
   inputs,
   optimizer,
@@ -261,7 +261,7 @@ def write_policy(config: Any, workdir: Path, state: Any, frozen: Any, stats: dic
   return type(workdir)(
     checkpoint.save_policy(
       target,
-      grounding.strip(combine(optimizer.average_of(state.optimizer, state.trainable), frozen)),
+      auxiliary_losses.strip(combine(optimizer.average_of(state.optimizer, state.trainable), frozen)),
       config=resume.plain(config),
       statistics={name: statistics.to_openvla(entry) for name, entry in stats.items()},
       metadata={"step": int(state.step)},

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from semanticvla_jax.models.lora import TARGETS, LoRA
 from semanticvla_jax.models.semanticvla import GREEDY_TOKENS, SemanticVLA, abstract_params, build, dummy_observation
-from semanticvla_jax.train.grounding import Grounded
+from semanticvla_jax.tabletop.auxiliary_losses import Grounded
 from semanticvla_jax.train.partition import LORA, combine, partition
 
 RANDOM = "random"  # as config.init_from: draw the frozen parameters too

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semanticvla_jax.data import statistics, text
-from semanticvla_jax.envs import tasks
+from semanticvla_jax.tabletop import tasks
 from semanticvla_jax.train import sharding
 from semanticvla_jax.types import Batch
 
@@ -52,7 +52,7 @@ def expert_source(
   config: Any, bare: Any, tokenizers: text.Tokenizers, base: dict | None
 ) -> tuple[Callable, dict]:
   """step → (Batch, hints or None) made by the tabletop's expert on the device, and its statistics by dataset."""
-  from semanticvla_jax.train import expert
+  from semanticvla_jax.tabletop import expert_batches
 
   name = config.data.mixture
   check_suites(config.data.suites, config.data.normalisation)
@@ -62,9 +62,9 @@ def expert_source(
       "anywhere as it is; set it so."
     )
   keep = base is not None and config.data.keep_statistics
-  stats = kept_statistics(base, name) if keep else expert.measure(seed=config.seed)
+  stats = kept_statistics(base, name) if keep else expert_batches.measure(seed=config.seed)
   vit = bare.siglip or bare.dino
-  made = expert.make_batches(
+  made = expert_batches.make_batches(
     batch_size=config.data.batch_size,
     chunk=config.model.chunk,
     image=vit.image,

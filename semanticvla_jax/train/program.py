@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from semanticvla_jax.models.semanticvla import SemanticVLA
-from semanticvla_jax.train import config_checks, expert, flops, grounding, init, optimizer
+from semanticvla_jax.tabletop import auxiliary_losses, expert_batches
+from semanticvla_jax.train import config_checks, flops, init, optimizer
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.partition import combine, partition
 from semanticvla_jax.types import Batch, Observation
@@ -55,7 +56,7 @@ def abstract_observation(config: Any, bare: SemanticVLA, size: int) -> Observati
   )
 
 
-def abstract_batch(config: Any, bare: SemanticVLA) -> tuple[Batch, grounding.Hints | None]:
+def abstract_batch(config: Any, bare: SemanticVLA) -> tuple[Batch, auxiliary_losses.Hints | None]:
   """A global batch and its hints, as shapes."""
   size, chunk = config.data.batch_size, config.model.chunk
   batch = Batch(
@@ -65,14 +66,14 @@ def abstract_batch(config: Any, bare: SemanticVLA) -> tuple[Batch, grounding.Hin
   )
   if config.train.grounding is None:
     return batch, None
-  sentences, words = 1 + expert.NAMED, (config.data.instruction_length,)
-  return batch, grounding.Hints(
+  sentences, words = 1 + expert_batches.NAMED, (config.data.instruction_length,)
+  return batch, auxiliary_losses.Hints(
     jax.ShapeDtypeStruct((size, sentences, bare.num_views, bare.siglip.num_patches), jnp.float32),
-    jax.ShapeDtypeStruct((size, expert.NAMED, *words), jnp.int32),
-    jax.ShapeDtypeStruct((size, expert.NAMED, *words), jnp.bool_),
+    jax.ShapeDtypeStruct((size, expert_batches.NAMED, *words), jnp.int32),
+    jax.ShapeDtypeStruct((size, expert_batches.NAMED, *words), jnp.bool_),
     jax.ShapeDtypeStruct((size, 9), jnp.float32),
-    jax.ShapeDtypeStruct((size, expert.NAMED), jnp.int32),
-    jax.ShapeDtypeStruct((size, expert.NAMED, bare.num_views, 2), jnp.float32),
+    jax.ShapeDtypeStruct((size, expert_batches.NAMED), jnp.int32),
+    jax.ShapeDtypeStruct((size, expert_batches.NAMED, bare.num_views, 2), jnp.float32),
     jax.ShapeDtypeStruct((size, bare.num_views, 2), jnp.float32),
   )
 

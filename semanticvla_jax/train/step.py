@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from semanticvla_jax.models.coupler import actions_to_tokens, tokens_to_actions
 from semanticvla_jax.models.lora import LoRA
 from semanticvla_jax.models.semanticvla import STOP
-from semanticvla_jax.train import grounding, losses, sharding
+from semanticvla_jax.tabletop import auxiliary_losses
+from semanticvla_jax.train import losses, sharding
 from semanticvla_jax.train.partition import combine
 from semanticvla_jax.types import Batch
 
@@ -39,12 +40,12 @@ class Counts(NamedTuple):
   """What the means of a batch's losses are taken over: unmasked steps f32[], and those of the hints' losses."""
 
   steps: Any
-  hints: grounding.Counts | None
+  hints: auxiliary_losses.Counts | None
 
 
-def counts(batch: Batch, hints: grounding.Hints | None) -> Counts:
+def counts(batch: Batch, hints: auxiliary_losses.Hints | None) -> Counts:
   """Those of a batch. They depend on data alone, so that they are known before its first part is worked on."""
-  return Counts(losses.steps(batch.action_mask), None if hints is None else grounding.counts(hints))
+  return Counts(losses.steps(batch.action_mask), None if hints is None else auxiliary_losses.counts(hints))
 
 
 def loss_fn(
@@ -52,7 +53,7 @@ def loss_fn(
   params: dict,
   batch: Batch,
   key: jax.Array,
-  hints: grounding.Hints | None,
+  hints: auxiliary_losses.Hints | None,
   weights: Any,
   count: Counts | None = None,
   part: tuple[jax.Array, int] | None = None,
@@ -73,7 +74,7 @@ def loss_fn(
   metrics["l1"] = loss
   metrics["tokens"] = out.intermediates["valid"].sum(dtype=jnp.float32)  # of the language model, without padding
   if hints is not None:
-    taught, each = grounding.loss(model, params, out, hints, weights, count.hints)
+    taught, each = auxiliary_losses.loss(model, params, out, hints, weights, count.hints)
     taught += weights["rotation"] * metrics["l1_rotation"]
     loss, metrics = loss + taught, metrics | each
   return loss, metrics

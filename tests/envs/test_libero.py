@@ -10,7 +10,7 @@ import libero_assets
 import numpy as np
 import pytest
 
-from semanticvla_jax.envs import libero
+from semanticvla_jax.libero import suites
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -23,19 +23,19 @@ from semanticvla_jax.envs import libero
 ])
 def test_settings_that_do_not_exist_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
-    libero.check(libero.Settings("libero_goal")._replace(**changes))
+    suites.check(suites.Settings("libero_goal")._replace(**changes))
 
 
 @libero_assets.installed
 def test_tasks_in_the_order_and_wording_of_the_benchmark():
-  assert [len(libero.tasks(suite)) for suite in libero.SUITES] == [10, 10, 10, 10, 90]
-  assert libero.tasks("libero_object")[0].instruction == "pick up the alphabet soup and place it in the basket"
-  assert libero.tasks("libero_10")[0].instruction == "put both the alphabet soup and the tomato sauce in the basket"
-  every = [task for suite in libero.SUITES for task in libero.tasks(suite)]
+  assert [len(suites.tasks(suite)) for suite in suites.SUITES] == [10, 10, 10, 10, 90]
+  assert suites.tasks("libero_object")[0].instruction == "pick up the alphabet soup and place it in the basket"
+  assert suites.tasks("libero_10")[0].instruction == "put both the alphabet soup and the tomato sauce in the basket"
+  every = [task for suite in suites.SUITES for task in suites.tasks(suite)]
   assert all(task.bddl.exists() and task.states.exists() for task in every)
   assert not any("SCENE" in task.instruction or "_" in task.instruction for task in every)
   with pytest.raises(ValueError, match="suite 'libero'"):
-    libero.tasks("libero")
+    suites.tasks("libero")
 
 
 @pytest.mark.parametrize("name, sentence", [
@@ -44,12 +44,12 @@ def test_tasks_in_the_order_and_wording_of_the_benchmark():
   ("open_the_middle_drawer", "open the middle drawer"),
 ])
 def test_what_a_file_name_asks_for(name, sentence):
-  assert libero._sentence(name) == sentence
+  assert suites._sentence(name) == sentence
 
 
 @libero_assets.installed
 def test_fifty_first_states_a_task():
-  found = libero.first_states(libero.tasks("libero_goal")[4])
+  found = suites.first_states(suites.tasks("libero_goal")[4])
   assert found.shape == (50, 79) and len(np.unique(found, axis=0)) == 50
 
 
@@ -63,31 +63,31 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     with zipfile.ZipFile(buffer, "w") as archive:
       archive.writestr("archive/data.pkl", pickle.dumps(value, protocol=2))
     (tmp_path / "states").write_bytes(buffer.getvalue())
-    return libero.Task("task", "do it", tmp_path / "task.bddl", tmp_path / "states")
+    return suites.Task("task", "do it", tmp_path / "task.bddl", tmp_path / "states")
 
   with pytest.raises(ValueError, match="First states"):
-    libero.first_states(task(Bad()))
+    suites.first_states(task(Bad()))
   assert not (tmp_path / "ran").exists()
   with pytest.raises(ValueError, match="expected finite"):
-    libero.first_states(task(np.array([[np.nan, 1.0]])))
-  np.testing.assert_array_equal(libero.first_states(task(np.eye(3))), np.eye(3))
+    suites.first_states(task(np.array([[np.nan, 1.0]])))
+  np.testing.assert_array_equal(suites.first_states(task(np.eye(3))), np.eye(3))
   (tmp_path / "states").write_text("no archive")
   with pytest.raises(ValueError, match="pruned_init"):
-    libero.first_states(libero.Task("task", "do it", tmp_path, tmp_path / "states"))
+    suites.first_states(suites.Task("task", "do it", tmp_path, tmp_path / "states"))
 
 
 def test_assets_are_found_where_they_are_or_the_error_says_how_to_get_them(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
-  monkeypatch.delenv(libero.ASSETS_VARIABLE, raising=False)
+  monkeypatch.delenv(suites.ASSETS_VARIABLE, raising=False)
   whole, part = tmp_path / "whole", tmp_path / "part"
-  for name in libero._PARTS:
+  for name in suites._PARTS:
     (whole / name).mkdir(parents=True)
   (part / "scenes").mkdir(parents=True)
-  assert libero.find_assets(whole) == whole
-  monkeypatch.setenv(libero.ASSETS_VARIABLE, str(whole))
-  assert libero.find_assets() == whole
+  assert suites.find_assets(whole) == whole
+  monkeypatch.setenv(suites.ASSETS_VARIABLE, str(whole))
+  assert suites.find_assets() == whole
   with pytest.raises(ValueError, match="(?s)part.*hf download lerobot/libero-assets.*LIBERO_ASSETS"):
-    libero.find_assets(part)
+    suites.find_assets(part)
 
 
 def test_other_looks_give_another_hash(tmp_path):
@@ -96,11 +96,11 @@ def test_other_looks_give_another_hash(tmp_path):
     (tmp_path / name / "textures" / "mug.png").write_bytes(look)
   (tmp_path / "b" / ".cache").mkdir()
   (tmp_path / "b" / ".cache" / "mug.png.lock").write_bytes(b"left by a download")
-  one, same, other = (libero.assets_hash(str(tmp_path / name)) for name in "abc")
+  one, same, other = (suites.assets_hash(str(tmp_path / name)) for name in "abc")
   assert one == same != other and len(one) == 16
-  libero.assets_hash.cache_clear()
+  suites.assets_hash.cache_clear()
   (tmp_path / "a" / "wall.xml").write_bytes(b"<wall/>")
-  assert libero.assets_hash(str(tmp_path / "a")) != one
+  assert suites.assets_hash(str(tmp_path / "a")) != one
 
 
 def quaternion(axis, angle):
@@ -108,13 +108,13 @@ def quaternion(axis, angle):
 
 
 def test_axis_angle_by_hand():
-  np.testing.assert_allclose(libero.axis_angle(quaternion([0, 0, 1], 0.5)), [0, 0, 0.5])
-  np.testing.assert_allclose(libero.axis_angle(np.array([0, 0, 0, 1.0])), [0, 0, 0])
+  np.testing.assert_allclose(suites.axis_angle(quaternion([0, 0, 1], 0.5)), [0, 0, 0.5])
+  np.testing.assert_allclose(suites.axis_angle(np.array([0, 0, 0, 1.0])), [0, 0, 0])
   # a gripper that points down, a little past half a turn: robosuite goes on to 3.3, the flip comes back from behind
   turned = quaternion([1, 0, 0], 3.3)
   assert turned[3] < 0
-  np.testing.assert_allclose(libero.axis_angle(turned), [3.3, 0, 0])
-  np.testing.assert_allclose(libero.axis_angle(turned, "positive_w"), [3.3 - 2 * math.pi, 0, 0])
+  np.testing.assert_allclose(suites.axis_angle(turned), [3.3, 0, 0])
+  np.testing.assert_allclose(suites.axis_angle(turned, "positive_w"), [3.3 - 2 * math.pi, 0, 0])
 
 
 @pytest.mark.sim
@@ -122,4 +122,4 @@ def test_axis_angle_is_robosuites():
   transforms = pytest.importorskip("robosuite.utils.transform_utils")
   for one in np.random.default_rng(0).normal(size=(50, 4)):
     one /= np.linalg.norm(one)
-    np.testing.assert_allclose(libero.axis_angle(one), transforms.quat2axisangle(one.copy()), atol=1e-12)
+    np.testing.assert_allclose(suites.axis_angle(one), transforms.quat2axisangle(one.copy()), atol=1e-12)

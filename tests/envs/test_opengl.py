@@ -6,8 +6,8 @@ import importlib
 import libero_assets
 import pytest
 
-from semanticvla_jax.envs import libero, opengl
-from semanticvla_jax.envs.process import Process, environment
+from semanticvla_jax.envs.subprocess_env import Process, environment
+from semanticvla_jax.libero import opengl, suites
 
 VISIBLE = ("1", "", "GPU-3f5c0b1e-aa", "0,1", "MIG-GPU-3f/1/0", "-1", "NoDevFiles", "1,GPU-3f", " 2 ")
 WRONG = {"MUJOCO_EGL_DEVICE_ID": "7", "MUJOCO_GL": "glfw", "PYOPENGL_PLATFORM": "glx"}
@@ -111,7 +111,7 @@ def test_what_cannot_draw_is_one_line(devices, asked, message, machine):
 
 def test_osmesa_has_no_devices_to_choose_from():
   with pytest.raises(ValueError, match="egl_device=0 with renderer='osmesa'"):
-    libero.check(libero.Settings("libero_goal", renderer="osmesa", egl_device=0))
+    suites.check(suites.Settings("libero_goal", renderer="osmesa", egl_device=0))
 
 
 @pytest.mark.parametrize("program, seconds, error", [

@@ -6,7 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from semanticvla_jax.envs import libero, libero_simulator
+from semanticvla_jax.libero import simulator as libero_simulator
+from semanticvla_jax.libero import suites
 
 SEEDS = (3, 4, 7, 6)
 
@@ -71,19 +72,19 @@ def record(kind):
     environment.reset()
     stood.append(environment.state)
     for _ in range(10):
-      environment.step(libero.WAIT)
-    begun[seed] = libero.Beginning(environment.state, seed)
+      environment.step(suites.WAIT)
+    begun[seed] = suites.Beginning(environment.state, seed)
   return [stood[seed] for seed in SEEDS], {i: begun[seed] for i, seed in enumerate(SEEDS)}
 
 
 @pytest.fixture
 def simulate(monkeypatch):
   monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
-  monkeypatch.setattr(libero, "tasks", lambda suite: [libero.Task("open", "open", None, None)])
+  monkeypatch.setattr(suites, "tasks", lambda suite: [suites.Task("open", "open", None, None)])
 
   def make(kind, begun):
     monkeypatch.setattr(libero_simulator, "_import", lambda assets: kind)
-    return libero_simulator.Simulator(libero.Settings("libero_spatial", "unused", size=8), begun)
+    return libero_simulator.Simulator(suites.Settings("libero_spatial", "unused", size=8), begun)
 
   return make
 
@@ -120,7 +121,7 @@ def test_a_reset_that_cannot_be_found_is_told_once(simulate, caplog):
 
 
 def test_what_came_before_changes_nothing_where_no_seed_is_known(simulate):
-  begun = {i: libero.Beginning(np.zeros(3)) for i in range(2)}
+  begun = {i: suites.Beginning(np.zeros(3)) for i in range(2)}
   simulator, stood = simulate(Piling, begun), []
   for episode in (0, 1, 0):
     simulator.reset(episode)

@@ -9,10 +9,11 @@ import pytest
 from helpers import random_params, tiny
 
 from semanticvla_jax import checkpoint
-from semanticvla_jax.data import hdf5, statistics, text
+from semanticvla_jax.data import statistics, text
 from semanticvla_jax.evaluate import compare, libero
 from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.evaluate.simulators import Record, Records
+from semanticvla_jax.libero import hdf5
 
 
 def arguments(*more):

@@ -13,7 +13,7 @@ from point import FOLDER, Point
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import statistics
-from semanticvla_jax.envs.process import Process
+from semanticvla_jax.envs.subprocess_env import Process
 from semanticvla_jax.evaluate import controls, libero, visualize
 from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.evaluate.simulators import Record, Records

@@ -9,9 +9,9 @@ import policies
 import pytest
 from point import Point
 
-from semanticvla_jax.envs import tabletop, tasks
-from semanticvla_jax.envs.process import BrokenEnvironment
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.evaluate.rollout import OnDevice, OnHost, simulate
+from semanticvla_jax.tabletop import physics, tasks
 
 REPLAY, MAX_STEPS, SEEDS = 2, 40, range(12)
 
@@ -22,8 +22,8 @@ def pick(state: tasks.State) -> jax.Array:
   over = jnp.linalg.norm(target[:2] - state.position[:2]) < 0.008
   goal = target.at[2].set(jnp.where(held, 0.2, jnp.where(over, target[2], 0.12)))
   close = held | (over & (jnp.abs(state.position[2] - target[2]) < 0.008))
-  move = jnp.clip((goal - state.position) / tabletop.TRANSLATION, -1, 1)
-  turn = jnp.where(held, 0.0, jnp.clip((state.yaw[0] - state.rotation[2]) / tabletop.ROTATION, -1, 1))
+  move = jnp.clip((goal - state.position) / physics.TRANSLATION, -1, 1)
+  turn = jnp.where(held, 0.0, jnp.clip((state.yaw[0] - state.rotation[2]) / physics.ROTATION, -1, 1))
   return jnp.concatenate([move, jnp.stack([0 * turn, 0 * turn, turn, jnp.where(close, 1.0, -1.0)])])
 
 
@@ -68,7 +68,7 @@ class Scripted:
 
 @pytest.fixture(scope="module")
 def environment():
-  return tabletop.TabletopEnvironment("pick", split="heldout", size=32)
+  return physics.TabletopEnvironment("pick", split="heldout", size=32)
 
 
 def test_an_episode_ends_with_success_or_at_the_last_step_or_at_a_broken_action():
@@ -100,7 +100,7 @@ def test_kept_states_are_the_episode():
   np.testing.assert_array_equal(states.time[-1], ended.steps)
   i, steps = 0, int(ended.steps[0])
   around = jax.tree.map(lambda x: x[steps - 1 : steps + 1, i], states)
-  assert jax.jit(jax.vmap(tabletop.success))(around).tolist() == [False, True]
+  assert jax.jit(jax.vmap(physics.success))(around).tolist() == [False, True]
   np.testing.assert_array_equal(states.centre[steps, i], states.centre[-1, i])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from point import FOLDER, Point
 
-from semanticvla_jax.envs.process import BrokenEnvironment, Process
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process
 from semanticvla_jax.evaluate import report
 from semanticvla_jax.evaluate.simulators import OnSimulators, Record, Records
 

@@ -7,8 +7,8 @@ import policies
 import pytest
 from helpers import TINY
 
-from semanticvla_jax.envs import tabletop, tasks
 from semanticvla_jax.evaluate import visualize
+from semanticvla_jax.tabletop import physics, tasks
 
 SAID = ("pick up the red cube", "pick up the green ball and place it in the blue bowl")
 
@@ -100,7 +100,7 @@ def test_pictures_of_states_are_what_the_environment_shows():
     difference = np.abs(shown[i, 0].astype(int) - seen["observation/image"])
     assert np.mean(difference > 2) < 0.01
     assert seen["prompt"] == tasks.instruction(state)
-    np.testing.assert_allclose(seen["observation/state"], tabletop.proprio(state), atol=1e-6)
+    np.testing.assert_allclose(seen["observation/state"], physics.proprio(state), atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")

@@ -9,7 +9,8 @@ from helpers import random_observation, random_params, tiny
 
 from configs import openvla
 from semanticvla_jax.models.semanticvla import build
-from semanticvla_jax.train import grounding, losses, resume
+from semanticvla_jax.tabletop import auxiliary_losses
+from semanticvla_jax.train import losses, resume
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.types import Batch, Observation
 
@@ -32,14 +33,14 @@ def same(one, other):
 
 
 def test_l1_and_what_the_hints_teach():
-  model, rng = grounding.Grounded(tiny().clone()), np.random.default_rng(0)
+  model, rng = auxiliary_losses.Grounded(tiny().clone()), np.random.default_rng(0)
   params = random_params(tiny())
   for name, shape in (("probe", (96, 9)), ("probe_aim", (96, 4)), ("probe_dino", (16, 5)), ("probe_siglip", (24, 5))):
     params[name] = {"kernel": jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32), "bias": jnp.zeros(shape[1])}
   lengths = np.array([8, 1, 3, 0])  # real steps; the last example has none
   where = jax.nn.one_hot(rng.integers(0, N, (B, 1 + G, V)), N) * (rng.random((B, 1 + G, V, 1)) < 0.6)
   edges = jnp.zeros((B, G, V, 2)).at[1, 0, :, 1].set(1.0)
-  hints = grounding.Hints(
+  hints = auxiliary_losses.Hints(
     where, jnp.asarray(rng.integers(3, 200, (B, G, M))), jnp.arange(M)[None, None] < jnp.full((B, G, 1), 5),
     jnp.asarray(rng.normal(size=(B, 9)), jnp.float32), jnp.zeros((B, G), jnp.int32), edges, edges[:, 0],
   )  # fmt: skip

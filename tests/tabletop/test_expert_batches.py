@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from semanticvla_jax.data import text
-from semanticvla_jax.envs import render, tabletop, tasks
-from semanticvla_jax.train import expert, grounding
+from semanticvla_jax.tabletop import auxiliary_losses, expert_batches, physics, render, tasks
 
 IMAGE, PATCH = 48, 8
 
@@ -15,8 +14,8 @@ IMAGE, PATCH = 48, 8
 @pytest.fixture(scope="module")
 def batch():
   tokenizers = text.load(prompt_length=32, instruction_length=24)
-  stats = expert.measure(episodes=64)
-  make = expert.make_batches(
+  stats = expert_batches.measure(episodes=64)
+  make = expert_batches.make_batches(
     batch_size=64, chunk=4, image=IMAGE, patch=PATCH, suites=(1, 1, 0, 0, 0, 0), tokenizers=tokenizers,
     stats=stats, seed=0,
   )
@@ -47,7 +46,7 @@ def test_prompts_are_those_of_the_instructions(batch):
 
 def test_projection_lands_on_the_object():
   """In the agent's view, the pixel where the target should be has the target's hue in most scenes."""
-  keys = jax.vmap(lambda i: tabletop.seed_key(i, "heldout"))(jnp.arange(64))
+  keys = jax.vmap(lambda i: physics.seed_key(i, "heldout"))(jnp.arange(64))
   states = jax.jit(jax.vmap(lambda key: tasks.reset(key, tasks.PICK, "heldout")))(keys)
   views = jax.jit(jax.vmap(lambda s: render.views(s, 96)))(states)
   at = jax.vmap(lambda s: render.project(s, s.centre[s.target[0]]))(states)[:, 0]
@@ -59,8 +58,8 @@ def test_projection_lands_on_the_object():
 
 
 def test_hints_name_what_lies_where_they_say():
-  states = jax.vmap(lambda i: tasks.reset(tabletop.seed_key(i), tasks.PLACE))(jnp.arange(16))
-  told = jax.vmap(lambda s: expert.hints(s, IMAGE // PATCH))(states)
+  states = jax.vmap(lambda i: tasks.reset(physics.seed_key(i), tasks.PLACE))(jnp.arange(16))
+  told = jax.vmap(lambda s: expert_batches.hints(s, IMAGE // PATCH))(states)
   where, sentences, away, shapes, edges, aim = (np.asarray(x) for x in told)
   np.testing.assert_array_equal(aim, edges[:, 0])  # object 0 is the target
   for i in range(16):
@@ -79,13 +78,13 @@ def test_hints_name_what_lies_where_they_say():
         np.testing.assert_allclose([where[i, 1 + j, 0] @ row, where[i, 1 + j, 0] @ column], at, atol=1e-4)
   reach = np.asarray(states.centre[:, 3] - states.position) / 0.1  # the bowl
   np.testing.assert_allclose(away[:, 3:6], reach, atol=1e-5)
-  turn = jnp.asarray(away[0, 6:] * grounding.TURN)
-  turned = tabletop.compose(turn, states.rotation[0])  # where the expert will have turned
+  turn = jnp.asarray(away[0, 6:] * auxiliary_losses.TURN)
+  turned = physics.compose(turn, states.rotation[0])  # where the expert will have turned
   assert np.abs(turned[:2]).max() < 1e-5 and abs(turned[2]) < np.pi / 2
 
 
 def test_out_of_sight_is_outside():
-  state = tasks.reset(tabletop.seed_key(0), tasks.PICK)
+  state = tasks.reset(physics.seed_key(0), tasks.PICK)
   behind = render.project(state, jnp.array([0.0, -2.0, 0.6]))
   assert (np.asarray(behind[0]) < 0).all()
 
@@ -93,7 +92,7 @@ def test_out_of_sight_is_outside():
 def test_a_share_of_first_moments():
   """`reset` lets the gripper hang straight, and noise turns it at every step; two of five starts are perturbed."""
   keys, suites = jax.random.split(jax.random.key(0), 128), jnp.array([1.0, 0, 0, 0, 0, 0])
-  make = jax.jit(jax.vmap(lambda key, starts: expert.moments(key, suites, "train", starts), in_axes=(0, None)))
+  make = jax.jit(jax.vmap(lambda key, starts: expert_batches.moments(key, suites, "train", starts), in_axes=(0, None)))
   straight = [float(jnp.all(make(keys, share).rotation == 0, axis=-1).mean()) for share in (0.0, 1.0)]
   assert straight[0] < 0.2 and 0.45 < straight[1] < 0.75
 
@@ -102,7 +101,7 @@ def test_a_share_of_cubes_that_lie_askew():
   keys = jax.random.split(jax.random.key(0), 256)
 
   def make(askew):
-    return jax.jit(jax.vmap(lambda key: expert.beginning(key, jnp.asarray(0), "train", askew)))(keys)
+    return jax.jit(jax.vmap(lambda key: expert_batches.beginning(key, jnp.asarray(0), "train", askew)))(keys)
 
   def share(askew):
     states = make(askew)

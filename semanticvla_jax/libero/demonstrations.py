@@ -23,10 +23,9 @@ from typing import NamedTuple
 import numpy as np
 
 from semanticvla_jax import cli, files
-from semanticvla_jax.data import hdf5, writer
-from semanticvla_jax.demonstrate import numbers
-from semanticvla_jax.envs import libero, libero_simulator
-from semanticvla_jax.envs.process import BrokenEnvironment, Moment, Process
+from semanticvla_jax.data import writer
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Moment, Process
+from semanticvla_jax.libero import hdf5, simulator, suites
 
 _TRIES = 3
 _VIEWS = ("observation/image", "observation/wrist_image")
@@ -46,7 +45,7 @@ class Recipe(NamedTuple):
 
   folder: str
   suite: str
-  settings: libero.Settings
+  settings: suites.Settings
   tasks: tuple[int, ...] | None = None
   episodes: int | None = None
   workers: int = 2
@@ -101,30 +100,30 @@ def check(recipe: Recipe, progress: Callable[[int, int, int], None] | None = Non
   replays.run()
   dropped = collections.defaultdict(list)
   for seed in (seed for seed in demonstrations if not replays.ended[seed]):
-    dropped[libero.tasks(recipe.suite)[seed // libero.EPISODES].name].append(demonstrations[seed].name)
+    dropped[suites.tasks(recipe.suite)[seed // suites.EPISODES].name].append(demonstrations[seed].name)
   frames = sum(len(one.moving) for seed, one in demonstrations.items() if replays.ended[seed])
   return Report(len(demonstrations), sum(replays.ended.values()), dict(dropped), frames, None)
 
 
 def collect(recipe: Recipe) -> dict[int, hdf5.Demonstration]:
   """The demonstrations by episode number: the i-th of task k is number 50 k + i, as first states are."""
-  folder, every = hdf5.folder(recipe.folder, recipe.suite), libero.tasks(recipe.suite)
+  folder, every = hdf5.folder(recipe.folder, recipe.suite), suites.tasks(recipe.suite)
   chosen = range(len(every)) if recipe.tasks is None else recipe.tasks
   found = {}
   for task in chosen:
     rows = hdf5.read(folder / f"{every[task].name}_demo.hdf5")[: recipe.episodes]
-    found |= {libero.EPISODES * task + i: row for i, row in enumerate(rows[: libero.EPISODES])}
+    found |= {suites.EPISODES * task + i: row for i, row in enumerate(rows[: suites.EPISODES])}
   return found
 
 
 def _facts(recipe: Recipe, demonstrations: dict[int, hdf5.Demonstration]) -> dict:
   """What the frames depend on, as JSON values: the simulator, and a hash of each file of demonstrations."""
-  settings = recipe.settings._asdict() | {"assets": libero.assets_hash(str(libero.find_assets(recipe.settings.assets)))}
+  settings = recipe.settings._asdict() | {"assets": suites.assets_hash(str(suites.find_assets(recipe.settings.assets)))}
   settings.pop("egl_device")  # another of the same kind draws the same
   paths = sorted({one.path for one in demonstrations.values()})
   hashes = {path.name: hdf5.digest(path) for path in paths}
   seeds = "as recorded" if any(one.seed is not None for one in demonstrations.values()) else "settings"
-  return {"suite": recipe.suite, "simulator": settings, "resets": seeds, "versions": libero.versions(), "files": hashes}
+  return {"suite": recipe.suite, "simulator": settings, "resets": seeds, "versions": suites.versions(), "files": hashes}
 
 
 def _claim(parts: pathlib.Path, facts: dict) -> dict:
@@ -183,11 +182,11 @@ class _Replays:
   def _work(self) -> None:
     process = None
     try:
-      begun = {seed: libero.Beginning(one.first, one.seed) for seed, one in self.demonstrations.items()}
-      process = libero_simulator.start(self.recipe.settings, begun)
+      begun = {seed: suites.Beginning(one.first, one.seed) for seed, one in self.demonstrations.items()}
+      process = simulator.start(self.recipe.settings, begun)
       task = None
       while (seed := self._next(task)) is not None and self.error is None:
-        task = seed // libero.EPISODES
+        task = seed // suites.EPISODES
         seen, end = self._replay(process, seed)
         if self.parts is not None:
           _store(_part(self.parts, seed), self.demonstrations[seed], seen, end)
@@ -203,9 +202,9 @@ class _Replays:
     with self.lock:
       if not self.waiting:
         return None
-      counts = collections.Counter(seed // libero.EPISODES for seed in self.waiting)
+      counts = collections.Counter(seed // suites.EPISODES for seed in self.waiting)
       task = task if counts[task] else counts.most_common(1)[0][0]
-      seed = next(seed for seed in self.waiting if seed // libero.EPISODES == task)
+      seed = next(seed for seed in self.waiting if seed // suites.EPISODES == task)
       self.waiting.remove(seed)
       return seed
 
@@ -282,12 +281,12 @@ def _assemble(
   facts: dict,
 ) -> Report:
   """Writes the dataset from the finished replays, in the order of tasks and demonstrations, and removes them."""
-  every = libero.tasks(recipe.suite)
+  every = suites.tasks(recipe.suite)
   kept, dropped = [], collections.defaultdict(list)
 
   def episodes() -> Iterator[writer.Episode]:
     for seed, demonstration in demonstrations.items():
-      task, part = every[seed // libero.EPISODES], _read(_part(parts, seed))
+      task, part = every[seed // suites.EPISODES], _read(_part(parts, seed))
       if part is None:
         dropped[task.name].append(demonstration.name)
         continue
@@ -301,7 +300,7 @@ def _assemble(
     return Report(len(demonstrations), len(kept), dict(dropped), sum(len(action) for action, _ in kept), folder)
 
   def finish(partial: pathlib.Path) -> None:
-    numbers.write(partial, name, kept)
+    writer.write_statistics(partial, name, kept)
     counts = {key: getattr(report(), key) for key in ("tried", "kept", "dropped", "frames")}
     files.write_json(partial / "demonstrations.json", facts | counts)
 

@@ -8,11 +8,11 @@ import libero_assets
 import numpy as np
 import pytest
 
-from semanticvla_jax.data import hdf5, images, records, rlds
-from semanticvla_jax.demonstrate import libero as replays
+from semanticvla_jax.data import images, records, rlds
 from semanticvla_jax.demonstrate.__main__ import main
-from semanticvla_jax.envs import libero, libero_simulator
-from semanticvla_jax.envs.process import Moment, Process
+from semanticvla_jax.envs.subprocess_env import Moment, Process
+from semanticvla_jax.libero import demonstrations as replays
+from semanticvla_jax.libero import hdf5, simulator, suites
 
 NAME = "libero_object_no_noops"
 
@@ -36,14 +36,14 @@ def seen(seed, count):
 
 @libero_assets.installed
 def test_the_dataset_of_finished_replays(tmp_path):
-  recipe = replays.Recipe("unused", "libero_object", libero.Settings("libero_object"))
+  recipe = replays.Recipe("unused", "libero_object", suites.Settings("libero_object"))
   rows, parts = {seed: demonstration(seed) for seed in (0, 1, 2)}, tmp_path / "parts"
   replays._claim(parts, {"size": 32, "files": {}})
   for seed, row in rows.items():
     success = seed != 1
     replays._store(replays._part(parts, seed), row, seen(seed, 12), Moment([], 11, success, success, "lift"))
   report = replays._assemble(recipe, rows, parts, tmp_path / NAME / "1.0.0", NAME, {"size": 32})
-  task = libero.tasks("libero_object")[0]
+  task = suites.tasks("libero_object")[0]
   assert (report.tried, report.kept, report.frames, report.dropped) == (3, 2, 22, {task.name: ["demo_1"]})
   assert not parts.exists()
   facts = json.loads((report.folder / "demonstrations.json").read_text())
@@ -77,8 +77,8 @@ def test_other_tasks_go_on_in_the_same_folder(tmp_path):
 
 
 def test_the_facts_tell_sources_apart(tmp_path, monkeypatch):
-  monkeypatch.setattr(libero, "find_assets", lambda given: tmp_path / "assets")
-  recipe = replays.Recipe("unused", "libero_object", libero.Settings("libero_object"))
+  monkeypatch.setattr(suites, "find_assets", lambda given: tmp_path / "assets")
+  recipe = replays.Recipe("unused", "libero_object", suites.Settings("libero_object"))
   path, found = tmp_path / "lift_demo.hdf5", []
   for content, seeds in (("one", (0, 1)), ("one", (0,)), ("two", (0,))):
     path.write_text(content)
@@ -112,10 +112,10 @@ class Remembering(Process):
 
 def test_a_check_draws_and_writes_nothing(tmp_path, monkeypatch, capsys):
   rows = {seed: demonstration(seed) for seed in (0, 1, 2)}
-  task = libero.Task("lift", "lift", tmp_path, tmp_path)
+  task = suites.Task("lift", "lift", tmp_path, tmp_path)
   monkeypatch.setattr(replays, "collect", lambda recipe: rows)
-  monkeypatch.setattr(libero_simulator, "start", lambda settings, beginnings: Remembering())
-  monkeypatch.setattr(libero, "tasks", lambda suite: [task])
+  monkeypatch.setattr(simulator, "start", lambda settings, beginnings: Remembering())
+  monkeypatch.setattr(suites, "tasks", lambda suite: [task])
   main(["--from-hdf5=x", "--suite=libero_object", "--check", f"--out={tmp_path / 'out'}"])
   told = capsys.readouterr().out
   assert "3/3 replays, 2 succeeded" in told and "libero_object: 2 of 3 replays succeeded, 22 frames" in told
@@ -124,7 +124,7 @@ def test_a_check_draws_and_writes_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_names_that_would_be_read_otherwise_and_finished_datasets_are_refused(tmp_path):
-  recipe = replays.Recipe("unused", "libero_object", libero.Settings("libero_object"))
+  recipe = replays.Recipe("unused", "libero_object", suites.Settings("libero_object"))
   with pytest.raises(ValueError, match="starts with 'libero'"):
     replays.write(recipe, tmp_path, "tabletop_place")
   (tmp_path / NAME / "1.0.0").mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_tasks_that_are_no_numbers_are_refused(tmp_path):
 def test_a_recorded_episode_is_replayed_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("LIBERO_ASSETS", libero_assets.assets())
   folder, told = libero_assets.demonstrations(), []
-  settings = libero.Settings("libero_object", size=64, max_steps=1000)
+  settings = suites.Settings("libero_object", size=64, max_steps=1000)
   recipe = replays.Recipe(str(folder), "libero_object", settings, tasks=(4,), episodes=2, workers=1)
 
   def stop(done, kept, total):
@@ -163,7 +163,7 @@ def test_a_recorded_episode_is_replayed_and_goes_on_where_it_was_interrupted(tmp
   rows = replays.collect(recipe)
   dataset = rlds.load(str(tmp_path), NAME)
   assert np.bincount(dataset.episodes).tolist() == [len(row.moving) for row in rows.values()]
-  assert dataset.instruction(0) == libero.tasks("libero_object")[4].instruction
+  assert dataset.instruction(0) == suites.tasks("libero_object")[4].instruction
   for i, row in enumerate(rows.values()):  # the first state is that of the recording, after waiting
     start = int(np.flatnonzero(dataset.episodes == i)[0])
     assert np.abs(dataset.proprio[start][:3] - [-0.2, 0, 0.25]).max() < 0.1, row.name
@@ -172,11 +172,11 @@ def test_a_recorded_episode_is_replayed_and_goes_on_where_it_was_interrupted(tmp
 @pytest.mark.sim
 def test_a_recorded_drawer_stands_where_it_stood():
   """Both fail where the cabinet stands as the recorded seed alone would have it, without what resets before it left."""
-  settings = libero.Settings("libero_spatial", libero_assets.assets(), size=16, max_steps=1000)
+  settings = suites.Settings("libero_spatial", libero_assets.assets(), size=16, max_steps=1000)
   recipe = replays.Recipe(str(libero_assets.demonstrations()), "libero_spatial", settings, tasks=(4,))
   rows = {seed: row for seed, row in replays.collect(recipe).items() if row.name in ("demo_8", "demo_10")}
-  begun = {seed: libero.Beginning(row.first, row.seed) for seed, row in rows.items()}
-  process = libero_simulator.start(settings, begun)
+  begun = {seed: suites.Beginning(row.first, row.seed) for seed, row in rows.items()}
+  process = simulator.start(settings, begun)
   try:
     for seed, row in rows.items():
       process.begin(seed)

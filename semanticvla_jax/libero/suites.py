@@ -1,7 +1,7 @@
 """LIBERO's five suites: tasks, first states, assets, conventions, and the settings of its simulator.
 
 All here only reads files; it never imports the benchmark's own package, which asks questions on the terminal when it is
-imported without a configuration. What runs it is `envs.libero_simulator`.
+imported without a configuration. What runs it is `libero.simulator`.
 """
 
 from __future__ import annotations

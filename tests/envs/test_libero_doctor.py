@@ -9,9 +9,8 @@ import pytest
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import statistics, writer
-from semanticvla_jax.envs import libero, opengl
-from semanticvla_jax.evaluate import doctor
 from semanticvla_jax.evaluate.__main__ import main
+from semanticvla_jax.libero import doctor, opengl, suites
 
 DATA = policies.DATA | {"augment": True, "crop_area": 0.9, "normalisation": "bounds_q99"}
 HEALTHY = policies.CONFIG | {"data": DATA}
@@ -187,7 +186,7 @@ def test_a_healthy_folder_has_no_trap(folder):
 
 
 def test_every_planted_trap_of_a_folder_is_found_by_the_command(folder, capsys, monkeypatch):
-  monkeypatch.setattr(libero, "find_assets", lambda given: Path(__file__).parent / "none")
+  monkeypatch.setattr(suites, "find_assets", lambda given: Path(__file__).parent / "none")
   planted = HEALTHY | {"model": policies.TINY | {"mask": "causal"}, "data": DATA | {"crop_area": None,
                                                                                     "normalisation": "bounds"}}
   path = folder(planted, "libero_spatial_no_noops", FLIPPED)
@@ -201,11 +200,11 @@ def test_every_planted_trap_of_a_folder_is_found_by_the_command(folder, capsys, 
 
 
 def test_without_a_suite_the_statistics_name_it(folder, capsys, monkeypatch):
-  monkeypatch.setattr(libero, "find_assets", lambda given: Path(__file__).parent / "none")
+  monkeypatch.setattr(suites, "find_assets", lambda given: Path(__file__).parent / "none")
   with contextlib.suppress(SystemExit):  # where the simulator's libraries are missing
     main(["doctor", f"--policy={folder()}"])
   assert capsys.readouterr().out.startswith("suite: libero_goal, ")
-  assert doctor.suites(["libero_4_task_suites_no_noops"]) == [*libero.SUITES[:4]]
+  assert doctor.suites(["libero_4_task_suites_no_noops"]) == [*suites.SUITES[:4]]
   with pytest.raises(ValueError, match=r"got statistics of \['bridge_orig'\].*pass --suite"):
     doctor.suites(["bridge_orig"])
 

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from semanticvla_jax.data import statistics
 from semanticvla_jax.data.text import Tokenizers
-from semanticvla_jax.envs import expert, render, tabletop, tasks
-from semanticvla_jax.train import grounding
+from semanticvla_jax.tabletop import auxiliary_losses, expert, physics, render, tasks
 from semanticvla_jax.types import Batch, Observation, Statistics
 
 NOISE = 0.3
@@ -114,9 +113,9 @@ def hints(state: tasks.State, side: int) -> Moment:
   is_named = kind < tasks.PEG
   sentences = jnp.append(state.instruction, jnp.where(is_named, kind * len(tasks.COLOURS) + colour, 0))
   where = where * jnp.append(True, is_named)[:, None, None]
-  away = jnp.concatenate([state.centre[i] - state.position for i in (target, destination)]) / grounding.UNIT
-  turn = expert.turn_left(state) / grounding.TURN
-  yaw = 4 * (state.yaw[:NAMED, None] - jnp.stack([jnp.zeros(()), tabletop.heading(state.rotation)]))
+  away = jnp.concatenate([state.centre[i] - state.position for i in (target, destination)]) / auxiliary_losses.UNIT
+  turn = expert.turn_left(state) / auxiliary_losses.TURN
+  yaw = 4 * (state.yaw[:NAMED, None] - jnp.stack([jnp.zeros(()), physics.heading(state.rotation)]))
   edges = jnp.stack([jnp.cos(yaw), jnp.sin(yaw)], axis=-1) * (kind == tasks.CUBE)[:, None, None]
   aim = edges[target] * (target < NAMED)
   return Moment(where, sentences, jnp.append(away, turn), jnp.where(is_named, kind, 0), edges, aim)
@@ -128,7 +127,7 @@ def measure(split: str = "train", episodes: int = 1024, seed: int = 0) -> statis
   def episode(key, suite):
     r = expert.rollout(key, suite, split, NOISE, EPISODE)
     used = jnp.arange(EPISODE) <= r.first
-    return gripper_to_model(r.actions), jax.vmap(tabletop.proprio)(r.states), used
+    return gripper_to_model(r.actions), jax.vmap(physics.proprio)(r.states), used
 
   keys = jax.random.split(jax.random.key(seed), episodes)
   actions, proprio, used = jax.jit(jax.vmap(episode))(keys, jnp.arange(episodes) % len(tasks.SUITES))
@@ -159,7 +158,7 @@ def make_batches(
   split: str = "train",
   starts: float = 0.0,
   askew: float = 0.0,
-) -> Callable[[Any], tuple[Batch, grounding.Hints]]:
+) -> Callable[[Any], tuple[Batch, auxiliary_losses.Hints]]:
   """batch(step) → (Batch, Hints), compiled; a function of (seed, step) alone, so a resumed run goes on as it was.
 
   Args:
@@ -175,7 +174,7 @@ def make_batches(
   def example(key):
     state = moments(key, weights, split, starts, askew)
     actions, mask = labels(state, chunk)
-    views, proprio = tabletop.observe(state, image)
+    views, proprio = physics.observe(state, image)
     proprio, actions = scale(proprio, stats.proprio), scale(actions, stats.action)
     return views, proprio, actions, mask, hints(state, image // patch)
 
@@ -185,7 +184,7 @@ def make_batches(
     views, proprio, actions, mask, told = jax.vmap(example)(keys)
     index, others = told.sentences[:, 0], told.sentences[:, 1:]
     observation = Observation(views, proprio, prompts[index], prompt_masks[index], words[index], word_masks[index])
-    hint = grounding.Hints(
+    hint = auxiliary_losses.Hints(
       told.where, words[others], word_masks[others], told.displacement, told.shape, told.edges, told.aim
     )
     return Batch(observation, actions, mask), hint

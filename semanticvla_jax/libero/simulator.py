@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from semanticvla_jax.envs import libero, opengl
-from semanticvla_jax.envs.process import LOGGER, Process
+from semanticvla_jax.envs.subprocess_env import LOGGER, Process
+from semanticvla_jax.libero import opengl, suites
 
 _EARLIER = 100  # resets that a recorded one may have come after
 _CAMERAS = {"observation/image": "agentview_image", "observation/wrist_image": "robot0_eye_in_hand_image"}
 
 
 def start(
-  settings: libero.Settings, beginnings: Mapping[int, libero.Beginning] | None = None, timeout: float = 900.0
+  settings: suites.Settings, beginnings: Mapping[int, suites.Beginning] | None = None, timeout: float = 900.0
 ) -> Process:
   """A simulator in a process of its own.
 
@@ -38,9 +38,9 @@ def start(
   Raises:
     ValueError: a setting is wrong, benchmark or assets are missing, or OpenGL cannot draw.
   """
-  libero.check(settings)
-  settings = settings._replace(assets=str(libero.find_assets(settings.assets)))
-  libero.tasks(settings.suite)
+  suites.check(settings)
+  settings = settings._replace(assets=str(suites.find_assets(settings.assets)))
+  suites.tasks(settings.suite)
   device = opengl.choose(settings.renderer, settings.egl_device)
   variables = opengl.variables(settings.renderer, device) | {"LP_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
   return Process(functools.partial(Simulator, settings, beginnings), variables, timeout)
@@ -62,13 +62,13 @@ class Simulator:
     RuntimeError: TensorFlow is in this process.
   """
 
-  def __init__(self, settings: libero.Settings, beginnings: Mapping[int, libero.Beginning] | None = None):
-    libero.check(settings)
+  def __init__(self, settings: suites.Settings, beginnings: Mapping[int, suites.Beginning] | None = None):
+    suites.check(settings)
     if "tensorflow" in sys.modules:
       raise RuntimeError("TensorFlow and the simulator crash in one process; put it into its own by `start`.")
     self.settings, self._beginnings = settings, beginnings
-    self.max_steps = settings.max_steps or libero.MAX_STEPS[settings.suite]
-    self._tasks = libero.tasks(settings.suite)
+    self.max_steps = settings.max_steps or suites.MAX_STEPS[settings.suite]
+    self._tasks = suites.tasks(settings.suite)
     self._task: int | None = None
     self._resets = 0  # of the current environment
     self._environment: Any = None
@@ -96,7 +96,7 @@ class Simulator:
     Raises:
       ValueError: there is no such episode.
     """
-    task, trial = divmod(seed, libero.EPISODES)
+    task, trial = divmod(seed, suites.EPISODES)
     state = self._first_state(seed, task, trial)
     self._open = False
     self._fresh(task, trial)
@@ -104,7 +104,7 @@ class Simulator:
     self._steps, self._done = 0, False
     for i in range(self.settings.wait_steps):
       self._open = i == self.settings.wait_steps - 1
-      self._last, _, self._done, _ = self._environment.step(list(libero.WAIT))
+      self._last, _, self._done, _ = self._environment.step(list(suites.WAIT))
     return self._observation()
 
   def step(self, action: np.ndarray, observe: bool = True) -> tuple[dict | None, bool]:
@@ -130,7 +130,7 @@ class Simulator:
   def facts(self, seed: int) -> dict[str, str]:
     """What draws the frames; makes the environment of episode `seed` if there is none."""
     if self._task is None:
-      self._create(seed // libero.EPISODES)
+      self._create(seed // suites.EPISODES)
     from OpenGL import GL
 
     drawn = GL.glGetString(GL.GL_RENDERER)
@@ -143,9 +143,9 @@ class Simulator:
       return self._beginnings[seed].state
     if not 0 <= task < len(self._tasks):
       raise ValueError(
-        f"LIBERO: got episode {seed}; expected 0 to {libero.EPISODES * len(self._tasks) - 1} in {self.settings.suite}."
+        f"LIBERO: got episode {seed}; expected 0 to {suites.EPISODES * len(self._tasks) - 1} in {self.settings.suite}."
       )
-    found = libero.first_states(self._tasks[task])
+    found = suites.first_states(self._tasks[task])
     if trial >= len(found):
       raise ValueError(f"LIBERO: got trial {trial} of task {task}; expected 0 to {len(found) - 1}; lower --trials.")
     return found[trial]
@@ -185,26 +185,26 @@ class Simulator:
     LOGGER.warning(
       "Episode %d: its recorded seed %d leads to another first state than the recorded one, whichever of 1 to %d resets"
       " came before; drawers of this task stand elsewhere than they did; replay with the versions of the recording.",
-      task * libero.EPISODES + trial, begun.seed, _EARLIER - 1,
+      task * suites.EPISODES + trial, begun.seed, _EARLIER - 1,
     )  # fmt: skip
     return 0
 
   def _settles_at(self, state: np.ndarray) -> bool:
     """Whether waiting leads to that state of the simulator."""
     for _ in range(self.settings.wait_steps):
-      self._environment.step(list(libero.WAIT))
+      self._environment.step(list(suites.WAIT))
     found = self._environment.get_sim_state()
     return found.shape == state.shape and bool(np.allclose(found, state, rtol=0, atol=1e-6))
 
-  def _recorded(self, task: int, trial: int) -> libero.Beginning | None:
+  def _recorded(self, task: int, trial: int) -> suites.Beginning | None:
     """How a recorded episode began; None for one of the benchmark's own."""
-    return None if self._beginnings is None else self._beginnings[task * libero.EPISODES + trial]
+    return None if self._beginnings is None else self._beginnings[task * suites.EPISODES + trial]
 
   def _seed(self, task: int, trial: int) -> None:
     begun = self._recorded(task, trial)
     known = begun is not None and begun.seed is not None
     np.random.seed(begun.seed if known else [self.settings.seed, task, trial])
-    random.seed(self.settings.seed * 1_000_003 + task * libero.EPISODES + trial)
+    random.seed(self.settings.seed * 1_000_003 + task * suites.EPISODES + trial)
 
   def _create(self, task: int) -> None:
     if self._environment is not None:
@@ -240,7 +240,7 @@ class Simulator:
   def _observation(self) -> dict:
     last = self._last
     pictures = {name: self._turn(last[camera]) for name, camera in _CAMERAS.items()}
-    rotation = libero.axis_angle(last["robot0_eef_quat"], self.settings.quaternion)
+    rotation = suites.axis_angle(last["robot0_eef_quat"], self.settings.quaternion)
     state = np.concatenate([last["robot0_eef_pos"], rotation, last["robot0_gripper_qpos"]]).astype(np.float32)
     joints = np.asarray(last["robot0_joint_pos"], np.float32)
     return {**pictures, "observation/state": state, "observation/joint_state": joints, "prompt": self.instruction}
@@ -256,7 +256,7 @@ class Simulator:
 
 def _import(assets: str) -> Callable[..., Any]:
   """Imports the benchmark with a configuration of its own, and points it at the assets."""
-  root = libero.package()
+  root = suites.package()
   folder = tempfile.mkdtemp(prefix="libero_config_")
   paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files",
            "datasets": root / "datasets", "assets": assets}  # fmt: skip

@@ -17,7 +17,7 @@ import threading
 import warnings
 from typing import NamedTuple
 
-from semanticvla_jax.envs.process import environment
+from semanticvla_jax.envs.subprocess_env import environment
 
 RENDERERS = ("egl", "osmesa")
 PACKAGES = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}  # of Debian and Ubuntu

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from point import FOLDER, Point
 
-from semanticvla_jax.envs.process import BrokenEnvironment, Process, environment
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process, environment
 
 FORWARD = np.array([0.25, 0, 0, 0, 0, 0, 0], np.float32)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semanticvla_jax.envs import expert, tabletop, tasks
+from semanticvla_jax.tabletop import expert, physics, tasks
 
 SEEDS = 128
 STEPS = max(tasks.MAX_STEPS)
@@ -16,9 +16,9 @@ STEPS = max(tasks.MAX_STEPS)
 @functools.partial(jax.jit, static_argnames="split")
 def starts(split: str) -> tuple[tasks.State, jax.Array]:
   """SEEDS first states of each suite, and a key for each."""
-  keys = jax.vmap(lambda seed: tabletop.seed_key(seed, split))(jnp.tile(jnp.arange(SEEDS), len(tasks.SUITES)))
+  keys = jax.vmap(lambda seed: physics.seed_key(seed, split))(jnp.tile(jnp.arange(SEEDS), len(tasks.SUITES)))
   suites = jnp.repeat(jnp.arange(len(tasks.SUITES)), SEEDS)
-  return jax.vmap(lambda key, suite: tabletop.reset(key, suite, split))(keys, suites), keys
+  return jax.vmap(lambda key, suite: physics.reset(key, suite, split))(keys, suites), keys
 
 
 @jax.jit
@@ -56,7 +56,7 @@ def test_its_actions_leave_room_for_noise(clean):
 def test_it_recovers_from_any_moment_and_from_noise():
   states, keys = starts("unseen")
   changed = jax.jit(jax.vmap(expert.perturbed_state))(keys, states)
-  assert not jax.jit(jax.vmap(tabletop.success))(changed).any()
+  assert not jax.jit(jax.vmap(physics.success))(changed).any()
   held = np.asarray(changed.held)
   assert 0.3 < np.mean(held >= 0) < 0.5 and np.any((held >= 0) & (held != np.asarray(changed.target[:, 0])))
   result = run(changed, keys, 0.2)
@@ -66,10 +66,10 @@ def test_it_recovers_from_any_moment_and_from_noise():
   few = slice(0, None, 96)  # the executed actions lead from each state to the next
   before = jax.tree.map(lambda x: x[few, :-1].reshape(-1, *x.shape[2:]), result.states)
   expected = jax.tree.map(lambda x: x[few, 1:].reshape(-1, *x.shape[2:]), result.states)
-  after = jax.jit(jax.vmap(tabletop.step))(before, result.executed[few, :-1].reshape(-1, 7))
+  after = jax.jit(jax.vmap(physics.step))(before, result.executed[few, :-1].reshape(-1, 7))
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=0), after, expected)
 
 
 def test_rollout_draws_its_own_episode():
-  result = jax.eval_shape(lambda key: expert.rollout(key, "long", "unseen", 0.1, 7), tabletop.seed_key(0, "unseen"))
+  result = jax.eval_shape(lambda key: expert.rollout(key, "long", "unseen", 0.1, 7), physics.seed_key(0, "unseen"))
   assert result.actions.shape == (7, 7) and result.states.centre.shape == (7, tasks.MAX_OBJECTS, 3)

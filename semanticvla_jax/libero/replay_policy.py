@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from semanticvla_jax.data import hdf5
-from semanticvla_jax.envs import libero
+from semanticvla_jax.libero import hdf5, suites
 
 
 class Recorded:
@@ -29,19 +28,19 @@ class Recorded:
 
   def __init__(self, folder: str, suite: str, seeds: Sequence[int], replay: int = 8):
     self.replay = replay
-    found, tasks = hdf5.folder(folder, suite), libero.tasks(suite)
+    found, tasks = hdf5.folder(folder, suite), suites.tasks(suite)
     self._actions: dict[int, np.ndarray] = {}
-    self.beginnings: dict[int, libero.Beginning] = {}
-    for task in sorted({seed // libero.EPISODES for seed in seeds}):
+    self.beginnings: dict[int, suites.Beginning] = {}
+    for task in sorted({seed // suites.EPISODES for seed in seeds}):
       rows = hdf5.read(found / f"{tasks[task].name}_demo.hdf5")
-      for seed in (seed for seed in seeds if seed // libero.EPISODES == task):
-        if seed % libero.EPISODES >= len(rows):
+      for seed in (seed for seed in seeds if seed // suites.EPISODES == task):
+        if seed % suites.EPISODES >= len(rows):
           raise ValueError(
-            f"Recorded actions: got trial {seed % libero.EPISODES} of task {task}; expected 0 to {len(rows) - 1}, the "
+            f"Recorded actions: got trial {seed % suites.EPISODES} of task {task}; expected 0 to {len(rows) - 1}, the "
             "demonstrations there are; lower --trials."
           )
-        row = rows[seed % libero.EPISODES]
-        self._actions[seed], self.beginnings[seed] = row.moving, libero.Beginning(row.first, row.seed)
+        row = rows[seed % suites.EPISODES]
+        self._actions[seed], self.beginnings[seed] = row.moving, suites.Beginning(row.first, row.seed)
     digests = "".join(hdf5.digest(path) for path in sorted(found.glob("*_demo.hdf5")))
     self.metadata = {
       "folder": f"recorded actions of {suite}", "policy_hash": hashlib.sha256(digests.encode()).hexdigest()[:16],

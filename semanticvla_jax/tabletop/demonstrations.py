@@ -15,8 +15,7 @@ from jaxtyping import Array, Int
 
 from semanticvla_jax import files
 from semanticvla_jax.data import writer
-from semanticvla_jax.demonstrate import numbers
-from semanticvla_jax.envs import expert, tabletop, tasks
+from semanticvla_jax.tabletop import expert, physics, tasks
 
 NOISE = 0.3  # moderate: about every other episode shows a recovery, and nearly all succeed
 _CHUNK = 32  # episodes rolled out together
@@ -86,7 +85,7 @@ def write(recipe: Recipe, out: str | pathlib.Path, name: str, progress: Callable
         return
 
   def finish(folder: pathlib.Path) -> None:
-    numbers.write(folder, name, kept)
+    writer.write_statistics(folder, name, kept)
     facts = {"tried": len(lengths) + len(dropped), "dropped_seeds": dropped, "frames": sum(lengths)}
     files.write_json(folder / "demonstrations.json", recipe._asdict() | facts)
 
@@ -115,7 +114,7 @@ def _rollouts(
   seeds: Int[Array, "n"], noise: float | Array, perturbed: float | Array, suite: str, split: str, steps: int
 ) -> expert.Rollout:
   def one(seed):
-    k_reset, k_noise = jax.random.split(tabletop.seed_key(seed, split))
+    k_reset, k_noise = jax.random.split(physics.seed_key(seed, split))
     first = tasks.reset(k_reset, suite, split)
     k_perturb, k_which = jax.random.split(jax.random.fold_in(k_reset, 1))
     other = expert.perturbed_state(k_perturb, first)
@@ -128,7 +127,7 @@ def _rollouts(
 
 @functools.partial(jax.jit, static_argnames="size")
 def _observe(states: tasks.State, size: int) -> tuple[Array, Array]:
-  return jax.vmap(lambda state: tabletop.observe(state, size))(states)
+  return jax.vmap(lambda state: physics.observe(state, size))(states)
 
 
 def _episode(recipe: Recipe, seed: int, rollout: expert.Rollout, steps: int) -> writer.Episode | None:

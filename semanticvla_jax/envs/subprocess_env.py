@@ -1,8 +1,9 @@
 """An environment in a process of its own: started fresh, watched, killed and started again.
 
 Simulators want that: OpenGL contexts cannot share a process with TensorFlow or with each other, and a simulator that
-crashes must not take the evaluation with it. The process is started as `python -m semanticvla_jax.envs.process`, never
-forked, so that it imports what its environment needs and nothing else.
+crashes must not take the evaluation with it. The process is started as
+`python -m semanticvla_jax.envs.subprocess_env`, never forked, so that it imports what its environment needs and
+nothing else.
 """
 
 from __future__ import annotations
@@ -206,13 +207,13 @@ class Process:
     command = [sys.executable, "-m", __name__, str(theirs.fileno())]
     with theirs, warnings.catch_warnings():  # jax warns of forks; this child becomes python at once
       warnings.filterwarnings("ignore", r"os\.fork\(\) was called")
-      process = subprocess.Popen(
+      subprocess_env = subprocess.Popen(
         command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
         env=environment(self._variables),
       )
     connection = Connection(ours.detach())
     connection.send(self._make)
-    return connection, process
+    return connection, subprocess_env
 
   def _how_it_ended(self) -> str:
     try:
@@ -275,6 +276,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  from semanticvla_jax.envs import process  # not this copy of it: what is sent is pickled by name
+  from semanticvla_jax.envs import subprocess_env  # not this copy of it: what is sent is pickled by name
 
-  process.main(sys.argv[1:])
+  subprocess_env.main(sys.argv[1:])

@@ -8,7 +8,8 @@ from flax.traverse_util import flatten_dict
 from helpers import random_observation, random_params, tiny
 
 from configs import common
-from semanticvla_jax.train import grounding, init, step
+from semanticvla_jax.tabletop import auxiliary_losses
+from semanticvla_jax.train import init, step
 from semanticvla_jax.types import Batch
 
 B, G, V, N, M = 2, 3, 2, 64, 32
@@ -17,7 +18,7 @@ WEIGHTS = dict(alignment=0.1, naming=0.2, looks=0.1, displacement=0.3, aim=0.5, 
 
 @pytest.fixture(scope="module")
 def parts():
-  model = grounding.Grounded(tiny().clone())
+  model = auxiliary_losses.Grounded(tiny().clone())
   params = random_params(tiny())
   params["probe"] = {"kernel": jnp.zeros((3 * 32, 9)), "bias": jnp.full(9, 0.5)}
   params["probe_aim"] = {"kernel": jnp.zeros((3 * 32, 4)), "bias": jnp.zeros(4)}
@@ -27,7 +28,8 @@ def parts():
   where = jax.nn.one_hot(rng.integers(0, N, (B, 1 + G, V)), N)
   words = jnp.asarray(rng.integers(3, 200, (B, G, M)))
   mask, edges = jnp.arange(M)[None, None] < jnp.full((B, G, 1), 5), jnp.zeros((B, G, V, 2)).at[:, 0, :, 1].set(1.0)
-  hints = grounding.Hints(where, words, mask, jnp.zeros((B, 9)), jnp.zeros((B, G), jnp.int32), edges, edges[:, 0])
+  kinds = jnp.zeros((B, G), jnp.int32)
+  hints = auxiliary_losses.Hints(where, words, mask, jnp.zeros((B, 9)), kinds, edges, edges[:, 0])
   return model, params, random_observation(tiny(), B), hints
 
 
@@ -38,9 +40,9 @@ def test_the_probes_are_all_that_is_added(parts):
     f"{name}/{leaf}" for name in ("probe", "probe_aim", "probe_dino", "probe_siglip") for leaf in ("kernel", "bias")
   }
   out = jax.jit(model.apply)({"params": params}, observation)
-  bare = jax.jit(tiny().apply)({"params": grounding.strip(params)}, observation)
+  bare = jax.jit(tiny().apply)({"params": auxiliary_losses.strip(params)}, observation)
   np.testing.assert_allclose(out.actions, bare.actions, atol=1e-5)
-  assert set(grounding.strip(params)) == set(random_params(tiny()))
+  assert set(auxiliary_losses.strip(params)) == set(random_params(tiny()))
 
 
 def test_the_losses_and_what_they_teach(parts):
@@ -49,7 +51,7 @@ def test_the_losses_and_what_they_teach(parts):
   @jax.jit
   def losses(params):
     out = model.apply({"params": params}, observation)
-    return grounding.loss(model, params, out, hints, WEIGHTS)
+    return auxiliary_losses.loss(model, params, out, hints, WEIGHTS)
 
   total, each = losses(params)
   assert float(each["displacement"]) == float(each["turn"]) == pytest.approx(0.5)  # said 0.5, true 0

@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semanticvla_jax.envs import render, tabletop, tasks
-from semanticvla_jax.envs.tasks import BALL, BOWL, COLOURS, CUBE, HALF, NONE, PEG, PLATE, SHAPES, SLOT, SUITES
+from semanticvla_jax.tabletop import physics, render, tasks
+from semanticvla_jax.tabletop.tasks import BALL, BOWL, COLOURS, CUBE, HALF, NONE, PEG, PLATE, SHAPES, SLOT, SUITES
 
-RESET = jax.jit(tabletop.reset, static_argnames="split")
-RESETS = jax.jit(jax.vmap(tabletop.reset, in_axes=(0, 0, None)), static_argnums=2)
-STEP = jax.jit(tabletop.step)
+RESET = jax.jit(physics.reset, static_argnames="split")
+RESETS = jax.jit(jax.vmap(physics.reset, in_axes=(0, 0, None)), static_argnums=2)
+STEP = jax.jit(physics.step)
 COUNT = 256  # episodes looked at
-SUCCESS = jax.jit(tabletop.success)
+SUCCESS = jax.jit(physics.success)
 VIEWS = jax.jit(jax.vmap(lambda state: render.views(state, 64)))
 
 
 def scene(*objects: tuple, position=(0.0, 0.0, 0.15), yaw: float = 0.0, finger: float = 0.04) -> tasks.State:
   """A pick-up task with the given (kind, x, y, yaw) objects, containers last, and the gripper at `position`."""
-  state = RESET(tabletop.seed_key(0), tasks.PICK)
+  state = RESET(physics.seed_key(0), tasks.PICK)
   items = list(objects) + [(NONE, 10.0, 10.0, 0.0)] * (tasks.MAX_OBJECTS - len(objects))
   items.sort(key=lambda item: BOWL <= item[0] < NONE)
   kind = np.array([item[0] for item in items], np.int32)
@@ -36,7 +36,7 @@ def scene(*objects: tuple, position=(0.0, 0.0, 0.15), yaw: float = 0.0, finger: 
 
 def act(state: tasks.State, move=(0.0, 0.0, 0.0), turn=(0.0, 0.0, 0.0), grip=-1.0, times: int = 1) -> tasks.State:
   """Steps `times` times with a motion in metres and radians a step."""
-  action = np.concatenate([np.divide(move, tabletop.TRANSLATION), np.divide(turn, tabletop.ROTATION), [grip]])
+  action = np.concatenate([np.divide(move, physics.TRANSLATION), np.divide(turn, physics.ROTATION), [grip]])
   for _ in range(times):
     state = STEP(state, jnp.asarray(action, jnp.float32))
   return state
@@ -156,21 +156,21 @@ def test_a_push_counts_from_where_the_object_was_let_go():
 def test_the_gripper_stays_in_reach():
   state = act(scene((CUBE, 0, 0.2, 0)), move=(0.05, -0.05, 0.05), turn=(0.5, -0.5, 0.5), times=12)
   np.testing.assert_allclose(state.position, [0.24, -0.24, 0.30], atol=1e-6)
-  assert np.all(np.abs(state.rotation) <= tabletop.TWIST + 1e-6)
+  assert np.all(np.abs(state.rotation) <= physics.TWIST + 1e-6)
 
 
 def test_compose_is_the_product_of_rotations():
   a, b = jnp.array([0.3, -0.2, 0.9]), jnp.array([-0.4, 0.1, 0.5])
   product = render.rotation_matrix(a) @ render.rotation_matrix(b)
-  np.testing.assert_allclose(render.rotation_matrix(tabletop.compose(a, b)), product, atol=1e-5)
-  np.testing.assert_allclose(tabletop.compose(a, -a), np.zeros(3), atol=1e-5)
-  np.testing.assert_allclose(tabletop.compose(jnp.zeros(3), b), b, atol=1e-5)
+  np.testing.assert_allclose(render.rotation_matrix(physics.compose(a, b)), product, atol=1e-5)
+  np.testing.assert_allclose(physics.compose(a, -a), np.zeros(3), atol=1e-5)
+  np.testing.assert_allclose(physics.compose(jnp.zeros(3), b), b, atol=1e-5)
 
 
 @functools.cache
 def seeds(suite: int, split: str = "train") -> tasks.State:
   """The first COUNT episodes of a suite, arrays on the host."""
-  keys = jax.vmap(lambda seed: tabletop.seed_key(seed, split))(jnp.arange(COUNT))
+  keys = jax.vmap(lambda seed: physics.seed_key(seed, split))(jnp.arange(COUNT))
   return jax.tree.map(np.asarray, RESETS(keys, jnp.full(COUNT, suite), split))
 
 
@@ -180,7 +180,7 @@ def row(states: tasks.State, i: int) -> tasks.State:
 
 
 def test_a_seed_is_an_episode_and_a_split_owns_its_seeds():
-  key = tabletop.seed_key(7)
+  key = physics.seed_key(7)
   jax.tree.map(np.testing.assert_array_equal, RESET(key, tasks.PLACE), RESET(key, tasks.PLACE))
   layouts = {split: seeds(tasks.PLACE, split).centre.reshape(COUNT, -1) for split in tasks.SPLITS}
   everything = np.concatenate(list(layouts.values()))
@@ -190,13 +190,13 @@ def test_a_seed_is_an_episode_and_a_split_owns_its_seeds():
 def test_batched_and_eager_give_the_same():
   states = jax.tree.map(lambda *x: jnp.stack(x), *(row(seeds(suite), 0) for suite in range(6)))
   actions = jax.random.uniform(jax.random.key(1), (6, 7), minval=-1.0)
-  after = jax.jit(jax.vmap(tabletop.step))(states, actions)
+  after = jax.jit(jax.vmap(physics.step))(states, actions)
   close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=0)
   for i in range(6):
-    jax.tree.map(close, row(states, i), RESET(tabletop.seed_key(0), i))
+    jax.tree.map(close, row(states, i), RESET(physics.seed_key(0), i))
     jax.tree.map(close, row(after, i), STEP(row(states, i), actions[i]))
   with jax.disable_jit():
-    jax.tree.map(close, row(after, 0), tabletop.step(row(states, 0), actions[0]))
+    jax.tree.map(close, row(after, 0), physics.step(row(states, 0), actions[0]))
 
 
 def meant(state: tasks.State, colour: str, shape: str) -> list[int]:
@@ -219,8 +219,8 @@ def test_the_instruction_means_one_object(suite):
   states = seeds(suite)
   for i in range(COUNT):
     state = row(states, i)
-    sentence = tabletop.instruction(state)
-    assert sentence in tabletop.instructions(SUITES[suite])
+    sentence = physics.instruction(state)
+    assert sentence in physics.instructions(SUITES[suite])
     targets = [meant(state, *found) for found in re.findall(thing, sentence)]
     if suite == tasks.SPATIAL:
       relation, colour = re.search(r"(left of|right of|in front of|behind) the (\w+) bowl", sentence).groups()
@@ -263,7 +263,7 @@ def test_layouts_leave_room_for_the_gripper():
 
 def test_instructions_are_one_table():
   assert len(set(tasks.INSTRUCTIONS)) == len(tasks.INSTRUCTIONS) == 1008
-  assert [s for suite in SUITES for s in tabletop.instructions(suite)] == list(tasks.INSTRUCTIONS)
+  assert [s for suite in SUITES for s in physics.instructions(suite)] == list(tasks.INSTRUCTIONS)
   counts = collections.Counter(tasks.INSTRUCTIONS[i].split()[0] for i in seeds(tasks.GOAL).instruction)
   assert counts["put"] > 100 and counts["push"] > 40
 
@@ -295,11 +295,11 @@ def test_views_follow_what_happens():
 
 def test_proprioception_reads_the_gripper():
   state = act(scene((CUBE, 0.1, 0.1, 0), position=(0.02, 0.03, 0.2)), turn=(0, 0, 0.3), grip=1)
-  np.testing.assert_allclose(tabletop.proprio(state), [0.02, 0.03, 0.2, 0, 0, 0.3, 0.02, -0.02], atol=1e-5)
+  np.testing.assert_allclose(physics.proprio(state), [0.02, 0.03, 0.2, 0, 0, 0.3, 0.02, -0.02], atol=1e-5)
 
 
 def test_the_environment_keeps_the_protocol():
-  world = tabletop.TabletopEnvironment("place", split="heldout", size=64)
+  world = physics.TabletopEnvironment("place", split="heldout", size=64)
   first = world.reset(3)
   views = np.stack([first["observation/image"], first["observation/wrist_image"]]).astype(int)
   batched = VIEWS(jax.tree.map(lambda x: x[:32], seeds(tasks.PLACE, "heldout")))[3]
@@ -318,17 +318,17 @@ def test_the_environment_keeps_the_protocol():
 
 def test_wrong_names_say_what_is_right():
   with pytest.raises(ValueError, match="did you mean 'place'"):
-    tabletop.reset(tabletop.seed_key(0), "plaec")
+    physics.reset(physics.seed_key(0), "plaec")
   with pytest.raises(ValueError, match="expected 0 to 5"):
-    tabletop.reset(tabletop.seed_key(0), 6)
+    physics.reset(physics.seed_key(0), 6)
   with pytest.raises(ValueError, match="did you mean 'heldout'"):
-    tabletop.reset(tabletop.seed_key(0), "pick", "held_out")
+    physics.reset(physics.seed_key(0), "pick", "held_out")
   with pytest.raises(ValueError, match="outside split 'heldout'"):
-    tabletop.seed_key(500_000_000, "heldout")
+    physics.seed_key(500_000_000, "heldout")
   for split, size in (("train", 1_000_000_000), ("heldout", 500_000_000), ("unseen", 500_000_000)):
     tasks.check_seeds(range(size - 2, size), split)
     for seeds in (range(-1, 2), range(size - 1, size + 1)):
       with pytest.raises(ValueError, match=f"outside split '{split}'; expected 0 to {size - 1}: .*; choose another"):
         tasks.check_seeds(seeds, split)
   with pytest.raises(ValueError, match="call reset first"):
-    print(tabletop.TabletopEnvironment("pick").instruction)
+    print(physics.TabletopEnvironment("pick").instruction)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from semanticvla_jax.envs import tabletop
-from semanticvla_jax.envs.tasks import (
+from semanticvla_jax.tabletop import physics
+from semanticvla_jax.tabletop.tasks import (
   BALL,
   BOWL,
   CUBE,
@@ -96,7 +96,7 @@ def _grasp_yaw(state: State, i: Int[Array, ""]) -> Float[Array, ""]:
   is_cube = state.kind[i] == CUBE
   first = jnp.where(is_round, 0.0, angle_between(state.yaw[i], jnp.where(is_cube, math.pi / 2, math.pi)))
   yaws = first + jnp.where(is_round, 0.8, jnp.where(is_cube, math.pi / 2, 0.0)) * jnp.array([0.0, 1.0, -1.0])
-  across = tabletop.OPEN * jnp.stack([jnp.cos(yaws), jnp.sin(yaws)], -1)
+  across = physics.OPEN * jnp.stack([jnp.cos(yaws), jnp.sin(yaws)], -1)
   fingers = state.centre[i, :2] + jnp.stack([across, -across])[:, :, None]  # [2 3 1 2]
   gap = jnp.linalg.norm(fingers - state.centre[:GRASPABLE, :2], axis=-1) - jnp.asarray(FOOT)[state.kind[:GRASPABLE]]
   room = jnp.min(jnp.where(jnp.arange(GRASPABLE) == i, jnp.inf, gap), axis=(0, 2))
@@ -109,12 +109,12 @@ def _fetch(state: State, i: Int[Array, ""]) -> Waypoint:
   width, high = jnp.asarray(HALF)[state.kind[i], 0], jnp.asarray(HALF)[state.kind[i], 2]
   lateral = jnp.linalg.norm(state.position[:2] - centre[:2])
   is_low = state.position[2] < centre[2] + high + 0.01
-  turned = jnp.abs(yaw - tabletop.heading(state.rotation)) + jnp.linalg.norm(state.rotation[:2])
+  turned = jnp.abs(yaw - physics.heading(state.rotation)) + jnp.linalg.norm(state.rotation[:2])
   over = (lateral < jnp.where(is_low, 0.016, 0.012)) & (turned < jnp.where(is_low, 0.33, 0.25))
   is_open = state.finger > width + 0.013
   position = _via_height(state, over & (is_open | is_low), _TRAVEL, centre[:2], centre[2])
-  there = over & (jnp.abs(state.position[2] - centre[2]) < 0.012) & tabletop.graspable(state)[i]
-  stay = Waypoint(state.position, tabletop.heading(state.rotation), jnp.asarray(1.0))
+  there = over & (jnp.abs(state.position[2] - centre[2]) < 0.012) & physics.graspable(state)[i]
+  stay = Waypoint(state.position, physics.heading(state.rotation), jnp.asarray(1.0))
   return _choose(there, stay, Waypoint(position, yaw, jnp.asarray(-1.0)))
 
 
@@ -124,7 +124,7 @@ def _lay(state: State, i: Int[Array, ""], xy: Float[Array, "2"], low: Float[Arra
   bottom = state.centre[i, 2] - jnp.asarray(HALF)[state.kind[i], 2]
   shift = xy - state.centre[i, :2]
   lateral = jnp.linalg.norm(shift)
-  turned = jnp.abs(yaw - tabletop.heading(state.rotation)) + jnp.linalg.norm(state.rotation[:2])
+  turned = jnp.abs(yaw - physics.heading(state.rotation)) + jnp.linalg.norm(state.rotation[:2])
   is_low = bottom < _CARRY - 0.03
   over = (lateral < jnp.where(is_low, 1.3 * near, near)) & (turned < jnp.where(is_low, 0.25, 0.18))
   rise = _CARRY - bottom
@@ -162,12 +162,12 @@ def _push(state: State, i: Int[Array, ""], way: Float[Array, "2"]) -> Waypoint:
 
 def _waypoint(state: State) -> Waypoint:
   """What to do now: the first goal that is not achieved decides."""
-  achieved = tabletop.achieved(state)
+  achieved = physics.achieved(state)
   goal = jnp.where(achieved[0], 1, 0)
   verb, i, destination = state.verb[goal], state.target[goal], state.destination[goal]
   container = jnp.clip(destination, 0, MAX_OBJECTS - 1)
   kind, bottom = state.kind[container], state.centre[i, 2] - jnp.asarray(HALF)[state.kind[i], 2]
-  now = tabletop.heading(state.rotation)
+  now = physics.heading(state.rotation)
 
   lift = Waypoint(_above(state.position[:2], state.position[2] + 0.085 - bottom), jnp.asarray(0.0), jnp.asarray(1.0))
   slot_yaw = angle_between(now + state.yaw[container] - state.yaw[i], math.pi)
@@ -192,7 +192,7 @@ def _limit(v: Float[Array, "3"]) -> Float[Array, "3"]:
 
 def _turn(state: State, point: Waypoint) -> Float[Array, "3"]:
   """The rotation vector in radians from the gripper's attitude to the waypoint's: upright, at its yaw."""
-  return tabletop.compose(jnp.append(jnp.zeros(2), point.yaw), -state.rotation)
+  return physics.compose(jnp.append(jnp.zeros(2), point.yaw), -state.rotation)
 
 
 @in_32_bits
@@ -220,8 +220,8 @@ def disturb(action: Float[Array, "7"], key: PRNGKeyArray, noise: float | Float[A
 def act(state: State, key: PRNGKeyArray | None = None, noise: float | Float[Array, ""] = 0.0) -> Float[Array, "7"]:
   """The expert's action in [-1, 1]; with a key, disturbed by `noise` (see `disturb`)."""
   point = _waypoint(state)
-  move = _limit((point.position - state.position) / tabletop.TRANSLATION)
-  turn = _limit(_turn(state, point) / tabletop.ROTATION)
+  move = _limit((point.position - state.position) / physics.TRANSLATION)
+  turn = _limit(_turn(state, point) / physics.ROTATION)
   action = jnp.concatenate([move, turn, point.command[None]])
   return action if key is None else disturb(action, key, noise)
 
@@ -233,8 +233,8 @@ def rollout_from(state: State, key: PRNGKeyArray, noise: float | Float[Array, ""
   def advance(state, key):
     action = act(state)
     executed = disturb(action, key, noise)
-    after = tabletop.step(state, executed)
-    return after, (state, action, executed, tabletop.success(after))
+    after = physics.step(state, executed)
+    return after, (state, action, executed, physics.success(after))
 
   _, (states, actions, executed, success) = jax.lax.scan(advance, state, jax.random.split(key, steps))
   first = jnp.where(success.any(), jnp.argmax(success), steps).astype(jnp.int32)
@@ -273,7 +273,7 @@ def perturbed_state(key: PRNGKeyArray, state: State) -> State:
   held = jnp.where(u[3] < 0.4, jnp.where(wrong, other, target), -1).astype(jnp.int32)
   holds = held >= 0
   width = jnp.asarray(HALF)[state.kind[held], 0]
-  finger = jnp.where(holds, width, jnp.where(u[4] < 0.6, tabletop.OPEN, jnp.where(u[4] < 0.8, 0.02, 0.0)))
+  finger = jnp.where(holds, width, jnp.where(u[4] < 0.6, physics.OPEN, jnp.where(u[4] < 0.8, 0.02, 0.0)))
 
   anywhere = jnp.array([-0.20, -0.20, 0.08]) + u[5:8] * jnp.array([0.40, 0.40, 0.16])
   focus = jnp.where(holds & (verb != PUSH), state.centre[container[goal]], state.centre[target])
@@ -283,6 +283,6 @@ def perturbed_state(key: PRNGKeyArray, state: State) -> State:
 
   turn = (2 * u[10:13] - 1) * jnp.array([0.12, 0.12, 0.6])
   state = state.replace(
-    position=jnp.clip(position, tabletop.REACH[0], tabletop.REACH[1]), rotation=turn, finger=finger, held=held,
+    position=jnp.clip(position, physics.REACH[0], physics.REACH[1]), rotation=turn, finger=finger, held=held,
     grip_yaw=jnp.zeros(()), grip=jnp.append(0.0, 0.010 * (2 * u[13:15] - 1)))
-  return tabletop.settle(state)
+  return physics.settle(state)

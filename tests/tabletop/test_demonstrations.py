@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from semanticvla_jax.data import images, records, rlds, statistics
-from semanticvla_jax.demonstrate import tabletop as demonstrate
 from semanticvla_jax.demonstrate.__main__ import main
-from semanticvla_jax.envs import tabletop, tasks
+from semanticvla_jax.tabletop import demonstrations as demonstrate
+from semanticvla_jax.tabletop import physics, tasks
 
 RECIPE = demonstrate.Recipe("pick", episodes=5, seed=3, size=32, noise=0.4)
 
@@ -64,10 +64,10 @@ def test_an_episode_is_what_happened_and_ends_with_success():
   recipe = RECIPE._replace(label="executed")
   seed, episode = next((s, e) for s, e in demonstrate.demonstrations(recipe) if e)
   intended = dict(itertools.islice(demonstrate.demonstrations(RECIPE), seed - recipe.seed + 1))[seed]
-  step, success = jax.jit(tabletop.step), jax.jit(tabletop.success)
+  step, success = jax.jit(physics.step), jax.jit(physics.success)
   state = jax.jit(tasks.reset, static_argnums=(1, 2))(jax.random.split(tasks.seed_key(seed))[0], "pick", "train")
   for t, action in enumerate(episode.action):
-    np.testing.assert_allclose(episode.state[t], tabletop.proprio(state), atol=1e-4)
+    np.testing.assert_allclose(episode.state[t], physics.proprio(state), atol=1e-4)
     assert not success(state)
     state = step(state, jnp.asarray(action))
   assert success(state)

@@ -22,10 +22,11 @@ from jaxtyping import UInt8
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import images, statistics
-from semanticvla_jax.envs import libero, libero_simulator, opengl
-from semanticvla_jax.envs.process import BrokenEnvironment
-from semanticvla_jax.evaluate.libero import PROTOCOLS
-from semanticvla_jax.evaluate.protocol import fitting
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
+from semanticvla_jax.libero import opengl
+from semanticvla_jax.libero import simulator as libero_simulator
+from semanticvla_jax.libero import suites as libero
+from semanticvla_jax.libero.protocols import PROTOCOLS, fitting
 from semanticvla_jax.models import masks
 from semanticvla_jax.types import Statistics
 

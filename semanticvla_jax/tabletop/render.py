@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, UInt8
 
-from semanticvla_jax.envs.tasks import (
+from semanticvla_jax.tabletop.tasks import (
   BALL,
   BOWL,
   CYLINDER,

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from semanticvla_jax.envs import render
-from semanticvla_jax.envs.render import rotation_matrix
-from semanticvla_jax.envs.tasks import (
+from semanticvla_jax.tabletop import render
+from semanticvla_jax.tabletop.render import rotation_matrix
+from semanticvla_jax.tabletop.tasks import (
   BALL,
   BOWL,
   CUBE,

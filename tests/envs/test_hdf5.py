@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from semanticvla_jax.data import hdf5
+from semanticvla_jax.libero import hdf5
 
 h5py = pytest.importorskip("h5py")
 

@@ -1,0 +1,32 @@
+"""What published evaluations of LIBERO fix besides the simulator, and whose statistics a policy of a suite uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Protocol(NamedTuple):
+  """What a published evaluation fixes besides the simulator.
+
+  Attributes:
+    seed: of the resets.
+    replay: actions executed of a chunk.
+    jpeg_quality: of the round trip that frames take, as stored training frames did; None for none.
+  """
+
+  seed: int
+  replay: int
+  jpeg_quality: int | None
+
+
+PROTOCOLS = {"openvla": Protocol(0, 8, 95), "openpi": Protocol(7, 5, None)}
+
+
+def fitting(names: Sequence[str], suite: str) -> list[str]:
+  """Those of a policy's statistics that are in a LIBERO suite's units, the best first.
+
+  The suite's own, with or without `_no_noops` as the release chooses, else those of the four suites together.
+  """
+  own = [name for name in (suite, f"{suite}_no_noops") if name in names]
+  return own + [name for name in names if name.startswith("libero_4_task_suites") and suite != "libero_90"]

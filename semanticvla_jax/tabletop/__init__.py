@@ -1,0 +1,1 @@
+"""The embedded tabletop: its tasks, physics, pictures, expert, demonstrations and auxiliary losses."""
