@@ -130,9 +130,6 @@ def _data(variant: str) -> ConfigDict:
       instruction_length=WORDS[variant],
       tokenizers=placeholder(str),  # a folder; None: the embedded pair
       keep_statistics=False,  # normalise with the statistics of init_from
-      suites=placeholder(tuple),  # weights of the tabletop suites where the expert makes the batches
-      starts=0.0,  # and the share of first moments among its examples
-      askew=0.0,  # and of beginnings of which the one of four counts whose cube lies furthest askew
     )
   )
 
@@ -145,7 +142,6 @@ def _train() -> ConfigDict:
       keep_last=3,
       keep_every=placeholder(int),  # checkpoints at multiples of this stay for good
       log_every=50,
-      grounding=None,  # weights of tabletop/auxiliary_losses.py, for training from scratch
       spike=placeholder(float),  # stop where the loss exceeds this many times its recent median
       wandb=placeholder(str),  # project to report to as well
     )

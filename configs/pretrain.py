@@ -9,8 +9,8 @@ Three runs, each from the policy of the one before (`make pretrain`):
         --config.init_from=runs/pretrain/aim/policy
 
 The first learns to reach, grasp and place what is meant, and never turns the gripper: most rotations are zero, and so
-is the median that L1 asks for. The second asks the action states how the cube that is meant lies, which the encoders
-know by then; the third shows many cubes that lie askew and counts rotations more.
+is the median that L1 asks for. The second trains the action states to predict the target cube's yaw, which the
+encoders know by then; the third shows many strongly rotated cubes and counts rotations more.
 """
 
 from ml_collections import ConfigDict
@@ -29,14 +29,15 @@ def get_config(arg=None):
   # Cues that point: from scratch there is no contrastive pre-training that would sharpen the similarities.
   config.model.update(scan=False, temperature=0.03, similarity_noise=0.03)
   config.optim.update(name="muon", lr=2.5e-3, warmup_steps=100, decay_steps=2_500, end_lr=2e-5, b2=0.99, clip_norm=1.0)
-  # pick, place, spatial, goal, long, align: the last four stay unseen.
   config.data.update(
-    mixture="expert", suites=(2, 3, 0, 0, 0, 0), batch_size=64, prompt_length=32, instruction_length=24,
-    augment=False, crop_area=None, starts=0.5,
+    mixture="expert", batch_size=64, prompt_length=32, instruction_length=24,
+    augment=False, crop_area=None,
   )
   config.train.update(steps=2_600, save_every=250, keep_last=2, log_every=50)
   weights = dict(alignment=0.1, naming=0.1, looks=0.3, displacement=0.2, aim=0.0, turn=0.2, rotation=0.0)
-  with config.unlocked():
+  with config.unlocked():  # fields of tabletop/training.py
+    # pick, place, spatial, goal, long, align: the last four stay unseen.
+    config.data.update(suites=(2, 3, 0, 0, 0, 0), starts=0.5, askew=0.0)
     config.train.grounding = ConfigDict(weights)
   if arg == "aim":
     config.seed = 8

@@ -45,11 +45,14 @@ class Batch:
     observation: see Observation.
     actions: f32[b k a] normalised to [-1, 1]; dimensions outside the statistics' mask (a gripper) pass unchanged.
     action_mask: bool[b k], False where the chunk runs past the end of its episode (such steps carry no loss).
+    aux: targets of an auxiliary loss, a pytree of arrays [b …] that only that loss reads (train.step.AuxLoss); None
+      without one.
   """
 
   observation: Observation
   actions: Array
   action_mask: Array
+  aux: Any = None
 
 
 @flax.struct.dataclass

@@ -4,6 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
+from flax.traverse_util import flatten_dict
+
+from configs import common
 
 ROOT = Path(__file__).parent.parent / "semanticvla_jax"
 ANYWHERE = {"types", "files", "cli"}
@@ -13,16 +16,17 @@ MAY_IMPORT = {
   "data": set(),
   "envs": set(),
   "checkpoint": {"models"},
-  "tabletop": {"data", "models", "train"},
+  "tabletop": {"data", "models"},
   "libero": {"data", "envs", "models", "checkpoint"},
   "demonstrate": {"envs", "tabletop", "libero"},
   "convert": {"models", "data", "checkpoint"},
-  "train": {"models", "data", "checkpoint", "tabletop"},
+  "train": {"models", "data", "checkpoint"},
   "policy": {"models", "data", "checkpoint"},
   "evaluate": {"models", "data", "envs", "tabletop", "libero", "checkpoint", "policy"},
   "serve": {"policy"},
   "quickstart": {"checkpoint", "evaluate"},
   "__main__": set(),
+  "sources": {"tabletop"},
   "benchmark": {"models", "data", "envs", "tabletop", "libero", "checkpoint", "policy", "train", "evaluate"},
 }
 FORBIDDEN = {  # third-party packages that must not be imported when the module is
@@ -34,6 +38,7 @@ FORBIDDEN = {  # third-party packages that must not be imported when the module 
   "data": {"torch"},
   "train": {"torch"},
 }
+COMMANDS_OF_TRAINING = {"train/__main__.py", "train/preflight.py"}  # which look a config's benchmark up in a table
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -57,7 +62,17 @@ def test_arrows(path):
   if part(path) == "__init__":
     return
   inside = {name.split(".")[1] for name in imports(path) if name.startswith("semanticvla_jax.")}
-  assert inside - {part(path)} - ANYWHERE <= MAY_IMPORT[part(path)]
+  handed_in = {"sources"} if str(path.relative_to(ROOT)) in COMMANDS_OF_TRAINING else set()
+  assert inside - {part(path)} - ANYWHERE - handed_in <= MAY_IMPORT[part(path)]
+
+
+@pytest.mark.parametrize("benchmark", ["tabletop", "libero"])
+def test_training_names_no_benchmark(benchmark):
+  """Neither in its imports nor in the fields that every config shares; what makes examples is handed in."""
+  for path in (ROOT / "train").rglob("*.py"):
+    assert benchmark not in {part for name in imports(path) for part in name.split(".")}, path
+  fields = flatten_dict(common.get_config("tiny").to_dict(), sep=".")
+  assert {"data.suites", "data.starts", "data.askew", "train.grounding"}.isdisjoint(fields)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,45 +1,48 @@
-"""What a model that learns from scratch is told beside the actions, where the expert's state is at hand.
+"""Auxiliary losses for training from scratch on the tabletop, from the state that its expert acts on.
 
 A SigLIP that was never pre-trained does not know which patch a word means, and L1 on actions alone teaches it late: the
-average trajectory is a deceptively good answer. Six losses stand in for that pre-training; none touches the model:
+average trajectory is a deceptively good answer. Six losses stand in for that pre-training; none changes the model:
 
-  alignment     the ID-Pruner's scores of the instruction lie on the objects it names;
-  naming        so do the scores of "pick up the …" for every object in sight: the same image, other words;
-  looks         linear probes on both encoders' patches tell the shape of every object in sight, and how a cube is
-                turned as that view shows it: its edges are a few pixels, and no word names them;
-  displacement  a linear probe on the first step's action states tells where the named objects are from the gripper;
-  aim           and how the cube that is meant is turned, as the patches' probes tell it: attention can copy that from
-                where the cube is, and the turn still to make is a bent function of it;
-  turn          and how far it has still to turn. Most of a chunk's rotations are zero, so that without this the
-                rotation head settles on zero before its tokens say anything about attitude.
+  alignment     the ID-Pruner's scores of the instruction should peak on the objects it names (phrase grounding);
+  naming        so should its scores of "pick up the …" for every visible object: the same image, other phrases;
+  looks         linear probes on both encoders' patches predict the shape of every visible object, and the yaw of a
+                cube in that view: its edges are a few pixels, and no word names them;
+  displacement  a linear probe on the first step's action states predicts where the named objects are from the gripper;
+  aim           and the yaw of the target cube, as the patch probes see it: attention can copy it from the patches,
+                whereas the remaining rotation is a nonlinear function of it;
+  turn          and the rotation that remains. Most rotations of a chunk are zero, so that without this loss the
+                rotation head settles on zero before its tokens carry any information about attitude.
 
-Beside them stands a weight `rotation`, by which L1 of the rotations counts once more (step.loss_fn).
+A further weight, `rotation`, counts the L1 of rotations once more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange, repeat
 from jaxtyping import Array, Bool, Float
 
 from semanticvla_jax.models.semanticvla import Output, SemanticVLA
-from semanticvla_jax.train import losses
+from semanticvla_jax.tabletop import tasks
 from semanticvla_jax.types import Observation
 
-PROBE = "probe"  # what names of parameters begin with that are not the model's
+PROBE = "probe"  # prefix of the parameters that are not the model's
 SHAPES = 3  # cube, ball, cylinder
+PHRASES = tasks.GRASPABLE  # "pick up the …" of every object that suite `pick` may name
 UNIT = 0.1  # metres
 TURN = 0.25  # radians
 
 
 @flax.struct.dataclass
-class Hints:
-  """What the state says about a batch.
+class Targets:
+  """The targets of a batch (`Batch.aux`).
 
   Attributes:
     where: f32[b g v n], for g sentences a distribution over the patches of each view, or zeros where nothing named is
@@ -99,13 +102,13 @@ class Grounded(nn.Module):
 
 
 class Counts(NamedTuple):
-  """What the means of `loss` are taken over, f32[] each.
+  """What the means of the losses divide by, f32[] each.
 
   Attributes:
     examples: of the batch.
-    named: views in which something that the example's own instruction names is seen.
-    seen: (object, view) pairs in which the object is seen.
-    cubes: examples whose instruction means a cube.
+    named: views in which an object that the example's own instruction names is visible.
+    seen: (object, view) pairs in which the object is visible.
+    cubes: examples whose target is a cube.
   """
 
   examples: Any
@@ -114,55 +117,104 @@ class Counts(NamedTuple):
   cubes: Any
 
 
-def counts(hints: Hints) -> Counts:
-  """Those of a batch."""
-  examples = jnp.float32(hints.displacement.shape[0])
-  cubes = jnp.any(hints.aim != 0, axis=(1, 2)).sum(dtype=jnp.float32)
-  return Counts(examples, hints.where[:, 0].sum(), hints.where[:, 1:].sum(), cubes)
+class AuxiliaryLosses(NamedTuple):
+  """The six losses as training takes them (train.step.AuxLoss). `weights`: config.train.grounding, by name."""
+
+  weights: Mapping[str, float]
+
+  def wrap(self, model: SemanticVLA) -> Grounded:
+    """The model with its probes."""
+    return Grounded(model.clone())
+
+  def counts(self, targets: Targets) -> Counts:
+    """Those of a batch."""
+    examples = jnp.float32(targets.displacement.shape[0])
+    cubes = jnp.any(targets.aim != 0, axis=(1, 2)).sum(dtype=jnp.float32)
+    return Counts(examples, targets.where[:, 0].sum(), targets.where[:, 1:].sum(), cubes)
+
+  def loss(
+    self, model: Grounded, params: dict, out: Output, metrics: Mapping, targets: Targets, count: Counts
+  ) -> tuple[Any, dict]:
+    """The weighted sum of the six losses and of L1 of the rotations, and each of the six by name."""
+    each = parts(model, params, out, targets, count)
+    total = sum(self.weights[name] * value for name, value in each.items())
+    return total + self.weights["rotation"] * metrics["l1_rotation"], each
+
+  def strip(self, params: dict) -> dict:
+    """The parameters of the model alone."""
+    return {name: part for name, part in params.items() if not name.startswith(PROBE)}
+
+  def shapes(self, config: Any, model: SemanticVLA) -> Targets:
+    """The targets of a batch as ShapeDtypeStructs."""
+    size, words = config.data.batch_size, config.data.instruction_length
+    shape = lambda dtype, *dims: jax.ShapeDtypeStruct((size, *dims), dtype)  # noqa: E731
+    return Targets(
+      where=shape(jnp.float32, 1 + PHRASES, model.num_views, model.siglip.num_patches),
+      words=shape(jnp.int32, PHRASES, words),
+      word_mask=shape(jnp.bool_, PHRASES, words),
+      displacement=shape(jnp.float32, 9),
+      shape=shape(jnp.int32, PHRASES),
+      edges=shape(jnp.float32, PHRASES, model.num_views, 2),
+      aim=shape(jnp.float32, model.num_views, 2),
+    )
 
 
-def loss(
-  model: Grounded, params: dict, out: Output, hints: Hints, c: Any, count: Counts | None = None
-) -> tuple[Any, dict]:
-  """The weighted sum of the six losses, weights from config.train.grounding, and each of them by name.
-
-  `count` is what their means are taken over, where that is more than these examples (see losses).
-  """
-  count = counts(hints) if count is None else count
+def parts(model: Grounded, params: dict, out: Output, targets: Targets, count: Counts) -> dict[str, Any]:
+  """The six losses by name, f32[] each; `count` is the whole batch's where these are only some of its examples."""
   seen = out.intermediates
-  scores = model.apply({"params": params}, seen["siglip_patches"], hints.words, hints.word_mask, method="score")
-  others = rearrange(hints.where[:, 1:], "b g v n -> (b g) v n")
-  away = jnp.abs(seen["displacement"].astype(jnp.float32) - hints.displacement)
-  parts = {
-    "alignment": losses.alignment(seen["siglip_pruned"].similarity, hints.where[:, 0], count=count.named),
-    "naming": losses.alignment(scores, others, count=count.seen),
-    "looks": (looks(seen["dino_looks"], hints, count.seen) + looks(seen["siglip_looks"], hints, count.seen)) / 2,
-    "displacement": losses.divided(away[:, :6].mean(axis=1).sum(), count.examples),
-    "aim": aim(seen["aim"], hints, count.cubes),
-    "turn": losses.divided(away[:, 6:].mean(axis=1).sum(), count.examples),
+  scores = model.apply({"params": params}, seen["siglip_patches"], targets.words, targets.word_mask, method="score")
+  others = rearrange(targets.where[:, 1:], "b g v n -> (b g) v n")
+  away = jnp.abs(seen["displacement"].astype(jnp.float32) - targets.displacement)
+  dino, siglip = (looks(seen[f"{name}_looks"], targets, count.seen) for name in ("dino", "siglip"))
+  return {
+    "alignment": alignment(seen["siglip_pruned"].similarity, targets.where[:, 0], count=count.named),
+    "naming": alignment(scores, others, count=count.seen),
+    "looks": (dino + siglip) / 2,
+    "displacement": divided(away[:, :6].mean(axis=1).sum(), count.examples),
+    "aim": aim(seen["aim"], targets, count.cubes),
+    "turn": divided(away[:, 6:].mean(axis=1).sum(), count.examples),
   }
-  return sum(c[name] * value for name, value in parts.items()), parts
 
 
-def looks(probed: Float[Array, "bv n 5"], hints: Hints, count: Float[Array, ""]) -> Float[Array, ""]:
-  """Cross entropy of the shape of every object in sight, and twice the L1 of how a cube's edges run."""
-  where = hints.where[:, 1:]
+def alignment(
+  similarity: Float[Array, "bv n m"],
+  focus: Float[Array, "b v n"],
+  temperature: float = 0.05,
+  count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+  """Pulls the ID-Pruner's patch scores (SemanticVLA Eq. 5) towards the patches of the objects the instruction names.
+
+  Stands in for the contrastive pre-training that a from-scratch SigLIP lacks: cross entropy between a softmax over a
+  view's patch scores and `focus`, a distribution over its patches. Views whose focus is empty (sums to 0) carry none.
+
+  Args:
+    count: views with a focus to divide by; None for those of `focus`.
+  """
+  scores = similarity.astype(jnp.float32).mean(axis=2) * (similarity.shape[2] / 8)  # padding adds a constant
+  log_p = jax.nn.log_softmax(scores / temperature, axis=-1)
+  focus = focus.reshape(log_p.shape)
+  return divided(-(focus * log_p).sum(), focus.sum() if count is None else count)
+
+
+def looks(probed: Float[Array, "bv n 5"], targets: Targets, count: Float[Array, ""]) -> Float[Array, ""]:
+  """Cross entropy of the shape of every visible object, plus twice the L1 of a cube's yaw (cosine, sine of 4 yaw)."""
+  where = targets.where[:, 1:]
   probed = rearrange(probed.astype(jnp.float32), "(b v) n c -> b v n c", v=where.shape[2])
-  said = jnp.einsum("bgvn,bvnc->bgvc", where, probed)
-  in_sight = where.sum(axis=-1)
-  shape = jnp.broadcast_to(hints.shape[..., None], in_sight.shape)
-  wrong = optax.softmax_cross_entropy_with_integer_labels(said[..., :SHAPES], shape)
-  askew = jnp.abs(said[..., SHAPES:] - hints.edges).mean(axis=-1) * jnp.any(hints.edges != 0, axis=-1)
-  return losses.divided((in_sight * (wrong + 2 * askew)).sum(), count)
+  read = jnp.einsum("bgvn,bvnc->bgvc", where, probed)  # at the patches where each object is
+  visible = where.sum(axis=-1)
+  shape = jnp.broadcast_to(targets.shape[..., None], visible.shape)
+  shape_error = optax.softmax_cross_entropy_with_integer_labels(read[..., :SHAPES], shape)
+  yaw_error = jnp.abs(read[..., SHAPES:] - targets.edges).mean(axis=-1) * jnp.any(targets.edges != 0, axis=-1)
+  return divided((visible * (shape_error + 2 * yaw_error)).sum(), count)
 
 
-def aim(said: Float[Array, "b v 2"], hints: Hints, count: Float[Array, ""]) -> Float[Array, ""]:
-  """L1 of how the edges of the cube that is meant run, over examples that mean one."""
-  is_cube = jnp.any(hints.aim != 0, axis=(1, 2))
-  wrong = jnp.abs(said.astype(jnp.float32) - hints.aim).mean(axis=(1, 2))
-  return losses.divided((wrong * is_cube).sum(), count)
+def aim(predicted: Float[Array, "b v 2"], targets: Targets, count: Float[Array, ""]) -> Float[Array, ""]:
+  """L1 of the target cube's yaw (cosine, sine of 4 yaw), over examples whose target is a cube."""
+  is_cube = jnp.any(targets.aim != 0, axis=(1, 2))
+  error = jnp.abs(predicted.astype(jnp.float32) - targets.aim).mean(axis=(1, 2))
+  return divided((error * is_cube).sum(), count)
 
 
-def strip(params: dict) -> dict:
-  """The parameters of the model alone."""
-  return {name: part for name, part in params.items() if not name.startswith(PROBE)}
+def divided(total: Float[Array, "*d"], count: Float[Array, ""]) -> Float[Array, "*d"]:
+  """A sum over a count; where nothing was counted, the sum, which is 0 then."""
+  return total / jnp.maximum(count, 1.0)

@@ -22,7 +22,7 @@ from semanticvla_jax.types import Batch, Observation, Statistics
 
 NOISE = 0.3
 EPISODE = 48  # steps of the noisy expert among which the moment is drawn
-NAMED = tasks.GRASPABLE  # objects that a sentence of suite `pick` may name
+NAMED = auxiliary_losses.PHRASES
 GRIPPER_PASSES = np.array([True] * 6 + [False])
 
 
@@ -31,39 +31,42 @@ def gripper_to_model(actions: Float[Array, "*b 7"]) -> Float[Array, "*b 7"]:
   return actions.at[..., 6].set(1 - jnp.clip(actions[..., 6], 0, 1))
 
 
-def beginning(key: PRNGKeyArray, suite: Int[Array, ""], split: str, askew: float = 0.0) -> tasks.State:
-  """The first state of an episode: in a share `askew`, of four the one whose target is the cube furthest askew."""
-  if askew == 0:
+def initial_state(
+  key: PRNGKeyArray, suite: Int[Array, ""], split: str, hard_yaw_fraction: float = 0.0
+) -> tasks.State:
+  """The initial state of an episode. With probability `hard_yaw_fraction`, the one of four draws whose target cube is
+  turned furthest from the table's edges."""
+  if hard_yaw_fraction == 0:
     return tasks.reset(key, suite, split)
   k_which, *keys = jax.random.split(key, 5)
   states = jax.vmap(lambda one: tasks.reset(one, suite, split))(jnp.stack(keys))
-  targets = states.target[:, 0, None]
-  yaw, kind = (jnp.take_along_axis(x, targets, axis=1)[:, 0] for x in (states.yaw, states.kind))
+  target = states.target[:, 0, None]
+  yaw, kind = (jnp.take_along_axis(x, target, axis=1)[:, 0] for x in (states.yaw, states.kind))
   turned = jnp.abs(tasks.angle_between(yaw, math.pi / 2)) * (kind == tasks.CUBE)
-  chosen = jnp.where(jax.random.bernoulli(k_which, askew), jnp.argmax(turned), 0)
+  chosen = jnp.where(jax.random.bernoulli(k_which, hard_yaw_fraction), jnp.argmax(turned), 0)
   return jax.tree.map(lambda x: x[chosen], states)
 
 
-def moments(
+def sample_state(
   key: PRNGKeyArray,
   suites: Float[Array, "s"],
   split: str,
-  starts: float | Float[Array, ""] = 0.0,
-  askew: float = 0.0,
+  initial_fraction: float | Float[Array, ""] = 0.0,
+  hard_yaw_fraction: float = 0.0,
 ) -> tasks.State:
-  """One moment of one episode of a suite drawn by `suites` (probabilities), before its success.
+  """A random state of one episode, before its success, of a suite drawn by `suites` (probabilities).
 
-  A share `starts` are first moments. An expert that turns at once is aligned in nearly all later ones, from which a
-  model learns to keep the attitude it has. For `askew` see `beginning`.
+  A fraction `initial_fraction` are initial states: the expert turns first, so that it is aligned in nearly all later
+  states, from which a model would only learn to keep its attitude. For `hard_yaw_fraction` see `initial_state`.
   """
   k_suite, k_reset, k_perturb, k_noise, k_time, k_which = jax.random.split(key, 6)
   suite = jax.random.choice(k_suite, len(suites), p=suites)
-  state = beginning(k_reset, suite, split, askew)
+  state = initial_state(k_reset, suite, split, hard_yaw_fraction)
   perturbed = expert.perturbed_state(k_perturb, state)
   start = jax.tree.map(lambda a, b: jnp.where(jax.random.bernoulli(k_which, 0.4), a, b), perturbed, state)
   episode = expert.rollout_from(start, k_noise, NOISE, EPISODE)
   at = (jax.random.uniform(k_time) * jnp.minimum(episode.first + 1, EPISODE)).astype(jnp.int32)
-  at = jnp.where(jax.random.bernoulli(jax.random.fold_in(k_time, 1), starts), 0, at)
+  at = jnp.where(jax.random.bernoulli(jax.random.fold_in(k_time, 1), initial_fraction), 0, at)
   return jax.tree.map(lambda x: x[at], episode.states)
 
 
@@ -88,8 +91,8 @@ def spot(state: tasks.State, index: Int[Array, ""], side: int) -> Float[Array, "
   return out * seen[:, None]
 
 
-class Moment(NamedTuple):
-  """What `hints` says of a state; see grounding.Hints. `sentences` are indices in INSTRUCTIONS."""
+class StateTargets(NamedTuple):
+  """Targets of one state, see auxiliary_losses.Targets. `sentences` are indices in INSTRUCTIONS."""
 
   where: Float[Array, "g 2 n"]
   sentences: Int[Array, "g"]
@@ -99,10 +102,10 @@ class Moment(NamedTuple):
   aim: Float[Array, "2 2"]
 
 
-def hints(state: tasks.State, side: int) -> Moment:
+def targets(state: tasks.State, side: int) -> StateTargets:
   """Where the named objects are, for the task's own sentence and for "pick up the …" of every object that can be.
 
-  Where a peg is, nothing is said: no sentence of suite `pick` names one.
+  Pegs get zero targets, since no instruction of suite `pick` names one.
   """
   target, puts = state.target[0], (state.verb[0] == tasks.PUT) | (state.verb[0] == tasks.INSERT)
   destination = jnp.where(puts, state.destination[0], target)
@@ -118,7 +121,7 @@ def hints(state: tasks.State, side: int) -> Moment:
   yaw = 4 * (state.yaw[:NAMED, None] - jnp.stack([jnp.zeros(()), physics.heading(state.rotation)]))
   edges = jnp.stack([jnp.cos(yaw), jnp.sin(yaw)], axis=-1) * (kind == tasks.CUBE)[:, None, None]
   aim = edges[target] * (target < NAMED)
-  return Moment(where, sentences, jnp.append(away, turn), jnp.where(is_named, kind, 0), edges, aim)
+  return StateTargets(where, sentences, jnp.append(away, turn), jnp.where(is_named, kind, 0), edges, aim)
 
 
 def measure(split: str = "train", episodes: int = 1024, seed: int = 0) -> statistics.DatasetStatistics:
@@ -156,15 +159,16 @@ def make_batches(
   stats: statistics.DatasetStatistics,
   seed: int,
   split: str = "train",
-  starts: float = 0.0,
-  askew: float = 0.0,
-) -> Callable[[Any], tuple[Batch, auxiliary_losses.Hints]]:
-  """batch(step) → (Batch, Hints), compiled; a function of (seed, step) alone, so a resumed run goes on as it was.
+  initial_fraction: float = 0.0,
+  hard_yaw_fraction: float = 0.0,
+) -> Callable[[Any], Batch]:
+  """batch(step) → Batch with Targets as `aux`, compiled; a function of (seed, step) alone, so that a resumed run sees
+  the same batches.
 
   Args:
     batch_size, chunk: b and k. image, patch: pixels. suites: weights in the order of tasks.SUITES.
     tokenizers: of the policy; all instructions are tokenised once. stats: see `measure`.
-    split, starts, askew: see `moments`.
+    split, initial_fraction, hard_yaw_fraction: see `sample_state`.
   """
   texts = list(tasks.INSTRUCTIONS)
   prompts, prompt_masks = (jnp.asarray(x) for x in tokenizers.prompt(texts))
@@ -172,21 +176,21 @@ def make_batches(
   weights = jnp.asarray(suites, jnp.float32) / sum(suites)
 
   def example(key):
-    state = moments(key, weights, split, starts, askew)
+    state = sample_state(key, weights, split, initial_fraction, hard_yaw_fraction)
     actions, mask = labels(state, chunk)
     views, proprio = physics.observe(state, image)
     proprio, actions = scale(proprio, stats.proprio), scale(actions, stats.action)
-    return views, proprio, actions, mask, hints(state, image // patch)
+    return views, proprio, actions, mask, targets(state, image // patch)
 
   @jax.jit
   def batch(step):
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch_size)
-    views, proprio, actions, mask, told = jax.vmap(example)(keys)
-    index, others = told.sentences[:, 0], told.sentences[:, 1:]
+    views, proprio, actions, mask, one = jax.vmap(example)(keys)
+    index, others = one.sentences[:, 0], one.sentences[:, 1:]
     observation = Observation(views, proprio, prompts[index], prompt_masks[index], words[index], word_masks[index])
-    hint = auxiliary_losses.Hints(
-      told.where, words[others], word_masks[others], told.displacement, told.shape, told.edges, told.aim
+    aux = auxiliary_losses.Targets(
+      one.where, words[others], word_masks[others], one.displacement, one.shape, one.edges, one.aim
     )
-    return Batch(observation, actions, mask), hint
+    return Batch(observation, actions, mask, aux)
 
   return batch

@@ -29,9 +29,8 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from semanticvla_jax import checkpoint, cli
+from semanticvla_jax import checkpoint, cli, sources
 from semanticvla_jax.data import statistics, text
-from semanticvla_jax.tabletop import auxiliary_losses
 from semanticvla_jax.train import (
   base_settings,
   command_line,
@@ -116,24 +115,24 @@ class Prepared(NamedTuple):
   step: Callable
 
 
-def prepare(config: Any, deadline: float) -> Prepared:
+def prepare(config: Any, deadline: float, aux_loss: stepping.AuxLoss | None = None) -> Prepared:
   """Draws or loads the parameters and puts them on the mesh. Raises ValueError for what a user can put right."""
   config_checks.check(config)
   mesh = sharding.make_mesh(config.mesh)
   rule = sharding.rule_of(config.mesh)
   sharding.check_rows(config.data.batch_size, sharding.devices_of_rows(mesh), config.optim.accumulate)
-  model, bare = init.make_model(config)
+  model, bare = init.make_model(config, aux_loss)
   tokenizers = inputs.load_tokenizers(config, bare)
   distributed.meet("start", deadline)
   params, base_statistics = initial_params(config, model, bare, mesh)
   trainable, frozen = partition(params, config.trainable)
-  transform = optimizer.transform(config.optim)
-  new = functools.partial(stepping.new_state, transform)
+  tx = optimizer.transform(config.optim)
+  new = functools.partial(stepping.new_state, tx)
   where = stepping.state_sharding(jax.eval_shape(new, trainable), mesh, rule)
   state = jax.jit(new, out_shardings=where)(trainable)
   logging.info("%s trainable, %s frozen parameters on %s", f"{count(state.trainable):,}", f"{count(frozen):,}", mesh)
-  rate, turns = optimizer.schedule(config.optim), config.optim.accumulate
-  step = stepping.make_step(model, transform, rate, config.seed, config.train.grounding, turns)
+  schedule = optimizer.schedule(config.optim)
+  step = stepping.make_step(model, tx, schedule, config.seed, aux_loss, config.optim.accumulate)
   return Prepared(mesh, bare, tokenizers, base_statistics, state, frozen, step)
 
 
@@ -151,13 +150,13 @@ def replay(config: Any, workdir: Path, path: Path, deadline: float = 300.0) -> t
     The step of that checkpoint, 0 for none, and the update's metrics: losses, and gradient norms by part of the model.
 
   Raises:
-    ValueError: no such file, a batch of several processes or of another config, or a run whose batches come with
-      hints, which are not saved.
+    ValueError: no such file, a batch of several processes or of another config, or a run with an auxiliary loss, whose
+      targets are not saved.
   """
-  if config.train.grounding is not None:
+  if sources.aux_loss(config) is not None:
     raise ValueError(
-      "--replay: got a config with train.grounding, whose batches come with hints that are not in the file; expected "
-      "one without; look at the examples with train.diverged.load_batch."
+      "--replay: got a config with an auxiliary loss, whose targets are not in the file; expected one without; look at "
+      "the examples with train.diverged.load_batch."
     )
   if not path.exists() or jax.process_count() > 1:
     raise ValueError(f"--replay: got {path} in {jax.process_count()} processes; expected a bad_batch_STEP.npz, in one.")
@@ -169,7 +168,7 @@ def replay(config: Any, workdir: Path, path: Path, deadline: float = 300.0) -> t
   with open_checkpoints(config, workdir) as checkpointer:
     state, start, _ = resume.restore(checkpointer, ready.state, resume.plain(config))
   run = stepping.compile_step(ready.step, ready.mesh, state, ready.frozen, sharding.rule_of(config.mesh), None)
-  _, values = run(state, ready.frozen, *sharding.place_batch((batch, None), ready.mesh, size))
+  _, values = run(state, ready.frozen, sharding.place_batch(batch, ready.mesh, size))
   return start, {name: float(x) for name, x in sorted(values.items())}
 
 
@@ -188,13 +187,15 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
 
 
 def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline: float) -> Path:
-  ready = prepare(config, deadline)
+  aux_loss, generator = sources.aux_loss(config), sources.generator(config)
+  ready = prepare(config, deadline, aux_loss)
   with open_checkpoints(config, workdir) as checkpointer:
     state, start, saved = resume.restore(checkpointer, ready.state, resume.plain(config))
-    sources = functools.partial(
-      inputs.make_source, config, ready.bare, ready.tokenizers, ready.mesh, base=ready.base_statistics
-    )
-    source = sources(start)
+    source_from = functools.partial(
+      inputs.make_source, config, ready.bare, ready.tokenizers, ready.mesh, base=ready.base_statistics,
+      generator=generator,
+    )  # fmt: skip
+    source = source_from(start)
     facts = {"config": resume.plain(config)} | resume.origin(config, source)
     if saved:
       resume.check_origin(saved, facts, workdir)
@@ -207,9 +208,9 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
     try:
       state = loop(config, workdir, checkpointer, run, source.batches, state, frozen, start, facts, history, profile)
     except diverged.Diverged as error:
-      batch, _ = sources(error.step - 1).batches(error.step - 1)
+      batch = source_from(error.step - 1).batches(error.step - 1)
       raise type(error)(f"{error} Its batch: {diverged.save_batch(batch, workdir, error.step)}") from error
-  return write_policy(config, workdir, state, frozen, source.statistics, deadline)
+  return write_policy(config, workdir, state, frozen, source.statistics, deadline, aux_loss)
 
 
 def loop(
@@ -221,7 +222,7 @@ def loop(
   Args:
     facts: JSON that checkpoints carry. history: losses of the last updates, to know a spike by; saved and added to.
   """
-  rates = program.rates(config) if start < config.train.steps else {}
+  rates = program.rates(config, sources.aux_loss(config)) if start < config.train.steps else {}
   metrics = Metrics(workdir, config.train.steps, config.train.log_every, start, config.data.batch_size, **rates)
   metrics.also_to_wandb(config.train.get("wandb"), resume.plain(config))
   ahead: deque = deque()  # losses of updates that the device may still be busy with
@@ -233,9 +234,9 @@ def loop(
     for step in range(start, config.train.steps):
       trace.before(step + 1)
       before = time.perf_counter()
-      batch, hints = source(step)
+      batch = source(step)
       wait = time.perf_counter() - before
-      state, values = run(state, frozen, batch, hints)
+      state, values = run(state, frozen, batch)
       trace.after(step + 1, values)
       ahead.append(values["loss"])
       if len(ahead) > AHEAD:
@@ -254,14 +255,18 @@ def loop(
   return state
 
 
-def write_policy(config: Any, workdir: Path, state: Any, frozen: Any, stats: dict, deadline: float) -> Path:
+def write_policy(
+  config: Any, workdir: Path, state: Any, frozen: Any, stats: dict, deadline: float,
+  aux_loss: stepping.AuxLoss | None = None,
+) -> Path:  # fmt: skip
   """`<workdir>/policy`: parameters, statistics, config and tokenisers in one folder; replaces the one of this run."""
   target = workdir / "policy"
   distributed.meet("policy", deadline)
+  params = combine(optimizer.average_of(state.optimizer, state.trainable), frozen)
   return type(workdir)(
     checkpoint.save_policy(
       target,
-      auxiliary_losses.strip(combine(optimizer.average_of(state.optimizer, state.trainable), frozen)),
+      params if aux_loss is None else aux_loss.strip(params),
       config=resume.plain(config),
       statistics={name: statistics.to_openvla(entry) for name, entry in stats.items()},
       metadata={"step": int(state.step)},
@@ -288,7 +293,7 @@ def main(argv: list[str]) -> None:
   try:
     profile = parse_steps(_PROFILE.value)
     if _EXPLAIN.value:
-      print(explaining.explain(_CONFIG.value, _EXPLAIN_DEVICES.value))
+      print(explaining.explain(_CONFIG.value, _EXPLAIN_DEVICES.value, sources.aux_loss(_CONFIG.value)))
       return
     if _WORKDIR.value is None:
       raise ValueError("--workdir: got nothing, expected a folder for checkpoints, metrics and the policy; name one.")

@@ -8,7 +8,6 @@ import zipfile
 import zlib
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -56,14 +55,17 @@ def check(recent: list[dict], history: deque, first: int, spike: float | None, t
     raise error
 
 
-def save_batch(batch: Any, folder: Path, step: int) -> Path:
-  """This process's examples of a placed batch as `bad_batch_<step>[_<process>].npz`, arrays named by their fields."""
+def save_batch(batch: Batch, folder: Path, step: int) -> Path:
+  """This process's examples of a placed batch as `bad_batch_<step>[_<process>].npz`, arrays named by their fields.
+
+  Targets of an auxiliary loss are left out.
+  """
 
   def local(x):
     parts = {part.index[0].start or 0: part.data for part in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
-  flat, _ = jax.tree_util.tree_flatten_with_path(batch)
+  flat, _ = jax.tree_util.tree_flatten_with_path(batch.replace(aux=None))
   named = {"".join(str(key) for key in path).strip("."): local(x) for path, x in flat}
   process = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
   path = folder / f"bad_batch_{step}{process}.npz"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from semanticvla_jax.train import program, sharding
+from semanticvla_jax.train.step import AuxLoss
 
 
 class Family(NamedTuple):
@@ -24,9 +25,9 @@ class Family(NamedTuple):
   spec: str
 
 
-def families(config: Any, mesh: Any) -> Counter:
+def families(config: Any, mesh: Any, aux_loss: AuxLoss | None = None) -> Counter:
   """How many parameters each family has."""
-  step, rule = program.of(config), sharding.rule_of(config.mesh)
+  step, rule = program.of(config, aux_loss), sharding.rule_of(config.mesh)
   found: Counter = Counter()
   for tree, trainable in ((step.state.trainable, True), (step.frozen, False)):
     for path, x in flatten_dict(tree, sep="/").items():
@@ -59,13 +60,13 @@ def family_bytes(family: Family, n: int, mesh: Any) -> int:
   return n * math.prod(family.shape) // parts * jnp.dtype(family.dtype).itemsize
 
 
-def table(config: Any, mesh: Any, sizes: bool = False) -> str:
+def table(config: Any, mesh: Any, sizes: bool = False, aux_loss: AuxLoss | None = None) -> str:
   """One line a family: how many, shape, type, trainable or frozen, which mesh axis splits each of its axes.
 
   With `sizes` the bytes on each device come first.
   """
   lines = []
-  for family, n in sorted(families(config, mesh).items()):
+  for family, n in sorted(families(config, mesh, aux_loss).items()):
     shape = "x".join(map(str, family.shape)) or "scalar"
     kind = "trainable" if family.trainable else "frozen"
     line = f"{family.name:<76} {n:>3} × {shape:<18} {family.dtype:<9} {kind:<10} {family.spec}"
@@ -73,9 +74,9 @@ def table(config: Any, mesh: Any, sizes: bool = False) -> str:
   return "\n".join(lines)
 
 
-def memory(config: Any, mesh: Any) -> dict[str, int]:
+def memory(config: Any, mesh: Any, aux_loss: AuxLoss | None = None) -> dict[str, int]:
   """Bytes on each device of what lives across steps, and of the gradients; activations come on top (see preflight)."""
-  step, rule = program.of(config), sharding.rule_of(config.mesh)
+  step, rule = program.of(config, aux_loss), sharding.rule_of(config.mesh)
   return {
     "frozen parameters": local_bytes(step.frozen, mesh, rule),
     "trainable parameters": local_bytes(step.state.trainable, mesh, rule),
@@ -84,14 +85,14 @@ def memory(config: Any, mesh: Any) -> dict[str, int]:
   }
 
 
-def explain(config: Any, devices: int | None = None) -> str:
+def explain(config: Any, devices: int | None = None, aux_loss: AuxLoss | None = None) -> str:
   """The whole text, for the devices present or for so many that need not be.
 
   Raises:
     ValueError: a mesh, batch or override that does not fit.
   """
   n = len(jax.devices()) if devices is None else devices
-  mesh, step = sharding.abstract_mesh(config.mesh, n), program.of(config)
+  mesh, step = sharding.abstract_mesh(config.mesh, n), program.of(config, aux_loss)
   both = flatten_dict(step.frozen) | flatten_dict(step.state.trainable)
   sharding.check({"/".join(path): x for path, x in both.items()}, mesh, sharding.rule_of(config.mesh))
   rows, turns = sharding.devices_of_rows(mesh), config.optim.accumulate
@@ -102,11 +103,11 @@ def explain(config: Any, devices: int | None = None) -> str:
     f"batch: {config.data.batch_size}, {config.data.batch_size // rows} a device"
     + (f" in {turns} turns" if turns > 1 else ""),
     "",
-    table(config, mesh, sizes=True),
+    table(config, mesh, sizes=True, aux_loss=aux_loss),
     "",
     "on each device:",
   ]
-  parts = memory(config, mesh)
+  parts = memory(config, mesh, aux_loss)
   lines += [f"  {name:<22} {size(n)}" for name, n in (parts | {"together": sum(parts.values())}).items()]
   lines.append("  activations and temporaries come on top: python -m semanticvla_jax.train.preflight")
   return "\n".join(lines)

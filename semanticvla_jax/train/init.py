@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from semanticvla_jax.models.lora import TARGETS, LoRA
 from semanticvla_jax.models.semanticvla import GREEDY_TOKENS, SemanticVLA, abstract_params, build, dummy_observation
-from semanticvla_jax.tabletop.auxiliary_losses import Grounded
 from semanticvla_jax.train.partition import LORA, combine, partition
+from semanticvla_jax.train.step import AuxLoss
 
 RANDOM = "random"  # as config.init_from: draw the frozen parameters too
 # Parts of a base that a model with another head does not read, each as a whole. Anything else it lacks is an error.
@@ -26,27 +26,22 @@ SPARE = {
 }
 
 
-def make_model(config: Any) -> tuple[nn.Module, SemanticVLA]:
-  """(the module to train, the bare model): wrapped in LoRA when config.lora is there, Grounded if hints come along.
+def make_model(config: Any, aux_loss: AuxLoss | None = None) -> tuple[nn.Module, SemanticVLA]:
+  """(the module to train, the bare model): wrapped by `aux_loss`, or in LoRA when config.lora is there.
 
   Raises:
-    ValueError: unknown LoRA targets, action tokens for a chunk or for two arms, or hints that cannot be used.
+    ValueError: unknown LoRA targets, or action tokens for a chunk or for two arms.
   """
   bare = build(config.model)
   spoken = (config.model.chunk, config.model.action_dim)
-  if bare.coupler is None and (spoken != (1, GREEDY_TOKENS) or config.train.grounding is not None):
+  if bare.coupler is None and spoken != (1, GREEDY_TOKENS):
     raise ValueError(
-      f"config.model.coupler: got None (OpenVLA's action tokens) with chunk, action_dim = {spoken}, grounding = "
-      f"{config.train.grounding}; expected (1, {GREEDY_TOKENS}) and none: one token for each dimension of one action. "
-      "See configs/openvla.py, or set model.coupler='single' (configs/openvla_oft.py)."
+      f"config.model.coupler: got None (OpenVLA's action tokens) with chunk, action_dim = {spoken}; expected "
+      f"(1, {GREEDY_TOKENS}): one token for each dimension of one action. See configs/openvla.py, or set "
+      "model.coupler='single' (configs/openvla_oft.py)."
     )
-  if config.train.grounding is not None and (config.lora is not None or config.data.mixture != "expert"):
-    raise ValueError(
-      f"config.train.grounding: got weights beside lora={config.lora is not None}, mixture={config.data.mixture!r}; "
-      "expected training from scratch on the expert's own states (configs/pretrain.py); set it to None."
-    )
-  if config.train.grounding is not None:
-    return Grounded(bare.clone()), bare
+  if aux_loss is not None:
+    return aux_loss.wrap(bare), bare
   if config.lora is None:
     return bare, bare
   if config.lora.targets not in TARGETS:

@@ -1,4 +1,4 @@
-"""Where training batches come from: RLDS datasets, or the tabletop's expert on the device; and their tokenisers."""
+"""Where training batches come from: RLDS datasets, or a generator on the device; and their tokenizers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semanticvla_jax.data import statistics, text
-from semanticvla_jax.tabletop import tasks
 from semanticvla_jax.train import sharding
 from semanticvla_jax.types import Batch
 
@@ -17,8 +16,8 @@ class Source(NamedTuple):
   """Batches and what they were made from.
 
   Attributes:
-    batches: step → placed (Batch, hints); steps come in order.
-    statistics: by dataset. digests: of each dataset read, {} where the expert makes the examples.
+    batches: step → placed Batch; steps come in order.
+    statistics: by dataset. digests: of each dataset read, {} where the examples are generated.
   """
 
   batches: Callable[[int], Any]
@@ -46,57 +45,6 @@ def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
       f"{bare.llm.vocab} (the model's embedding rows); name the folder of the base checkpoint's tokenizer.model."
     )
   return tokenizers
-
-
-def expert_source(
-  config: Any, bare: Any, tokenizers: text.Tokenizers, base: dict | None
-) -> tuple[Callable, dict]:
-  """step → (Batch, hints or None) made by the tabletop's expert on the device, and its statistics by dataset."""
-  from semanticvla_jax.tabletop import expert_batches
-
-  name = config.data.mixture
-  check_suites(config.data.suites, config.data.normalisation)
-  if any(config.data.jitter):
-    raise ValueError(
-      f"config.data.jitter: got {config.data.jitter} with mixture 'expert', expected (0.0, 0.0): its examples begin "
-      "anywhere as it is; set it so."
-    )
-  keep = base is not None and config.data.keep_statistics
-  stats = kept_statistics(base, name) if keep else expert_batches.measure(seed=config.seed)
-  vit = bare.siglip or bare.dino
-  made = expert_batches.make_batches(
-    batch_size=config.data.batch_size,
-    chunk=config.model.chunk,
-    image=vit.image,
-    patch=vit.patch,
-    suites=config.data.suites,
-    starts=config.data.starts,
-    askew=config.data.askew,
-    tokenizers=tokenizers,
-    stats=stats,
-    seed=config.seed,
-  )
-
-  def batches(step):
-    batch, hints = made(step)
-    return without_unread(batch, bare), None if config.train.grounding is None else hints
-
-  return batches, {name: stats}
-
-
-def check_suites(suites: Any, normalisation: str) -> None:
-  """Raises ValueError unless the expert can draw its examples: a weight for each suite, and its own normalisation."""
-  fits = suites is not None and len(suites) == len(tasks.SUITES) and min(suites) >= 0 and sum(suites) > 0
-  if not fits:
-    raise ValueError(
-      f"config.data.suites: got {suites}, expected a weight for each of {tasks.SUITES}, none negative, not all 0; set "
-      "it where config.data.mixture is 'expert', e.g. --config.data.suites='(1,1,0,0,0,0)'."
-    )
-  if normalisation != "bounds_q99":
-    raise ValueError(
-      f"config.data.normalisation: got {normalisation!r} with mixture 'expert', expected 'bounds_q99', in which the "
-      "expert's batches are made; set it so."
-    )
 
 
 def image_options(data: Any) -> dict:
@@ -182,16 +130,23 @@ def rlds_source(
 
 
 def make_source(
-  config: Any, bare: Any, tokenizers: text.Tokenizers, mesh: Any, start: int, base: dict | None
+  config: Any, bare: Any, tokenizers: text.Tokenizers, mesh: Any, start: int, base: dict | None, generator: Any = None
 ) -> Source:
-  """The config's batches from global step `start` on, this process's part of each placed on the mesh."""
+  """The config's batches from global step `start` on, this process's part of each placed on the mesh.
+
+  Args:
+    base: statistics of the base by dataset, None without one.
+    generator: what makes the examples on the device, see semanticvla_jax.sources; None reads datasets.
+  """
   size = config.data.batch_size
+  if generator is not None:
+    name = config.data.mixture
+    kept = kept_statistics(base, name) if base is not None and config.data.keep_statistics else None
+    make, stats = generator.batches(config, bare, tokenizers, kept)
+    return Source(lambda step: sharding.place_whole(without_unread(make(step), bare), mesh), {name: stats}, {})
   rows = sharding.host_rows(size, mesh)
-  if config.data.mixture == "expert":
-    batches, stats = expert_source(config, bare, tokenizers, base)
-    return Source(lambda step: sharding.place_whole(batches(step), mesh), stats, {})
   iterator, stats, digests = rlds_source(config, bare, tokenizers, rows, start, base)
-  place = lambda step: sharding.place_batch((without_unread(next(iterator), bare), None), mesh, size)  # noqa: E731
+  place = lambda step: sharding.place_batch(without_unread(next(iterator), bare), mesh, size)  # noqa: E731
   return Source(place, stats, digests)
 
 

@@ -6,7 +6,6 @@ taken in parts, each is divided by the count of the whole batch, so that the par
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
@@ -73,23 +72,3 @@ def append(
   behind = jnp.take_along_axis(tokens, jnp.clip(number, 0, n - 1), axis=1)
   ids = jnp.where((number >= 0) & (number < n), behind, jnp.pad(prompt, ((0, 0), (0, n))))
   return ids, number < n, number
-
-
-def alignment(
-  similarity: Float[Array, "bv n m"],
-  focus: Float[Array, "b v n"],
-  temperature: float = 0.05,
-  count: Float[Array, ""] | None = None,
-) -> Float[Array, ""]:
-  """Pulls the ID-Pruner's patch scores (SemanticVLA Eq. 5) towards the patches of the objects the instruction names.
-
-  Stands in for the contrastive pre-training that a from-scratch SigLIP lacks: cross entropy between a softmax over a
-  view's patch scores and `focus`, a distribution over its patches. Views whose focus is empty (sums to 0) carry none.
-
-  Args:
-    count: views with a focus to divide by; None for those of `focus`.
-  """
-  scores = similarity.astype(jnp.float32).mean(axis=2) * (similarity.shape[2] / 8)  # padding adds a constant
-  log_p = jax.nn.log_softmax(scores / temperature, axis=-1)
-  focus = focus.reshape(log_p.shape)
-  return divided(-(focus * log_p).sum(), focus.sum() if count is None else count)

@@ -32,10 +32,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
-from semanticvla_jax import cli
+from semanticvla_jax import cli, sources
 from semanticvla_jax.models.semanticvla import abstract_params, dummy_observation
 from semanticvla_jax.train import command_line, explain, flops, init, program, sharding
 from semanticvla_jax.train import step as stepping
+from semanticvla_jax.train.step import AuxLoss
 
 # libtpu looks for a TPU VM's metadata and takes a lock; there is neither a VM nor a device here.
 OFFLINE = {
@@ -106,16 +107,17 @@ def slice_devices(topology: str | None, slices: int = 1) -> list:
     ) from error
 
 
-def lower_train(config: Any, mesh: Mesh) -> Callable[[], Any]:
+def lower_train(config: Any, mesh: Mesh, aux_loss: AuxLoss | None = None) -> Callable[[], Any]:
   """A function that lowers the training step over `mesh`."""
-  p, rule = program.of(config), sharding.rule_of(config.mesh)
+  p, rule = program.of(config, aux_loss), sharding.rule_of(config.mesh)
   sharding.check_rows(config.data.batch_size, sharding.devices_of_rows(mesh), config.optim.accumulate)
   jitted = stepping.jit_step(p.step, mesh, p.state, p.frozen, rule)
-  return lambda: jitted.lower(p.state, p.frozen, p.batch, p.hints)
+  return lambda: jitted.lower(p.state, p.frozen, p.batch)
 
 
-def lower_policy(config: Any, mesh: Mesh) -> Callable[[], Any]:
+def lower_policy(config: Any, mesh: Mesh, aux_loss: AuxLoss | None = None) -> Callable[[], Any]:
   """A function that lowers the forward pass, adapters folded in, all weights in the compute type."""
+  del aux_loss  # a policy has none
   _, bare = init.make_model(config)
   shapes = abstract_params(bare, dummy_observation(bare))
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.model.dtype)), shapes)
@@ -131,13 +133,13 @@ def lower_policy(config: Any, mesh: Mesh) -> Callable[[], Any]:
 PROGRAMS = {"train": lower_train, "policy": lower_policy}
 
 
-def fly(config: Any, mesh: Mesh, which: str = "train") -> Report:
+def compile_for(config: Any, mesh: Mesh, which: str = "train", aux_loss: AuxLoss | None = None) -> Report:
   """Compiles a program of the config over the devices of `mesh`.
 
   Raises:
     ValueError: a config that does not fit together. Too little memory is no error, see Report.
   """
-  lower = PROGRAMS[which](config, mesh)
+  lower = PROGRAMS[which](config, mesh, aux_loss)
   began, limit = time.perf_counter(), _limit(mesh.devices.flat[0])
   try:
     with stepping.over(mesh):
@@ -149,7 +151,7 @@ def fly(config: Any, mesh: Mesh, which: str = "train") -> Report:
     return Report(config.data.batch_size, seconds, {}, _shorten(str(error)), [], [], limit)
   seconds = time.perf_counter() - began
   text = compiled.as_text()
-  memory = _memory(compiled.memory_analysis(), config, mesh, which)
+  memory = _memory(compiled.memory_analysis(), config, mesh, which, aux_loss)
   return Report(config.data.batch_size, seconds, memory, None, largest(text), collectives(text), limit)
 
 
@@ -165,10 +167,10 @@ def _shorten(message: str) -> str:
   return used.group() if used else message.splitlines()[0][:300]
 
 
-def _memory(found: Any, config: Any, mesh: Mesh, which: str) -> dict[str, int]:
+def _memory(found: Any, config: Any, mesh: Mesh, which: str, aux_loss: AuxLoss | None) -> dict[str, int]:
   """Bytes a device by kind."""
   arguments = found.argument_size_in_bytes
-  parts = explain.memory(config, mesh) if which == "train" else {}
+  parts = explain.memory(config, mesh, aux_loss) if which == "train" else {}
   parts.pop("gradients", None)
   parts |= {"batch" if which == "train" else "parameters, observation": arguments - sum(parts.values())}
   fresh = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -240,12 +242,14 @@ def remedies(config: Any, mesh: Mesh, which: str = "train") -> list[str]:
   return [*out, "a larger slice"]
 
 
-def sweep(config: Any, mesh: Mesh, report: Callable[[Report], None], which: str = "train") -> int | None:
+def sweep(
+  config: Any, mesh: Mesh, report: Callable[[Report], None], which: str = "train", aux_loss: AuxLoss | None = None
+) -> int | None:
   """The largest batch that fits, by doubling and halving the gap; None if the smallest does not."""
   rows = sharding.devices_of_rows(mesh) * config.optim.accumulate if which == "train" else 1
 
   def fits(n: int) -> bool:
-    found = fly(program.changed(config, **{"data.batch_size": n * rows}), mesh, which)
+    found = compile_for(program.changed(config, **{"data.batch_size": n * rows}), mesh, which, aux_loss)
     report(found)
     return found.fits
 
@@ -258,7 +262,9 @@ def sweep(config: Any, mesh: Mesh, report: Callable[[Report], None], which: str 
   return good * rows or None
 
 
-def describe(report: Report, config: Any, mesh: Mesh, which: str = "train") -> str:
+def describe(
+  report: Report, config: Any, mesh: Mesh, which: str = "train", aux_loss: AuxLoss | None = None
+) -> str:
   """The report as text."""
   kind = mesh.devices.flat[0].device_kind
   sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
@@ -270,7 +276,7 @@ def describe(report: Report, config: Any, mesh: Mesh, which: str = "train") -> s
     lines += ["", "collectives (a scanned body counted once)"]
     lines += [f"  {kind:<20}{n:>5}  {explain.size(size)}" for kind, n, size in report.collectives] or ["  none"]
   if which == "train":
-    work, best = program.example_flops(config) * report.batch, flops.peak(kind)
+    work, best = program.example_flops(config, aux_loss) * report.batch, flops.peak(kind)
     floor = f"; at peak {1e3 * work / best / mesh.size:.0f} ms" if best else ""
     lines += ["", f"arithmetic: {work / 1e12:.3g} TFLOP a step{floor}"]
   if report.fits:
@@ -310,14 +316,15 @@ def main(argv: list[str]) -> None:
     if _PROGRAM.value == "train" and _SLICES.value > 1:
       sizes["replica"] = _SLICES.value
     mesh = sharding.make_mesh(sizes, devices)
+    aux_loss = sources.aux_loss(config)
     if _SWEEP.value:
-      best = sweep(config, mesh, tell, _PROGRAM.value)
+      best = sweep(config, mesh, tell, _PROGRAM.value, aux_loss)
       print(f"largest batch that fits: {best}")
       sys.exit(0 if best else 3)
-    report = fly(config, mesh, _PROGRAM.value)
+    report = compile_for(config, mesh, _PROGRAM.value, aux_loss)
   except ValueError as error:
     sys.exit(f"error: {error}")
-  print(describe(report, config, mesh, _PROGRAM.value))
+  print(describe(report, config, mesh, _PROGRAM.value, aux_loss))
   sys.exit(0 if report.fits else 3)
 
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from semanticvla_jax.models.semanticvla import SemanticVLA
-from semanticvla_jax.tabletop import auxiliary_losses, expert_batches
 from semanticvla_jax.train import config_checks, flops, init, optimizer
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.partition import combine, partition
@@ -17,26 +16,25 @@ from semanticvla_jax.types import Batch, Observation
 
 
 class Program(NamedTuple):
-  """A step and its arguments: step(state, frozen, batch, hints). All leaves are ShapeDtypeStructs."""
+  """A step and its arguments: step(state, frozen, batch). All leaves are ShapeDtypeStructs."""
 
   step: Callable
   state: stepping.State
   frozen: dict
   batch: Batch
-  hints: Any
 
 
-def of(config: Any) -> Program:
+def of(config: Any, aux_loss: stepping.AuxLoss | None = None) -> Program:
   """The step that a config trains with. Raises ValueError for a config that does not fit together."""
   config_checks.check(config)
-  model, bare = init.make_model(config)
+  model, bare = init.make_model(config, aux_loss)
   wanted = init.shapes(model, bare, config.trainable, config.frozen_dtype)
   trainable, frozen = partition(wanted, config.trainable)
-  transform = optimizer.transform(config.optim)
-  state = jax.eval_shape(lambda trainable: stepping.new_state(transform, trainable), trainable)
-  rate, turns = optimizer.schedule(config.optim), config.optim.accumulate
-  step = stepping.make_step(model, transform, rate, config.seed, config.train.grounding, turns)
-  return Program(step, state, frozen, *abstract_batch(config, bare))
+  tx = optimizer.transform(config.optim)
+  state = jax.eval_shape(lambda trainable: stepping.new_state(tx, trainable), trainable)
+  schedule = optimizer.schedule(config.optim)
+  step = stepping.make_step(model, tx, schedule, config.seed, aux_loss, config.optim.accumulate)
+  return Program(step, state, frozen, abstract_batch(config, bare, aux_loss))
 
 
 def abstract_observation(config: Any, bare: SemanticVLA, size: int) -> Observation:
@@ -56,25 +54,14 @@ def abstract_observation(config: Any, bare: SemanticVLA, size: int) -> Observati
   )
 
 
-def abstract_batch(config: Any, bare: SemanticVLA) -> tuple[Batch, auxiliary_losses.Hints | None]:
-  """A global batch and its hints, as shapes."""
+def abstract_batch(config: Any, bare: SemanticVLA, aux_loss: stepping.AuxLoss | None = None) -> Batch:
+  """A global batch as shapes."""
   size, chunk = config.data.batch_size, config.model.chunk
-  batch = Batch(
+  return Batch(
     abstract_observation(config, bare, size),
     jax.ShapeDtypeStruct((size, chunk, config.model.action_dim), jnp.float32),
     jax.ShapeDtypeStruct((size, chunk), jnp.bool_),
-  )
-  if config.train.grounding is None:
-    return batch, None
-  sentences, words = 1 + expert_batches.NAMED, (config.data.instruction_length,)
-  return batch, auxiliary_losses.Hints(
-    jax.ShapeDtypeStruct((size, sentences, bare.num_views, bare.siglip.num_patches), jnp.float32),
-    jax.ShapeDtypeStruct((size, expert_batches.NAMED, *words), jnp.int32),
-    jax.ShapeDtypeStruct((size, expert_batches.NAMED, *words), jnp.bool_),
-    jax.ShapeDtypeStruct((size, 9), jnp.float32),
-    jax.ShapeDtypeStruct((size, expert_batches.NAMED), jnp.int32),
-    jax.ShapeDtypeStruct((size, expert_batches.NAMED, bare.num_views, 2), jnp.float32),
-    jax.ShapeDtypeStruct((size, bare.num_views, 2), jnp.float32),
+    None if aux_loss is None else aux_loss.shapes(config, bare),
   )
 
 
@@ -91,23 +78,23 @@ def changed(config: Any, **values: Any) -> Any:
   return copy
 
 
-def example_flops(config: Any) -> int:
+def example_flops(config: Any, aux_loss: stepping.AuxLoss | None = None) -> int:
   """FLOPs of one example, forward and backward, as the mathematics asks for them: nothing recomputed, no optimizer.
 
   The backward pass computes gradients of activations everywhere they are needed, of weights for trainable ones only, so
   with a frozen base it is about as much again as the forward pass, not twice as much.
   """
   one = changed(config, **{"data.batch_size": 1, "model.remat": None, "optim.accumulate": 1})
-  model, _ = init.make_model(one)
-  program = of(one)
+  model, _ = init.make_model(one, aux_loss)
+  program = of(one, aux_loss)
 
-  def loss(trainable, frozen, batch, hints):
-    return stepping.loss_fn(model, combine(trainable, frozen), batch, jax.random.key(0), hints, one.train.grounding)[0]
+  def loss(trainable, frozen, batch):
+    return stepping.loss_fn(model, combine(trainable, frozen), batch, jax.random.key(0), aux_loss)[0]
 
-  return flops.count(jax.value_and_grad(loss), program.state.trainable, program.frozen, program.batch, program.hints)
+  return flops.count(jax.value_and_grad(loss), program.state.trainable, program.frozen, program.batch)
 
 
-def rates(config: Any) -> dict:
+def rates(config: Any, aux_loss: stepping.AuxLoss | None = None) -> dict:
   """What MFU needs, for `log.Metrics`: FLOPs of an example and the peak of all devices; {} where that is not known."""
   peak = flops.peak(jax.devices()[0].device_kind)
-  return {} if peak is None else {"flops": example_flops(config), "peak": peak * jax.device_count()}
+  return {} if peak is None else {"flops": example_flops(config, aux_loss), "peak": peak * jax.device_count()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -16,8 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from semanticvla_jax.models.coupler import actions_to_tokens, tokens_to_actions
 from semanticvla_jax.models.lora import LoRA
-from semanticvla_jax.models.semanticvla import STOP
-from semanticvla_jax.tabletop import auxiliary_losses
+from semanticvla_jax.models.semanticvla import STOP, SemanticVLA
 from semanticvla_jax.train import losses, sharding
 from semanticvla_jax.train.partition import combine
 from semanticvla_jax.types import Batch
@@ -36,16 +35,40 @@ class State:
   optimizer: Any
 
 
+@runtime_checkable
+class AuxLoss(Protocol):
+  """A loss that is added to the one on the actions: the one place where training is extended from outside.
+
+  It may add parameters to the model (probes, say) and reads its targets from `Batch.aux`. Its means divide by counts
+  that depend on the data alone, so that the parts of an accumulated batch add up to the batch.
+  """
+
+  def wrap(self, model: nn.Module) -> nn.Module:
+    """The module to train: the model's own parameters, and what the loss adds. Called as the model is."""
+
+  def counts(self, aux: Any) -> Any:
+    """What the means over a whole batch's targets divide by; a pytree of f32[]."""
+
+  def loss(self, model: nn.Module, params: dict, out: Any, metrics: dict, aux: Any, count: Any) -> tuple[Any, dict]:
+    """(f32[], metrics f32[] by name): `out` is what `model` (as wrapped) returned, `metrics` what is known so far."""
+
+  def strip(self, params: dict) -> dict:
+    """The parameters without those that `wrap` added: a policy's."""
+
+  def shapes(self, config: Any, model: SemanticVLA) -> Any:
+    """`Batch.aux` of a config as jax.ShapeDtypeStructs."""
+
+
 class Counts(NamedTuple):
-  """What the means of a batch's losses are taken over: unmasked steps f32[], and those of the hints' losses."""
+  """What the means of a batch's losses divide by: unmasked steps f32[], and the auxiliary loss's own counts."""
 
   steps: Any
-  hints: auxiliary_losses.Counts | None
+  aux: Any
 
 
-def counts(batch: Batch, hints: auxiliary_losses.Hints | None) -> Counts:
-  """Those of a batch. They depend on data alone, so that they are known before its first part is worked on."""
-  return Counts(losses.steps(batch.action_mask), None if hints is None else auxiliary_losses.counts(hints))
+def counts(batch: Batch, aux_loss: AuxLoss | None) -> Counts:
+  """Those of a batch. They depend on the data alone, so that they are known before its first part is worked on."""
+  return Counts(losses.steps(batch.action_mask), None if aux_loss is None else aux_loss.counts(batch.aux))
 
 
 def loss_fn(
@@ -53,12 +76,11 @@ def loss_fn(
   params: dict,
   batch: Batch,
   key: jax.Array,
-  hints: auxiliary_losses.Hints | None,
-  weights: Any,
+  aux_loss: AuxLoss | None = None,
   count: Counts | None = None,
   part: tuple[jax.Array, int] | None = None,
 ):
-  """Loss and metrics of one batch: L1 over the chunk, plus what the hints teach (see grounding) where there are any.
+  """Loss and metrics of one batch: L1 over the chunk, plus `aux_loss` where there is one.
 
   A model without a coupler learns action tokens instead, see `token_loss`.
 
@@ -66,17 +88,16 @@ def loss_fn(
     count: `counts` of the whole batch, and part: (i, p), where these are its examples i, i + p, …; None: they are all.
       What the parts of a batch return adds up to what the batch does.
   """
-  count = counts(batch, hints) if count is None else count
+  count = counts(batch, aux_loss) if count is None else count
   if getattr(model, "model", model).coupler is None:
     return token_loss(model, params, batch, count)
   out = model.apply({"params": params}, batch.observation, train=True, part=part, rngs={"noise": key})
   loss, metrics = losses.l1(out.actions, batch.actions, batch.action_mask, count.steps)
   metrics["l1"] = loss
   metrics["tokens"] = out.intermediates["valid"].sum(dtype=jnp.float32)  # of the language model, without padding
-  if hints is not None:
-    taught, each = auxiliary_losses.loss(model, params, out, hints, weights, count.hints)
-    taught += weights["rotation"] * metrics["l1_rotation"]
-    loss, metrics = loss + taught, metrics | each
+  if aux_loss is not None:
+    added, each = aux_loss.loss(model, params, out, metrics, batch.aux, count.aux)
+    loss, metrics = loss + added, metrics | each
   return loss, metrics
 
 
@@ -109,34 +130,37 @@ def token_loss(model: nn.Module, params: dict, batch: Batch, count: Counts):
 
 def make_step(
   model: nn.Module,
-  transform: optax.GradientTransformation,
-  rate: optax.Schedule,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
   seed: int,
-  weights: Any = None,
-  turns: int = 1,
+  aux_loss: AuxLoss | None = None,
+  accumulation_steps: int = 1,
 ) -> Callable:
-  """step(state, frozen, batch, hints) → (state, metrics). The noise of step n depends on (seed, n) alone,
-  that of an example not on the part it is in.
+  """step(state, frozen, batch) → (state, metrics). The noise of step n depends on (seed, n) alone, that of an example
+  not on the part it is in.
 
-  `weights` are those of the grounding losses, for batches that come with hints. `turns` is config.optim.accumulate.
+  Args:
+    model: to train; with an auxiliary loss, as `aux_loss.wrap` returned it.
+    schedule: the learning rate of `tx` by update, for the metrics.
+    accumulation_steps: config.optim.accumulate.
   """
 
-  def step(state: State, frozen: dict, batch: Batch, hints: Any):
+  def step(state: State, frozen: dict, batch: Batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    count = counts(batch, hints)
+    count = counts(batch, aux_loss)
 
-    def loss(trainable, batch, hints, part):
-      return loss_fn(model, combine(trainable, frozen), batch, key, hints, weights, count, part)
+    def loss(trainable, batch, part):
+      return loss_fn(model, combine(trainable, frozen), batch, key, aux_loss, count, part)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
-    (value, metrics), gradients = in_turns(gradient, state.trainable, (batch, hints), turns)
-    updates, optimizer = transform.update(gradients, state.optimizer, state.trainable)
+    (value, metrics), gradients = accumulate_gradients(gradient, state.trainable, batch, accumulation_steps)
+    updates, optimizer = tx.update(gradients, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     metrics |= dict(
       loss=value,
       grad_norm=optax.global_norm(gradients),
       update_norm=optax.global_norm(updates),
-      lr=jnp.asarray(rate(state.step), jnp.float32),
+      lr=jnp.asarray(schedule(state.step), jnp.float32),
     )
     metrics |= {f"grad_norm/{name}": optax.global_norm(part) for name, part in gradients.items()}
     return State(state.step + 1, trainable, optimizer), metrics
@@ -144,36 +168,36 @@ def make_step(
   return step
 
 
-def in_turns(gradient: Callable, trainable: Any, examples: Any, turns: int):
-  """((loss, metrics), gradients) of a batch in `turns` parts, one after another, for the memory of one part.
+def accumulate_gradients(gradient: Callable, trainable: Any, batch: Batch, n: int):
+  """((loss, metrics), gradients) of a batch in `n` parts, one after another, for the memory of one part.
 
   All are sums over the parts, each of which divides by the counts of the whole batch: they are the batch's own, however
-  its masked steps are spread. Example r goes to part r mod `turns`, so that none leaves its device.
+  its masked steps are spread. Example r goes to part r mod `n`, so that none leaves its device.
 
   Args:
-    gradient: (trainable, *examples, part) → ((loss, metrics), gradients), see `loss_fn`.
-    examples: a tuple of trees, each array [b …]; `turns` divides b.
+    gradient: (trainable, batch, part) → ((loss, metrics), gradients), see `loss_fn`.
+    batch: arrays [b …]; `n` divides b.
   """
-  if turns == 1:
-    return gradient(trainable, *examples, None)
+  if n == 1:
+    return gradient(trainable, batch, None)
 
   def split(x):
-    parts = x.reshape(x.shape[0] // turns, turns, *x.shape[1:]).swapaxes(0, 1)  # [i b/i …]
+    parts = x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)  # [n b/n …]
     return nn.with_logical_constraint(parts, (None, "batch", *[None] * (x.ndim - 1)))
 
   def add(total, part):
-    number, some = part
-    told, gradients = gradient(trainable, *some, (number, turns))
-    return jax.tree.map(jnp.add, total, gradients), told
+    number, examples = part
+    values, gradients = gradient(trainable, examples, (number, n))
+    return jax.tree.map(jnp.add, total, gradients), values
 
-  parts = (jnp.arange(turns), jax.tree.map(split, examples))
-  total, told = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), parts)
-  return jax.tree.map(lambda x: x.sum(axis=0), told), total
+  parts = (jnp.arange(n), jax.tree.map(split, batch))
+  total, values = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), parts)
+  return jax.tree.map(lambda x: x.sum(axis=0), values), total
 
 
-def new_state(transform: optax.GradientTransformation, trainable: dict) -> State:
+def new_state(tx: optax.GradientTransformation, trainable: dict) -> State:
   """The state before the first update (inside jit, or under eval_shape for its shapes)."""
-  return State(jnp.zeros((), jnp.int32), trainable, transform.init(trainable))
+  return State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
 
 
 def state_sharding(state: Any, mesh: Mesh, rule: sharding.Rule = sharding.PLAIN) -> State:
@@ -187,11 +211,10 @@ def state_sharding(state: Any, mesh: Mesh, rule: sharding.Rule = sharding.PLAIN)
 
 def jit_step(step: Callable, mesh: Mesh, state: Any, frozen: Any, rule: sharding.Rule = sharding.PLAIN) -> Callable:
   """The step under jit with its shardings; the state is donated. Call or lower it inside `over(mesh)`."""
-  batch = sharding.batch_sharding(mesh)
   where = state_sharding(state, mesh, rule)
   return jax.jit(
     step,
-    in_shardings=(where, sharding.param_sharding(frozen, mesh, rule), batch, batch),
+    in_shardings=(where, sharding.param_sharding(frozen, mesh, rule), sharding.batch_sharding(mesh)),
     out_shardings=(where, NamedSharding(mesh, P())),
     donate_argnums=0,
   )

@@ -1,4 +1,4 @@
-"""What a model that learns from scratch is told beside the actions: six losses that leave the model as it is."""
+"""The auxiliary losses of training from scratch: what they add, what they teach, and that the model stays as it is."""
 
 import jax
 import jax.numpy as jnp
@@ -7,18 +7,25 @@ import pytest
 from flax.traverse_util import flatten_dict
 from helpers import random_observation, random_params, tiny
 
-from configs import common
-from semanticvla_jax.tabletop import auxiliary_losses
-from semanticvla_jax.train import init, step
+from configs import common, pretrain
+from semanticvla_jax.data import statistics, text
+from semanticvla_jax.models.semanticvla import build
+from semanticvla_jax.tabletop import auxiliary_losses, training
+from semanticvla_jax.train import step
 from semanticvla_jax.types import Batch
 
 B, G, V, N, M = 2, 3, 2, 64, 32
 WEIGHTS = dict(alignment=0.1, naming=0.2, looks=0.1, displacement=0.3, aim=0.5, turn=0.2, rotation=0.4)
 
 
+LOSSES = auxiliary_losses.AuxiliaryLosses(WEIGHTS)
+_RANGE = np.array([[-1.0], [1.0]], np.float32)
+STATISTICS = statistics.DatasetStatistics(*(statistics.compute(np.repeat(_RANGE, d, axis=1)) for d in (7, 8)), 2, 1)
+
+
 @pytest.fixture(scope="module")
 def parts():
-  model = auxiliary_losses.Grounded(tiny().clone())
+  model = LOSSES.wrap(tiny())
   params = random_params(tiny())
   params["probe"] = {"kernel": jnp.zeros((3 * 32, 9)), "bias": jnp.full(9, 0.5)}
   params["probe_aim"] = {"kernel": jnp.zeros((3 * 32, 4)), "bias": jnp.zeros(4)}
@@ -29,8 +36,8 @@ def parts():
   words = jnp.asarray(rng.integers(3, 200, (B, G, M)))
   mask, edges = jnp.arange(M)[None, None] < jnp.full((B, G, 1), 5), jnp.zeros((B, G, V, 2)).at[:, 0, :, 1].set(1.0)
   kinds = jnp.zeros((B, G), jnp.int32)
-  hints = auxiliary_losses.Hints(where, words, mask, jnp.zeros((B, 9)), kinds, edges, edges[:, 0])
-  return model, params, random_observation(tiny(), B), hints
+  targets = auxiliary_losses.Targets(where, words, mask, jnp.zeros((B, 9)), kinds, edges, edges[:, 0])
+  return model, params, random_observation(tiny(), B), targets
 
 
 def test_the_probes_are_all_that_is_added(parts):
@@ -40,18 +47,18 @@ def test_the_probes_are_all_that_is_added(parts):
     f"{name}/{leaf}" for name in ("probe", "probe_aim", "probe_dino", "probe_siglip") for leaf in ("kernel", "bias")
   }
   out = jax.jit(model.apply)({"params": params}, observation)
-  bare = jax.jit(tiny().apply)({"params": auxiliary_losses.strip(params)}, observation)
+  bare = jax.jit(tiny().apply)({"params": LOSSES.strip(params)}, observation)
   np.testing.assert_allclose(out.actions, bare.actions, atol=1e-5)
-  assert set(auxiliary_losses.strip(params)) == set(random_params(tiny()))
+  assert set(LOSSES.strip(params)) == set(random_params(tiny()))
 
 
 def test_the_losses_and_what_they_teach(parts):
-  model, params, observation, hints = parts
+  model, params, observation, targets = parts
 
   @jax.jit
   def losses(params):
     out = model.apply({"params": params}, observation)
-    return auxiliary_losses.loss(model, params, out, hints, WEIGHTS)
+    return LOSSES.loss(model, params, out, {"l1_rotation": 0.0}, targets, LOSSES.counts(targets))
 
   total, each = losses(params)
   assert float(each["displacement"]) == float(each["turn"]) == pytest.approx(0.5)  # said 0.5, true 0
@@ -66,20 +73,20 @@ def test_the_losses_and_what_they_teach(parts):
 
 
 def test_rotations_count_once_more(parts):
-  model, params, observation, hints = parts
-  batch = Batch(observation, jnp.full((B, 8, 7), 0.3), jnp.ones((B, 8), bool))
-  loss, metrics = step.loss_fn(model, params, batch, jax.random.key(0), hints, WEIGHTS)
+  model, params, observation, targets = parts
+  batch = Batch(observation, jnp.full((B, 8, 7), 0.3), jnp.ones((B, 8), bool), targets)
+  loss, metrics = step.loss_fn(model, params, batch, jax.random.key(0), LOSSES)
   taught = sum(WEIGHTS[name] * metrics[name] for name in WEIGHTS if name != "rotation")
   wanted = metrics["l1"] + taught + 0.4 * metrics["l1_rotation"]
   assert float(loss) == pytest.approx(float(wanted), rel=1e-5) and float(metrics["l1_rotation"]) > 0.01
 
 
 def test_naming_scores_the_same_images_for_each_sentence(parts):
-  model, params, _, hints = parts
+  model, params, _, targets = parts
   patches = jax.random.normal(jax.random.key(0), (B * V, N, 24))
-  scores = model.apply({"params": params}, patches, hints.words, hints.word_mask, method="score")
+  scores = model.apply({"params": params}, patches, targets.words, targets.word_mask, method="score")
   assert scores.shape == (B * G * V, N, M)
-  alone = model.apply({"params": params}, patches, hints.words[:, 1:2], hints.word_mask[:, 1:2], method="score")
+  alone = model.apply({"params": params}, patches, targets.words[:, 1:2], targets.word_mask[:, 1:2], method="score")
   np.testing.assert_allclose(scores.reshape(B, G, V, N, M)[:, 1], alone.reshape(B, V, N, M), atol=1e-5)
 
 
@@ -88,4 +95,20 @@ def test_only_for_training_from_scratch_on_the_experts_states():
   with config.unlocked():
     config.train.grounding = WEIGHTS
   with pytest.raises(ValueError, match="expected training from scratch on the expert's own states"):
-    init.make_model(config)
+    training.aux_loss(config)
+
+
+def test_a_model_without_a_coupler_has_no_states_to_probe():
+  config = pretrain.get_config()
+  config.model.coupler = None
+  with pytest.raises(ValueError, match="config.train.grounding: got weights with model.coupler=None"):
+    training.aux_loss(config)
+
+
+def test_the_shapes_that_a_program_is_compiled_for_are_those_of_a_batch():
+  config = pretrain.get_config()
+  config.data.batch_size = 2
+  model = build(config.model)
+  make, _ = training.batches(config, model, text.load(prompt_length=32, instruction_length=24), STATISTICS)
+  wanted = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(make, 0).aux)
+  assert wanted == jax.tree.map(lambda x: (x.shape, x.dtype), training.aux_loss(config).shapes(config, model))

@@ -23,23 +23,24 @@ def batch():
 
 
 def test_shapes_ranges_and_determinism(batch):
-  make, (b, hints), _ = batch
+  make, b, _ = batch
   assert b.observation.images.shape == (64, 2, IMAGE, IMAGE, 3) and b.observation.images.dtype == jnp.uint8
   assert b.actions.shape == (64, 4, 7) and b.action_mask.shape == (64, 4)
   assert np.abs(b.observation.proprio).max() <= 1 and np.abs(b.actions).max() <= 1
   assert set(np.unique(b.actions[..., 6])) <= {0.0, 1.0}  # 1 open, 0 closed, not normalised
   assert b.action_mask[:, 0].all() and not b.action_mask.all()  # moments lie before success, chunks may pass it
-  again, other = make(3)[0], make(4)[0]
+  again, other = make(3), make(4)
   jax.tree.map(np.testing.assert_array_equal, again, b)
   assert (np.asarray(other.observation.images) != np.asarray(b.observation.images)).any()
-  totals = np.asarray(hints.where.sum(axis=-1))  # [b g v]
+  targets = b.aux
+  totals = np.asarray(targets.where.sum(axis=-1))  # [b g v]
   assert totals.shape == (64, 4, 2) and np.all(np.isclose(totals, 1) | np.isclose(totals, 0))
   assert totals[:, :, 0].mean() > 0.9  # the agent sees nearly all
-  assert hints.words.shape == (64, 3, 24) and np.abs(hints.displacement).max() < 6
+  assert targets.words.shape == (64, 3, 24) and np.abs(targets.displacement).max() < 6
 
 
 def test_prompts_are_those_of_the_instructions(batch):
-  _, (b, _), tokenizers = batch
+  _, b, tokenizers = batch
   known = {tuple(ids) for ids in tokenizers.prompt(tasks.instructions("pick") + tasks.instructions("place"))[0]}
   assert {tuple(ids) for ids in np.asarray(b.observation.prompt)} <= known
 
@@ -57,10 +58,10 @@ def test_projection_lands_on_the_object():
   assert (cosine > 0.97).mean() > 0.85
 
 
-def test_hints_name_what_lies_where_they_say():
+def test_targets_name_the_objects_and_where_they_are():
   states = jax.vmap(lambda i: tasks.reset(physics.seed_key(i), tasks.PLACE))(jnp.arange(16))
-  told = jax.vmap(lambda s: expert_batches.hints(s, IMAGE // PATCH))(states)
-  where, sentences, away, shapes, edges, aim = (np.asarray(x) for x in told)
+  found = jax.vmap(lambda s: expert_batches.targets(s, IMAGE // PATCH))(states)
+  where, sentences, away, shapes, edges, aim = (np.asarray(x) for x in found)
   np.testing.assert_array_equal(aim, edges[:, 0])  # object 0 is the target
   for i in range(16):
     state = jax.tree.map(lambda x: x[i], states)  # noqa: B023
@@ -89,22 +90,23 @@ def test_out_of_sight_is_outside():
   assert (np.asarray(behind[0]) < 0).all()
 
 
-def test_a_share_of_first_moments():
+def test_a_fraction_of_initial_states():
   """`reset` lets the gripper hang straight, and noise turns it at every step; two of five starts are perturbed."""
   keys, suites = jax.random.split(jax.random.key(0), 128), jnp.array([1.0, 0, 0, 0, 0, 0])
-  make = jax.jit(jax.vmap(lambda key, starts: expert_batches.moments(key, suites, "train", starts), in_axes=(0, None)))
+  sample = lambda key, share: expert_batches.sample_state(key, suites, "train", share)  # noqa: E731
+  make = jax.jit(jax.vmap(sample, in_axes=(0, None)))
   straight = [float(jnp.all(make(keys, share).rotation == 0, axis=-1).mean()) for share in (0.0, 1.0)]
   assert straight[0] < 0.2 and 0.45 < straight[1] < 0.75
 
 
-def test_a_share_of_cubes_that_lie_askew():
+def test_a_fraction_of_strongly_rotated_cubes():
   keys = jax.random.split(jax.random.key(0), 256)
 
-  def make(askew):
-    return jax.jit(jax.vmap(lambda key: expert_batches.beginning(key, jnp.asarray(0), "train", askew)))(keys)
+  def make(fraction):
+    return jax.jit(jax.vmap(lambda key: expert_batches.initial_state(key, jnp.asarray(0), "train", fraction)))(keys)
 
-  def share(askew):
-    states = make(askew)
+  def share(fraction):
+    states = make(fraction)
     i, target = jnp.arange(256), states.target[:, 0]
     turned = jnp.abs(tasks.angle_between(states.yaw[i, target], np.pi / 2))
     return float(((states.kind[i, target] == tasks.CUBE) & (turned > 0.35)).mean())

@@ -5,7 +5,9 @@ import pytest
 from small_runs import NAME, make_config, write_data
 
 from configs import aloha, common, pretrain
+from semanticvla_jax import sources
 from semanticvla_jax.data import images, records, rlds, statistics
+from semanticvla_jax.tabletop import training
 from semanticvla_jax.train import init, inputs, resume, sharding
 
 
@@ -73,7 +75,7 @@ def test_data_of_another_robot_is_refused_before_it_is_read(tmp_path):
 
 def test_runs_from_before_these_fields_had_what_they_say_now():
   data = resume.plain(common.get_config("tiny"))["data"]
-  for field in ("diagonal_crop", "dct", "pruner_text_eval", "cache_dir", "jitter", "askew"):
+  for field in ("diagonal_crop", "dct", "pruner_text_eval", "cache_dir", "jitter"):
     assert resume.LATER[f"data.{field}"] == data[field]
 
 
@@ -120,36 +122,45 @@ def test_crops_that_evaluation_could_not_repeat_are_refused(data, augment, area)
 def expert_config(**changes):
   config = make_config("nowhere")
   config.update_from_flattened_dict({"data.mixture": "expert", "data.crop_area": None, "data.augment": False} | changes)
-  with config.unlocked(), config.data.ignore_type():
-    config.data.suites = changes.get("data.suites", (1, 1, 0, 0, 0, 0))
+  with config.unlocked():
+    config.data.suites = (1, 1, 0, 0, 0, 0)
   return config
 
 
-def test_the_expert_gives_batches_without_hints_where_nothing_asks_for_them():
+def test_the_expert_gives_batches_without_targets_where_no_loss_asks_for_them():
   """So that its batches serve LoRA and plain L1 too, normalised with the base's statistics where these are kept."""
   config = expert_config(**{"data.keep_statistics": True, "data.batch_size": 8})
   _, bare = init.make_model(config)
   tokenizers = inputs.load_tokenizers(config, bare)
-  _, base = inputs.expert_source(config, bare, tokenizers, None)
-  mesh = sharding.make_mesh(config.mesh)
-  source, stats, digests = inputs.make_source(config, bare, tokenizers, mesh, 0, base)
+  _, stats = training.batches(config, bare, tokenizers, None)
+  base, mesh = {"expert": stats}, sharding.make_mesh(config.mesh)
+  source, stats, digests = inputs.make_source(
+    config, bare, tokenizers, mesh, 0, base, generator=sources.generator(config)
+  )
   assert digests == {}
-  batch, hints = source(0)
-  assert hints is None and stats["expert"] is base["expert"]
+  batch = source(0)
+  assert batch.aux is None and stats["expert"] is base["expert"]
   assert batch.actions.shape == (8, config.model.chunk, 7)
 
 
 @pytest.mark.parametrize("suites", [None, (1, 1), (0,) * 6, (-1, 1, 0, 0, 0, 0)])
 def test_suites_of_the_expert_are_six_weights(suites):
+  config = expert_config()
+  with config.unlocked(), config.data.ignore_type():
+    config.data.suites = suites
   with pytest.raises(ValueError, match="config.data.suites: got .*expected a weight for each of"):
-    inputs.check_suites(suites, "bounds_q99")
+    training.check(config)
+
+
+def test_another_normalisation_with_the_expert_is_refused():
+  config = expert_config(**{"data.normalisation": "bounds"})
   with pytest.raises(ValueError, match="config.data.normalisation: got 'bounds' with mixture 'expert'"):
-    inputs.check_suites((1,) * 6, "bounds")
+    training.check(config)
 
 
-def test_jitter_beside_the_expert_is_refused():
+def test_jitter_with_the_expert_is_refused():
   config = pretrain.get_config()
   config.data.jitter = (0.01, 0.0)
   _, bare = init.make_model(config)
   with pytest.raises(ValueError, match=r"config.data.jitter: got \(0.01, 0.0\) with mixture 'expert'"):
-    inputs.expert_source(config, bare, inputs.load_tokenizers(config, bare), None)
+    training.batches(config, bare, inputs.load_tokenizers(config, bare), None)

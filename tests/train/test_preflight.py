@@ -47,7 +47,7 @@ def test_largest_arrays_leave_out_fusions_and_arguments():
 def test_training_step_on_the_devices_present():
   c = config()
   mesh = sharding.make_mesh(c.mesh)
-  report = preflight.fly(c, mesh)
+  report = preflight.compile_for(c, mesh)
   assert report.problem is None and report.peak > 0 and report.collectives
   text = preflight.describe(report, c, mesh)
   for part in ("train: batch 8 on 8 × cpu (fsdp 8)", "frozen parameters", "activations, gradients", "TFLOP a step"):
@@ -58,7 +58,7 @@ def test_training_step_on_the_devices_present():
 def test_policy_on_the_devices_present():
   c = config(**{"data.batch_size": 1})
   mesh = sharding.make_mesh({"tensor": 2}, jax.devices()[:2])
-  report = preflight.fly(c, mesh, "policy")
+  report = preflight.compile_for(c, mesh, "policy")
   assert report.problem is None and "parameters, observation" in preflight.describe(report, c, mesh, "policy")
 
 
@@ -85,11 +85,11 @@ def test_sweep_finds_the_largest_batch(monkeypatch):
   mesh = sharding.make_mesh({"fsdp": 8})
   tried = []
 
-  def fly(c, mesh, which):
+  def compile_for(c, mesh, which, aux_loss=None):
     tried.append(c.data.batch_size)
     return preflight.Report(c.data.batch_size, 0.0, {"peak": c.data.batch_size}, None, [], [], 100)
 
-  monkeypatch.setattr(preflight, "fly", fly)
+  monkeypatch.setattr(preflight, "compile_for", compile_for)
   assert preflight.sweep(config(), mesh, lambda report: None) == 96
   assert len(tried) <= 8 and all(n % 8 == 0 for n in tried)
 
@@ -112,7 +112,7 @@ def test_toy_step_compiles_for_every_generation(topology):
   assert len(devices) == SLICES[topology]
   c = config()
   mesh = sharding.make_mesh(dict(fsdp=-1), devices)
-  report = preflight.fly(c, mesh)
+  report = preflight.compile_for(c, mesh)
   assert report.fits and 0 < report.peak < 2**30 and report.largest
   assert "TPU" in preflight.describe(report, c, mesh)
 
@@ -140,7 +140,7 @@ def test_too_large_a_batch_is_refused_with_the_number():
   pytest.importorskip("libtpu")
   c = config(**{"data.batch_size": 2**17})
   mesh = sharding.make_mesh(dict(fsdp=-1), preflight.slice_devices("v5e:2x2"))
-  report = preflight.fly(c, mesh)
+  report = preflight.compile_for(c, mesh)
   text = preflight.describe(report, c, mesh)
   assert not report.fits
   assert re.search(r"DOES NOT FIT: .*\b[\d.]+G\b.*\b15.75G\b", text), text  # needed and there

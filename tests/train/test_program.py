@@ -20,7 +20,7 @@ LARGER = [pytest.param(f, "@small", marks=pytest.mark.slow) for f in FILES if f 
 def test_every_config_has_a_training_step(file, argument):
   config = importlib.import_module(f"configs.{file}").get_config(argument)
   p = program.of(program.changed(config, **{"data.batch_size": 2}))
-  state, metrics = jax.eval_shape(p.step, p.state, p.frozen, p.batch, p.hints)
+  state, metrics = jax.eval_shape(p.step, p.state, p.frozen, p.batch)
   assert jax.tree.structure(state) == jax.tree.structure(p.state) and metrics["loss"].shape == ()
 
 

@@ -58,7 +58,7 @@ def batch(c, bare):
 
 
 def start(c, mesh):
-  """(state, frozen, step, batch, hints) on the mesh."""
+  """(state, frozen, step, batch) on the mesh."""
   model, bare = init.make_model(c)
   wanted = init.shapes(model, bare, c.trainable, c.frozen_dtype)
   rule = sharding.rule_of(c.mesh)
@@ -68,17 +68,17 @@ def start(c, mesh):
   state = stepping.new_state(transform, trainable)
   state = jax.device_put(state, stepping.state_sharding(state, mesh, rule))
   step = stepping.make_step(model, transform, optimizer.schedule(c.optim), c.seed)
-  return state, frozen, step, *sharding.place_whole((batch(c, bare), None), mesh)
+  return state, frozen, step, sharding.place_whole(batch(c, bare), mesh)
 
 
 def losses(mesh_sizes, devices):
   c = config(**mesh_sizes)
   mesh = sharding.make_mesh(c.mesh, devices)
-  state, frozen, step, examples, hints = start(c, mesh)
+  state, frozen, step, examples = start(c, mesh)
   run = stepping.compile_step(step, mesh, state, frozen, sharding.rule_of(c.mesh))
   out = []
   for _ in range(STEPS):
-    state, metrics = run(state, frozen, examples, hints)
+    state, metrics = run(state, frozen, examples)
     out.append(float(metrics["loss"]))
   return out
 
@@ -101,7 +101,7 @@ def test_activations_are_constrained_at_block_ends():
   mesh = sharding.make_mesh(c.mesh)
   p = program.of(c)
   with stepping.over(mesh):
-    text = str(jax.make_jaxpr(p.step)(p.state, p.frozen, p.batch, p.hints))
+    text = str(jax.make_jaxpr(p.step)(p.state, p.frozen, p.batch))
   assert text.count("sharding_constraint") >= 9  # four blocks an encoder, the decoder's scanned one
 
 

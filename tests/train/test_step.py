@@ -15,7 +15,7 @@ from semanticvla_jax.types import Batch, Observation
 MODEL = nn.Dense(1)  # not looked at
 
 
-def toy_loss(model, params, batch, key, hints, weights, count, part):
+def toy_loss(model, params, batch, key, aux_loss, count, part):
   """Least squares over what is not masked; its gradient is linear in the examples."""
   error = (batch.observation.proprio @ params["w"] - batch.actions) * batch.action_mask[:, 0]
   told = {"l1": losses.divided(jnp.abs(error).sum(), count.steps), "tokens": jnp.float32(len(error))}
@@ -42,7 +42,7 @@ def run(c, first, last, state=None, mesh=None):
   step = jax.jit(step)
   for i in range(first, last):
     batch = examples(i) if mesh is None else sharding.place_whole(examples(i), mesh)
-    state, metrics = step(state, {}, batch, None)
+    state, metrics = step(state, {}, batch)
     history.append({name: float(x) for name, x in metrics.items()})
   return state, history
 
@@ -68,7 +68,7 @@ def test_parts_stay_on_their_devices():
     parts, _ = run(optim(accumulate=2), 0, 2, mesh=mesh)
     step = stepping.make_step(MODEL, optimizer.transform(optim()), lambda step: 0.1, 0, None, 2)
     batch = sharding.place_whole(examples(0), mesh)
-    text = jax.jit(step).lower(parts, {}, batch, None).compile().as_text()
+    text = jax.jit(step).lower(parts, {}, batch).compile().as_text()
   alone, _ = run(optim(), 0, 2)
   np.testing.assert_allclose(parts.trainable["w"], alone.trainable["w"], rtol=1e-5)
   assert "all-to-all" not in text and "collective-permute" not in text and "all-gather" not in text
@@ -83,7 +83,7 @@ def test_the_rate_told_is_the_one_applied_and_clipping_takes_effect():
   c = optim(accumulate=4, clip_norm=limit)
   clipped = optax.chain(optax.clip_by_global_norm(c.clip_norm), plain)
   step = jax.jit(stepping.make_step(MODEL, clipped, lambda step: 1.0, 0, None, c.accumulate))
-  _, metrics = step(stepping.new_state(clipped, {"w": jnp.ones(3)}), {}, examples(0), None)
+  _, metrics = step(stepping.new_state(clipped, {"w": jnp.ones(3)}), {}, examples(0))
   assert float(metrics["grad_norm"]) > limit and float(metrics["update_norm"]) == pytest.approx(limit, rel=1e-4)
 
 

@@ -233,7 +233,7 @@ def test_action_tokens_learned_are_those_that_are_spoken():
   step = jax.jit(stepping.make_step(model, transform, optimizer.schedule(config.optim), 0))
   losses = []
   for _ in range(150):
-    state, metrics = step(state, {}, batch, None)
+    state, metrics = step(state, {}, batch)
     losses.append(float(metrics["loss"]))
   assert losses[0] == pytest.approx(np.log(512), rel=0.1) and losses[-1] < 0.1 and metrics["accuracy"] == 1
   spoken = jax.jit(model.apply)({"params": state.trainable}, observation).actions
