@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+TRACEBACK = "--traceback"  # understood by every command
 _LONGEST = 400  # characters of a foreign message
 
 
@@ -21,16 +22,23 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
 
   A ValueError is what a user can put right: its message is all that is printed. Of any other exception one line is
   printed, with the file that its traceback went to. Both end with status 1; a reader that closed the pipe and ^C end
-  with the statuses that shells give them (141, 130).
+  with the statuses that shells give them (141, 130). With --traceback among the words, the traceback is printed too.
   """
+  words = [*sys.argv[1:]] if argv is None else [*argv]
+  wants_traceback = TRACEBACK in words
+  if wants_traceback:
+    words.remove(TRACEBACK)
+    sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != TRACEBACK)]  # absl reads its flags there
   use_utf8()
   _use_32_bits()
   threading.excepthook = _say_of_a_thread
   try:
-    status = main([*sys.argv[1:]] if argv is None else [*argv])
+    status = main(words)
     sys.stdout.flush()
   except SystemExit as leaving:
     status = leaving.code
+    if wants_traceback and status and isinstance(leaving.__context__, Exception):  # a refusal that became a message
+      traceback.print_exception(leaving.__context__)
     try:
       sys.stdout.flush()
     except BrokenPipeError:
@@ -41,6 +49,8 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     print("interrupted", file=sys.stderr)
     status = 128 + signal.SIGINT
   except Exception as error:  # whatever it is, the user gets one line
+    if wants_traceback:
+      traceback.print_exception(error)
     print(f"error: {describe(error)}", file=sys.stderr)
     status = 1
   if status:  # what threads and callbacks complain of while the program ends comes of the same cause

@@ -31,6 +31,18 @@ def test_anything_else_is_one_line_that_names_its_traceback(body):
   assert "Traceback" in Path(line.rpartition("traceback: ")[2].rstrip(")")).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("body", [
+  "raise ValueError('got 1; expected 2')",
+  "1 / 0",
+  "import sys\n  try:\n    1 / 0\n  except ZeroDivisionError as error:\n    sys.exit(str(error))",
+])  # fmt: skip
+def test_the_traceback_is_printed_where_it_is_asked_for(body):
+  command = [sys.executable, "-c", PROGRAM.format(body), "--traceback"]
+  run = subprocess.run(command, capture_output=True, timeout=60, text=True)
+  assert run.returncode == 1 and "Traceback (most recent call last)" in run.stderr
+  assert run.stderr.splitlines()[-1].startswith(("error: ", "division by zero"))
+
+
 def test_a_message_over_several_lines_is_cut_to_its_first():
   assert cli.first_line(zipfile.BadZipFile("\nnot a zip\nfile")) == "BadZipFile: not a zip"
   assert cli.first_line(KeyError()) == "KeyError"

@@ -3,12 +3,15 @@
 Trains what the config says on all devices there are, resumes from the workdir when it is run again, and leaves a
 policy folder `<workdir>/policy` for evaluation, serving and conversion. On several hosts, start it on each.
 
-    --explain            prints mesh, shardings and bytes per device, and ends
-    --profile_steps=a:b  writes a profiler trace of steps a … b to <workdir>/profile
-    --replay=FILE        one update on a bad_batch_STEP.npz from the newest checkpoint: prints its metrics, and ends
+    --config.FIELD=VALUE  changes a field, e.g. --config.optim.lr=1e-4; configs/common.py explains each
+    --init-from=DIR       short for --config.init_from=DIR, the policy folder to start from
+    --print-config        prints every field of the resolved config, and exits
+    --explain             prints mesh, shardings and bytes per device, and exits
+    --profile-steps=a:b   writes a profiler trace of steps a … b to <workdir>/profile
+    --debug-batch=FILE    makes one update on a bad_batch_STEP.npz from the newest checkpoint: prints its metrics, exits
 
-Exit status: 0 finished; 1 an error, told on stderr; 75 told to stop (SIGTERM): saved, or still setting up, and nothing
-is lost; goes on when run again.
+Exit status: 0 finished; 1 an error, with one line on stderr (--traceback shows the rest); 75 stopped by SIGTERM after
+saving, or while still setting up: run the same command again to resume.
 """
 
 from __future__ import annotations
@@ -49,17 +52,23 @@ from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.log import Metrics, Trace
 from semanticvla_jax.train.partition import combine, count, partition
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Training config, e.g. configs/libero.py:lite@7b")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file and its argument, e.g. configs/libero.py:lite@7b; --config.FIELD=VALUE changes a field"
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the final policy; local or gs://")
-_EXPLAIN = flags.DEFINE_bool("explain", False, "Print mesh, shardings and bytes per device; allocate nothing; end")
-_EXPLAIN_DEVICES = flags.DEFINE_integer("explain_devices", None, "With --explain: for so many devices, not those here")
-_REPLAY = flags.DEFINE_string("replay", None, "A bad_batch_STEP.npz: one update on it, metrics printed; end")
-_PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, the steps of a profiler trace")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where several hosts train")
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are")
-_PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0")
+_PRINT_CONFIG = flags.DEFINE_bool("print-config", False, "Print every field of the resolved config as a flag, and exit")
+_EXPLAIN = flags.DEFINE_bool("explain", False, "Print mesh, shardings and bytes per device, and exit")
+_EXPLAIN_DEVICES = flags.DEFINE_integer("explain-devices", None, "Number of devices for --explain; none: those present")
+_DEBUG_BATCH = flags.DEFINE_string(
+  "debug-batch", None, "A bad_batch_STEP.npz: makes one update on it from the newest checkpoint, prints metrics, exits"
+)
+flags.DEFINE_alias("replay", "debug-batch")
+_PROFILE = flags.DEFINE_string("profile-steps", None, "First and last step of a profiler trace, as FIRST:LAST")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Address of process 0, as HOST:PORT, where several hosts train")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes")
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0")
 _MULTIHOST = flags.DEFINE_enum("multihost", "auto", distributed.METHODS, "Where to find the other hosts")
-_HOST_DEADLINE = flags.DEFINE_float("host_deadline", 300.0, "Seconds that hosts wait for each other")
+_HOST_DEADLINE = flags.DEFINE_float("host-deadline", 300.0, "Seconds that hosts wait for each other")
 
 AHEAD = 2  # updates that may wait for the device: their batches take its memory
 
@@ -143,7 +152,7 @@ def open_checkpoints(config: Any, workdir: Path) -> checkpoint.Checkpointer:
   )
 
 
-def replay(config: Any, workdir: Path, path: Path, deadline: float = 300.0) -> tuple[int, dict[str, float]]:
+def debug_batch(config: Any, workdir: Path, path: Path, deadline: float = 300.0) -> tuple[int, dict[str, float]]:
   """One update on a batch that `diverged.save_batch` wrote, from the workdir's newest checkpoint; nothing is saved.
 
   Returns:
@@ -155,15 +164,21 @@ def replay(config: Any, workdir: Path, path: Path, deadline: float = 300.0) -> t
   """
   if sources.aux_loss(config) is not None:
     raise ValueError(
-      "--replay: got a config with an auxiliary loss, whose targets are not in the file; expected one without; look at "
-      "the examples with train.diverged.load_batch."
+      "--debug-batch: got a config with an auxiliary loss, whose targets are not in the file; expected one without; "
+      "look at the examples with train.diverged.load_batch."
     )
   if not path.exists() or jax.process_count() > 1:
-    raise ValueError(f"--replay: got {path} in {jax.process_count()} processes; expected a bad_batch_STEP.npz, in one.")
+    raise ValueError(
+      f"--debug-batch: got {path} in {jax.process_count()} processes; expected a bad_batch_STEP.npz that exists, in "
+      "one process; name the file that the failed run wrote."
+    )
   batch = diverged.load_batch(path)
   size = len(batch.actions)
   if size != config.data.batch_size:
-    raise ValueError(f"--replay: got {size} examples in {path}, expected {config.data.batch_size} (data.batch_size).")
+    raise ValueError(
+      f"--debug-batch: got {size} examples in {path}; expected {config.data.batch_size} (data.batch_size); pass the "
+      "config of the run that wrote it."
+    )
   ready = prepare(config, deadline)
   with open_checkpoints(config, workdir) as checkpointer:
     state, start, _ = resume.restore(checkpointer, ready.state, resume.plain(config))
@@ -282,7 +297,7 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
     return None
   first, _, last = text.partition(":")
   if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-    raise ValueError(f"--profile_steps: got {text!r}, expected FIRST:LAST with 1 ≤ FIRST ≤ LAST, such as 10:12.")
+    raise ValueError(f"--profile-steps: got {text!r}, expected FIRST:LAST with 1 ≤ FIRST ≤ LAST, such as 10:12.")
   return int(first), int(last)
 
 
@@ -292,6 +307,9 @@ def main(argv: list[str]) -> None:
   distributed.leave_on_sigterm()
   try:
     profile = parse_steps(_PROFILE.value)
+    if _PRINT_CONFIG.value:
+      print(command_line.as_flags(_CONFIG.value))
+      return
     if _EXPLAIN.value:
       print(explaining.explain(_CONFIG.value, _EXPLAIN_DEVICES.value, sources.aux_loss(_CONFIG.value)))
       return
@@ -302,8 +320,8 @@ def main(argv: list[str]) -> None:
     distributed.set_up_logging()
     workdir = epath.Path(_WORKDIR.value) if "://" in _WORKDIR.value else Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
-    if _REPLAY.value:
-      start, values = replay(_CONFIG.value, workdir, Path(_REPLAY.value), _HOST_DEADLINE.value)
+    if _DEBUG_BATCH.value:
+      start, values = debug_batch(_CONFIG.value, workdir, Path(_DEBUG_BATCH.value), _HOST_DEADLINE.value)
       print(json.dumps({"checkpoint": start} | values, indent=2))
       return
     policy = train(_CONFIG.value, workdir, profile, _HOST_DEADLINE.value)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from semanticvla_jax import cli
 
@@ -29,15 +33,36 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def spelled(argv: list[str]) -> list[str]:
-  """`--profile-steps=…` for `--profile_steps=…`, of every flag; `--init-from=DIR` for `--config.init_from=DIR`."""
-  out, known = [], set(flags.FLAGS)
+  """The words with every flag as it is defined: either spelling of --profile-steps means it, and `--init-from=DIR` is
+  `--config.init_from=DIR`."""
+  names = {name.replace("_", "-"): name for name in flags.FLAGS} | {"init-from": "config.init_from"}
+  out = []
   for i, word in enumerate(argv):
     name, equals, value = word.partition("=")
-    plain = name.removeprefix("--").replace("-", "_")
-    if name.startswith("--") and "--" not in argv[:i] and (plain == "init_from" or plain in known):
-      word = f"--{'config.init_from' if plain == 'init_from' else plain}{equals}{value}"
+    dashed = name.removeprefix("--").replace("_", "-")
+    if name.startswith("--") and "--" not in argv[:i] and dashed in names:
+      word = f"--{names[dashed]}{equals}{value}"
     out.append(word)
   return out
+
+
+def as_flags(config: Any) -> str:
+  """Every field of a config as the flag that sets it, one line each, sorted: "--config.optim.lr=0.0005"."""
+  lines = [f"--config.{name}={_value(value)}" for name, value in _fields(config)]
+  return "\n".join(sorted(lines))
+
+
+def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _fields(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value
+
+
+def _value(value: Any) -> str:
+  """A value as it is typed in a shell."""
+  return shlex.quote(value if isinstance(value, str) else repr(value))
 
 
 def told(error: Exception) -> str:

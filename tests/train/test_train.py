@@ -192,13 +192,13 @@ def test_nan_stops_with_step_and_family(data, tmp_path):
   assert batch["observation.images"].dtype == np.uint8
   again = diverged.load_batch(saved)
   np.testing.assert_array_equal(again.observation.prompt, batch["observation.prompt"])
-  start, values = command.replay(make_config(data), tmp_path / "sound", saved)
+  start, values = command.debug_batch(make_config(data), tmp_path / "sound", saved)
   assert start == 0 and np.isfinite(values["loss"]) and values["grad_norm/coupler"] > 0
   assert not list((tmp_path / "sound").rglob("*.npz")) and not (tmp_path / "sound" / "policy").exists()
   config = make_config(data)
   config.data.batch_size = 16
   with pytest.raises(ValueError, match="got 8 examples in .*expected 16"):
-    command.replay(config, tmp_path / "sound", saved)
+    command.debug_batch(config, tmp_path / "sound", saved)
 
 
 def test_tokenisers_of_another_model_are_refused(data):
