@@ -72,7 +72,7 @@ ${partition:+#SBATCH --partition=$partition
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
 status=0
 srun --kill-on-bad-exit=0 $(quoted "$python" -m semanticvla_jax.train --multihost=slurm "$@") || status=\$?
-if [[ \$status == 75 && \${SLURM_RESTART_COUNT:-0} -lt $restarts ]]; then  # told to stop, saved: go on when there is room
+if [[ \$status == 75 && \${SLURM_RESTART_COUNT:-0} -lt $restarts ]]; then  # stopped by SIGTERM, saved: resume when there is room
   scontrol requeue "\$SLURM_JOB_ID"
 fi
 exit "\$status"

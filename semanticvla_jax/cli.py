@@ -48,7 +48,7 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     status = 128 + signal.SIGINT
-  except Exception as error:  # whatever it is, the user gets one line
+  except Exception as error:  # of any kind: the user gets one line
     if wants_traceback:
       traceback.print_exception(error)
     print(f"error: {describe(error)}", file=sys.stderr)
@@ -92,7 +92,7 @@ def _use_32_bits() -> None:
 
 
 def make_importable(config: str) -> None:
-  """Lets a config file, "…/configs/libero.py:lite", import from its own folder, whatever the working directory is.
+  """Lets a config file, "…/configs/libero.py:lite", import from its own folder, from any working directory.
 
   The folder above its own comes first, so that `configs` is the config's own package. Its own folder comes last: a
   config may be called as an installed package is (configs/libero.py), and must not hide it. This repository's comes

@@ -1,6 +1,6 @@
 """Which benchmark makes training examples itself, by the name in `config.data.mixture`; every other name is a dataset.
 
-Training is handed what stands here, so that it knows no benchmark. A module in the table has
+Training is handed a module of this table, so that it knows no benchmark. A module in the table has
 
     aux_loss(config) -> train.step.AuxLoss | None
     batches(config, model, tokenizers, kept statistics | None) -> (step -> Batch on the device, statistics)

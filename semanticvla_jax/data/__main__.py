@@ -79,7 +79,7 @@ def preview(dataset: rlds.Dataset, *, count: int = 6, size: int = 224, seed: int
 
 
 def _caption(dataset: rlds.Dataset, frame: int) -> UInt8[np.ndarray, "h w 3"]:
-  """The text beside a frame, as high as its lines and as wide as its numbers want."""
+  """The text next to a frame, as high and wide as its lines need."""
   recipe, stats = dataset.recipe, dataset.statistics
   now = np.array([frame])
   absolute = np.array(recipe.absolute)

@@ -32,7 +32,7 @@ class Augmentation(NamedTuple):
     contrast, saturation: range of the factor.
     hue: largest absolute rotation, in turns.
     diagonal_crop: True copies the release, whose vertical and horizontal offsets share one random number, so that
-      every crop lies on the diagonal; False draws the two independently.
+      every crop is on the diagonal; False draws the two independently.
   """
 
   crop_area: float = 0.9
@@ -60,7 +60,7 @@ def decode(encoded: bytes, dct: str = "accurate") -> UInt8[np.ndarray, "h w 3"]:
   Of 16 bits a channel the upper eight are kept; grey becomes three equal channels, transparency is dropped.
 
   Raises:
-    ValueError: the bytes are no image, its numbers are no colours of 8 or 16 bits, or `dct` is unknown.
+    ValueError: the bytes are not an image, its values are not colors of 8 or 16 bits, or `dct` is unknown.
   """
   if dct == "fast":
     hide_accelerators()
@@ -283,7 +283,7 @@ def _crop(planes: Float32[np.ndarray, "3 h w"], top: float, left: float, side: f
 
 
 def _taps(n: int, offset: float, side: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The two inputs each output pixel lies between, i64[n] each, and the share of the second, f32[n]."""
+  """The two input pixels around each output pixel, i64[n] each, and the weight of the second, f32[n]."""
   at = np.clip(offset * (n - 1) + np.arange(n) * side, 0, n - 1)
   first = at.astype(np.int64)
   return first, np.minimum(first + 1, n - 1), (at - first).astype(np.float32)
@@ -309,6 +309,7 @@ def _adjust_colour(
   planes: Float32[np.ndarray, "n 3 h w"], saturation: Float[np.ndarray, "n"], hue: Float[np.ndarray, "n"]
 ) -> Float32[np.ndarray, "n 3 h w"]:
   """Scales the saturation of HSV (at most to 1) and rotates its hue (in turns), in one pass through hue and chroma."""
+  # Hue as sixths of a turn: which channel is largest picks the sector, the difference of the other two the place in it.
   red, green, blue = (planes[:, channel, None] for channel in range(3))
   value = np.maximum(np.maximum(red, green), blue)
   chroma = value - np.minimum(np.minimum(red, green), blue)
@@ -318,7 +319,9 @@ def _adjust_colour(
   sixth += np.where(is_red, np.float32(6), np.where(is_green, np.float32(2), np.float32(4)))
   sixth += _each(6 * hue)
   chroma *= _each(saturation)
-  np.minimum(chroma, value, out=chroma)
+  np.minimum(chroma, value, out=chroma)  # chroma / value is the saturation, at most 1
+  # Back to RGB without branches: each channel is value - chroma · clip(min(k, 4 - k), 0, 1), k its distance in sixths.
+  # In place, since the temporaries of a batch would not fit the cache.
   out = np.empty_like(planes)
   for channel, corner in enumerate((5, 3, 1)):
     k = sixth + np.float32(corner)  # hue in sixths of a turn, counted from this channel's corner

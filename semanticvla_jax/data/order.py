@@ -79,6 +79,8 @@ class Order:
     return np.searchsorted(self._edges, uniform, side="right")
 
   def _block(self, block: int) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    # How often each dataset was drawn before this block: its place in its own sequence of shuffled epochs. A resumed
+    # run repeats only these draws of datasets, not those of frames.
     while len(self._before) <= block:
       drawn = np.bincount(self._choice(len(self._before) - 1), minlength=len(self._episodes))
       self._before.append(self._before[-1] + drawn)
@@ -87,7 +89,7 @@ class Order:
     for dataset, size in enumerate(map(len, self._episodes)):
       rows = np.flatnonzero(datasets == dataset)
       position = self._before[block][dataset] + np.arange(len(rows))
-      for epoch in np.unique(position // size):
+      for epoch in np.unique(position // size):  # a small dataset may be passed through several times in one block
         here = position // size == epoch
         candidates[rows[here]] = self._permutation(dataset, int(epoch))[position[here] % size]
     return datasets, candidates
@@ -97,6 +99,8 @@ class Order:
     bits = self._bits(_PERMUTATION, len(episodes), epoch, dataset)
     if self._window is None:
       return np.argsort(bits, kind="stable")
+    # Episodes are shuffled and taken in groups of `window`, frames are shuffled within a group, whose images fit the
+    # cache.
     shuffled = np.argsort(self._bits(_PERMUTATION, int(episodes.max()) + 1, epoch, dataset, 1), kind="stable")
     rank = np.empty_like(shuffled)
     rank[shuffled] = np.arange(len(shuffled))

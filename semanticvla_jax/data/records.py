@@ -1,4 +1,4 @@
-"""Where every image of an RLDS dataset lies on disk, found in one pass that decodes no image.
+"""Where every image of an RLDS dataset is on disk, found in one pass that decodes no image.
 
 A tfrecord shard holds one serialised tf.train.Example an episode. The pass walks each record's wire format, keeps the
 few numeric columns, and of the images only their byte ranges, so that training reads single frames in any order.
@@ -28,7 +28,7 @@ from semanticvla_jax.data import text
 _HEADER, _FOOTER = 12, 4  # bytes of framing around a record: length and checksum before, checksum after
 _LAYOUT = 2  # part of the cache key: raise it when Index or the pass changes
 _INSTRUCTION = "language_instruction"
-CACHE = "~/.cache/semanticvla_jax"  # of indices, unless told otherwise
+CACHE = "~/.cache/semanticvla_jax"  # of indices, unless a call names another
 
 
 class Index(NamedTuple):
@@ -275,7 +275,7 @@ def values(record: bytes, keys: set[str]) -> dict[str, np.ndarray]:
     features, are left out.
 
   Raises:
-    IndexError: the bytes are no tf.train.Example.
+    IndexError: the bytes are not a tf.train.Example.
   """
   found = {}
   for _, start, stop in _fields(record, 0, len(record)):  # Example.features

@@ -64,7 +64,7 @@ class Dataset:
   def digest(self) -> str:
     """16 hex digits that tell its data from others under the same name, the same on every machine.
 
-    Of where each episode lies in its shard and how long it is, and of what each frame was told: shards written anew
+    Of where each episode is in its shard and how long it is, and of each frame's instruction: shards written anew
     from other images differ in their lengths, copies do not. The numbers themselves are in the statistics.
     """
     digest = hashlib.sha256("\n".join(self.index.instructions).encode())
@@ -484,7 +484,7 @@ def _batch(
 
 
 def _shifts(jitter: Jitter, seed: int, examples: Int[np.ndarray, "b"]) -> Float[np.ndarray, "b 6"] | None:
-  """How far the arm of each example stands off, in metres and radians: the same for the same arguments."""
+  """How far the arm of each example is displaced, in metres and radians: the same for the same arguments."""
   if jitter == STILL:
     return None
   bits = [np.random.Philox(key=[seed, _STREAM], counter=[0, 0, example, 0]) for example in examples.tolist()]

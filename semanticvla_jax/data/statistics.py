@@ -226,7 +226,7 @@ def save_openpi(path: str | pathlib.Path, statistics: DatasetStatistics) -> None
 
 
 def load(path: str | pathlib.Path) -> dict[str, DatasetStatistics]:
-  """Reads either JSON family, told apart by the top-level key "norm_stats" with "actions" below it.
+  """Reads either JSON family, distinguished by the top-level key "norm_stats" with "actions" below it.
 
   An openpi file holds one dataset, returned under the name of its folder (openpi's asset id). It has no extremes (NaN
   here, so that mode "bounds" is refused) and normalises every dimension, the gripper too (mask all True).

@@ -11,7 +11,7 @@ ENDS = ("cut", "pad")
 def starts(length: int, chunk: int, trajectory_end: str = "cut") -> Int[np.ndarray, "n"]:
   """Lists the frames of an episode of `length` frames that may start a training example.
 
-  "cut" keeps frames whose whole chunk lies inside the episode: the last `chunk` - 1 are never a start, and an episode
+  "cut" keeps frames whose whole chunk is inside the episode: the last `chunk` - 1 are never a start, and an episode
   shorter than the chunk has none. So does the release (`traj_transforms.py:27`). "pad" keeps every frame.
 
   Raises:
@@ -41,7 +41,7 @@ def windows(
     absolute: dimensions that are targets (joint angles, a gripper) rather than displacements.
 
   Returns:
-    The chunks, and True where the step lies inside the episode. Past its end, absolute dimensions repeat the last
+    The chunks, and True where the step is inside the episode. Past its end, absolute dimensions repeat the last
     action and displacements are zero: the robot stays where it is.
   """
   index = frames[:, None] + np.arange(chunk)
@@ -71,13 +71,13 @@ def displaced(
 ) -> tuple[Float32[np.ndarray, "b p"], Float32[np.ndarray, "b k a"]]:
   """Examples as if the arm stood elsewhere, with actions that lead back to the demonstrated path.
 
-  Demonstrations that begin in one pose and follow one path say nothing of what lies beside it. The way back is that of
+  Demonstrations that begin in one pose and follow one path do not show the states next to it. The way back is that of
   a proportional controller that leaves 1 - 1 / k of the distance after each step; the attitude is not led back. Images
   stay as they are, so `shift` should be small.
 
   Args:
     proprio: position, attitude, …, in raw units. actions: translations first, in [-1, 1], which they keep to.
-    shift: metres and radians that the arm stands off. metres: see `stride`.
+    shift: metres and radians that the arm is displaced by. metres: see `stride`.
     inside: steps within the episode; those past its end stay as they are.
   """
   k = actions.shape[1]

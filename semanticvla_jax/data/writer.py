@@ -20,7 +20,7 @@ _VERSION = "1.0.0"
 
 
 class Encoded:
-  """Frames that are JPEG already; stands for an array u8[t h w 3] in an Episode.
+  """Frames that are JPEG already, in place of an array u8[t h w 3] of an Episode.
 
   Args:
     frames: one file each.
@@ -72,7 +72,7 @@ def write(
   """Writes `<data_dir>/<name>/1.0.0`: features.json, dataset_info.json and tfrecord shards of split "train".
 
   The last step of an episode has reward 1 and is terminal, as in the LIBERO sets, which hold successes only. Equal
-  episodes give equal bytes. Everything is written to a folder beside it, which is renamed when complete, so that a
+  episodes give equal bytes. Everything is written to a temporary folder, which is renamed when complete, so that a
   reader never sees half a dataset. The result is read by `rlds.load` and by `tfds.builder_from_directory`.
 
   Args:

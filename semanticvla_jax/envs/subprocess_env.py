@@ -39,7 +39,7 @@ def environment(changes: Mapping[str, str | None]) -> dict[str, str]:
 
 
 class Moment(NamedTuple):
-  """Where an episode stands.
+  """The state of an episode.
 
   Attributes:
     observations: dicts, see `envs.base.Environment`: what was rendered since the last moment, the newest last.
@@ -172,10 +172,10 @@ class Process:
     try:
       if not self.connection.poll(self.timeout):
         raise BrokenEnvironment(f"No answer from the environment within {self.timeout:g} s.{self._printed()}")
-      kind, answer, told = self.connection.recv()
+      kind, answer, log = self.connection.recv()
     except (EOFError, ConnectionError) as error:
       raise BrokenEnvironment(f"The environment's process {self._how_it_ended()}.{self._printed()}") from error
-    for level, message in told:
+    for level, message in log:
       LOGGER.log(level, message)
     if kind == "error":
       raise BrokenEnvironment(answer)
@@ -184,7 +184,7 @@ class Process:
     return answer
 
   def restart(self) -> None:
-    """Kills the process, whatever it does, and starts another."""
+    """Kills the process, busy or not, and starts another."""
     self.close()
     self._log = tempfile.TemporaryFile(prefix="environment_")  # noqa: SIM115
     self.connection, self._process = self._start()
@@ -233,7 +233,7 @@ class Process:
     return self._moment
 
 
-class _Told(logging.Handler):
+class _BufferedLogHandler(logging.Handler):
   """Keeps (level, message) of what is logged until the next answer takes it along."""
 
   def __init__(self):
@@ -251,8 +251,8 @@ class _Told(logging.Handler):
 
 def serve(connection: Connection) -> None:
   """Answers until the other side is gone: first how to make the environment, then (method of Host, arguments)."""
-  told = _Told()
-  LOGGER.addHandler(told)
+  log = _BufferedLogHandler()
+  LOGGER.addHandler(log)
   try:
     make, host = connection.recv(), None
     while True:
@@ -260,9 +260,9 @@ def serve(connection: Connection) -> None:
       try:
         host = Host(make()) if host is None else host
         kind, answer = "done", getattr(host, name)(*args)
-      except Exception:  # whatever it is, the other side has to hear of it
+      except Exception:  # of any kind: the other side has to know of it
         kind, answer = "error", traceback.format_exc()
-      connection.send((kind, answer, told.take()))
+      connection.send((kind, answer, log.take()))
   except (EOFError, ConnectionError):
     return
 

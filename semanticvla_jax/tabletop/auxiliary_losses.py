@@ -83,12 +83,12 @@ class Grounded(nn.Module):
     """
     out = self.model(observation, train, part=part)
     states = rearrange(out.intermediates["action_states"][:, : self.model.coupler.tokens], "b t d -> b (t d)")
-    told = {"displacement": self.probe(states), "aim": rearrange(self.probe_aim(states), "b (v c) -> b v c", c=2)}
+    probes = {"displacement": self.probe(states), "aim": rearrange(self.probe_aim(states), "b (v c) -> b v c", c=2)}
     looks = {
       f"{name}_looks": probe(out.intermediates[f"{name}_patches"])
       for name, probe in (("dino", self.probe_dino), ("siglip", self.probe_siglip))
     }
-    return Output(out.actions, out.intermediates | told | looks)
+    return Output(out.actions, out.intermediates | probes | looks)
 
   def score(
     self, patches: Float[Array, "bv n d"], words: Any, mask: Bool[Array, "b g m"]

@@ -59,7 +59,7 @@ class Report(NamedTuple):
 
 
 def write(recipe: Recipe, out: str | pathlib.Path, name: str, progress: Callable[[int], None] | None = None) -> Report:
-  """Writes `<out>/<name>/1.0.0` in the layout of `libero_*_no_noops`, and dataset_statistics.json beside the shards.
+  """Writes `<out>/<name>/1.0.0` in the layout of `libero_*_no_noops`, and dataset_statistics.json next to the shards.
 
   The same recipe gives the same bytes. Failed episodes are dropped and counted, and their places taken by the next
   seeds. `<name>` decides how the data is read, so it starts with "tabletop".

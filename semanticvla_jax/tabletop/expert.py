@@ -251,7 +251,7 @@ def rollout(key: PRNGKeyArray, suite: str | int | Int[Array, ""], split: str = "
 
 @in_32_bits
 def perturbed_state(key: PRNGKeyArray, state: State) -> State:
-  """A random moment from which the task of `state` can still be done, for broad coverage of states in training.
+  """A random state from which the task of `state` can still be done, for broad coverage of states in training.
 
   The gripper is anywhere, or near the next target or its destination; the fingers are open, half or closed; in two of
   five cases it holds an object, one in four of them a wrong one; a second goal may be all that is left.
@@ -268,6 +268,7 @@ def perturbed_state(key: PRNGKeyArray, state: State) -> State:
   goal = jnp.where(ahead, 1, 0)
   target, verb = state.target[goal], state.verb[goal]
 
+  # A wrong object in the gripper teaches the expert's recovery: it lets go and takes the right one.
   wrong = (u[1] < 0.25) | (verb == PUSH)  # a push counts from where the object was let go, so its target stays
   other = jnp.where(ahead, 2, jnp.where(u[2] < 0.5, 1, 2))
   held = jnp.where(u[3] < 0.4, jnp.where(wrong, other, target), -1).astype(jnp.int32)
@@ -275,6 +276,7 @@ def perturbed_state(key: PRNGKeyArray, state: State) -> State:
   width = jnp.asarray(HALF)[state.kind[held], 0]
   finger = jnp.where(holds, width, jnp.where(u[4] < 0.6, physics.OPEN, jnp.where(u[4] < 0.8, 0.02, 0.0)))
 
+  # Half of the positions are near what matters next, where a few millimetres decide; the others cover the workspace.
   anywhere = jnp.array([-0.20, -0.20, 0.08]) + u[5:8] * jnp.array([0.40, 0.40, 0.16])
   focus = jnp.where(holds & (verb != PUSH), state.centre[container[goal]], state.centre[target])
   position = jnp.where(u[8] < 0.5, focus + jnp.append(spread, 0.10 * u[9]), anywhere)

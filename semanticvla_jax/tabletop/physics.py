@@ -61,7 +61,7 @@ _SUBSTEPS = 4
 _FALL = 0.08  # metres an object falls in a step
 _TIP = 0.010  # metres from the gripper's position down to the end of the fingers
 _PAD = 0.006  # radius of a finger, seen from above
-_OVER = 0.008  # what overlaps by less than this in height lies on top, by more lies beside
+_OVER = 0.008  # an overlap in height of less than this means on top, of more means next to it
 _SIDEWAYS, _UPRIGHT, _TURNED = 0.018, 0.020, 0.35  # a grasp: metres along the pads, metres in height, radians
 
 
@@ -124,7 +124,7 @@ def _bottom(state: State) -> Float[Array, " n"]:
 
 
 def _in_groove(state: State) -> Bool[Array, "n n"]:
-  """[i, j]: peg i lies over the groove of slot j, aligned well enough to go in."""
+  """[i, j]: peg i is above the groove of slot j, aligned well enough to go in."""
   apart = _turn(state.centre[:, None, :2] - state.centre[None, :, :2], -state.yaw[None, :])
   turned = jnp.abs(angle_between(state.yaw[:, None] - state.yaw[None, :], math.pi))
   near = jnp.all(jnp.abs(apart) < 0.010, -1)
@@ -132,15 +132,21 @@ def _in_groove(state: State) -> Bool[Array, "n n"]:
 
 
 def _support(state: State, bottom: Float[Array, " n"]) -> Float[Array, " n"]:
-  """The height of what lies below each object, whose lower end was at `bottom`."""
+  """The height, in metres, of the surface under each object, whose lower end was at `bottom`.
+
+  The tabletop is 0, so that the largest of all candidates is the surface that an object falls onto.
+  """
   kind = state.kind
   apart = state.centre[:, None, :2] - state.centre[None, :, :2]
   distance = jnp.linalg.norm(apart, axis=-1)
   half, radius = _outline(kind)
   inside = jnp.all(jnp.abs(_turn(apart, -state.yaw[None, :])) < half + radius[:, None], -1)
+  # Only what is not held and has a flat top carries an object; of those, only what was not above it before the step:
+  # an object that is pushed sideways must not jump onto its neighbour.
   free = (jnp.arange(MAX_OBJECTS) != state.held) & (kind != BALL) & (kind < BOWL)
   below = _top(state)[None, :] <= bottom[:, None] + _OVER
   stacked = jnp.where(inside & free & below & ~jnp.eye(MAX_OBJECTS, dtype=bool), _top(state), 0.0)
+  # Containers carry on their floor, not on their top: bowls and plates within their radius, a slot in its groove.
   floor = jnp.asarray(FLOOR)[kind]
   round_one = jnp.where(((kind == BOWL) | (kind == PLATE)) & (distance < half[:, 0]), floor, 0.0)
   block = jnp.where((kind == SLOT) & inside & below, jnp.where(_in_groove(state), floor, _top(state)), 0.0)
@@ -148,7 +154,7 @@ def _support(state: State, bottom: Float[Array, " n"]) -> Float[Array, " n"]:
 
 
 def _walls(state: State, xy: Float[Array, "n 2"], bottom: Float[Array, " n"]) -> Float[Array, "n 2"]:
-  """Moves objects that stand in the wall of a bowl, or beside and in a slot, to where they fit."""
+  """Moves objects that overlap the wall of a bowl or the body of a slot to the nearest place where they fit."""
   width = jnp.asarray(HALF)[state.kind, 0]
   groove = _in_groove(state)
   for j in range(GRASPABLE, MAX_OBJECTS):
@@ -186,13 +192,15 @@ def _carry(state: State) -> State:
 
 def _move(state: State, shift: Float[Array, "3"], turn: Float[Array, "3"]) -> State:
   """Moves the gripper a little; what it touches is pushed, carries it up, or stops it."""
+  # Only what is not held and has a flat top carries an object; of those, only what was not above it before the step:
+  # an object that is pushed sideways must not jump onto its neighbour.
   free = (jnp.arange(MAX_OBJECTS) != state.held) & (state.kind < BOWL)
   bottom_before, tip_before = _bottom(state), state.position[2] - _TIP
   state = _carry(state.replace(
     position=jnp.clip(state.position + shift, REACH[0], REACH[1]),
     rotation=jnp.clip(compose(turn, state.rotation), -TWIST, TWIST)))
 
-  # A finger beside an object pushes it, a finger above an object rests on it.
+  # A finger next to an object pushes it, a finger above an object rests on it.
   half, radius = _outline(state.kind)
   top, xy, floor = _top(state), state.centre[:, :2], REACH[0, 2]
   beside = free & (tip_before < top - _OVER) & (state.position[2] - _TIP < top)

@@ -239,7 +239,7 @@ def _table(o: Vector, d: Vector) -> Hit:
 
 
 def _objects(hit: Hit, state: State, o: Vector, d: Vector) -> Hit:
-  """Everything that lies on the table or is held."""
+  """Everything that is on the table or held."""
   about_z = jax.vmap(lambda yaw: rotation_matrix(jnp.array([0.0, 0.0, 1.0]) * yaw))
   held = rotation_matrix(state.rotation) @ about_z(state.grip_yaw[None])[0]
   turns = jnp.where((jnp.arange(MAX_OBJECTS) == state.held)[:, None, None], held, about_z(state.yaw))

@@ -1,4 +1,4 @@
-"""What lies on the table and what is asked: objects, suites, instructions, and the draw of a first state.
+"""Objects on the table, suites, instructions, and the draw of an initial state.
 
 Frame: x to the right and y away from the agent camera, z up, metres, the origin on the table under the centre of the
 workspace. So "left of" is smaller x and "in front of" is smaller y, as seen in the agent's image.
@@ -163,7 +163,7 @@ def max_steps(suite: str | int) -> int:
 
 
 def check_seeds(seeds: Sequence[int] | np.ndarray, split: str) -> None:
-  """Raises ValueError unless all seeds lie in the split: beside it are another split's layouts. On the host."""
+  """Raises ValueError unless all seeds are in the split: the next ones are another split's layouts. On the host."""
   first = SPLITS[check_split(split)]
   size = min([s for s in SPLITS.values() if s > first], default=_LAST_SEED) - first
   for seed in (min(seeds), max(seeds)) if len(seeds) else ():

@@ -73,7 +73,7 @@ _HOST_DEADLINE = flags.DEFINE_float("host-deadline", 300.0, "Seconds that hosts 
 AHEAD = 2  # updates that may wait for the device: their batches take its memory
 
 class Preempted(Exception):
-  """Told to stop; everything is saved."""
+  """Stopped by SIGTERM; everything is saved."""
 
 
 def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict, dict | None]:
@@ -113,7 +113,7 @@ def load_base(folder: str, mesh: Any, rule: sharding.Rule) -> checkpoint.PolicyF
 
 
 class Prepared(NamedTuple):
-  """What stands before the first step: the model, its state and the program's parts."""
+  """What is ready before the first step: the model, its state and the program's parts."""
 
   mesh: Any
   bare: Any
@@ -217,7 +217,7 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
     meet = functools.partial(distributed.meet, "compiled", deadline) if jax.process_count() > 1 else None
     frozen, rule = ready.frozen, sharding.rule_of(config.mesh)
     run = stepping.compile_step(ready.step, ready.mesh, state, frozen, rule, meet)
-    ready = ready._replace(state=None)  # the step is given the state's buffers to write over
+    ready = ready._replace(state=None)  # the step's state is donated
     distributed.meet("ready to train", deadline)
     history = deque(saved.get("losses", ()), maxlen=200)
     try:
@@ -266,7 +266,7 @@ def loop(
         checkpointer.save(step + 1, {"train": state}, facts | {"losses": list(history)})
       if stop:
         checkpointer.wait()
-        raise Preempted(f"told to stop; saved at step {step + 1} of {config.train.steps}; run it again to go on")
+        raise Preempted(f"stopped by SIGTERM; saved at step {step + 1} of {config.train.steps}; run it again to resume")
   return state
 
 

@@ -16,7 +16,7 @@ PARSING = "Error whilst parsing config file"  # ml_collections' words before a t
 
 
 def parse(argv: list[str]) -> list[str]:
-  """The `flags_parser` of absl's `app.run`, for commands with a --config; ends the program where that is no config."""
+  """The `flags_parser` of absl's `app.run`, for commands with a --config; exits with one line about a bad one."""
   sys.argv = spelled(argv)  # ml_collections looks for --config.… there
   for name, following in zip(sys.argv, [*sys.argv[1:], ""]):
     if name.startswith("--config=") or name == "--config":
@@ -27,9 +27,9 @@ def parse(argv: list[str]) -> list[str]:
       flags.FLAGS["config"].value.keys()  # a file that cannot be loaded says so when it is read
     return rest
   except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-    sys.exit(f"error: {told(error)}")
+    sys.exit(f"error: {explain(error)}")
   except flags.Error as error:
-    sys.exit(f"error: {told(error) if PARSING in str(error) else error} (--help lists the flags)")
+    sys.exit(f"error: {explain(error) if PARSING in str(error) else error} (--help lists the flags)")
 
 
 def spelled(argv: list[str]) -> list[str]:
@@ -65,8 +65,8 @@ def _value(value: Any) -> str:
   return shlex.quote(value if isinstance(value, str) else repr(value))
 
 
-def told(error: Exception) -> str:
-  """What is wrong with a config, in four parts."""
+def explain(error: Exception) -> str:
+  """What is wrong with a config, in one line of four parts."""
   text = str(error.args[0] if error.args else error).replace("\\n", "\n")
   lines = [line.strip(" '\"\\") for line in text.splitlines() if line.strip()] or [type(error).__name__]
   if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""Numbers of a training config that no run can be made from, refused before anything is read or compiled."""
+"""Checks of a training config's numbers, before anything is read or compiled."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ RULES = {
 
 
 def check(config: Any) -> None:
-  """Raises ValueError, with a line for each, where fields of a config are no numbers that a run can be made from."""
+  """Raises ValueError, with a line for each field whose number no run can use."""
   problems = []
   for field, rule in RULES.items():
     folder, _, name = field.rpartition(".")

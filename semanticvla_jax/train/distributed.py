@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from semanticvla_jax import files
 
-PREEMPTED = 75  # exit status of a run that was told to stop, saved, and goes on when started again (EX_TEMPFAIL)
+PREEMPTED = 75  # exit status of a run that SIGTERM stopped after saving, to be started again (EX_TEMPFAIL)
 METHODS = ("auto", "none", "tpu", "slurm")
 # How long XLA's collectives on CPUs wait for another process, and for another device of this one.
 PATIENCE = ("xla_cpu_collective_timeout_seconds", "xla_cpu_collective_call_terminate_timeout_seconds")
@@ -277,7 +277,7 @@ def leave_on_sigterm() -> None:
   """
 
   def leave(number, frame):
-    logging.warning("told to stop while setting up or writing the policy; run it again to go on")
+    logging.warning("stopped by SIGTERM while setting up or writing the policy; run it again to resume")
     sys.exit(PREEMPTED)
 
   if threading.current_thread() is threading.main_thread():  # Python delivers signals there only

@@ -1,4 +1,4 @@
-"""What `--explain` prints: the mesh, where every family of parameters lies, and what that costs each device."""
+"""What `--explain` prints: the mesh, how each family of parameters is split over it, and its bytes on each device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from semanticvla_jax.train.step import AuxLoss
 
 
 class Family(NamedTuple):
-  """Parameters that differ only in a layer's number and lie alike."""
+  """Parameters that differ only in the number of their layer and are split alike."""
 
   name: str
   shape: tuple[int, ...]

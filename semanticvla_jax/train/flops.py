@@ -53,6 +53,8 @@ def count(function: Callable, *args: Any) -> int:
 
 
 def _count(jaxpr: Jaxpr) -> int:
+  # Backwards, keeping the set of values that an output still needs: what only feeds dropped outputs (an auxiliary
+  # result, the primal of a gradient) is removed by the compiler too, and would otherwise be counted.
   needed, total = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, 0
   for equation in reversed(jaxpr.eqns):
     if not needed.intersection(equation.outvars) and not equation.effects:
@@ -73,7 +75,7 @@ def _operations(equation: Any) -> int:
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(np.delete(kernel, out_axis).tolist())
   inner = [_count(part) for value in params.values() for part in _jaxprs(value)]
   if name == "cond":
-    return max(inner)
+    return max(inner)  # only one branch runs
   return sum(inner) * (params["length"] if name == "scan" else 1)
 
 

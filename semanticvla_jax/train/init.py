@@ -59,7 +59,7 @@ def shapes(model: nn.Module, bare: SemanticVLA, trainable: str | None, frozen_dt
 
 
 def draw(model: nn.Module, bare: SemanticVLA, seed: int, wanted: dict, where: Any) -> dict:
-  """Initial values of the parameters `wanted`, a function of the seed, made where they lie.
+  """Initial values of the parameters `wanted`, a function of the seed, created with their sharding.
 
   Args:
     wanted: shapes and types, all of the model's parameters or some.
@@ -87,7 +87,7 @@ def only(tree: dict, paths: list[str]) -> dict:
 
 
 def bases(init_from: str | None) -> tuple[list[str], bool]:
-  """config.init_from → (policy folders, whether "random" stands among them): "policies/openvla,policies/siglip"."""
+  """config.init_from → (policy folders, whether "random" is among them): "policies/openvla,policies/siglip"."""
   names = [name.strip() for name in (init_from or "").split(",") if name.strip()]
   return [name for name in names if name != RANDOM], RANDOM in names
 

@@ -1,4 +1,4 @@
-"""Metrics: JSONL always, TensorBoard beside it, one line of progress with its ETA."""
+"""Metrics: JSONL always, TensorBoard too, one line of progress with its ETA."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Metrics:
 
   Attributes:
     path: `metrics.jsonl` in the workdir; one object a line with `step` and floats, null for NaN and Inf. A resumed run
-      appends; lines past the step it resumes from are dropped first, so each step stands there once.
+      appends; lines past the step it resumes from are dropped first, so each step is there once.
     recent: the metrics of every update of the last flush, one dict each.
 
   Args:

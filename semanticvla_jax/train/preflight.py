@@ -137,7 +137,7 @@ def compile_for(config: Any, mesh: Mesh, which: str = "train", aux_loss: AuxLoss
   """Compiles a program of the config over the devices of `mesh`.
 
   Raises:
-    ValueError: a config that does not fit together. Too little memory is no error, see Report.
+    ValueError: a config that does not fit together. Too little memory is not an error, see Report.
   """
   lower = PROGRAMS[which](config, mesh, aux_loss)
   began, limit = time.perf_counter(), _limit(mesh.devices.flat[0])
@@ -294,7 +294,7 @@ def describe(
   return "\n".join(lines)
 
 
-def tell(report: Report) -> None:
+def print_line(report: Report) -> None:
   """One line of a sweep."""
   outcome = f"fits, {report.peak / 2**30:.2f} GiB" if report.fits else "does not fit"
   print(f"batch {report.batch}: {outcome} ({report.seconds:.0f} s)", flush=True)
@@ -318,7 +318,7 @@ def main(argv: list[str]) -> None:
     mesh = sharding.make_mesh(sizes, devices)
     aux_loss = sources.aux_loss(config)
     if _SWEEP.value:
-      best = sweep(config, mesh, tell, _PROGRAM.value, aux_loss)
+      best = sweep(config, mesh, print_line, _PROGRAM.value, aux_loss)
       print(f"largest batch that fits: {best}")
       sys.exit(0 if best else 3)
     report = compile_for(config, mesh, _PROGRAM.value, aux_loss)
@@ -328,7 +328,7 @@ def main(argv: list[str]) -> None:
   sys.exit(0 if report.fits else 3)
 
 
-if __name__ == "__main__":  # here, so that the module can be imported beside another command's --config
+if __name__ == "__main__":  # here, so that the module can be imported by a command with a --config of its own
   _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config")
   _TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, e.g. v5e:4x4; none: the devices present")
   _SLICES = flags.DEFINE_integer("slices", 1, "How many such slices")

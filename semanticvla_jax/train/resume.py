@@ -1,4 +1,4 @@
-"""Going on with a run: only with the config, base, tokenisers and data it began with, whatever path they lie under."""
+"""Resuming a run: only with the config, base, tokenizers and data that it started with, under any path."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ LATER = {
   "data.pruner_text_eval": None, "data.cache_dir": None, "data.jitter": [0.0, 0.0], "data.askew": 0.0,
 }  # fmt: skip
 
-# Config fields that may change when a run goes on, each with what lies below it: how long and where it runs, not what
-# it computes. Base, tokenisers and data are known by what they hold (`origin`), wherever they lie.
+# Config fields that may change when a run is resumed, each with all fields below it: how long and where it runs, not
+# what it computes. Base, tokenizers and data are known by what they hold (`origin`), wherever they lie.
 MOVABLE = (
   "mesh", "model.remat", "model.scan_encoders", "init_from", "data.dir", "data.cache_dir", "data.tokenizers",
   "train.steps", "train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.spike",
@@ -39,7 +39,7 @@ def plain(config: Any) -> dict:
 
 
 def restore(checkpointer: checkpoint.Checkpointer, state: Any, config: dict) -> tuple[Any, int, dict]:
-  """(state, step, the JSON beside it) of the workdir's newest checkpoint, or (the state as it is, 0, {}).
+  """(state, step, its JSON) of the workdir's newest checkpoint, or (the state as it is, 0, {}).
 
   Raises:
     ValueError: in the workdir of another config.
@@ -70,7 +70,7 @@ def differences(saved: dict, config: dict) -> list[str]:
 
 
 def origin(config: Any, source: inputs.Source) -> dict:
-  """What a run stands on beside its config, as JSON: hashes of its bases, tokenisers and data, and its statistics."""
+  """What a run depends on besides its config, as JSON: hashes of its bases, tokenizers and data, and its statistics."""
   folders, _ = init.bases(config.init_from)
   tokenizers = epath.Path(config.data.tokenizers or text.EMBEDDED)
   words = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(tokenizers.glob("*.model"))))
@@ -83,21 +83,20 @@ def origin(config: Any, source: inputs.Source) -> dict:
 
 
 def check_origin(saved: dict, now: dict, workdir: Path) -> None:
-  """Compares `origin` now with that of the checkpoint a run goes on from; one that says nothing is taken, and told.
+  """Compares `origin` now with that of the checkpoint to resume; one without this record is accepted with a warning.
 
   Raises:
-    ValueError: another base, other tokenisers or other data.
+    ValueError: another base, other tokenizers or other data.
   """
   if unknown := sorted(set(now) - set(saved)):
     logging.warning("the checkpoint is of an earlier version: its %s cannot be compared", ", ".join(unknown))
   known = [name for name in now if name in saved and name != "config"]
   differing = [name for name in known if not (same if name == "statistics" else operator.eq)(saved[name], now[name])]
   if differing:
-    told = {name: describe(saved[name]) + " → " + describe(now[name]) for name in differing}
+    changes = "; ".join(f"{name} {describe(saved[name])} → {describe(now[name])}" for name in differing)
     raise ValueError(
-      f"workdir {workdir}: its run had another {' and '.join(differing)}, got "
-      f"{'; '.join(f'{name} {change}' for name, change in told.items())} (before → now), expected the same under any "
-      "path; pass the base (config.init_from), tokenisers and data it began with, or use a new --workdir."
+      f"workdir {workdir}: its run had another {' and '.join(differing)}, got {changes} (before → now), expected the "
+      "same under any path; pass the base (config.init_from), tokenizers and data it began with, or a new --workdir."
     )
 
 

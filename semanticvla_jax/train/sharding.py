@@ -109,7 +109,7 @@ def abstract_mesh(sizes: Any, devices: int) -> AbstractMesh:
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rule: Rule = PLAIN) -> P:
-  """Where a parameter lies: the first override that matches its path, else the one rule.
+  """How a parameter is split over the mesh: the first override that matches its path, else the one rule.
 
   The rule: `tensor` splits heads and MLP columns where it divides them (TENSOR); `fsdp` splits the largest other axis
   of a large array that it divides; everything else is copied.

@@ -170,7 +170,7 @@ def test_sigterm_before_the_loop_leaves_with_the_same_status(caplog):
     with pytest.raises(SystemExit) as left:
       os.kill(os.getpid(), signal.SIGTERM)
       time.sleep(1)
-    assert left.value.code == distributed.PREEMPTED and "told to stop while setting up" in caplog.text
+    assert left.value.code == distributed.PREEMPTED and "stopped by SIGTERM while setting up" in caplog.text
   finally:
     signal.signal(signal.SIGTERM, before)
 
@@ -207,7 +207,7 @@ def test_command_told_to_stop_while_it_waits_for_hosts(tmp_path):
       time.sleep(0.5)
   process.send_signal(signal.SIGTERM)
   _, errors = process.communicate(timeout=120)
-  assert process.returncode == distributed.PREEMPTED and "told to stop while setting up" in errors
+  assert process.returncode == distributed.PREEMPTED and "stopped by SIGTERM while setting up" in errors
 
 
 def run_both(data, workdir, **train):

@@ -1,4 +1,4 @@
-"""A run that was killed, told to stop, or moved to other devices ends as the one that was left alone."""
+"""A run that was killed, stopped by SIGTERM, or moved to other devices ends as an undisturbed one."""
 
 import hashlib
 import os
