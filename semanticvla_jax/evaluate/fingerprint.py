@@ -48,7 +48,7 @@ def of(
     **facts: of the benchmark: environment, suite, split, max_steps, loop ("device", "host" or "simulators"), and what
       else it depends on: versions, renderer, initial states.
   """
-  known, device = policy.metadata, jax.devices()[0]
+  known = policy.metadata
   reads = (
     "image_size", "views", "crop_area", "jpeg_quality", "dct", "normalisation", "gripper", "dtype", "pruner_text",
   )  # fmt: skip
@@ -61,9 +61,8 @@ def of(
     "told": told, "model_changes": model_changes or {},
     "policy": {key: known.get(key) for key in ("policy_hash", "folder", "step", "dataset", "parameters")},
     "preprocessing": {key: known.get(key) for key in reads}, "chunk": known.get("chunk"),
-    "device": f"{device.platform}: {device.device_kind} × {jax.device_count()}",
-    "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-    "sources": sources(), **{name: value for name, value in facts.items() if name not in (*_FIRST, *_THEN)},
+    "device": device(), "versions": versions(), "sources": sources(),
+    **{name: value for name, value in facts.items() if name not in (*_FIRST, *_THEN)},
   }  # fmt: skip
 
 
@@ -95,6 +94,17 @@ def differences(first: Mapping, second: Mapping) -> dict[str, str]:
 def within(name: str, fields: Sequence[str]) -> bool:
   """Whether a name of `differences` is one of some fields or a part of one."""
   return any(name == field or name.startswith(f"{field}.") for field in fields)
+
+
+def device() -> str:
+  """The kind and number of jax's devices."""
+  first = jax.devices()[0]
+  return f"{first.platform}: {first.device_kind} × {jax.device_count()}"
+
+
+def versions() -> dict[str, str | None]:
+  """The versions of PACKAGES (None: not installed) and of Python."""
+  return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
 @functools.cache

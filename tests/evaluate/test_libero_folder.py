@@ -5,6 +5,7 @@ import json
 import types
 from pathlib import Path
 
+import earlier_results
 import libero_assets
 import numpy as np
 import policies
@@ -130,6 +131,21 @@ def test_more_trials_and_controls_are_run_in_addition(run):
   assert all(one["told"] != one["asked"] for one in told)
   run("--trials=4", "--controls=shuffled")
   assert not begun(run) and (run.out / "report.html").exists()
+
+
+def test_a_folder_of_an_earlier_version_is_resumed(run):
+  earlier = earlier_results.rows("libero")
+  earlier_results.copy("libero", run.out, "h")
+  run("--controls=shuffled")
+  assert not begun(run), "nothing is left to do"
+  run("--trials=3", "--controls=shuffled")
+  assert begun(run)[:2] == [2, 52]
+  found = rows(run)[MAIN]
+  old = {one["seed"]: one for one in earlier[0]["per_episode"]}
+  assert {one["seed"]: one for one in found["per_episode"] if one["seed"] in old} == old and found["nonfinite"] == 1
+  assert [*found] == [*earlier[0]] and [*found["fingerprint"]] == [*earlier[0]["fingerprint"]]
+  with pytest.raises(SystemExit, match="(?s)replay: 8 against 4.*choose another --out"):
+    run("--replan-steps=4")
 
 
 def test_broken_episodes_are_repeated_and_told(run, capsys):

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 
+import earlier_results
 import numpy as np
 import policies
 import pytest
@@ -149,6 +150,20 @@ def test_a_finished_run_is_gone_on_with(folders, made_up, tmp_path, capsys):
   assert all(one["asked"] != one["told"] for one in shuffled) and len(shuffled) == 8
   assert [*rows(tmp_path)] == [("pick", name) for name in ("this policy", *(controls.NAMES[x] for x in (
     "shuffled", "blind", "random")))]  # fmt: skip
+
+
+def test_a_folder_of_an_earlier_version_is_resumed(folders, made_up, tmp_path, capsys):
+  earlier, key = earlier_results.rows("tabletop"), checkpoint.policy_hash(folders / "a")
+  out = earlier_results.copy("tabletop", tmp_path / "out", key)
+  command.main([*flags(folders, out), "--controls=shuffled", "--episodes=6"])
+  assert made_up.runs[0] == ("pick", [4, 5]) and "4 of 6 episodes were measured before" in capsys.readouterr().out
+  found = rows(out)["pick", "this policy"]
+  assert found["per_episode"][:4] == earlier[0]["per_episode"] and found["nonfinite"] == 1
+  assert [*found] == [*earlier[0]] and [*found["fingerprint"]] == [*earlier[0]["fingerprint"]]
+  assert found["fingerprint"]["sources"].startswith(f"{earlier[0]['fingerprint']['sources']} ")
+  assert rows(out)["pick", controls.NAMES["shuffled"]]["fingerprint"]["told"] == "another episode's instruction"
+  with pytest.raises(SystemExit, match="(?s)replay: 8 against 4.*choose another --out"):
+    command.main([*flags(folders, out), "--controls=shuffled", "--replan-steps=4"])
 
 
 def test_only_what_was_measured_otherwise_is_refused(folders, made_up, tmp_path):
