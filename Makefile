@@ -55,7 +55,7 @@ pretrain: $(VENV)/.main  ## the small tabletop base from scratch, in three runs;
 	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py:turn --workdir=runs/pretrain/turn --config.init_from=runs/pretrain/aim/policy
 
 picture: $(VENV)/.main  ## the picture of the README: one episode of the shipped base, what it keeps and looks at
-	$(PY) -m semanticvla_jax.evaluate --policy=checkpoints/tabletop_small --suite=place --episodes=8 --films=1 --out=runs/picture
+	$(PY) -m semanticvla_jax.evaluate run --policy=checkpoints/tabletop_small --suite=place --episodes=8 --films=1 --out=runs/picture
 	cp runs/picture/place_looks_first_step.png docs/looks.png
 
 bench: $(VENV)/.main  ## speed on this machine, each figure with its peer

@@ -1,7 +1,10 @@
-"""How every command runs: UTF-8 on its streams, one line on stderr when it fails, a status that scripts can use."""
+"""How every command runs: its flags, UTF-8 on its streams, one line on stderr when it fails, its exit status."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import inspect
 import os
 import re
 import signal
@@ -9,7 +12,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -130,3 +133,61 @@ def _without_output() -> int:
   """Lets what is still buffered go nowhere, or the interpreter complains at its end."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   return 128 + signal.SIGPIPE
+
+
+class ArgumentParser(argparse.ArgumentParser):
+  """argparse's parser for this package: flags are spelled with dashes, and `--max_steps` means `--max-steps`.
+
+  The description, usually a module's docstring, keeps its line breaks.
+
+  Args:
+    prog: the command as it is typed.
+    description: text above the list of flags.
+    **options: of argparse.ArgumentParser.
+  """
+
+  def __init__(self, prog: str | None = None, description: str | None = None, **options: Any):
+    text = None if description is None else inspect.cleandoc(description)
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter} | options
+    super().__init__(prog=prog, description=text, **options)
+
+  def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    """Parses flags in either spelling; see argparse."""
+    words = [*sys.argv[1:]] if args is None else [*args]
+    return super().parse_known_args(dashed(words), namespace)
+
+
+def dashed(argv: Sequence[str]) -> list[str]:
+  """The same words with "-" for "_" in the names of flags, up to a bare "--"; values keep their underscores."""
+  end = argv.index("--") if "--" in argv else len(argv)
+  return [*map(_dashed, argv[:end]), *argv[end:]]
+
+
+def _dashed(word: str) -> str:
+  name, equals, value = word.partition("=")
+  return name.replace("_", "-") + equals + value if re.fullmatch(r"--\w[\w-]*", name) else word
+
+
+def subcommand(prog: str, description: str, commands: Mapping[str, str], argv: Sequence[str]) -> tuple[str, list[str]]:
+  """Splits a command line into one of `commands` and the rest; prints the list of them and ends for --help or nothing.
+
+  Args:
+    prog: the command as it is typed.
+    description: text above the list.
+    commands: {name: one line of what it does}.
+    argv: words of the command line. Where they begin with a flag, the name is "".
+
+  Raises:
+    ValueError: the first word is neither a flag nor one of `commands`.
+  """
+  if not argv or argv[0] in ("-h", "--help"):
+    lines = [f"  {name:10} {what}" for name, what in commands.items()]
+    usage = f"usage: {prog} {{{','.join(commands)}}} …   ({prog} COMMAND --help lists its flags)"
+    print("\n".join([usage, "", inspect.cleandoc(description), "", "commands:", *lines]))
+    sys.exit(0)
+  if argv[0].startswith("-"):
+    return "", [*argv]
+  if argv[0] not in commands:
+    (near,) = difflib.get_close_matches(argv[0], commands, 1, 0.0)
+    raise ValueError(f"{prog}: got {argv[0]!r}; expected one of {', '.join(commands)}; did you mean {near!r}?")
+  return argv[0], [*argv[1:]]

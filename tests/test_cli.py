@@ -86,3 +86,30 @@ def test_a_config_imports_from_its_own_repository_and_hides_no_installed_package
   assert importlib.util.find_spec("installed").origin == str(tmp_path / "site" / "installed" / "__init__.py")
   assert importlib.util.find_spec("sibling").origin == str(tmp_path / "mine" / "configs" / "sibling.py")
   assert sys.path[0] == str(tmp_path / "mine")
+
+
+def test_flags_are_spelled_with_dashes_and_underscores_mean_the_same(capsys):
+  parser = cli.ArgumentParser("it", "Reads flags.\n\n  kept as it is\n\nand more")
+  parser.add_argument("--max-steps", type=int)
+  parser.add_argument("--data-dir")
+  for words in (["--max-steps=3", "--data-dir", "a_b"], ["--max_steps", "3", "--data_dir=a_b"]):
+    args = parser.parse_args(words)
+    assert (args.max_steps, args.data_dir) == (3, "a_b")
+  with pytest.raises(SystemExit):
+    parser.parse_args(["--help"])
+  printed = capsys.readouterr().out
+  assert "--max-steps MAX_STEPS" in printed and "--max_steps" not in printed and "\n  kept as it is" in printed
+  assert cli.dashed(["--a_b=c_d", "e_f", "--", "--g_h"]) == ["--a-b=c_d", "e_f", "--", "--g_h"]
+
+
+def test_subcommands_are_listed_and_a_misspelt_one_names_the_nearest(capsys):
+  commands = {"run": "measures", "compare": "compares two results"}
+  assert cli.subcommand("it", "Does it.", commands, ["compare", "a", "b"]) == ("compare", ["a", "b"])
+  assert cli.subcommand("it", "Does it.", commands, ["--policy=x"]) == ("", ["--policy=x"])
+  for words in ([], ["--help"], ["-h"]):
+    with pytest.raises(SystemExit) as listed:
+      cli.subcommand("it", "Does it.", commands, words)
+    printed = capsys.readouterr().out
+    assert not listed.value.code and all(f"  {name:10} {what}" in printed for name, what in commands.items())
+  with pytest.raises(ValueError, match="got 'comprae'; expected one of run, compare; did you mean 'compare'"):
+    cli.subcommand("it", "Does it.", commands, ["comprae", "a"])

@@ -351,8 +351,8 @@ def test_parts_that_do_not_fit_say_why(folder):
 
 
 def test_tensorflow_stays_out():
-  modules = ("policy", "evaluate.rollout", "evaluate.protocol", "evaluate.controls", "evaluate.visualize",
-             "evaluate.report", "evaluate.__main__")
+  modules = ("policy", "evaluate.rollout", "evaluate.results", "evaluate.fingerprint", "evaluate.controls",
+             "evaluate.visualize", "evaluate.report", "evaluate.__main__")
   lines = "".join(f"import semanticvla_jax.{name}\n" for name in modules)
   code = f"import sys\n{lines}print(sorted({{'tensorflow', 'torch'}} & sys.modules.keys()))"
   result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from semanticvla_jax.evaluate.simulators import OnSimulators
+from semanticvla_jax.evaluate.rollout_pool import OnSimulators
 from semanticvla_jax.libero import simulator, suites
-from semanticvla_jax.libero.replay_policy import Recorded
+from semanticvla_jax.libero.replay_policy import ReplayPolicy
 
 
 def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[int]) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[i
   """
   found: dict[str, Any] = {"suite": suite, "task": task, "episodes": trials}
   seeds = [suites.EPISODES * task + trial for trial in range(trials)]
-  policy, first = Recorded(folder, suite, seeds), None
+  policy, first = ReplayPolicy(folder, suite, seeds), None
   for count in workers:
     runner = OnSimulators(
       policy, lambda: simulator.start(suites.Settings(suite), policy.beginnings), workers=count, jpeg_quality=95

@@ -1,16 +1,16 @@
-"""Demonstrations as an RLDS dataset: of the tabletop's expert, or LIBERO's recorded ones with images.
+"""Demonstrations as an RLDS dataset: from the tabletop's expert, or LIBERO's recorded ones with images.
 
-    python -m semanticvla_jax.demonstrate --suite=place --episodes=200 --out=data --name=tabletop_place
+    python -m semanticvla_jax.demonstrate tabletop --suite=place --episodes=200 --out=data --name=tabletop_place
 
 writes data/tabletop_place/1.0.0 with features.json, dataset_info.json, the shards (in the layout of
 `libero_*_no_noops`), dataset_statistics.json and demonstrations.json. The same flags give the same bytes.
-Look at it with `python -m semanticvla_jax.data preview --data_dir data --name tabletop_place`.
+Look at it with `python -m semanticvla_jax.data preview --data-dir data --name tabletop_place`.
 
-    python -m semanticvla_jax.demonstrate --from-hdf5=DIR --suite=libero_object --out=data
+    python -m semanticvla_jax.demonstrate libero --from-hdf5=DIR --suite=libero_object --out=data
 
 replays LIBERO's own demonstrations (HDF5) in the simulator by the release's rules and writes
-data/libero_object_no_noops; run again after an interruption it goes on. With --check it only says which succeed. --help
-after --from-hdf5 lists its flags.
+data/libero_object_no_noops; the same command resumes after an interruption. With --check it only reports which
+demonstrations succeed. Without a subcommand, --from-hdf5 means `libero`, and all other flags mean `tabletop`.
 """
 
 from __future__ import annotations
@@ -27,59 +27,60 @@ from semanticvla_jax.libero import demonstrations as replays
 from semanticvla_jax.libero import suites
 from semanticvla_jax.tabletop import demonstrations, tasks
 
+_PROGRAM = "python -m semanticvla_jax.demonstrate"
+_COMMANDS = {
+  "tabletop": "demonstrations of the tabletop's expert",
+  "libero": "LIBERO's recorded demonstrations (HDF5), replayed in the simulator",
+}
 _HORIZON = 1000  # the simulator's own: a demonstration is replayed to its end
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog="python -m semanticvla_jax.demonstrate", description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
   default = demonstrations.Recipe("place")
-  parser.add_argument("--suite", required=True, help=f"one of {', '.join(tasks.SUITES)}")
-  parser.add_argument("--split", default=default.split, help=f"layouts: {', '.join(tasks.SPLITS)} (default: train)")
-  parser.add_argument("--episodes", type=int, default=default.episodes, help="successful ones (default: 200)")
-  parser.add_argument("--seed", type=int, default=default.seed, help="of the first episode (default: 0)")
-  parser.add_argument("--size", type=int, default=default.size, help="pixels of a side of both views (default: 64)")
-  parser.add_argument("--noise", type=float, default=default.noise, help="of the expert's movements (default: 0.3)")
-  parser.add_argument(
-    "--perturbed", type=float, default=default.perturbed, help="share of episodes that begin anywhere (default: 0)"
+  parser = cli.ArgumentParser(f"{_PROGRAM} tabletop", "Writes demonstrations of the tabletop's scripted expert.")
+  add = parser.add_argument
+  add("--suite", required=True, help=f"suite of the tabletop: one of {', '.join(tasks.SUITES)}")
+  add("--split", default=default.split, help=f"split of the layouts: {', '.join(tasks.SPLITS)} (default: train)")
+  add("--episodes", type=int, default=default.episodes, help="number of successful episodes (default: 200)")
+  add("--seed", type=int, default=default.seed, help="seed of the first episode (default: 0)")
+  add("--size", type=int, default=default.size, help="width and height of both views in pixels (default: 64)")
+  add("--noise", type=float, default=default.noise, help="noise on the expert's movements, 0 to 1 (default: 0.3)")
+  add(
+    "--perturbed", type=float, default=default.perturbed,
+    help="fraction of episodes with a perturbed initial state (default: 0)",
   )
   labels = ", ".join(demonstrations.LABELS)
-  parser.add_argument("--label", default=default.label, help=f"which action is recorded: {labels}")
-  parser.add_argument("--out", default="data", help="folder of datasets (default: data)")
-  parser.add_argument("--name", help="of the dataset (default: tabletop_<suite>)")
+  add("--label", default=default.label, help=f"action to record: one of {labels} (default: {default.label})")
+  add("--out", default="data", help="folder of datasets (default: data)")
+  add("--name", help="name of the dataset (default: tabletop_<suite>)")
   return parser.parse_args(argv)
 
 
 def _replay_arguments(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog="python -m semanticvla_jax.demonstrate", description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
   default = suites.Settings("libero_object")
-  parser.add_argument(
-    "--from-hdf5", "--from_hdf5", required=True, metavar="DIR", help="folder of <task>_demo.hdf5, or the one above"
+  parser = cli.ArgumentParser(f"{_PROGRAM} libero", "Replays LIBERO's recorded demonstrations and stores the frames.")
+  add = parser.add_argument
+  add("--from-hdf5", required=True, metavar="DIR", help="folder of <task>_demo.hdf5 files, or its parent")
+  add("--suite", required=True, help=f"suite of LIBERO: one of {', '.join(suites.SUITES)}")
+  add("--tasks", help="numbers of the tasks, separated by commas, e.g. 0,3 (default: all)")
+  add("--episodes", type=int, help="number of demonstrations per task (default: all)")
+  add("--workers", type=int, default=2, help="number of simulators running at once, about 2 GB each (default: 2)")
+  add("--size", type=int, default=default.size, help="width and height of both views in pixels (default: 256)")
+  add("--seed", type=int, default=default.seed, help="seed of the resets (default: 0)")
+  add("--assets", help=f"folder of assets (default: ${suites.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
+  add("--renderer", default=default.renderer, help="OpenGL library: egl or osmesa (default: egl)")
+  add("--egl-device", type=int, help="number of the EGL device that renders (default: the first that works)")
+  add(
+    "--check", action="store_true",
+    help="render and write nothing, report which replays succeed, in a quarter of the time",
   )
-  parser.add_argument("--suite", required=True, help=f"one of {', '.join(suites.SUITES)}")
-  parser.add_argument("--tasks", help="their numbers, e.g. 0,3 (default: all)")
-  parser.add_argument("--episodes", type=int, help="demonstrations of each task (default: all)")
-  parser.add_argument("--workers", type=int, default=2, help="simulators at once, about 2 GB each (default: 2)")
-  parser.add_argument("--size", type=int, default=default.size, help="pixels of a side of both views (default: 256)")
-  parser.add_argument("--seed", type=int, default=default.seed, help="of the resets (default: 0)")
-  parser.add_argument("--assets", help=f"folder (default: ${suites.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
-  parser.add_argument("--renderer", default=default.renderer, help="egl or osmesa (default: egl)")
-  parser.add_argument("--egl-device", "--egl_device", type=int, help="that draws (default: the first that works)")
-  parser.add_argument(
-    "--check", action="store_true", help="draw and write nothing: say which replays succeed, in a quarter of the time"
-  )
-  parser.add_argument("--out", default="data", help="folder of datasets (default: data)")
-  parser.add_argument("--name", help="of the dataset (default: <suite>_no_noops)")
+  add("--out", default="data", help="folder of datasets (default: data)")
+  add("--name", help="name of the dataset (default: <suite>_no_noops)")
   return parser.parse_args(argv)
 
 
 def replay(argv: list[str]) -> None:
-  """Writes a dataset from recorded demonstrations; problems end the program with their message."""
+  """Writes a dataset of LIBERO's recorded demonstrations; problems end the program with their message."""
   args = _replay_arguments(argv)
   start = time.perf_counter()
 
@@ -108,17 +109,13 @@ def replay(argv: list[str]) -> None:
     print(f"  dropped of {task}: {', '.join(names)}")
 
 
-def main(argv: list[str]) -> None:
-  """Writes one dataset; problems end the program with their message."""
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  logging.basicConfig(level=logging.WARNING, format="%(message)s")
-  if any(word.replace("_", "-").startswith("--from-hdf5") for word in argv):
-    return replay(argv)
+def expert(argv: list[str]) -> None:
+  """Writes a dataset of the tabletop's expert; problems end the program with their message."""
   args = _arguments(argv)
   if args.suite in suites.SUITES:
     sys.exit(
       f"Demonstrations: got --suite={args.suite} without --from-hdf5; expected a folder of LIBERO's recorded "
-      f"demonstrations, for the expert knows only {', '.join(tasks.SUITES)}; add --from-hdf5=DIR."
+      f"demonstrations, because the expert knows only {', '.join(tasks.SUITES)}; add --from-hdf5=DIR."
     )
   name = args.name or f"tabletop_{args.suite}"
   recipe = demonstrations.Recipe(
@@ -139,6 +136,17 @@ def main(argv: list[str]) -> None:
     f"{report.folder}: {report.kept} episodes, {report.frames} frames, {size:.1f} MB; {len(report.dropped)} of "
     f"{report.tried} tries failed and were dropped; {time.perf_counter() - start:.0f} s"
   )
+
+
+def main(argv: list[str]) -> None:
+  """Writes one dataset; problems end the program with their message."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  logging.basicConfig(level=logging.WARNING, format="%(message)s")
+  name, rest = cli.subcommand(_PROGRAM, __doc__, _COMMANDS, argv)
+  recorded = any(word.partition("=")[0] == "--from-hdf5" for word in cli.dashed(rest))
+  if name == "libero" or (not name and recorded):
+    return replay(rest)
+  return expert(rest)
 
 
 if __name__ == "__main__":

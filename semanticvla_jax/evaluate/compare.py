@@ -10,7 +10,6 @@ says so in the table).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -18,7 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from semanticvla_jax.evaluate import protocol
+from semanticvla_jax import cli
+from semanticvla_jax.evaluate import fingerprint
+from semanticvla_jax.evaluate.results import interval_text, percent, wilson
 
 _BECAUSE = {"replay": " (one policy's chunk has no more)", "image.jpeg_quality": " (one policy makes its own JPEG)"}
 
@@ -36,7 +37,7 @@ def paired_interval(both: int, first: int, second: int, neither: int, confidence
   if min(both, first, second, neither) < 0 or not n:
     raise ValueError(f"Paired interval: got counts {(both, first, second, neither)}; expected at least one episode.")
   rates = [(both + first) / n, (both + second) / n]
-  (low1, high1), (low2, high2) = (protocol.wilson(round(rate * n), n, confidence) for rate in rates)
+  (low1, high1), (low2, high2) = (wilson(round(rate * n), n, confidence) for rate in rates)
   margins = (both + first) * (second + neither) * (both + second) * (first + neither)
   phi = _correlation(both, first, second, neither, margins) if margins else 0.0
 
@@ -94,16 +95,16 @@ class Differences(NamedTuple):
 
 def differences(first: Mapping, second: Mapping) -> Differences:
   """Sorts them: what the environment did, and what is listed: forced by a policy, unknown, its own, or compared."""
-  every = protocol.differences(first, second)
+  every = fingerprint.differences(first, second)
   forced = [*["replay"] * _chunk_forces(first, second), *["image.jpeg_quality"] * _own_jpeg_forces(first, second)]
   unknown = [name for name in every if not all(_recorded(mark, name) for mark in (first, second))]
-  kinds = {"noted": protocol.NOTED, "compared": protocol.COMPARED, "its own": protocol.OWN, "forced": forced,
+  kinds = {"noted": fingerprint.NOTED, "compared": fingerprint.COMPARED, "its own": fingerprint.OWN, "forced": forced,
            "unknown": unknown}  # fmt: skip
-  strict = protocol.OF_ENVIRONMENT.get(first.get("environment"), ())
+  strict = fingerprint.OF_ENVIRONMENT.get(first.get("environment"), ())
   environment, told = [], {kind: [] for kind in ("forced", "unknown", "its own", "compared", "noted")}
   for name, pair in every.items():
-    kind = next((kind for kind, fields in kinds.items() if protocol.within(name, fields)), None)
-    if kind is None or (protocol.within(name, strict) and name not in unknown):
+    kind = next((kind for kind, fields in kinds.items() if fingerprint.within(name, fields)), None)
+    if kind is None or (fingerprint.within(name, strict) and name not in unknown):
       environment.append(f"{name}: {pair}")
     else:
       told[kind].append(f"{kind + ':':<10} {name}: {pair}{_BECAUSE.get(name, '') if kind == 'forced' else ''}")
@@ -158,8 +159,8 @@ def _paired(first: Mapping, second: Mapping) -> list[str]:
   counts, n = [sum(pair == kind for pair in pairs) for kind in ((1, 1), (1, 0), (0, 1), (0, 0))], len(pairs)
   lines = [f"{first['suite']}: {n} episodes of equal seeds that both completed{_left_out(first, second, n)}"]
   for name, successes in (("A", counts[0] + counts[1]), ("B", counts[0] + counts[2])):
-    interval = protocol.interval_text(protocol.wilson(successes, n), 1).removesuffix(" %")
-    lines.append(f"  {name}  {successes}/{n}  {protocol.percent(successes, n):>7}  (95 %: {interval})")
+    interval = interval_text(wilson(successes, n), 1).removesuffix(" %")
+    lines.append(f"  {name}  {successes}/{n}  {percent(successes, n):>7}  (95 %: {interval})")
   low, high = (_points(end) for end in paired_interval(*counts))
   lines.append(f"  A − B  {_points((counts[1] - counts[2]) / n)} points  (95 %, paired: {low} to {high})")
   lines.append(f"  solved by both {counts[0]}, only A {counts[1]}, only B {counts[2]}, neither {counts[3]}")
@@ -218,14 +219,10 @@ def _pairs(first: Mapping, second: Mapping) -> list[tuple[int, int]]:
 
 def main(argv: list[str]) -> None:
   """Prints the comparison of every suite that both results have, and names the others; problems end the program."""
-  parser = argparse.ArgumentParser(
-    prog="python -m semanticvla_jax.evaluate compare",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument("first", metavar="A", help="report folder")
-  parser.add_argument("second", metavar="B", help="report folder")
-  parser.add_argument("--anyway", action="store_true", help="compare although the environments differ; says so")
+  parser = cli.ArgumentParser("python -m semanticvla_jax.evaluate compare", __doc__)
+  parser.add_argument("first", metavar="A", help="report folder, or a results.json")
+  parser.add_argument("second", metavar="B", help="report folder, or a results.json")
+  parser.add_argument("--anyway", action="store_true", help="compare results of different environments, with a warning")
   args = parser.parse_args(argv)
   problems = []
   try:

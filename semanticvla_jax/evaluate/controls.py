@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -25,14 +24,14 @@ NAMES = {
 }
 
 
-def shuffle(instructions: Sequence[str], seed: int = 0, said: Mapping[int, str] | None = None) -> list[str]:
+def shuffle(instructions: Sequence[str], seed: int = 0, before: Mapping[int, str] | None = None) -> list[str]:
   """The sentences in another order, such that no episode keeps its own; which sentences there are does not change.
 
   Args:
     instructions: each episode's own.
     seed: of the order.
-    said: {index: sentence} of episodes that had one before; they keep it, where the rest can be arranged
-      round it.
+    before: {index: sentence} of episodes that were given one earlier; they keep it if the rest can be arranged
+      around it.
 
   Raises:
     ValueError: one sentence is more than half of all, so that some episode would have to keep it.
@@ -44,17 +43,17 @@ def shuffle(instructions: Sequence[str], seed: int = 0, said: Mapping[int, str] 
       "expected at most half; run more episodes or a suite with more tasks."
     )
   whole = _arrange(instructions, instructions, seed)
-  if said is None or all(whole[i] == sentence for i, sentence in said.items()):
+  if before is None or all(whole[i] == sentence for i, sentence in before.items()):
     return whole
-  rest = [i for i in range(len(instructions)) if i not in said]
+  rest = [i for i in range(len(instructions)) if i not in before]
   pool = collections.Counter(instructions)
-  pool.subtract(said.values())
+  pool.subtract(before.values())
   own = [instructions[i] for i in rest]
-  kept = all(sentence != instructions[i] for i, sentence in said.items()) and min(pool.values()) >= 0
+  kept = all(sentence != instructions[i] for i, sentence in before.items()) and min(pool.values()) >= 0
   if not kept or any(pool[name] + own.count(name) > len(rest) for name in pool):
     return whole
   told = _arrange(own, sorted(pool.elements()), seed)
-  return [said[i] if i in said else told[rest.index(i)] for i in range(len(instructions))]
+  return [before[i] if i in before else told[rest.index(i)] for i in range(len(instructions))]
 
 
 def _arrange(own: Sequence[str], pool: Sequence[str], seed: int) -> list[str]:
@@ -106,32 +105,29 @@ def of_policy(policy: Policy, names: Sequence[str]) -> dict[str, dict]:
 
 def each(
   policy: Policy,
-  runner: Any,
+  run: Callable[[Policy, str, Sequence[str] | None], Episodes],
   result: Episodes,
-  make: Callable[[Policy, str], Any],
   names: Sequence[str] = tuple(NAMES),
+  *,
   seed: int = 0,
-  said: Mapping[int, str] | None = None,
+  before: Mapping[int, str] | None = None,
 ) -> Iterator[tuple[str, Episodes, dict]]:
   """Yields the controls that apply to this policy one by one, on the episodes of `result`.
 
   Args:
-    policy: the one evaluated.
-    runner: the OnDevice or OnHost that gave `result`.
+    policy: the one that is evaluated.
+    run: runs those episodes with a policy, for the control of a name, with an instruction for each (None: its own).
     result: of the evaluation itself.
-    make: makes such a runner of another policy, for the control of that name.
-    names: which of NAMES; those that change nothing in this policy are left out.
+    names: which of NAMES; those that change nothing in this policy are skipped.
     seed: of the shuffle.
-    said: {seed: instruction} of the episodes that an earlier run of the shuffled control measured.
+    before: {seed: instruction} of the episodes that an earlier run of the shuffled control measured.
 
   Yields:
     (name, episodes, what was changed in the model's config).
   """
   for name, changes in of_policy(policy, names).items():
     if name == "shuffled":
-      before = {i: said[int(one)] for i, one in enumerate(result.seeds) if int(one) in (said or {})}
-      yield name, runner.run(result.seeds, shuffle(result.instruction, seed, before)), changes
-    elif name == "blind":
-      yield name, make(policy.blind(), name).run(result.seeds), changes
+      kept = {i: before[int(one)] for i, one in enumerate(result.seeds) if int(one) in (before or {})}
+      yield name, run(policy, name, shuffle(result.instruction, seed, kept)), changes
     else:
-      yield name, make(policy.variant(**changes), name).run(result.seeds), changes
+      yield name, run(policy.blind() if name == "blind" else policy.variant(**changes), name, None), changes

@@ -20,14 +20,15 @@ import numpy as np
 from jaxtyping import UInt8
 
 from semanticvla_jax import cli, files
-from semanticvla_jax.evaluate import protocol, report, visualize
+from semanticvla_jax.evaluate import fingerprint, report, results, visualize
+from semanticvla_jax.evaluate.results import Row
 from semanticvla_jax.evaluate.rollout import Episodes, Progress
 
 T = TypeVar("T")
 Key = tuple[str, str, str]  # of a row: suite, kind, name
 _PROBE = 1 << 16  # bytes
 # In these, episodes of one row may differ: they say how many there are, or decide nothing.
-_MAY_DIFFER = (*protocol.NOTED, *protocol.COUNTED, "policy.folder")
+_MAY_DIFFER = (*fingerprint.NOTED, *fingerprint.COUNTED, "policy.folder")
 
 
 @contextlib.contextmanager
@@ -54,18 +55,14 @@ def alone(out: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def suites(words: str, known: Sequence[str]) -> list[str]:
-  """The suites of a flag such as "pick,place".
+def default(policy: str, suite: str) -> str:
+  """The report's folder unless --out names one: `runs/<policy>_<suite>`.
 
-  Raises:
-    ValueError: one does not exist, or is named twice.
+  A policy folder called "policy" has its parent's name.
   """
-  names = [word.strip() for word in words.split(",")]
-  if unknown := [name for name in names if name not in known]:
-    raise ValueError(f"Suites: got {unknown} in {words!r}; expected some of {', '.join(known)}; change --suite.")
-  if len(set(names)) < len(names):
-    raise ValueError(f"Suites: got {words!r}; expected each once; name none twice.")
-  return names
+  path = pathlib.PurePath(policy)
+  name = path.parent.name if path.name == "policy" and path.parent.name else path.name
+  return f"runs/{name}_{suite.replace(',', '_')}"
 
 
 def metrics(path: str | None) -> list[dict]:
@@ -118,7 +115,7 @@ def gone_on(before: Mapping, now: Mapping, out: pathlib.Path) -> dict:
     ValueError: they were measured otherwise; names the fields.
   """
   now = json.loads(json.dumps(now))
-  if lines := protocol.unlike(before, now, _MAY_DIFFER):
+  if lines := fingerprint.unlike(before, now, _MAY_DIFFER):
     listing = "\n  ".join(lines)
     raise ValueError(
       f"{out} holds episodes that were measured otherwise: got\n  {listing}\nexpected the same; choose another --out."
@@ -127,7 +124,7 @@ def gone_on(before: Mapping, now: Mapping, out: pathlib.Path) -> dict:
   return now | {"sources": " ".join(dict.fromkeys(parts))}
 
 
-class Results:
+class ResultsFile:
   """Measured rows, in results.json whenever there is another; those of an earlier run stay in it until replaced.
 
   Args:
@@ -144,7 +141,7 @@ class Results:
 
   def __init__(self, out: pathlib.Path, command: str, damaged: str, more: Callable[[], dict] = dict):
     self.out, self.command, self._more = out, command, more
-    self.rows: list[report.Row] = []
+    self.rows: list[Row] = []
     self.found, seconds = read_json(out / "results.json", _held, ({}, {}), damaged)
     self.seconds = report.Stages(seconds)
 
@@ -175,45 +172,45 @@ class Results:
     """Episodes of an earlier run's row."""
     return self.found[key].episodes if key in self.found else None
 
-  def add(self, row: report.Row) -> report.Row:
+  def add(self, row: Row) -> Row:
     """Prints a row and writes it, with all others."""
     key = (row.suite, row.kind, row.name)
     self.found.pop(key, None)
     self.rows.append(row)
-    print(f"{row.suite:14} {row.name:42} {protocol.rate_text(row.summary)}", flush=True)  # first: a disk may be full
+    print(f"{row.suite:14} {row.name:42} {results.rate_text(row.summary)}", flush=True)  # first: a disk may be full
     self.write()
     return row
 
   def write(self, finished: bool = False) -> None:
     """Writes results.json; `finished` notes that nothing is missing, the page included."""
-    found = report.results(self.all, self.command, self.seconds)
+    found = results.to_json(self.all, self.command, self.seconds)
     files.write_json(self.out / "results.json", found | self._more() | {"finished": finished})
 
   @property
-  def all(self) -> list[report.Row]:
+  def all(self) -> list[Row]:
     """The rows of this run, then those of earlier ones."""
     return [*self.rows, *self.found.values()]
 
   def no_rates(self) -> list[str]:
     """What to say of rows of this run in which no episode is left to count."""
     return [
-      f"{row.suite}, {row.name}: {protocol.rate_text(row.summary)}" for row in self.rows if not row.summary["episodes"]
+      f"{row.suite}, {row.name}: {results.rate_text(row.summary)}" for row in self.rows if not row.summary["episodes"]
     ]
 
 
-def _held(value: Mapping) -> tuple[dict[Key, report.Row], dict[str, float]]:
+def _held(value: Mapping) -> tuple[dict[Key, Row], dict[str, float]]:
   """Rows and seconds of a results.json, this version's or an earlier one's."""
   rows = [_row(one) for one in value["results"]]
   return {(row.suite, row.kind, row.name): row for row in rows}, {**value["seconds"]}
 
 
-def _row(one: Mapping) -> report.Row:
+def _row(one: Mapping) -> Row:
   names = ("name", "kind", "suite", "fingerprint", "per_episode")
   summary = {"nonfinite": 0} | {key: value for key, value in one.items() if key not in names}
   if missing := {"successes", "episodes", "errors", "rate", "interval", "mean_steps_to_success"} - summary.keys():
     raise KeyError(*missing)
-  episodes = protocol.episodes_of(one["per_episode"])
-  return report.Row(one["name"], one["kind"], one["suite"], summary, {**one["fingerprint"]}, episodes)
+  episodes = results.episodes_of(one["per_episode"])
+  return Row(one["name"], one["kind"], one["suite"], summary, {**one["fingerprint"]}, episodes)
 
 
 def _has(episodes: Episodes, seeds: Sequence[int]) -> bool:
@@ -231,7 +228,7 @@ class Resumed:
 
   def __init__(self, runner: Any, before: Episodes | None, name: str):
     self.runner, self.name = runner, name
-    self._before = {} if before is None else {one["seed"]: one for one in protocol.per_episode(before)}
+    self._before = {} if before is None else {one["seed"]: one for one in results.per_episode(before)}
 
   def run(
     self, seeds: Sequence[int] | np.ndarray, told: Sequence[str] | None = None, progress: Progress | None = None
@@ -248,8 +245,8 @@ class Resumed:
       successes = sum(one["success"] for one in kept.values())
       show = None if progress is None else lambda done, ok: progress(done + len(kept), ok + successes)
       new = self.runner.run(missing, None if told is None else [say[seed] for seed in missing], show)
-      kept |= {one["seed"]: one for one in protocol.per_episode(new)}
-    return protocol.episodes_of([kept[seed] for seed in seeds])
+      kept |= {one["seed"]: one for one in results.per_episode(new)}
+    return results.episodes_of([kept[seed] for seed in seeds])
 
   def _is_this(self, seed: int, told: str | None) -> bool:
     one = self._before.get(seed)
@@ -285,13 +282,13 @@ def write_film(path: pathlib.Path, frames: UInt8[np.ndarray, "t h w 3"], fps: in
   files.fsync(path.parent)
 
 
-def write_page(out: pathlib.Path, results: Results, *, finished: bool = True, **fields: Any) -> bool:
+def write_page(out: pathlib.Path, stored: ResultsFile, *, finished: bool = True, **fields: Any) -> bool:
   """Writes report.html, whole, and notes in results.json whether that is all; returns whether it could."""
 
   def work() -> bool:
     page = out / "report.html"
-    report.write(page, rows=results.all, command=results.command, seconds=results.seconds, **fields)
-    results.write(finished)
+    report.write(page, rows=stored.all, command=stored.command, seconds=stored.seconds, **fields)
+    stored.write(finished)
     print(f"report: {page.resolve()}")
     return True
 

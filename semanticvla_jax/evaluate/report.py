@@ -19,33 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from semanticvla_jax import files
-from semanticvla_jax.evaluate import controls, protocol
+from semanticvla_jax.evaluate import controls
+from semanticvla_jax.evaluate.results import Row, interval_text, percent
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.visualize import Tile, png
 
 T = TypeVar("T")
 
 _PAUSE = "this.paused?this.play():this.pause()"  # films have no controls, which would hide their captions
-
-
-class Row(NamedTuple):
-  """One measured success rate.
-
-  Attributes:
-    name: what was measured, e.g. "this policy", "before", "keeps random patches".
-    kind: "policy", "baseline" or "control".
-    suite: of the environment.
-    summary: of protocol.summary.
-    fingerprint: of protocol.fingerprint.
-    episodes: all of them.
-  """
-
-  name: str
-  kind: str
-  suite: str
-  summary: dict
-  fingerprint: dict
-  episodes: Episodes
 
 
 class Stages(dict[str, float]):
@@ -133,28 +114,6 @@ def write(
   return pathlib.Path(path)
 
 
-def folder(policy: str, suite: str) -> str:
-  """Where a report goes unless told: `runs/<policy>_<suite>`; a policy folder called "policy" has its parent's name."""
-  path = pathlib.PurePath(policy)
-  name = path.parent.name if path.name == "policy" and path.parent.name else path.name
-  return f"runs/{name}_{suite.replace(',', '_')}"
-
-
-def results(rows: Sequence[Row], command: str, seconds: Mapping[str, float]) -> dict:
-  """What results.json holds."""
-  return {
-    "command": command,
-    "seconds": {name: round(value, 1) for name, value in seconds.items()},
-    "results": [
-      {
-        "name": row.name, "kind": row.kind, "suite": row.suite, **row.summary, "fingerprint": row.fingerprint,
-        "per_episode": protocol.per_episode(row.episodes),
-      }
-      for row in rows
-    ],
-  }  # fmt: skip
-
-
 def read_metrics(path: str | os.PathLike) -> list[dict]:
   """The lines of a metrics.jsonl; a last line that a running or killed training left unfinished is dropped.
 
@@ -216,7 +175,7 @@ def _apart(summary: Mapping) -> str:
 
 
 def _interval(summary: Mapping) -> str:
-  return protocol.interval_text(summary["interval"]) if summary["episodes"] else "–"
+  return interval_text(summary["interval"]) if summary["episodes"] else "–"
 
 
 def _story(films: Sequence[Film], scenes: Sequence[Scene]) -> str:
@@ -275,7 +234,7 @@ def _rate(summary: Mapping, kind: str) -> str:
 
 
 def _percent(summary: Mapping) -> str:
-  return protocol.percent(summary["successes"], summary["episodes"], decimals=0)
+  return percent(summary["successes"], summary["episodes"], decimals=0)
 
 
 def _bar(summary: Mapping, kind: str) -> str:

@@ -1,9 +1,9 @@
 """Runs a policy in closed loop: wholly on the device (`OnDevice`), or step by step on the host (`OnHost`).
 
-Both ask the policy for a chunk, execute `replay` of its actions, and ask again; an episode ends with success, after
-`max_steps` actions, or at an action that is not finite, which is the policy's failure. An environment that breaks is
-an error, which is nobody's failure. Views are rendered only when the policy looks. The two give the same successes; the
-first is one compiled program a batch of episodes, the second works with any `envs.base.Environment`.
+Both query the policy for a chunk, execute `replan_steps` of its actions, and query again. An episode ends with success,
+after `max_steps` actions, or at an action that is not finite, which counts as a failure of the policy. An environment
+that raises is an error, which is not counted at all. Views are rendered only for policy queries. Both give the same
+successes; the first is one compiled program per batch, the second works with any `envs.environment.Environment`.
 """
 
 from __future__ import annotations
@@ -83,15 +83,16 @@ class Ended(NamedTuple):
 
 
 def simulate(
-  query: Query, states: tasks.State, told: Int[Array, "b"], *, max_steps: int, replay: int, keep_states: bool = False
+  query: Query, states: tasks.State, told: Int[Array, "b"], *, max_steps: int, replan_steps: int,
+  keep_states: bool = False,
 ) -> tuple[Ended, tasks.State | None]:
-  """Runs b episodes as one `lax.scan` over queries, each with an inner scan over `replay` actions; pure, for jit.
+  """Runs b episodes as one `lax.scan` over queries, each with an inner scan over `replan_steps` actions; pure, for jit.
 
   Args:
     query: states and what they were told → actions; asked for all b at once, until the last episode has ended.
     states: first states, batched.
     told: indices of sentences, passed to `query`.
-    max_steps, replay: static.
+    max_steps, replan_steps: static.
     keep_states: True returns all states too, [t + 1, b].
   """
   b = told.shape[0]
@@ -108,11 +109,11 @@ def simulate(
     return (states, ended), states if keep_states else None
 
   def ask(carry):
-    actions = query(carry[0], told)[:, :replay]
+    actions = query(carry[0], told)[:, :replan_steps]
     return jax.lax.scan(act, carry, actions.swapaxes(0, 1))
 
   def rest(carry):
-    repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (replay, *x.shape)), carry[0]) if keep_states else None
+    repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (replan_steps, *x.shape)), carry[0]) if keep_states else None
     return carry, repeated
 
   def advance(carry, _):
@@ -121,7 +122,7 @@ def simulate(
     return jax.lax.cond(over.all(), rest, ask, (states, ended))
 
   start = (states, Ended(jnp.zeros(b, bool), jnp.zeros(b, bool), jnp.zeros(b, jnp.int32)))
-  (_, ended), seen = jax.lax.scan(advance, start, length=-(-max_steps // replay))
+  (_, ended), seen = jax.lax.scan(advance, start, length=-(-max_steps // replan_steps))
   if not keep_states:
     return ended, None
   return ended, jax.tree.map(lambda first, x: jnp.concatenate([first[None], x.reshape(-1, *x.shape[2:])]), states, seen)
@@ -137,7 +138,7 @@ class Setup(NamedTuple):
   Attributes:
     image_size, views, crop_area, mode: of the policy: pixels, how many, what is cropped, and which bounds normalise.
     suite, split: of the tabletop.
-    replay, max_steps, keep_states: see `simulate`.
+    replan_steps, max_steps, keep_states: see `simulate`.
   """
 
   image_size: int
@@ -146,7 +147,7 @@ class Setup(NamedTuple):
   mode: str
   suite: str
   split: str
-  replay: int
+  replan_steps: int
   max_steps: int
   keep_states: bool
 
@@ -187,7 +188,7 @@ def _program(
   keys = jax.vmap(lambda seed: tasks.seed_key(seed, setup.split))(seeds)
   states = jax.vmap(lambda key: tasks.reset(key, setup.suite, setup.split))(keys)
   own = states.instruction - tasks.INSTRUCTIONS.index(tasks.instructions(setup.suite)[0])
-  limits = dict(max_steps=setup.max_steps, replay=setup.replay, keep_states=setup.keep_states)
+  limits = dict(max_steps=setup.max_steps, replan_steps=setup.replan_steps, keep_states=setup.keep_states)
   ended, seen = simulate(policy_query(model, setup, inputs), states, jnp.where(told < 0, own, told), **limits)
   return ended, own, seen
 
@@ -198,7 +199,7 @@ class OnDevice:
   Args:
     policy: of two views (or one: the agent's), with the tabletop's actions and proprioception.
     suite, split: of the tabletop.
-    replay: actions executed before asking again; None for the policy's own.
+    replan_steps: actions executed per policy query; None for the policy's own.
     batch: episodes in one program.
     keep_states: True keeps every state, to render them afterwards.
 
@@ -209,18 +210,18 @@ class OnDevice:
   broken = 0  # pure functions do not break
 
   def __init__(
-    self, policy: Policy, suite: str, split: str = "heldout", *, replay: int | None = None, batch: int = 64,
+    self, policy: Policy, suite: str, split: str = "heldout", *, replan_steps: int | None = None, batch: int = 64,
     keep_states: bool = False,
   ):
     tasks.check_split(split)
     self.max_steps = tasks.max_steps(suite)
     self.policy, self.batch = policy, batch
-    self.replay = policy.replay if replay is None else replay
-    _check(policy, self.replay)
+    self.replan_steps = policy.replay if replan_steps is None else replan_steps
+    _check(policy, self.replan_steps)
     self._sentences = tasks.instructions(suite)
     self._setup = Setup(
-      policy.image_size, policy.bare.num_views, policy.metadata["crop_area"], policy.mode, suite, split, self.replay,
-      self.max_steps, keep_states,
+      policy.image_size, policy.bare.num_views, policy.metadata["crop_area"], policy.mode, suite, split,
+      self.replan_steps, self.max_steps, keep_states,
     )
     words = jax.tree.map(jnp.asarray, policy.words(self._sentences))
     stats = (policy.stats.action, None if policy.bare.proprio_dim is None else policy.stats.proprio)
@@ -297,29 +298,29 @@ class _Broken(Exception):
 
 
 class OnHost:
-  """Episodes of any `envs.base.Environment`, one at a time, through `Policy.infer`.
+  """Episodes of any `envs.environment.Environment`, one at a time, through `Policy.infer`.
 
   Args:
     policy: anything with infer, reset and replay. No actions at all end the episode.
-    environment: an `envs.base.Environment`. Whatever it raises makes an error of that episode alone.
-    replay: actions executed before asking again; None for the policy's own.
+    environment: an `envs.environment.Environment`. Whatever it raises makes an error of that episode alone.
+    replan_steps: actions executed per policy query; None for the policy's own.
     instruction: of a seed; what is said of an episode that broke before it could tell itself.
 
   Attributes:
     broken: episodes with an error, of those that the latest `run` has finished.
 
   Raises:
-    ValueError: `replay` is less than 1.
+    ValueError: `replan_steps` is less than 1.
   """
 
   def __init__(
-    self, policy: Any, environment: Any, *, replay: int | None = None,
+    self, policy: Any, environment: Any, *, replan_steps: int | None = None,
     instruction: Callable[[int], str] = lambda seed: "",
   ):  # fmt: skip
     self.policy, self.environment, self._known = policy, environment, instruction
-    self.replay = policy.replay if replay is None else replay
-    if self.replay < 1:
-      raise ValueError(f"Evaluation: got replay={self.replay}; expected at least 1 action; raise it.")
+    self.replan_steps = policy.replay if replan_steps is None else replan_steps
+    if self.replan_steps < 1:
+      raise ValueError(f"Evaluation: got replan_steps={self.replan_steps}; expected at least 1 action; raise it.")
     self.max_steps, self.broken = environment.max_steps, 0
 
   def run(
@@ -358,7 +359,7 @@ class OnHost:
     while not done:
       self._ask(lambda: check_state(observation))  # noqa: B023
       said = self._instruction if told is None else told
-      actions = self.policy.infer({**observation, "prompt": said})["actions"][: self.replay]
+      actions = self.policy.infer({**observation, "prompt": said})["actions"][: self.replan_steps]
       if not len(actions):
         break
       for i, action in enumerate(actions):
@@ -380,20 +381,22 @@ class OnHost:
       raise _Broken from error
 
 
-def check_robot(policy: Policy, replay: int) -> None:
-  """Raises ValueError unless a policy is of the tabletop's robot and gives at least `replay` actions at a time."""
+def check_robot(policy: Policy, replan_steps: int) -> None:
+  """Raises ValueError unless a policy is for the tabletop's robot and its chunk has at least `replan_steps` actions."""
   views, width, actions = policy.bare.num_views, policy.bare.proprio_dim, policy.metadata["action_dim"]
   if views > 2 or width not in (None, 8) or actions != 7 or policy.gripper != "command":
     raise ValueError(
       f"Policy is of another robot: got {views} views, proprioception of width {width}, {actions} action dimensions, "
       f"gripper={policy.gripper!r}; expected 1 or 2, 8, 7 and 'command'; evaluate a policy trained on the tabletop."
     )
-  if not 1 <= replay <= policy.chunk:
-    raise ValueError(f"Evaluation: got replay={replay}; expected 1 to {policy.chunk}, the policy's chunk; lower it.")
+  if not 1 <= replan_steps <= policy.chunk:
+    raise ValueError(
+      f"Evaluation: got replan_steps={replan_steps}; expected 1 to {policy.chunk}, the policy's chunk; lower it."
+    )
 
 
-def _check(policy: Policy, replay: int) -> None:
-  check_robot(policy, replay)
+def _check(policy: Policy, replan_steps: int) -> None:
+  check_robot(policy, replan_steps)
   if policy.metadata["jpeg_quality"] is not None:
     raise ValueError(
       f"Policy sees JPEGs: got jpeg_quality={policy.metadata['jpeg_quality']}; expected None on the device, where "

@@ -1,9 +1,9 @@
 """Looks for the traps that make LIBERO results irreproducible, in the installation and in a policy folder.
 
-    python -m semanticvla_jax.evaluate doctor --policy=DIR [--suite=libero_object] [--data_dir=DIR]
+    python -m semanticvla_jax.evaluate doctor --policy=DIR [--suite=libero_object] [--data-dir=DIR]
 
 prints a line for each: whether it applies, what was seen, what it is known to cost, and the remedy; ends with status 1
-if one does. With --data_dir the simulator's first frame is compared with the training data's.
+if one does. With --data-dir the simulator's first frame is compared with the training data's.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import checkpoint, cli
 from semanticvla_jax.data import images, statistics
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
-from semanticvla_jax.libero import opengl
-from semanticvla_jax.libero import simulator as libero_simulator
-from semanticvla_jax.libero import suites as libero
+from semanticvla_jax.libero import opengl, simulator, suites
 from semanticvla_jax.libero.protocols import PROTOCOLS, fitting
 from semanticvla_jax.models import masks
 from semanticvla_jax.types import Statistics
 
-PUBLISHED_ASSETS: str | None = None  # libero.assets_hash of the benchmark's own, once somebody has measured it
+PUBLISHED_ASSETS: str | None = None  # suites.assets_hash of the benchmark's own, once somebody has measured it
 _MARKS = {True: "APPLIES", False: "ok     ", None: "unknown"}
 
 
@@ -156,7 +154,7 @@ def key(names: Sequence[str], suite: str) -> Finding:
   return Finding("statistics key", not fits, f"{[*names]} for {suite}", "actions in another suite's units", remedy)
 
 
-def simulator(versions: Mapping[str, str | None]) -> list[Finding]:
+def simulator_versions(versions: Mapping[str, str | None]) -> list[Finding]:
   """Whether the installed versions are those that results are known to hold with."""
   mujoco, robosuite = versions.get("mujoco"), versions.get("robosuite")
   newer = None if mujoco is None else [int(x) for x in mujoco.split(".")[:2]] >= [3, 9]
@@ -173,7 +171,7 @@ def looks(digest: str, published: str | None) -> Finding:
   """Whether objects look otherwise than the benchmark's: stand-ins for some of its assets.
 
   Args:
-    digest: of the assets there are, see envs.libero.assets_hash.
+    digest: of the assets there are, see suites.assets_hash.
     published: of the benchmark's own; None where that is not on record.
   """
   known = "that of the published assets is not on record here" if published is None else f"the published {published}"
@@ -185,8 +183,8 @@ def looks(digest: str, published: str | None) -> Finding:
 def libraries(assets: str | None, renderer: str = "egl", device: int | None = None) -> list[Finding]:
   """Whether the simulator can run at all, its assets and OpenGL, and whether the assets are stand-ins."""
   try:
-    folder = str(libero.find_assets(assets))
-    found = [Finding("assets", False, folder, "", ""), looks(libero.assets_hash(folder), PUBLISHED_ASSETS)]
+    folder = str(suites.find_assets(assets))
+    found = [Finding("assets", False, folder, "", ""), looks(suites.assets_hash(folder), PUBLISHED_ASSETS)]
   except ValueError as error:
     found = [Finding("assets", True, str(error), "nothing runs", "see there")]
   return [*found, drawing(renderer, device)]
@@ -231,16 +229,16 @@ def rotation(stored: Sequence[UInt8[np.ndarray, "h w 3"]], rendered: UInt8[np.nd
   return Finding("rotation", best != "as it is", seen, "the policy sees what it never saw: about 0 %", remedy)
 
 
-def suites(names: Sequence[str]) -> list[str]:
+def suites_of(names: Sequence[str]) -> list[str]:
   """The suites whose statistics a policy has.
 
   Raises:
     ValueError: it has none of LIBERO.
   """
-  found = [suite for suite in libero.SUITES if fitting(names, suite)]
+  found = [suite for suite in suites.SUITES if fitting(names, suite)]
   if not found:
     raise ValueError(
-      f"Doctor: got statistics of {[*names]}, which name no suite; expected some of {[*libero.SUITES]}; pass --suite."
+      f"Doctor: got statistics of {[*names]}, which name no suite; expected some of {[*suites.SUITES]}; pass --suite."
     )
   return found
 
@@ -302,10 +300,10 @@ def _data(args: argparse.Namespace) -> list[Finding]:
 
 def _first_picture(args: argparse.Namespace) -> UInt8[np.ndarray, "h w 3"]:
   """Of the simulator's first episode."""
-  settings = libero.Settings(
+  settings = suites.Settings(
     args.suite, args.assets, rotation=args.rotation, renderer=args.renderer, egl_device=args.egl_device
   )
-  process = libero_simulator.start(settings)
+  process = simulator.start(settings)
   try:
     return process.reset(0)["observation/image"]
   finally:
@@ -324,33 +322,45 @@ def show(findings: Sequence[Finding]) -> str:
 
 def main(argv: Sequence[str]) -> None:
   """Prints what was found; ends with status 1 where a trap applies."""
-  parser = argparse.ArgumentParser(
-    prog="python -m semanticvla_jax.evaluate doctor", description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  parser = cli.ArgumentParser("python -m semanticvla_jax.evaluate doctor", __doc__)
+  parser.add_argument("--policy", required=True, help="policy folder to check")
+  parser.add_argument(
+    "--suite", help=f"suite to evaluate, one of {', '.join(suites.SUITES)} (default: the first one in the statistics)"
   )
-  parser.add_argument("--policy", required=True, help="policy folder")
-  parser.add_argument("--suite", help=f"one of {', '.join(libero.SUITES)} (default: the policy's statistics' first)")
-  parser.add_argument("--dataset", help="whose statistics, where the policy knows several")
-  parser.add_argument("--data_dir", "--data-dir", help="folder with <suite>_no_noops, to compare frames with")
-  parser.add_argument("--assets", help=f"folder (default: ${libero.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
-  parser.add_argument("--quaternion", choices=libero.QUATERNIONS, default="robosuite", help="of the simulator")
-  parser.add_argument("--rotation", type=int, default=180, help="of the simulator's frames")
-  parser.add_argument("--protocol", choices=(*PROTOCOLS,), default="openvla", help="of the evaluation")
-  parser.add_argument("--seeding", choices=libero.SEEDING, default="episode", help="of the evaluation")
-  parser.add_argument("--renderer", default="egl", help="egl or osmesa (default: egl)")
-  parser.add_argument("--egl-device", "--egl_device", type=int, help="that draws (default: the first that works)")
+  parser.add_argument("--dataset", help="name of the statistics to use (default: all that the policy has)")
+  parser.add_argument("--data-dir", help="folder with <suite>_no_noops, whose frames are compared with the simulator's")
+  parser.add_argument(
+    "--assets", help=f"folder of assets (default: ${suites.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)"
+  )
+  parser.add_argument(
+    "--quaternion", choices=suites.QUATERNIONS, default="robosuite",
+    help="convention of the simulator's orientation (default: robosuite)",
+  )
+  parser.add_argument(
+    "--rotation", type=int, default=180, help="rotation of the simulator's frames in degrees (default: 180)"
+  )
+  parser.add_argument(
+    "--protocol", choices=(*PROTOCOLS,), default="openvla", help="protocol of the evaluation (default: openvla)"
+  )
+  parser.add_argument(
+    "--seeding", choices=suites.SEEDING, default="episode", help="seeding of the evaluation (default: episode)"
+  )
+  parser.add_argument("--renderer", default="egl", help="OpenGL library: egl or osmesa (default: egl)")
+  parser.add_argument(
+    "--egl-device", type=int, help="number of the EGL device that renders (default: the first that works)"
+  )
   args = parser.parse_args(argv)
   try:
     if args.suite is None:
-      found = suites([args.dataset] if args.dataset else [*checkpoint.read_policy_json(args.policy)[1]])
+      found = suites_of([args.dataset] if args.dataset else [*checkpoint.read_policy_json(args.policy)[1]])
       args.suite = found[0]
       print(f"suite: {args.suite}, of those that the policy has statistics of: {', '.join(found)}")
-    libero.check(libero.Settings(
+    suites.check(suites.Settings(
       args.suite, rotation=args.rotation, renderer=args.renderer, egl_device=args.egl_device
     ))  # fmt: skip
     findings = policy(args.policy, args.suite, args.dataset, args.quaternion, args.protocol)
     findings += [seeding(args.seeding), accelerator(jax.default_backend(), _accelerators())]
-    findings += simulator(libero.versions()) + libraries(args.assets, args.renderer, args.egl_device)
+    findings += simulator_versions(suites.versions()) + libraries(args.assets, args.renderer, args.egl_device)
     findings += _data(args)
   except (ValueError, BrokenEnvironment) as error:
     sys.exit(str(error))

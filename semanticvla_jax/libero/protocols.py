@@ -11,12 +11,12 @@ class Protocol(NamedTuple):
 
   Attributes:
     seed: of the resets.
-    replay: actions executed of a chunk.
+    replan_steps: actions executed per policy query.
     jpeg_quality: of the round trip that frames take, as stored training frames did; None for none.
   """
 
   seed: int
-  replay: int
+  replan_steps: int
   jpeg_quality: int | None
 
 

@@ -1,6 +1,6 @@
-"""A policy that plays recorded actions back: what proves that nothing between a policy and its simulator is amiss.
+"""A policy that replays recorded actions, to validate everything between a policy and its simulator.
 
-Sent through the whole evaluation, it must succeed where a plain replay of the same actions does.
+Run through the whole evaluation, it must succeed where a plain replay of the same actions does.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import numpy as np
 from semanticvla_jax.libero import hdf5, suites
 
 
-class Recorded:
-  """Answers with the actions of demonstrations, without no-ops; none when they are used up, which ends the episode.
+class ReplayPolicy:
+  """Answers with the actions of demonstrations, without no-ops; with none after the last, which ends the episode.
 
   Args:
     folder: of `<task>_demo.hdf5` files, or the one above it.
     suite: of LIBERO.
     seeds: episode numbers, 50 k + i is the i-th demonstration of task k.
-    replay: actions at a time.
+    replan_steps: actions per query.
 
   Raises:
     ValueError: there is no such demonstration.
   """
 
-  def __init__(self, folder: str, suite: str, seeds: Sequence[int], replay: int = 8):
-    self.replay = replay
+  def __init__(self, folder: str, suite: str, seeds: Sequence[int], replan_steps: int = 8):
+    self.replay = replan_steps
     found, tasks = hdf5.folder(folder, suite), suites.tasks(suite)
     self._actions: dict[int, np.ndarray] = {}
     self.beginnings: dict[int, suites.Beginning] = {}
@@ -44,7 +44,7 @@ class Recorded:
     digests = "".join(hdf5.digest(path) for path in sorted(found.glob("*_demo.hdf5")))
     self.metadata = {
       "folder": f"recorded actions of {suite}", "policy_hash": hashlib.sha256(digests.encode()).hexdigest()[:16],
-      "chunk": replay, "replay": replay, "jpeg_quality": None,
+      "chunk": replan_steps, "replay": replan_steps, "jpeg_quality": None,
     }  # fmt: skip
 
   def infer_batch(self, observations: Sequence[Mapping]) -> list[dict]:

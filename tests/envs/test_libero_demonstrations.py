@@ -130,11 +130,26 @@ def test_names_that_would_be_read_otherwise_and_finished_datasets_are_refused(tm
   (tmp_path / NAME / "1.0.0").mkdir(parents=True)
   with pytest.raises(ValueError, match="Dataset exists"):
     replays.write(recipe, tmp_path, NAME)
-  for flag in ("--from-hdf5=x", "--from_hdf5=x"):
+  for words in (["--from-hdf5=x"], ["--from_hdf5", "x"], ["libero", "--from-hdf5=x"]):
     with pytest.raises(SystemExit, match="suite='pick'"):
-      main([flag, "--suite=pick", f"--out={tmp_path}"])
+      main([*words, "--suite=pick", f"--out={tmp_path}"])
   with pytest.raises(SystemExit, match="got --suite=libero_object without --from-hdf5; expected a folder"):
     main(["--suite=libero_object", f"--out={tmp_path}"])
+
+
+def test_the_flags_of_both_sources_are_reached_from_the_first_help(capsys):
+  printed = []
+  for words in (["--help"], ["tabletop", "--help"], ["libero", "--help"]):
+    with pytest.raises(SystemExit) as ended:
+      main(words)
+    assert not ended.value.code
+    printed.append(capsys.readouterr().out)
+  first, tabletop, libero = printed
+  assert "demonstrate {tabletop,libero}" in first
+  assert "--perturbed" in tabletop and "--from-hdf5" not in tabletop
+  assert "--from-hdf5" in libero and "--perturbed" not in libero
+  with pytest.raises(ValueError, match="got 'liber'; expected one of tabletop, libero; did you mean 'libero'"):
+    main(["liber", "--suite=libero_object"])
 
 
 @libero_assets.installed

@@ -83,7 +83,7 @@ def test_statistics_of_another_suite(names, applies):
   ("3.10.0", None, (True, None)),
 ])
 def test_versions(mujoco, robosuite, applies):
-  found = doctor.simulator({"mujoco": mujoco, "robosuite": robosuite})
+  found = doctor.simulator_versions({"mujoco": mujoco, "robosuite": robosuite})
   assert tuple(one.applies for one in found) == applies
 
 
@@ -204,9 +204,9 @@ def test_without_a_suite_the_statistics_name_it(folder, capsys, monkeypatch):
   with contextlib.suppress(SystemExit):  # where the simulator's libraries are missing
     main(["doctor", f"--policy={folder()}"])
   assert capsys.readouterr().out.startswith("suite: libero_goal, ")
-  assert doctor.suites(["libero_4_task_suites_no_noops"]) == [*suites.SUITES[:4]]
+  assert doctor.suites_of(["libero_4_task_suites_no_noops"]) == [*suites.SUITES[:4]]
   with pytest.raises(ValueError, match=r"got statistics of \['bridge_orig'\].*pass --suite"):
-    doctor.suites(["bridge_orig"])
+    doctor.suites_of(["bridge_orig"])
 
 
 def test_what_is_no_policy_is_refused(tmp_path):

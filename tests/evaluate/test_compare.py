@@ -2,6 +2,7 @@
 
 import json
 
+import earlier_results
 import pytest
 
 from semanticvla_jax.evaluate import compare
@@ -47,6 +48,14 @@ def test_the_table(tmp_path, capsys):
   assert "pick: 4 episodes of equal seeds" in printed and "A − B  +50.0 points" in printed
   assert "long: only A has it" in printed
   assert "solved by both 1, only A 2, only B 0, neither 1" in printed
+
+
+@pytest.mark.parametrize("name, counts", [("tabletop", "2/4"), ("libero", "1/4")])
+def test_results_of_an_earlier_version_are_compared(name, counts, tmp_path, capsys):
+  main(["compare", *(str(earlier_results.copy(name, tmp_path / policy, policy)) for policy in ("one", "another"))])
+  printed = capsys.readouterr().out
+  assert f"A  {counts}, 0 broke, 1 failed by a non-finite action" in printed and "A − B  +0.0 points" in printed
+  assert "policy.policy_hash: one against another" in printed and "NOT ALIKE" not in printed
 
 
 def test_what_is_not_alike_is_refused_and_named(tmp_path, capsys):

@@ -15,13 +15,14 @@ SAID = ["a", "a", "a", "b", "b", "c", "d", "e"]
 class Runner:
   """Remembers what it was asked; every episode succeeds."""
 
-  def __init__(self, policy, log):
-    self.policy, self.log = policy, log
+  def __init__(self, seeds=range(20, 28)):
+    self.seeds, self.log = [*seeds], []
 
-  def run(self, seeds, told=None):
-    self.log.append((self.policy.config["model"].get("anchor_rule"), list(seeds), told))
-    n = len(seeds)
-    return Episodes(np.array(seeds), np.ones(n, bool), np.ones(n, np.int32), np.zeros(n, bool), SAID, told or SAID)
+  def __call__(self, policy, row, told=None):
+    self.log.append((policy.config["model"].get("anchor_rule"), row, told))
+    n = len(self.seeds)
+    said = told or SAID[:n]
+    return Episodes(np.array(self.seeds), np.ones(n, bool), np.ones(n, np.int32), np.zeros(n, bool), SAID, said)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -60,40 +61,35 @@ def test_what_cannot_be_kept_is_told_anew(said):
 
 
 def test_controls_come_one_by_one_as_they_are_measured():
-  policy, log = policies.policy(), []
-  runner = Runner(policy, log)
-  result = runner.run(range(20, 28))
-  log.clear()
-  found = controls.each(policy, runner, result, lambda other, name: Runner(other, log), said={20: "c"})
-  assert next(found)[0] == "shuffled" and len(log) == 1 and log[0][2][0] == "c"
-  assert next(found)[0] == "blind" and len(log) == 2
+  policy, runner = policies.policy(), Runner()
+  result = runner(policy, "policy")
+  runner.log.clear()
+  found = controls.each(policy, runner, result, before={20: "c"})
+  assert next(found)[0] == "shuffled" and len(runner.log) == 1 and runner.log[0][2][0] == "c"
+  assert next(found)[0] == "blind" and len(runner.log) == 2
 
 
 def test_each_control_runs_the_same_episodes():
-  policy, log = policies.policy(), []
-  runner = Runner(policy, log)
-  result = runner.run(range(20, 28))
-  log.clear()
-  asked = []
-  make = lambda other, name: (asked.append(name), Runner(other, log))[1]  # noqa: E731
-  names, _, changes = zip(*controls.each(policy, runner, result, make))
+  policy, runner = policies.policy(), Runner()
+  result = runner(policy, "policy")
+  runner.log.clear()
+  names, found, changes = zip(*controls.each(policy, runner, result))
   assert names == (*controls.NAMES,)
-  assert [seeds for _, seeds, _ in log] == [list(range(20, 28))] * 5
-  assert [rule for rule, _, _ in log] == [None, None, "random", "uniform", "centre"]
-  assert [told is None for _, _, told in log] == [False, True, True, True, True]
-  assert asked == ["blind", "random", "uniform", "centre"]
+  assert [one.seeds.tolist() for one in found] == [[*range(20, 28)]] * 5
+  assert [rule for rule, _, _ in runner.log] == [None, None, "random", "uniform", "centre"]
+  assert [told is None for _, _, told in runner.log] == [False, True, True, True, True]
+  assert [row for _, row, _ in runner.log] == ["shuffled", "blind", "random", "uniform", "centre"]
   assert [*changes] == [{}, {"images": "grey"}, *({"anchor_rule": rule} for rule in ("random", "uniform", "centre"))]
   with pytest.raises(ValueError, match="name none twice"):
     controls.check(["blind", "shuffled", "blind"])
   with pytest.raises(ValueError, match=r"got \['middle'\]"):
-    next(controls.each(policy, runner, result, make, names=("middle",)))
+    next(controls.each(policy, runner, result, names=("middle",)))
 
 
 def test_pruning_controls_are_left_out_where_they_change_nothing():
-  log = []
   no_pruner = policies.policy(config={**policies.CONFIG, "model": {
     **policies.CONFIG["model"], "siglip_pruner": None, "dino_pruner": None, "film": (), "dense_fuser": None,
   }})  # fmt: skip
-  runner = Runner(no_pruner, log)
-  found = controls.each(no_pruner, runner, runner.run(range(8)), lambda other, name: Runner(other, log))
+  runner = Runner(range(8))
+  found = controls.each(no_pruner, runner, runner(no_pruner, "policy"))
   assert [name for name, _, _ in found] == ["shuffled", "blind"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from semanticvla_jax import files
-from semanticvla_jax.evaluate import folder, protocol, report
+from semanticvla_jax.evaluate import folder, report
+from semanticvla_jax.evaluate.results import Row, summary
 from semanticvla_jax.evaluate.rollout import Episodes
 
 MARK = {"suite": "pick", "split": "heldout", "replay": 8, "policy": {"policy_hash": "p", "folder": "here"},
@@ -25,13 +26,13 @@ def episodes(seeds, error=(), spoilt=(), told=None) -> Episodes:
   return Episodes(seeds, success, np.full(len(seeds), 5, np.int32), broke, said, told or said, nonfinite=bad)
 
 
-def row(name="this policy", kind="policy", suite="pick", runs=None, **mark) -> report.Row:
+def row(name="this policy", kind="policy", suite="pick", runs=None, **mark) -> Row:
   runs = episodes(range(4)) if runs is None else runs
-  return report.Row(name, kind, suite, protocol.summary(runs, str), MARK | mark, runs)
+  return Row(name, kind, suite, summary(runs, str), MARK | mark, runs)
 
 
-def results(out, **options) -> folder.Results:
-  return folder.Results(out, "command", "all is measured again", **options)
+def results(out, **options) -> folder.ResultsFile:
+  return folder.ResultsFile(out, "command", "all is measured again", **options)
 
 
 def held(out) -> dict:
@@ -71,15 +72,6 @@ def test_two_evaluations_into_one_folder_cannot_mix(tmp_path):
   with folder.alone(tmp_path):
     pass
   assert not [*tmp_path.iterdir()]
-
-
-@pytest.mark.parametrize("words, message", [
-  ("pick,plcae", r"got \['plcae'\]"), ("pick,", r"got \[''\]"), ("pick,pick", "name none twice"),
-])
-def test_suites_are_checked_together(words, message):
-  with pytest.raises(ValueError, match=message):
-    folder.suites(words, ("pick", "place"))
-  assert folder.suites("pick, place", ("pick", "place")) == ["pick", "place"]
 
 
 @pytest.mark.parametrize("content", [b"[1, 2]\n", b"\xff\xfe\x00\n", b'3\n{"step": 1}\n', b"no json\n{}\n", None])

@@ -10,14 +10,16 @@ from helpers import random_params, tiny
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import statistics, text
-from semanticvla_jax.evaluate import compare, libero
+from semanticvla_jax.evaluate import compare, libero, libero_checks, run
 from semanticvla_jax.evaluate.__main__ import main
-from semanticvla_jax.evaluate.simulators import Record, Records
+from semanticvla_jax.evaluate.film_recorder import FilmRecorder
+from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, EpisodeResult
 from semanticvla_jax.libero import hdf5
 
 
 def arguments(*more):
-  return libero.arguments(["--policy=x", "--suite=libero_goal", "--out=x", *more])
+  _, args = run.arguments(["--policy=x", "--suite=libero_goal", "--out=x", *more])
+  return args
 
 
 @libero_assets.installed
@@ -39,11 +41,11 @@ def test_protocols_choose_the_seed_and_flags_the_rest():
     libero.settings(arguments("--rotation=90"), "libero_goal")
 
 
-def test_a_policy_or_recorded_actions_but_not_both(capsys):
+def test_a_policy_or_recorded_actions_but_not_both(tmp_path):
   for words in (["--policy=x", "--recorded=y"], []):
-    with pytest.raises(SystemExit):
-      libero.arguments(["--suite=libero_goal", "--out=x", *words])
-  assert "one of --policy and --recorded" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="one of --policy and --recorded"):
+      main(["--suite=libero_goal", f"--out={tmp_path / 'out'}", *words])
+  assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("names, suite, chosen", [
@@ -56,9 +58,9 @@ def test_a_policy_or_recorded_actions_but_not_both(capsys):
 def test_statistics_of_the_suite_are_chosen_and_others_refused(names, suite, chosen):
   if chosen is None:
     with pytest.raises(ValueError, match=f"no statistics of {suite}.*choose with --dataset"):
-      libero._dataset(names, suite)
+      libero_checks.dataset_for(names, suite)
   else:
-    assert libero._dataset(names, suite) == chosen
+    assert libero_checks.dataset_for(names, suite) == chosen
 
 
 def test_a_policy_of_another_suite_is_refused_by_the_command(tmp_path):
@@ -75,7 +77,7 @@ def test_a_misspelt_control_is_told_before_anything_is_loaded(tmp_path):
 
 def test_a_report_has_a_place_unless_told():
   def place(*words):
-    return libero.arguments(["--suite=libero_goal,libero_10", *words]).out
+    return run.arguments(["--suite=libero_goal,libero_10", *words])[1].out
 
   assert place("--policy=policies/oft/") == "runs/oft_libero_goal_libero_10"
   assert place("--policy=runs/scripted/policy") == "runs/scripted_libero_goal_libero_10"
@@ -88,13 +90,13 @@ def seen(count):
 
 def test_films_of_either_outcome_and_moments_survive_an_interruption(tmp_path):
   def record(seed, success, error=None):
-    return Record(seed, success, 20, error, "pick up the red cube", "pick up the red cube", 0, 1.0)
+    return EpisodeResult(seed, success, 20, error, "pick up the red cube", "pick up the red cube", 0, 1.0)
 
-  watch = libero.Watch(tmp_path, "libero_goal", 2, 8)
-  watch(record(0, False), seen(4))
-  watch(record(1, False), seen(4))  # one failure is enough of two films
-  watch(record(2, False, "it broke"), seen(4))
-  again = libero.Watch(tmp_path, "libero_goal", 2, 8)
+  recorder = FilmRecorder(tmp_path, "libero_goal", 2, 8)
+  recorder(record(0, False), seen(4))
+  recorder(record(1, False), seen(4))  # one failure is enough of two films
+  recorder(record(2, False, "it broke"), seen(4))
+  again = FilmRecorder(tmp_path, "libero_goal", 2, 8)
   again(record(3, True), seen(3))
   shown = [(film.seed, film.success, film.path.exists()) for film in again.shown()]
   assert shown == [(3, True, True), (0, False, True)]
@@ -104,26 +106,26 @@ def test_films_of_either_outcome_and_moments_survive_an_interruption(tmp_path):
 
 
 def test_tracebacks_of_what_broke_are_kept(tmp_path):
-  records = Records(tmp_path / "libero_goal_policy.jsonl")
+  records = EpisodeLog(tmp_path / "libero_goal_policy.jsonl")
   for seed, error in ((1, None), (2, "ArithmeticError: the physics exploded")):
-    records.add(Record(seed, False, 20, error, "do it", "do it", 2, 1.0))
-  Records(tmp_path / "libero_goal_shuffled.jsonl").add(Record(1, True, 20, None, "do it", "sit", 0, 1.0))
+    records.add(EpisodeResult(seed, False, 20, error, "do it", "do it", 2, 1.0))
+  EpisodeLog(tmp_path / "libero_goal_shuffled.jsonl").add(EpisodeResult(1, True, 20, None, "do it", "sit", 0, 1.0))
   assert libero.broken(tmp_path) == {"libero_goal_policy": {2: "ArithmeticError: the physics exploded"}}
 
 
 def test_what_was_measured_otherwise_is_not_gone_on_with(tmp_path):
-  one = libero.Evaluation.__new__(libero.Evaluation)
-  one.out, one.suite = tmp_path, "libero_goal"
+  one = libero.LiberoRun.__new__(libero.LiberoRun)
+  one._out, one.suite = tmp_path, "libero_goal"
   mark = {"replay": 8, "simulator": {"mujoco": "3.8.1"}, "seeds": (1, 2), "first_states": "a", "sources": "x"}
   mark |= {"policy": {"policy_hash": "p", "folder": "here"}}
-  one._claim(mark)
-  assert one._claim(mark)["sources"] == "x"
+  one.claim("policy", mark)
+  assert one.claim("policy", mark)["sources"] == "x"
   with pytest.raises(ValueError, match="simulator.mujoco: 3.8.1 against 3.2.3"):
-    one._claim(mark | {"simulator": {"mujoco": "3.2.3"}})
+    one.claim("policy", mark | {"simulator": {"mujoco": "3.2.3"}})
   with pytest.raises(ValueError, match="policy.policy_hash: p against q"):
-    one._claim(mark | {"policy": {"policy_hash": "q", "folder": "here"}})
+    one.claim("policy", mark | {"policy": {"policy_hash": "q", "folder": "here"}})
   more = mark | {"seeds": (1, 2, 3), "episodes": 3, "first_states": "b", "sources": "y"}
-  assert one._claim(more | {"policy": {"policy_hash": "p", "folder": "there"}})["sources"] == "x y"
+  assert one.claim("policy", more | {"policy": {"policy_hash": "p", "folder": "there"}})["sources"] == "x y"
 
 
 @pytest.mark.sim

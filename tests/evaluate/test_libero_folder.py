@@ -5,6 +5,7 @@ import json
 import types
 from pathlib import Path
 
+import earlier_results
 import libero_assets
 import numpy as np
 import policies
@@ -16,7 +17,8 @@ from semanticvla_jax.data import statistics
 from semanticvla_jax.envs.subprocess_env import Process
 from semanticvla_jax.evaluate import controls, libero, visualize
 from semanticvla_jax.evaluate.__main__ import main
-from semanticvla_jax.evaluate.simulators import Record, Records
+from semanticvla_jax.evaluate.film_recorder import FilmRecorder
+from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, EpisodeResult
 from semanticvla_jax.policy import Policy
 
 pytestmark = [pytest.mark.sim, libero_assets.skipped]
@@ -66,9 +68,9 @@ def run(folder, tmp_path, monkeypatch):
   command.trouble, command.policy, command.started, command.out = {}, Half(), [], tmp_path / "out"
   monkeypatch.setattr(libero.checkpoint, "policy_hash", lambda folder: "h")
   monkeypatch.setattr(libero, "load", lambda args, suite: command.policy)
-  monkeypatch.setattr(libero.libero_simulator, "start", start)
-  monkeypatch.setattr(libero.libero, "find_assets", lambda given=None: Path("assets"))
-  monkeypatch.setattr(libero.libero, "assets_hash", lambda folder: "0" * 16)
+  monkeypatch.setattr(libero.simulator, "start", start)
+  monkeypatch.setattr(libero.suites, "find_assets", lambda given=None: Path("assets"))
+  monkeypatch.setattr(libero.suites, "assets_hash", lambda folder: "0" * 16)
   return command
 
 
@@ -87,10 +89,11 @@ MAIN = ("libero_goal", "this policy")
 
 @pytest.mark.parametrize("wrong, message", [
   ("--suite=libero_goal,libero_object", r"no statistics of libero_object"), ("--suite=libero_goal,libero_gaol", "gaol"),
-  ("--suite=libero_goal,libero_goal", "name none twice"), ("--suite=libero_goal,pick", "one of the two"),
+  ("--suite=libero_goal,libero_goal", "name none twice"), ("--suite=libero_goal,pick", "suites of one"),
   ("--controls=shuffled --tasks=3", "in 2 of 2 episodes"), ("--controls=shufled", "shufled"),
-  ("--films=-2", "films=-2"), ("--workers=0", "workers=0"), ("--replay=0", "replay=0"),
-  ("--replay=99", "replay=99; expected 1 to 8"), ("--timeout=0", "timeout=0"), ("--trials=51", "expected 1 to 50"),
+  ("--films=-2", "--films: got -2"), ("--workers=0", "--workers: got 0"), ("--replay=0", "--replan-steps: got 0"),
+  ("--replay=99", "replan_steps=99; expected 1 to 8"), ("--timeout=0", "--timeout: got 0"),
+  ("--split=train", "--split: got a flag of the tabletop with suites of LIBERO"), ("--trials=51", "expected 1 to 50"),
   ("--tasks=10", "expected numbers from 0 to 9"),
   ("--metrics=nowhere", "nowhere, which does not exist"), ("--dataset=bridge", "bridge"),
   ("--max-steps=0", "max_steps=0"),
@@ -107,9 +110,9 @@ def test_recorded_actions_have_no_controls(tmp_path):
 
 
 def test_missing_first_states_of_the_second_suite_are_told_first(run, monkeypatch):
-  whole = libero.libero.first_states
+  whole = libero.suites.first_states
   short = lambda task: whole(task)[: 1 if "spatial" in str(task.bddl) else 50]  # noqa: E731
-  monkeypatch.setattr(libero.libero, "first_states", short)
+  monkeypatch.setattr(libero.suites, "first_states", short)
   with pytest.raises(SystemExit, match="got trial 1 of task 0 of libero_spatial; expected 0 to 0"):
     run(suite="libero_goal,libero_spatial")
   assert not run.started
@@ -128,6 +131,21 @@ def test_more_trials_and_controls_are_run_in_addition(run):
   assert all(one["told"] != one["asked"] for one in told)
   run("--trials=4", "--controls=shuffled")
   assert not begun(run) and (run.out / "report.html").exists()
+
+
+def test_a_folder_of_an_earlier_version_is_resumed(run):
+  earlier = earlier_results.rows("libero")
+  earlier_results.copy("libero", run.out, "h")
+  run("--controls=shuffled")
+  assert not begun(run), "nothing is left to do"
+  run("--trials=3", "--controls=shuffled")
+  assert begun(run)[:2] == [2, 52]
+  found = rows(run)[MAIN]
+  old = {one["seed"]: one for one in earlier[0]["per_episode"]}
+  assert {one["seed"]: one for one in found["per_episode"] if one["seed"] in old} == old and found["nonfinite"] == 1
+  assert [*found] == [*earlier[0]] and [*found["fingerprint"]] == [*earlier[0]["fingerprint"]]
+  with pytest.raises(SystemExit, match="(?s)replay: 8 against 4.*choose another --out"):
+    run("--replan-steps=4")
 
 
 def test_broken_episodes_are_repeated_and_told(run, capsys):
@@ -165,7 +183,7 @@ def test_where_all_broke_there_is_no_rate_and_what_there_is_is_written(run, word
   assert rows(run)[MAIN]["errors"] == 0
 
 
-def test_the_first_suite_stays_when_the_second_is_interrupted(run):
+def test_the_first_suite_stays_when_the_second_is_interrupted(run, capsys):
   class Stopping(Half):
     def actions(self, episode):
       if run.started[-1] == "libero_spatial":
@@ -173,8 +191,9 @@ def test_the_first_suite_stays_when_the_second_is_interrupted(run):
       return super().actions(episode)
 
   run.policy = Stopping()
-  with pytest.raises(SystemExit, match="Interrupted; the same command goes on"):
+  with pytest.raises(KeyboardInterrupt):
     run(suite="libero_goal,libero_spatial")
+  assert f"What was measured is in {run.out}; the same command continues" in capsys.readouterr().err
   assert [*rows(run)] == [MAIN]
   run.policy = Half()
   run(suite="libero_goal,libero_spatial")
@@ -259,15 +278,15 @@ def test_films_that_fail_cost_no_episode(run, monkeypatch, caplog):
 
 
 def record(seed, success, **more):
-  return Record(seed, success, 20, None, "pick up the red cube", "pick up the red cube", 0, 1.0)._replace(**more)
+  return EpisodeResult(seed, success, 20, None, "pick up the red cube", "pick up the red cube", 0, 1.0)._replace(**more)
 
 
 def seen(count):
   return [policies.observation(i, 32) for i in range(count)]
 
 
-def outcomes(watch):
-  return [(film.seed, film.success) for film in watch.shown()]
+def outcomes(recorder):
+  return [(film.seed, film.success) for film in recorder.shown()]
 
 
 @pytest.fixture
@@ -284,31 +303,31 @@ def quick(monkeypatch):
   ([1, 0], [(0, True), (1, False)]),
 ])
 def test_films_are_as_many_as_asked_for_half_of_each_kind_where_there_are(tmp_path, quick, success, shown):
-  watch = libero.Watch(tmp_path, "libero_goal", 4, 8)
+  recorder = FilmRecorder(tmp_path, "libero_goal", 4, 8)
   for seed, done in enumerate(success):
-    watch(record(seed, bool(done)), seen(2))
-  assert outcomes(watch) == shown == outcomes(libero.Watch(tmp_path, "libero_goal", 4, 8))
+    recorder(record(seed, bool(done)), seen(2))
+  assert outcomes(recorder) == shown == outcomes(FilmRecorder(tmp_path, "libero_goal", 4, 8))
   assert len([*tmp_path.glob("*.mp4")]) == len(shown), "no other films lie about"
 
 
 @pytest.mark.parametrize("content", [b"", b'[{"path": "libero_g', b"{}", b'[{"path": 3}]', b"\xff"])
 def test_a_damaged_list_of_films_is_made_again_from_the_films(tmp_path, quick, content, caplog):
-  watch, records = libero.Watch(tmp_path, "libero_goal", 2, 8), Records(tmp_path / "libero_goal_policy.jsonl")
+  recorder, records = FilmRecorder(tmp_path, "libero_goal", 2, 8), EpisodeLog(tmp_path / "libero_goal_policy.jsonl")
   for one in (record(3, True), record(5, False)):
     records.add(one)
-    watch(one, seen(2))
+    recorder(one, seen(2))
   (tmp_path / "libero_goal_films.json").write_bytes(content)
-  assert outcomes(libero.Watch(tmp_path, "libero_goal", 2, 8)) == [(3, True), (5, False)]
+  assert outcomes(FilmRecorder(tmp_path, "libero_goal", 2, 8)) == [(3, True), (5, False)]
   assert "libero_goal_films.json is damaged" in caplog.text
 
 
 def test_films_that_are_gone_or_cut_are_left_out_and_named(tmp_path, quick, caplog):
-  watch = libero.Watch(tmp_path, "libero_goal", 4, 8)
+  recorder = FilmRecorder(tmp_path, "libero_goal", 4, 8)
   for seed in range(3):
-    watch(record(seed, True), seen(2))
+    recorder(record(seed, True), seen(2))
   (tmp_path / "libero_goal_0_done.mp4").unlink()
   (tmp_path / "libero_goal_1_done.mp4").write_bytes(b"cut")
-  again = libero.Watch(tmp_path, "libero_goal", 4, 8)
+  again = FilmRecorder(tmp_path, "libero_goal", 4, 8)
   assert outcomes(again) == [(2, True)] and "libero_goal_0_done.mp4, libero_goal_1_done.mp4" in caplog.text
   again(record(1, True), seen(2))
   assert outcomes(again) == [(1, True), (2, True)]
@@ -317,17 +336,17 @@ def test_films_that_are_gone_or_cut_are_left_out_and_named(tmp_path, quick, capl
 @pytest.mark.parametrize("cut", [0, 10, 2000])
 def test_damaged_moments_are_named_and_taken_of_the_next_episode(tmp_path, quick, cut, caplog):
   path = tmp_path / "libero_goal_moments.npz"
-  libero.Watch(tmp_path, "libero_goal", 2, 8)(record(0, True), seen(2))
+  FilmRecorder(tmp_path, "libero_goal", 2, 8)(record(0, True), seen(2))
   path.write_bytes(path.read_bytes()[:cut])
-  watch = libero.Watch(tmp_path, "libero_goal", 2, 8)
+  recorder = FilmRecorder(tmp_path, "libero_goal", 2, 8)
   assert f"{path} is damaged" in caplog.text and not path.exists()
-  assert watch.looked(Half(), []) == []
-  watch(record(4, False), seen(2))
-  assert watch._kept()["seed"] == 4
+  assert recorder.looked(Half(), []) == []
+  recorder(record(4, False), seen(2))
+  assert recorder._kept()["seed"] == 4
 
 
 def test_an_action_that_is_no_number_is_filmed_as_a_failure_and_a_broken_episode_is_not(tmp_path, quick):
-  watch = libero.Watch(tmp_path, "libero_goal", 4, 8)
-  watch(record(0, False, nonfinite=True), seen(1))
-  watch(record(1, False, error="it broke"), seen(1))
-  assert outcomes(watch) == [(0, False)]
+  recorder = FilmRecorder(tmp_path, "libero_goal", 4, 8)
+  recorder(record(0, False, nonfinite=True), seen(1))
+  recorder(record(1, False, error="it broke"), seen(1))
+  assert outcomes(recorder) == [(0, False)]

@@ -13,21 +13,24 @@ from helpers import random_params, tiny
 
 from semanticvla_jax import checkpoint
 from semanticvla_jax.data import statistics, text
-from semanticvla_jax.evaluate import controls, protocol, report
-from semanticvla_jax.evaluate.__main__ import choose, main, task
+from semanticvla_jax.evaluate import controls, report
+from semanticvla_jax.evaluate.__main__ import main
+from semanticvla_jax.evaluate.results import Row, summary
 from semanticvla_jax.evaluate.rollout import Episodes, OnDevice
+from semanticvla_jax.evaluate.tabletop import task
+from semanticvla_jax.evaluate.tabletop_films import choose
 from semanticvla_jax.evaluate.visualize import Tile
 
 SUCCESS = {"policy": [1, 1, 1, 0], "baseline": [0, 1, 0, 0], "control": [0, 0, 0, 0]}
 
 
-def row(kind: str, name: str) -> report.Row:
+def row(kind: str, name: str) -> Row:
   n = 4
   said = ["pick up the red cube", "pick up the <b>blue</b> ball"] * 2
   told = said if kind != "control" else said[::-1]
   episodes = Episodes(np.arange(n), np.array(SUCCESS[kind], bool), np.full(n, 12), np.zeros(n, bool), said, told)
   mark = {"split": "heldout", "seeds": "0..3"}
-  return report.Row(name, kind, "pick", protocol.summary(episodes, task), mark, episodes)
+  return Row(name, kind, "pick", summary(episodes, task), mark, episodes)
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ def crowded_row(kind, name, suite, success, broke=(), nonfinite=()):
   success = np.array(success, bool) & ~flags[0] & ~flags[1]
   episodes = Episodes(np.arange(n), success, np.full(n, 12), flags[0], said, said, nonfinite=flags[1])
   mark = {"split": "heldout", "seeds": "0..3", "policy": {"folder": "/data/" + 30 * "a_long_name"}}
-  return report.Row(name, kind, suite, protocol.summary(episodes, str), mark, episodes)
+  return Row(name, kind, suite, summary(episodes, str), mark, episodes)
 
 
 @pytest.fixture

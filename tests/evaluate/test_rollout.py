@@ -42,7 +42,7 @@ def on_device() -> tuple:
   @jax.jit
   def run(seeds):
     states = jax.vmap(lambda seed: tasks.reset(tasks.seed_key(seed, "heldout"), "pick", "heldout"))(seeds)
-    return simulate(scripted, states, told, max_steps=MAX_STEPS, replay=REPLAY, keep_states=True)
+    return simulate(scripted, states, told, max_steps=MAX_STEPS, replan_steps=REPLAY, keep_states=True)
 
   return jax.tree.map(np.asarray, run(jnp.array(SEEDS)))
 
@@ -104,14 +104,14 @@ def test_kept_states_are_the_episode():
   np.testing.assert_array_equal(states.centre[steps, i], states.centre[-1, i])
 
 
-def chunk_by_chunk(policy, environment, states, steps, replay):
+def chunk_by_chunk(policy, environment, states, steps, replan_steps):
   """Where the host's own loop goes from each state in which the policy is asked: its states, and those expected.
 
   From query to query, because rounding grows over an episode: a random policy answers a grey level with centimetres.
   """
-  for first in range(0, steps, replay):
+  for first in range(0, steps, replan_steps):
     environment.state = jax.tree.map(lambda x: jnp.asarray(x[first]), states)  # noqa: B023
-    actions = policy.infer(environment.observe())["actions"][: min(replay, steps - first)]
+    actions = policy.infer(environment.observe())["actions"][: min(replan_steps, steps - first)]
     for t, action in enumerate(actions, first + 1):
       environment.step(action, observe=False)
       yield environment.state, jax.tree.map(lambda x: x[t], states)  # noqa: B023
@@ -134,7 +134,7 @@ def test_a_policy_acts_the_same_on_device_and_host(device, environment):
     assert one.instruction == [episodes.instruction[i]] == [episodes.told[i]]
     assert (one.success[0], one.steps[0]) == (episodes.success[i], episodes.steps[i])
     path = jax.tree.map(lambda x: x[: one.steps[0] + 1, i], episodes.states)  # noqa: B023
-    for state, expected in chunk_by_chunk(policy, environment, path, int(one.steps[0]), host.replay):
+    for state, expected in chunk_by_chunk(policy, environment, path, int(one.steps[0]), host.replan_steps):
       jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state, expected)
     assert np.ptp(path.position, axis=0).min() > 0.01, "the policy moves"
 
@@ -166,7 +166,7 @@ class Still:
 @pytest.mark.parametrize("trouble", ["raise", "nan"])
 def test_an_environment_that_breaks_on_the_host_is_an_error_of_that_episode_alone(trouble, tmp_path, caplog):
   host = OnHost(Still(), Point(str(tmp_path / "log"), {1: trouble}), instruction=lambda seed: f"goal {seed}")
-  host.policy.replay = host.replay = 1
+  host.policy.replay = host.replan_steps = 1
   episodes = host.run([0, 1, 2], progress=lambda *numbers: None)
   assert episodes.error.tolist() == [False, True, False] and (episodes.valid, episodes.broken, host.broken) == (2, 1, 1)
   assert episodes.instruction[1] == "go to goal 0" and "Episode 1 broke after" in caplog.text
@@ -195,8 +195,8 @@ def test_no_actions_end_an_episode_and_numbers_that_are_none_fail_it(tmp_path):
   episodes = OnHost(Still(odd), Point(str(tmp_path / "log"))).run(range(4))
   assert episodes.success.tolist() == [True, False, False, False] and not episodes.error.any()
   assert episodes.nonfinite.tolist() == [False, False, True, True] and episodes.steps.tolist() == [4, 0, 0, 1]
-  with pytest.raises(ValueError, match="replay=0; expected at least 1"):
-    OnHost(Still(), Point(str(tmp_path / "log")), replay=0)
+  with pytest.raises(ValueError, match="replan_steps=0; expected at least 1"):
+    OnHost(Still(), Point(str(tmp_path / "log")), replan_steps=0)
 
 
 def test_what_a_policy_is_told_changes_what_it_does(device):
@@ -221,8 +221,8 @@ def test_seeds_of_another_split_are_refused_before_anything_runs(seeds, device, 
 
 
 def test_policies_that_do_not_fit_say_why():
-  with pytest.raises(ValueError, match="replay=9; expected 1 to 8"):
-    OnDevice(policies.policy(), "pick", replay=9)
+  with pytest.raises(ValueError, match="replan_steps=9; expected 1 to 8"):
+    OnDevice(policies.policy(), "pick", replan_steps=9)
   with pytest.raises(ValueError, match="gripper='raw'"):
     OnDevice(policies.policy(gripper="raw"), "pick")
   jpeg = policies.CONFIG | {"data": policies.DATA | {"jpeg_quality": 95}}

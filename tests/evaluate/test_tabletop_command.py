@@ -7,6 +7,7 @@ import functools
 import json
 import os
 
+import earlier_results
 import numpy as np
 import policies
 import pytest
@@ -15,7 +16,7 @@ from helpers import random_params, tiny
 from semanticvla_jax import checkpoint, files
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.evaluate import __main__ as command
-from semanticvla_jax.evaluate import controls, report, visualize
+from semanticvla_jax.evaluate import controls, report, tabletop, visualize
 from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost
 
 
@@ -45,7 +46,7 @@ def made_up(monkeypatch):
       if suite == self.stop:
         raise KeyboardInterrupt
       self.runs.append((suite, [int(seed) for seed in seeds]))
-      said = command.instructions(suite, "heldout", seeds)
+      said = tabletop.instructions(suite, "heldout", seeds)
       seeds = np.array(seeds, np.int64)
       broke, bad = np.isin(seeds, self.broken), np.isin(seeds, self.spoilt)
       success = (seeds % 2 == 0) & ~broke & ~bad
@@ -55,11 +56,11 @@ def made_up(monkeypatch):
   made = MadeUp()
   for kind in (OnDevice, OnHost):
     monkeypatch.setattr(kind, "run", lambda self, *words, **more: made(self, *words, **more))
-  monkeypatch.setattr(command.Policy, "load", _load)
+  monkeypatch.setattr(tabletop.Policy, "load", _load)
   return made
 
 
-_LOAD = command.Policy.load
+_LOAD = tabletop.Policy.load
 
 
 @functools.cache
@@ -80,12 +81,15 @@ def rows(out):
 @pytest.mark.parametrize(
   ("wrong", "message"),
   [
-    ("--suite=pick,plcae", "'plcae' does not exist.*did you mean 'place'"), ("--suite=pick,pick", "name none twice"),
-    ("--suite=pick,libero_goal", r"got \['pick'\] of the tabletop with \['libero_goal'\]"), ("--suite=pick,", "''"),
+    ("--suite=pick,plcae", "--suite: got 'plcae'; expected one of.*did you mean 'place'"),
+    ("--suite=pick,pick", "name none twice"), ("--suite=pick,", "got ''"),
+    ("--suite=pick,libero_goal", r"got \['pick'\] of the tabletop and \['libero_goal'\] of LIBERO"),
     ("--suite=libero_goal,libero_gaol", "libero_gaol"), ("--split=helout", "did you mean 'heldout'"),
-    ("--films=-1", "films=-1"), ("--replay=0", "replay=0"), ("--replay=9", "replay=9; expected 1 to 8"),
-    ("--replay=9 --host", "replay=9; expected 1 to 8"), ("--suite=pick,plcae --host", "did you mean 'place'"),
-    ("--batch=0", "batch=0"), ("--controls=blind,blind", "name none twice"), ("--controls=bilnd", "bilnd"),
+    ("--films=-1", "--films: got -1; expected at least 0"), ("--replan-steps=0", "--replan-steps: got 0; expected at"),
+    ("--replay=0", "--replan-steps: got 0"), ("--replan-steps=9", "replan_steps=9; expected 1 to 8"),
+    ("--replay=9 --host", "replan_steps=9; expected 1 to 8"), ("--suite=pick,plcae --host", "did you mean 'place'"),
+    ("--batch=0", "--batch: got 0; expected at least 1"), ("--controls=blind,blind", "name none twice"),
+    ("--controls=bilnd", "bilnd"), ("--trials=3", "--trials: got a flag of LIBERO with suites of the tabletop"),
     ("--metrics=nowhere.jsonl", "nowhere.jsonl, which does not exist"), ("--dataset=bridge", "bridge"),
     ("--metrics=.", "Metrics cannot be read"), ("--baseline=nowhere", "nowhere"), ("--seed=499999999", "outside split"),
   ],
@@ -119,10 +123,10 @@ def test_a_row_is_kept_when_a_later_one_is_interrupted_and_the_rest_is_measured_
   words = flags(folders, tmp_path, f"--baseline={folders / 'b'}", suite="pick,place")
   with pytest.raises(KeyboardInterrupt):
     command.main(words)
-  assert f"finished are in {tmp_path}; the same command goes on" in capsys.readouterr().err
+  assert f"What was measured is in {tmp_path}; the same command continues" in capsys.readouterr().err
   assert [*rows(tmp_path)] == [("pick", "this policy"), ("pick", "before")]
   made_up.stop, made_up.runs = None, []
-  command.main(words)
+  command.main(["run", *words])
   assert [suite for suite, _ in made_up.runs] == ["place", "place"] and len(rows(tmp_path)) == 4
   assert (tmp_path / "report.html").exists() and json.loads((tmp_path / "results.json").read_text())["finished"]
   made_up.runs = []
@@ -146,6 +150,20 @@ def test_a_finished_run_is_gone_on_with(folders, made_up, tmp_path, capsys):
   assert all(one["asked"] != one["told"] for one in shuffled) and len(shuffled) == 8
   assert [*rows(tmp_path)] == [("pick", name) for name in ("this policy", *(controls.NAMES[x] for x in (
     "shuffled", "blind", "random")))]  # fmt: skip
+
+
+def test_a_folder_of_an_earlier_version_is_resumed(folders, made_up, tmp_path, capsys):
+  earlier, key = earlier_results.rows("tabletop"), checkpoint.policy_hash(folders / "a")
+  out = earlier_results.copy("tabletop", tmp_path / "out", key)
+  command.main([*flags(folders, out), "--controls=shuffled", "--episodes=6"])
+  assert made_up.runs[0] == ("pick", [4, 5]) and "4 of 6 episodes were measured before" in capsys.readouterr().out
+  found = rows(out)["pick", "this policy"]
+  assert found["per_episode"][:4] == earlier[0]["per_episode"] and found["nonfinite"] == 1
+  assert [*found] == [*earlier[0]] and [*found["fingerprint"]] == [*earlier[0]["fingerprint"]]
+  assert found["fingerprint"]["sources"].startswith(f"{earlier[0]['fingerprint']['sources']} ")
+  assert rows(out)["pick", controls.NAMES["shuffled"]]["fingerprint"]["told"] == "another episode's instruction"
+  with pytest.raises(SystemExit, match="(?s)replay: 8 against 4.*choose another --out"):
+    command.main([*flags(folders, out), "--controls=shuffled", "--replan-steps=4"])
 
 
 def test_only_what_was_measured_otherwise_is_refused(folders, made_up, tmp_path):
@@ -230,7 +248,7 @@ def test_a_baseline_of_other_settings_is_measured_and_they_are_told(folders, mad
     statistics={"another_name": statistics.to_openvla(policies.stats())},
   )
   command.main(flags(folders, tmp_path / "out", f"--baseline={tmp_path / 'base'}"))
-  assert "differ in what is their own: " in caplog.text and "preprocessing.crop_area: 0.9 against 0.8" in caplog.text
+  assert "differ in their own settings: " in caplog.text and "preprocessing.crop_area: 0.9 against 0.8" in caplog.text
   assert "preprocessing.normalisation" in caplog.text and len(rows(tmp_path / "out")) == 2
 
 
@@ -241,5 +259,5 @@ def test_controls_that_change_nothing_are_named(folders, made_up, tmp_path, capl
     statistics={"tabletop_pick": statistics.to_openvla(policies.stats())},
   )
   command.main([*flags(tmp_path, tmp_path / "out", "--controls=blind,random", policy="random")])
-  assert "Controls left out, for they change nothing in this policy: random" in caplog.text
+  assert "Controls skipped, because they change nothing in this policy: random" in caplog.text
   assert [*rows(tmp_path / "out")] == [("pick", "this policy"), ("pick", controls.NAMES["blind"])]

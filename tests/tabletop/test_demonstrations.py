@@ -91,7 +91,7 @@ def test_failures_are_dropped_and_counted(tmp_path, monkeypatch):
 def test_the_command_writes_one_and_says_what_is_wrong(written, tmp_path, capsys):
   out, report, _ = written
   flags = ["--suite=pick", "--episodes=5", "--seed=3", "--size=32", "--noise=0.4"]
-  main([*flags, f"--out={tmp_path}"])
+  main(["tabletop", *flags, f"--out={tmp_path}"])
   assert "5 episodes" in capsys.readouterr().out
   shard = "tabletop_pick-train.tfrecord-00000-of-00001"
   assert (tmp_path / "tabletop_pick" / "1.0.0" / shard).read_bytes() == (report.folder / shard).read_bytes()

@@ -10,8 +10,8 @@ import pytest
 from point import FOLDER, Point
 
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process
-from semanticvla_jax.evaluate import report
-from semanticvla_jax.evaluate.simulators import OnSimulators, Record, Records
+from semanticvla_jax.evaluate import results
+from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, EpisodeResult, OnSimulators
 
 
 class Half:
@@ -79,7 +79,7 @@ def test_what_is_told_and_shown(runner):
 def test_a_crash_costs_a_retry_and_nothing_else(runner, tmp_path):
   one = runner({2: "die", 3: "hang"}, timeout=20.0)
   one.first()
-  records = Records(tmp_path / "records")
+  records = EpisodeLog(tmp_path / "records")
   result = one.run([0, 1, 2, 3, 4], records=records)
   assert result.success.tolist() == [True, False, True, False, True] and not result.error.any()
   assert [records.found[seed].retries for seed in range(5)] == [0, 0, 1, 1, 0]
@@ -87,7 +87,7 @@ def test_a_crash_costs_a_retry_and_nothing_else(runner, tmp_path):
 
 
 def test_what_breaks_every_time_is_an_error_with_its_traceback_and_no_failure(runner, tmp_path):
-  records = Records(tmp_path / "records")
+  records = EpisodeLog(tmp_path / "records")
   result = runner({1: "raise", 2: "always die"}, retries=1, workers=3).run([0, 1, 2], records=records)
   assert result.error.tolist() == [False, True, True] and result.success.tolist() == [True, False, False]
   assert result.valid == 1 and result.instruction[1] == "goal 1"
@@ -97,11 +97,12 @@ def test_what_breaks_every_time_is_an_error_with_its_traceback_and_no_failure(ru
 
 def test_what_broke_is_tried_again_by_the_next_run(runner, tmp_path):
   path = tmp_path / "records"
-  assert runner({1: "raise"}, retries=0).run([0, 1, 2], records=Records(path)).error.tolist() == [False, True, False]
-  again = runner().run([0, 1, 2], records=Records(path))
+  assert runner({1: "raise"}, retries=0).run([0, 1, 2], records=EpisodeLog(path)).error.tolist() == [False, True, False]
+  again = runner().run([0, 1, 2], records=EpisodeLog(path))
   assert not again.error.any() and begun(tmp_path).count(1) == 2 and begun(tmp_path).count(0) == 1
-  assert Records(path).found[1].error is None and again.retries.tolist() == [0, 0, 0]
-  told = report.results([report.Row("this policy", "policy", "x", {}, {}, again)], "", {})["results"][0]["per_episode"]
+  assert EpisodeLog(path).found[1].error is None and again.retries.tolist() == [0, 0, 0]
+  stored = results.to_json([results.Row("this policy", "policy", "x", {}, {}, again)], "", {})["results"][0]
+  told = stored["per_episode"]
   assert [one["retries"] for one in told] == [0, 0, 0] and all(one["seconds"] > 0 for one in told)
 
 
@@ -114,21 +115,21 @@ def test_an_interrupted_evaluation_goes_on_at_the_next_episode(runner, tmp_path)
   policy, path = Half(), tmp_path / "records"
   policy.stop = 4
   with pytest.raises(KeyboardInterrupt):
-    runner(policy=policy, workers=1).run(range(6), records=Records(path))
+    runner(policy=policy, workers=1).run(range(6), records=EpisodeLog(path))
   assert begun(tmp_path) == [0, 1, 2, 3, 4]
   with path.open("a") as file:
     file.write('{"seed": 9, "succ')  # killed while it wrote
-  result = runner(workers=1).run(range(6), records=Records(path))
+  result = runner(workers=1).run(range(6), records=EpisodeLog(path))
   assert result.success.tolist() == [True, False] * 3
   assert begun(tmp_path) == [0, 1, 2, 3, 4, 4, 5]
   assert [json.loads(line)["seed"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4, 5]
-  assert runner().run(range(6), records=Records(path)).successes == 3 and len(begun(tmp_path)) == 7
+  assert runner().run(range(6), records=EpisodeLog(path)).successes == 3 and len(begun(tmp_path)) == 7
 
 
 def test_a_damaged_line_is_named(tmp_path):
   (tmp_path / "records").write_text('{"seed": 1}\n{}\n')
   with pytest.raises(ValueError, match="remove the line"):
-    Records(tmp_path / "records")
+    EpisodeLog(tmp_path / "records")
 
 
 def test_a_killed_worker_costs_its_episode_a_retry(runner, tmp_path):
@@ -155,12 +156,12 @@ def test_actions_that_are_not_finite_are_a_failure_and_none_end_the_episode(runn
       late = np.where(np.arange(8)[:, None] == 1, np.inf, walk)  # finite actions before it are executed
       return {0: np.full((8, 7), np.nan), 1: np.zeros((0, 7)), 3: late}.get(episode, walk)
 
-  records = Records(tmp_path / "records")
+  records = EpisodeLog(tmp_path / "records")
   result = runner(policy=Odd()).run([0, 1, 2, 3], records=records)
   assert not result.error.any() and result.success.tolist() == [False, False, True, False]
   assert result.nonfinite.tolist() == [True, False, False, True] and (result.valid, result.spoilt) == (4, 2)
   assert result.steps.tolist() == [0, 0, 4, 1]
-  kept = Records(tmp_path / "records").found
+  kept = EpisodeLog(tmp_path / "records").found
   assert [kept[seed].nonfinite for seed in range(4)] == [True, False, False, True] and kept[0].error is None
 
 
@@ -182,38 +183,38 @@ def test_records_of_an_earlier_version_are_read(tmp_path):
   old = {"seed": 3, "success": True, "steps": 9, "error": None, "instruction": "go", "told": "go", "retries": 0,
          "seconds": 1.5}  # fmt: skip
   (tmp_path / "records").write_text(json.dumps(old) + "\n", encoding="utf-8")
-  assert Records(tmp_path / "records").found[3].nonfinite is False
+  assert EpisodeLog(tmp_path / "records").found[3].nonfinite is False
 
 
 @pytest.mark.parametrize("bad", [b"{}", b'{"seed": 2, "succ', b"[]", b"\xff\xfe", b"", b'{"seed": "x"}'])
 def test_damaged_lines_are_put_aside_and_their_episodes_run_again(runner, tmp_path, caplog, bad):
   path = tmp_path / "records"
-  records = Records(path)
+  records = EpisodeLog(path)
   for seed in (0, 1):
-    records.add(Record(seed, True, 4, None, "go", "go", 0, 1.0))
+    records.add(EpisodeResult(seed, True, 4, None, "go", "go", 0, 1.0))
   first, second = path.read_bytes().splitlines()
   path.write_bytes(first + b"\n" + bad + b"\n" + second + b"\n")
-  assert [*Records(path, repair=True).found] == [0, 1]
+  assert [*EpisodeLog(path, repair=True).found] == [0, 1]
   assert str(path) in caplog.text and "1 damaged lines" in caplog.text
   assert (tmp_path / "records.damaged").read_bytes() == bad + b"\n"
-  assert [*Records(path).found] == [0, 1]
+  assert [*EpisodeLog(path).found] == [0, 1]
 
 
 def test_an_episode_is_recorded_before_anybody_looks_at_it(runner, tmp_path):
-  records = Records(tmp_path / "records")
+  records = EpisodeLog(tmp_path / "records")
 
   def look(record, views):
     raise OSError("No space left on device")
 
   with pytest.raises(OSError, match="No space"):
     runner(workers=1, seen=look).run([0, 1], records=records)
-  assert [*Records(tmp_path / "records").found] == [0]
+  assert [*EpisodeLog(tmp_path / "records").found] == [0]
 
 
 def test_what_was_told_something_else_is_run_again(runner, tmp_path):
   path = tmp_path / "records"
-  runner(workers=1).run([0, 2], ["sit", "stand"], records=Records(path))
-  assert runner(workers=1).run([0, 2], ["sit", "lie"], records=Records(path)).told == ["sit", "lie"]
+  runner(workers=1).run([0, 2], ["sit", "stand"], records=EpisodeLog(path))
+  assert runner(workers=1).run([0, 2], ["sit", "lie"], records=EpisodeLog(path)).told == ["sit", "lie"]
   assert begun(tmp_path) == [0, 2, 2]
 
 
@@ -233,5 +234,5 @@ def test_what_was_seen_is_handed_on(runner):
 def test_nonsense_is_refused(runner):
   with pytest.raises(ValueError, match="workers=0"):
     runner(workers=0)
-  with pytest.raises(ValueError, match="replay=0; expected at least 1"):
-    runner(replay=0)
+  with pytest.raises(ValueError, match="replan_steps=0; expected at least 1"):
+    runner(replan_steps=0)

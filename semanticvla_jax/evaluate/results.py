@@ -1,41 +1,37 @@
-"""What makes two results comparable: the fingerprint of an evaluation, and the interval round a success rate."""
+"""Success rates and their intervals: summaries of episodes, as JSON values and as text."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.metadata
-import math
-import pathlib
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from statistics import NormalDist
-from typing import Any
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from semanticvla_jax.evaluate.rollout import Episodes
 
-PACKAGES = ("semanticvla_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
-# Fields in which compared results may differ: that is what is compared. `require_alike` wants all others equal.
-COMPARED = (
-  "policy.policy_hash", "policy.folder", "policy.step", "policy.parameters", "preprocessing.image_size",
-  "preprocessing.views", "preprocessing.pruner_text", "chunk", "told", "model_changes",
-)  # fmt: skip
-# Fields that are a policy's own, which nothing can make alike, or that say what computed it: `compare` lists those that
-# differ. What the environment did is in none of these lists and has to agree.
-OWN = ("policy", "preprocessing", "chunk", "prompt", "device", "versions")
-# But where the tabletop is, jax is the simulator: the layout of a seed hangs on its random numbers.
-OF_ENVIRONMENT = {"tabletop": ("versions.jax",)}
-# Fields that are told and decide nothing: a comment changes the sources, too.
-NOTED = ("sources",)
-# Fields that say how many episodes there are: each is kept by its own seed.
-COUNTED = ("seeds", "episodes", "first_states")
+
+class Row(NamedTuple):
+  """One measured success rate.
+
+  Attributes:
+    name: what was measured, e.g. "this policy", "before", "keeps random patches".
+    kind: "policy", "baseline" or "control".
+    suite: name of the suite.
+    summary: of `summary`.
+    fingerprint: of `fingerprint.of`.
+    episodes: all of its episodes.
+  """
+
+  name: str
+  kind: str
+  suite: str
+  summary: dict
+  fingerprint: dict
+  episodes: Episodes
 
 
 def wilson(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
-  """The Wilson score interval of a success rate, both ends in [0, 1] (Wilson 1927, Eq. for the binomial proportion).
+  """The Wilson score interval of a success rate, both ends in [0, 1]; (0, 1) for no episodes.
 
   Raises:
     ValueError: more successes than episodes, or negative numbers.
@@ -44,11 +40,10 @@ def wilson(successes: int, episodes: int, confidence: float = 0.95) -> tuple[flo
     raise ValueError(f"Wilson interval: got {successes} of {episodes}; expected 0 to {episodes}; count again.")
   if episodes == 0:
     return 0.0, 1.0
-  z = NormalDist().inv_cdf(0.5 + confidence / 2)
-  rate, weight = successes / episodes, z * z / episodes
-  middle = (rate + weight / 2) / (1 + weight)
-  half = z / (1 + weight) * math.sqrt(rate * (1 - rate) / episodes + weight / (4 * episodes))
-  return max(0.0, middle - half), min(1.0, middle + half)
+  from scipy import stats  # takes seconds to import, and --help need not wait for it
+
+  interval = stats.binomtest(successes, episodes).proportion_ci(confidence, method="wilson")
+  return float(interval.low), float(interval.high)
 
 
 def percent(successes: int, episodes: int, decimals: int = 1) -> str:
@@ -81,69 +76,6 @@ def _rounded(value: float, decimals: int, most: int) -> str:
   while float(text := f"{value:.{decimals}f}") in (0, 100) and 0 < value < 100 and decimals < most:
     decimals += 1
   return text
-
-
-def fingerprint(
-  policy: Any, *, environment: str, suite: str, split: str, seeds: Sequence[int], max_steps: int, replay: int,
-  loop: str, told: str = "the task's own instruction", model_changes: dict | None = None, **more: Any,
-) -> dict:
-  """Everything that a success rate depends on, as JSON values.
-
-  Args:
-    policy: its `metadata` is read.
-    environment, suite, split, seeds, max_steps, replay: the protocol.
-    loop: "device" or "host".
-    told: what the policy was told.
-    model_changes: config values of the model other than those it was trained with (controls).
-    **more: what a simulator adds: versions, renderer, initial states.
-  """
-  facts, device = policy.metadata, jax.devices()[0]
-  reads = (
-    "image_size", "views", "crop_area", "jpeg_quality", "dct", "normalisation", "gripper", "dtype", "pruner_text",
-  )  # fmt: skip
-  seeds = [int(seed) for seed in seeds]
-  consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
-  return {
-    "environment": environment, "suite": suite, "split": split,
-    "seeds": f"{seeds[0]}..{seeds[-1]}" if consecutive else seeds,
-    "episodes": len(seeds), "max_steps": max_steps, "replay": replay, "loop": loop, "told": told,
-    "model_changes": model_changes or {},
-    "policy": {key: facts.get(key) for key in ("policy_hash", "folder", "step", "dataset", "parameters")},
-    "preprocessing": {key: facts.get(key) for key in reads}, "chunk": facts.get("chunk"),
-    "device": f"{device.platform}: {device.device_kind} × {jax.device_count()}",
-    "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-    "sources": sources(), **more,
-  }  # fmt: skip
-
-
-def require_alike(first: Mapping, second: Mapping, but: Sequence[str] = ()) -> None:
-  """Raises ValueError unless two fingerprints are equal in all but the fields COMPARED, NOTED and `but`."""
-  lines = unlike(first, second, (*COMPARED, *NOTED, *but))
-  if lines:
-    listing = "\n  ".join(lines)
-    raise ValueError(f"Results cannot be compared: got different\n  {listing}\nexpected equal ones; run both alike.")
-
-
-def unlike(first: Mapping, second: Mapping, but: Sequence[str] = ()) -> list[str]:
-  """A line for each part of two fingerprints that differs, but for some: "simulator.mujoco: 3.8.1 against 3.2.3"."""
-  return [f"{name}: {pair}" for name, pair in differences(first, second).items() if not within(name, but)]
-
-
-def differences(first: Mapping, second: Mapping) -> dict[str, str]:
-  """What differs, {"simulator.mujoco": "3.8.1 against 3.2.3"}; of a field with parts, only those parts."""
-  found = {}
-  for name in sorted(first.keys() | second.keys()):
-    a, b = first.get(name), second.get(name)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-      found |= {f"{name}.{part}": pair for part, pair in differences(a, b).items()}
-    elif a != b:
-      found[name] = f"{a} against {b}"
-  return found
-
-
-def within(name: str, fields: Sequence[str]) -> bool:
-  """Whether a name of `differences` is one of some fields or a part of one."""
-  return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
 def summary(episodes: Episodes, group: Callable[[str], str] | None = None) -> dict:
@@ -224,17 +156,16 @@ def episodes_of(rows: Sequence[Mapping]) -> Episodes:
   )  # fmt: skip
 
 
-@functools.cache
-def sources() -> str:
-  """SHA-256 of the package's Python files, names and contents, 16 hexadecimal digits; with or without git."""
-  digest, root = hashlib.sha256(), pathlib.Path(__file__).parents[1]
-  for path in sorted(root.rglob("*.py")):
-    digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-  return digest.hexdigest()[:16]
-
-
-def _version(package: str) -> str | None:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return None
+def to_json(rows: Sequence[Row], command: str, seconds: Mapping[str, float]) -> dict:
+  """What results.json holds."""
+  return {
+    "command": command,
+    "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    "results": [
+      {
+        "name": row.name, "kind": row.kind, "suite": row.suite, **row.summary, "fingerprint": row.fingerprint,
+        "per_episode": per_episode(row.episodes),
+      }
+      for row in rows
+    ],
+  }  # fmt: skip

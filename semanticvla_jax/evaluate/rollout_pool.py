@@ -27,7 +27,7 @@ from semanticvla_jax.evaluate.rollout import Episodes, check_state
 _PICTURES = ("observation/image", "observation/wrist_image")
 
 
-class Record(NamedTuple):
+class EpisodeResult(NamedTuple):
   """One finished episode.
 
   Attributes:
@@ -52,7 +52,7 @@ class Record(NamedTuple):
   nonfinite: bool = False
 
 
-class Records:
+class EpisodeLog:
   """Finished episodes as lines of JSON, each on disk before the next is begun.
 
   Args:
@@ -81,7 +81,7 @@ class Records:
     if bad or last:
       self._put_right(good, bad, last)
 
-  def add(self, record: Record) -> None:
+  def add(self, record: EpisodeResult) -> None:
     """Appends one episode."""
     with self.path.open("a", encoding="utf-8") as file:
       file.write(json.dumps(record._asdict()) + "\n")
@@ -103,9 +103,9 @@ class Records:
       logging.warning("%s: its last line was cut off; that episode runs again", self.path)
     files.write(self.path, b"".join(line + b"\n" for line in good))
 
-  def _read(self, line: bytes) -> Record:
+  def _read(self, line: bytes) -> EpisodeResult:
     try:
-      record = Record(**json.loads(line))
+      record = EpisodeResult(**json.loads(line))
       numbers = [int(value) for value in (record.seed, record.steps, record.retries)]
       if [record.seed, record.steps, record.retries] != numbers or not isinstance(record.success, bool):
         raise TypeError
@@ -144,10 +144,10 @@ class OnSimulators:
 
   Args:
     policy: anything with infer_batch and replay. An observation also holds "episode", its number, and "step". Fewer
-      actions than `replay` are executed as they are; none at all ends the episode.
+      actions than `replan_steps` are executed as they are; none at all ends the episode.
     make: starts one simulator, which knows `max_steps` itself.
     workers: how many of them. They start at the first `run` and stay until `close`.
-    replay: actions executed before asking again; None for the policy's own.
+    replan_steps: actions executed per policy query; None for the policy's own.
     group: of an episode number, e.g. its task: a simulator stays in a group while it can.
     instruction: of an episode number; what a record says of an episode that broke before it could tell itself.
     jpeg_quality: frames go through a JPEG of this quality before the policy sees them, as stored training frames did;
@@ -161,17 +161,17 @@ class OnSimulators:
   """
 
   def __init__(
-    self, policy: Any, make: Callable[[], Process], *, workers: int = 1, replay: int | None = None,
+    self, policy: Any, make: Callable[[], Process], *, workers: int = 1, replan_steps: int | None = None,
     group: Callable[[int], Any] = lambda seed: 0, instruction: Callable[[int], str] = lambda seed: "",
     jpeg_quality: int | None = None, dct: str = "accurate", retries: int = 2,
-    seen: Callable[[Record, list[dict]], None] | None = None,
+    seen: Callable[[EpisodeResult, list[dict]], None] | None = None,
   ):  # fmt: skip
     if workers < 1 or retries < 0:
       raise ValueError(f"Simulators: got workers={workers}, retries={retries}; expected at least 1 and 0.")
     self.policy, self.workers, self.retries, self.seen = policy, workers, retries, seen
-    self.replay, self.broken = policy.replay if replay is None else replay, 0
-    if self.replay < 1:
-      raise ValueError(f"Simulators: got replay={self.replay}; expected at least 1 action; raise it.")
+    self.replan_steps, self.broken = policy.replay if replan_steps is None else replan_steps, 0
+    if self.replan_steps < 1:
+      raise ValueError(f"Simulators: got replan_steps={self.replan_steps}; expected at least 1 action; raise it.")
     self._make, self._group, self._instruction, self._jpeg, self._dct = make, group, instruction, jpeg_quality, dct
     self._pool: list[_Running] = []
 
@@ -191,7 +191,7 @@ class OnSimulators:
     seeds: Sequence[int] | np.ndarray,
     told: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    records: Records | None = None,
+    records: EpisodeLog | None = None,
   ) -> Episodes:
     """Runs the episodes that `records` does not hold yet, or as broken, and returns all in the order of `seeds`.
 
@@ -225,7 +225,7 @@ class OnSimulators:
           progress(len(done), sum(one.success for one in done.values()))
     return episodes([done[seed] for seed in seeds])
 
-  def _is_this(self, record: Record) -> bool:
+  def _is_this(self, record: EpisodeResult) -> bool:
     """Whether a finished episode did not break and had the instruction that it would have now."""
     return record.error is None and self._told.get(record.seed, record.told) == record.told
 
@@ -267,7 +267,7 @@ class OnSimulators:
       one.heard = now
     return ready + late
 
-  def _hear(self, one: _Running) -> tuple[Record, list[dict]] | None:
+  def _hear(self, one: _Running) -> tuple[EpisodeResult, list[dict]] | None:
     """Takes a simulator's answer; returns a record and what was observed if the episode is over."""
     try:
       if time.monotonic() > one.heard + one.process.timeout:
@@ -282,14 +282,14 @@ class OnSimulators:
       return self._end(one, nonfinite=True)
     return self._end(one) if moment.done else None
 
-  def _ask(self, asking: list[_Running]) -> list[tuple[Record, list[dict]]]:
+  def _ask(self, asking: list[_Running]) -> list[tuple[EpisodeResult, list[dict]]]:
     """Asks the policy for all simulators that wait for actions, and sends them on; returns what ended thereby."""
     if not asking:
       return []
     results = self.policy.infer_batch([self._observation(one) for one in asking])
     ended = []
     for one, result in zip(asking, results):
-      actions = np.asarray(result["actions"])[: self.replay]
+      actions = np.asarray(result["actions"])[: self.replan_steps]
       finite = np.isfinite(actions).all(axis=(*range(1, actions.ndim),))
       good = len(actions) if finite.all() else int(finite.argmin())
       if good < len(actions):
@@ -310,17 +310,17 @@ class OnSimulators:
     sentence = self._told.get(one.seed, one.moment.instruction)
     return observation | {"prompt": sentence, "episode": one.seed, "step": one.moment.steps}
 
-  def _end(self, one: _Running, nonfinite: bool = False) -> tuple[Record, list[dict]]:
+  def _end(self, one: _Running, nonfinite: bool = False) -> tuple[EpisodeResult, list[dict]]:
     moment, told, seen = one.moment, self._told.get(one.seed, one.moment.instruction), one.seen
     seconds = round(time.monotonic() - one.began, 3)
-    record = Record(
+    record = EpisodeResult(
       one.seed, moment.success and not nonfinite, moment.steps, None, moment.instruction, told,
       self._tries.get(one.seed, 0), seconds, nonfinite,
     )  # fmt: skip
     one.idle()
     return record, seen
 
-  def _broke(self, one: _Running, error: str) -> tuple[Record, list[dict]] | None:
+  def _broke(self, one: _Running, error: str) -> tuple[EpisodeResult, list[dict]] | None:
     """Starts the simulator again; the episode waits for another try, unless it had enough of them."""
     seed, tries = one.seed, self._tries.get(one.seed, 0)
     logging.warning("Episode %d broke (try %d of %d):\n%s", seed, tries + 1, self.retries + 1, error)
@@ -332,17 +332,17 @@ class OnSimulators:
       self._waiting.insert(0, seed)
       return None
     sentence = self._instruction(seed)
-    return Record(seed, False, 0, error, sentence, self._told.get(seed, sentence), tries, seconds), []
+    return EpisodeResult(seed, False, 0, error, sentence, self._told.get(seed, sentence), tries, seconds), []
 
-  def _give_up_if_all_broke(self, done: Mapping[int, Record]) -> None:
+  def _give_up_if_all_broke(self, done: Mapping[int, EpisodeResult]) -> None:
     errors = [record.error for record in done.values() if record.error is not None]
     if len(errors) == len(done) and len(errors) > self.workers:
       raise BrokenEnvironment(f"All of the first {len(errors)} episodes broke. The last one:\n{errors[-1]}")
 
 
-def episodes(records: Sequence[Record]) -> Episodes:
+def episodes(records: Sequence[EpisodeResult]) -> Episodes:
   """Finished episodes as arrays, in their order."""
-  columns = list(zip(*records)) or [()] * len(Record._fields)
+  columns = list(zip(*records)) or [()] * len(EpisodeResult._fields)
   seed, success, steps, error, instruction, told, retries, seconds, nonfinite = columns
   broken = np.array([one is not None for one in error], bool)
   return Episodes(

@@ -1,0 +1,42 @@
+"""The benchmarks that the command knows. Adding one: a folder, an adapter in evaluate/, and a line here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from semanticvla_jax.evaluate.evaluation import Benchmark
+from semanticvla_jax.evaluate.libero import Libero
+from semanticvla_jax.evaluate.tabletop import Tabletop
+
+BENCHMARKS: dict[str, Benchmark] = {"tabletop": Tabletop(), "libero": Libero()}
+
+
+def of_suites(words: str, benchmarks: Mapping[str, Benchmark] = BENCHMARKS) -> tuple[str, list[str]]:
+  """The name of the benchmark that has the suites of a flag such as "pick,place", and those suites.
+
+  Raises:
+    ValueError: a suite does not exist, is named twice, or belongs to another benchmark than the first.
+  """
+  owner = {suite: name for name, benchmark in benchmarks.items() for suite in benchmark.suites}
+  names = [word.strip() for word in words.split(",")]
+  for name in names:
+    if name not in owner:
+      raise ValueError(
+        f"--suite: got {name!r}; expected one of {', '.join(owner)}; did you mean {_nearest(name, [*owner])}?"
+      )
+  if len(set(names)) < len(names):
+    raise ValueError(f"--suite: got {words!r}; expected each suite once; name none twice.")
+  parts = {key: [name for name in names if owner[name] == key] for key in dict.fromkeys(map(owner.get, names))}
+  if len(parts) > 1:
+    listing = " and ".join(f"{some} of {benchmarks[key].title}" for key, some in parts.items())
+    raise ValueError(f"--suite: got {listing}; expected suites of one benchmark; evaluate them in turn.")
+  return owner[names[0]], names
+
+
+def _nearest(name: str, known: list[str]) -> str:
+  """The names most like one that does not exist: those that contain it, else those spelled alike, else the nearest."""
+  containing = [one for one in known if name and name in one]
+  alike = difflib.get_close_matches(name, known, 2, 0.6)
+  found = dict.fromkeys([*containing, *alike]) or difflib.get_close_matches(name, known, 1, 0.0)
+  return " or ".join(map(repr, found))

@@ -1,0 +1,219 @@
+"""One evaluation, for every benchmark: a policy on a suite, its controls, and the rows that they give.
+
+A benchmark adds an adapter with two classes: a `Benchmark`, which names its suites and adds its own flags, and a
+`SuiteRun`, which runs the episodes of one suite with one policy. `evaluate/benchmarks.py` lists the adapters, and
+examples/evaluate_my_environment.py shows one.
+"""
+
+from __future__ import annotations
+
+import abc
+import argparse
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
+from semanticvla_jax.evaluate import controls, fingerprint, folder, progress, report, results
+from semanticvla_jax.evaluate.rollout import Episodes
+
+
+class SuiteRun(abc.ABC):
+  """One policy on one suite: which episodes there are, how they are run, and what their results depend on.
+
+  Episodes that an earlier command finished are taken from results.json. An adapter whose simulators keep them elsewhere
+  replaces `run`, `claim` and `told_before`.
+
+  Args:
+    policy: that is measured.
+    suite: its name.
+    seeds: numbers of the episodes.
+    stored: rows of this and earlier commands.
+    name, kind: of the policy's own row: ("this policy", "policy") or ("before", "baseline").
+  """
+
+  def __init__(
+    self, policy: Any, suite: str, seeds: Sequence[int], stored: folder.ResultsFile, name: str = "this policy",
+    kind: str = "policy",
+  ):  # fmt: skip
+    self.policy, self.suite, self.seeds, self.stored, self.name, self.kind = policy, suite, seeds, stored, name, kind
+
+  @abc.abstractmethod
+  def runner(self, policy: Any) -> Any:
+    """What runs episodes with a policy: an OnDevice, OnHost or OnSimulators."""
+
+  @abc.abstractmethod
+  def facts(self) -> dict:
+    """What the results depend on besides policy and seeds; keyword arguments of `fingerprint.of`."""
+
+  def run(self, policy: Any, row: str, told: Sequence[str] | None = None) -> Episodes:
+    """Runs all episodes with a policy, except those that an earlier command finished.
+
+    Args:
+      policy: the run's own, or a changed copy of it.
+      row: "policy", or the name of a control.
+      told: an instruction for each episode, in place of its own.
+
+    Raises:
+      BrokenEnvironment: the simulator does not work at all.
+    """
+    runner, name = self.runner(policy), self.key(row)[2]
+    resumed = folder.Resumed(runner, self.stored.before(self.key(row)), f"{self.suite}, {name}")
+    return resumed.run(self.seeds, told, progress.one_line(name, len(self.seeds), lambda: runner.broken))
+
+  def fingerprint(self, **changes: Any) -> dict:
+    """The fingerprint of this run, or of one of its controls: `told` and `model_changes` of `fingerprint.of`."""
+    return fingerprint.of(self.policy, self.seeds, **self.facts(), **changes)
+
+  def claim(self, row: str, mark: Mapping) -> dict:
+    """The fingerprint of a row together with that of the episodes which an earlier command finished.
+
+    Raises:
+      ValueError: those were measured differently.
+    """
+    found = self.stored.found.get(self.key(row))
+    return {**mark} if found is None else folder.gone_on(found.fingerprint, mark, self.stored.out)
+
+  def told_before(self) -> dict[int, str]:
+    """{seed: instruction} of the episodes that an earlier command finished under the shuffled control."""
+    before = self.stored.before(self.key("shuffled"))
+    rows = [] if before is None else zip(before.seeds.tolist(), before.told, before.error)
+    return {seed: told for seed, told, error in rows if not error}
+
+  def key(self, row: str) -> folder.Key:
+    """How a row is known in results.json: suite, kind and name."""
+    kind, name = (self.kind, self.name) if row == "policy" else ("control", controls.NAMES[row])
+    return self.suite, kind, name
+
+  def task(self, instruction: str) -> str:
+    """The name under which an instruction is summarized."""
+    return instruction
+
+  def finished(self) -> Episodes | None:
+    """The policy's own episodes that are on disk, for when the environment breaks; None if there are none."""
+    return None
+
+  def films(self, episodes: Episodes, count: int) -> list[report.Film]:
+    """Films of at most `count` of the policy's own episodes; as many as can be made."""
+    return []
+
+  def scenes(self, episodes: Episodes, count: int) -> list[report.Scene]:
+    """Pictures of what the policy looked at in one of the episodes of those films."""
+    return []
+
+  def close(self) -> None:  # noqa: B027, most have nothing to end
+    """Ends what runs the episodes."""
+
+
+class Evaluation:
+  """A policy's own row on a suite, and those of its controls.
+
+  Args:
+    run: the policy on the suite.
+    stored: where the rows go.
+  """
+
+  def __init__(self, run: SuiteRun, stored: folder.ResultsFile):
+    self.run, self._stored = run, stored
+
+  def fingerprints(self, names: Sequence[str]) -> dict[folder.Key, dict]:
+    """The fingerprint of each row: the policy's own, and those of the named controls that apply to it."""
+    found = {self.run.key("policy"): self.run.fingerprint()}
+    return found | {self.run.key(name): self._control(name, changes) for name, changes in self._applying(names)}
+
+  def measure(self) -> results.Row:
+    """Measures the policy itself and stores its row.
+
+    Raises:
+      ValueError: the folder holds episodes that were measured differently.
+      BrokenEnvironment: all of the first episodes broke; they are stored as a row all the same.
+    """
+    mark = self.run.claim("policy", self.run.fingerprint())
+    try:
+      episodes = self.run.run(self.run.policy, "policy")
+    except BrokenEnvironment:
+      if (some := self.run.finished()) is not None:
+        self._add("policy", mark, some)
+      raise
+    return self._add("policy", mark, episodes)
+
+  def measure_controls(self, own: Episodes, names: Sequence[str]) -> None:
+    """Measures the policy with one thing taken away at a time, and stores each row when it is measured.
+
+    Args:
+      own: the policy's own episodes.
+      names: of `controls.NAMES`; those that change nothing in this policy are skipped.
+    """
+    policy, before = self.run.policy, self.run.told_before()
+    for name, episodes, changes in controls.each(policy, self.run.run, own, names, before=before):
+      self._add(name, self.run.claim(name, self._control(name, changes)), episodes)
+
+  def _applying(self, names: Sequence[str]) -> list[tuple[str, dict]]:
+    return [*controls.of_policy(self.run.policy, names).items()] if names else []
+
+  def _control(self, name: str, changes: Mapping) -> dict:
+    told = {"told": fingerprint.ANOTHER_INSTRUCTION} if name == "shuffled" else {}
+    return self.run.fingerprint(model_changes={**changes}, **told)
+
+  def _add(self, row: str, mark: Mapping, episodes: Episodes) -> results.Row:
+    suite, kind, name = self.run.key(row)
+    summary = results.summary(episodes, self.run.task)
+    return self._stored.add(results.Row(name, kind, suite, summary, {**mark}, episodes))
+
+
+class Job(NamedTuple):
+  """What is measured on one suite: the policy, and what it was fine-tuned from (None: not asked for)."""
+
+  own: Evaluation
+  baseline: Evaluation | None = None
+
+
+class Benchmark(abc.ABC):
+  """A benchmark as the command sees it; an adapter has one subclass of it.
+
+  Attributes:
+    title: its name in messages and in the help.
+    suites: names of its suites.
+    bare_controls: controls that `--controls` without a value measures.
+    damaged: what happens to rows of a results.json that cannot be read, for the warning.
+    film_note: how fast its films run.
+  """
+
+  title: str
+  suites: tuple[str, ...]
+  bare_controls: tuple[str, ...] = tuple(controls.NAMES)
+  damaged: str = "all is measured again"
+  film_note: str = "at half speed"
+
+  def add_flags(self, add: Callable[..., None]) -> None:  # noqa: B027, there may be none
+    """Adds the benchmark's own flags; `add` is called like argparse's add_argument."""
+
+  def check(self, args: argparse.Namespace) -> None:  # noqa: B027, there may be nothing to check
+    """Checks what can be known before anything is loaded or written; `args.suite` is a list of its suites.
+
+    Raises:
+      ValueError: something does not exist, does not fit, or cannot be measured.
+    """
+
+  @abc.abstractmethod
+  def jobs(self, args: argparse.Namespace, stored: folder.ResultsFile) -> Iterator[Job]:
+    """Loads the policies and yields what is measured, suite by suite.
+
+    Raises:
+      ValueError: the policy does not fit, or the folder holds something else.
+    """
+
+  def more(self, out: pathlib.Path) -> dict:
+    """What results.json holds in addition to the rows."""
+    return {}
+
+  def films(self, args: argparse.Namespace) -> int:
+    """How many films per suite are made."""
+    return args.films
+
+
+def check_minimum(args: argparse.Namespace, least: Mapping[str, int]) -> None:
+  """Raises ValueError for a flag with a smaller number than it may have: {name: smallest}; flags not given pass."""
+  for name, smallest in least.items():
+    if (value := getattr(args, name)) is not None and value < smallest:
+      raise ValueError(f"--{name.replace('_', '-')}: got {value}; expected at least {smallest}; raise it.")

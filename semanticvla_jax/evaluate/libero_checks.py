@@ -1,0 +1,160 @@
+"""What can be known of an evaluation on LIBERO before a simulator starts: flags, policy, initial states, the folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from semanticvla_jax import checkpoint
+from semanticvla_jax.data import statistics
+from semanticvla_jax.evaluate import controls, folder
+from semanticvla_jax.evaluate.evaluation import check_minimum
+from semanticvla_jax.libero import suites
+from semanticvla_jax.libero.protocols import PROTOCOLS, fitting
+from semanticvla_jax.models.semanticvla import build
+
+
+def seeds(args: argparse.Namespace, suite: str) -> list[int]:
+  """The numbers of the episodes asked for: trials 0, 1, … of each task.
+
+  Raises:
+    ValueError: there is no such task or trial.
+  """
+  tasks = suites.task_numbers(args.tasks, suite)
+  if not 1 <= args.trials <= suites.EPISODES:
+    raise ValueError(
+      f"LIBERO: got trials={args.trials}; expected 1 to {suites.EPISODES}, a task's initial states; change --trials."
+    )
+  return [suites.EPISODES * task + trial for task in tasks for trial in range(args.trials)]
+
+
+def settings(args: argparse.Namespace, suite: str) -> suites.Settings:
+  """The simulator's settings, from the flags."""
+  found = suites.Settings(
+    suite, args.assets, seeding=args.seeding, seed=PROTOCOLS[args.protocol].seed, max_steps=args.max_steps,
+    rotation=args.rotation, quaternion=args.quaternion, renderer=args.renderer, egl_device=args.egl_device,
+  )  # fmt: skip
+  suites.check(found)
+  return found
+
+
+def check(args: argparse.Namespace, load: Callable[[argparse.Namespace, str], Any]) -> None:
+  """Checks what can be known before an episode, for all suites.
+
+  Args:
+    args: of the command line; `suite` is a list.
+    load: loads what acts on a suite; called for recorded actions, to find those that are missing.
+
+  Raises:
+    ValueError: something does not exist, does not fit, or cannot be measured.
+  """
+  _check_flags(args)
+  for suite in args.suite:  # what needs no simulator
+    settings(args, suite)
+    if args.policy:
+      _check_policy(args, suite)
+  for suite in args.suite:
+    tasks, numbers = suites.tasks(suite), seeds(args, suite)
+    if args.recorded:
+      load(args, suite)
+      continue
+    if "shuffled" in args.controls:
+      controls.shuffle([tasks[seed // suites.EPISODES].instruction for seed in numbers])
+    _check_states(suite, numbers)
+  suites.find_assets(args.assets)
+  if args.policy:
+    _report_skipped(args.policy, args.controls)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+  if (args.policy is None) == (args.recorded is None):
+    raise ValueError(
+      f"LIBERO: got --policy={args.policy} and --recorded={args.recorded}; expected one of --policy and --recorded; "
+      "give one of the two."
+    )
+  if args.controls and args.recorded:
+    raise ValueError(
+      f"Controls: got {args.controls} with --recorded; expected a policy, because they change it; leave them out."
+    )
+  check_minimum(args, {"workers": 1})
+  if args.timeout <= 0:
+    raise ValueError(f"--timeout: got {args.timeout:g}; expected more than 0 seconds; raise it.")
+
+
+def _check_policy(args: argparse.Namespace, suite: str) -> None:
+  """Raises ValueError unless a policy has statistics of a suite and is for LIBERO's robot; reads no parameters."""
+  config, entries, _ = checkpoint.read_policy_json(args.policy)
+  dataset = args.dataset or dataset_for([*entries], suite)
+  stats = statistics.select({name: statistics.from_openvla(one, name) for name, one in entries.items()}, dataset)
+  model = build(config["model"])
+  views, width, actions = model.num_views, model.proprio_dim, len(stats.action.mask)
+  if views > 2 or width not in (None, 8) or actions != 7:
+    raise ValueError(
+      f"Policy is for another robot: got {views} views, proprioception of width {width}, {actions} action dimensions; "
+      "expected 1 or 2, 8, 7; evaluate a policy trained on LIBERO."
+    )
+  chunk = model.chunk if model.coupler is not None else 1
+  if args.replan_steps is not None and args.replan_steps > chunk:
+    raise ValueError(
+      f"Evaluation: got replan_steps={args.replan_steps}; expected 1 to {chunk}, the policy's chunk; lower it."
+    )
+
+
+def _check_states(suite: str, numbers: Sequence[int]) -> None:
+  """Raises ValueError unless the benchmark has initial states for all episodes."""
+  for task in sorted({seed // suites.EPISODES for seed in numbers}):
+    found = suites.first_states(suites.tasks(suite)[task])
+    last = max(seed % suites.EPISODES for seed in numbers if seed // suites.EPISODES == task)
+    if last >= len(found):
+      raise ValueError(
+        f"LIBERO: got trial {last} of task {task} of {suite}; expected 0 to {len(found) - 1}, its initial states; "
+        "lower --trials."
+      )
+
+
+def check_found(args: argparse.Namespace, out: pathlib.Path) -> None:
+  """Raises ValueError if episodes of one of the suites were measured differently, as far as flags and files tell.
+
+  The whole fingerprint, including the renderer, is compared when a suite's simulator has started.
+  """
+  for suite in args.suite:
+    try:
+      before = json.loads((out / f"{suite}_fingerprint.json").read_text(encoding="utf-8"))
+      hashed = before["policy"]["policy_hash"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one, which is reported when it is needed
+      continue
+    wanted = settings(args, suite)
+    now = {
+      "max_steps": wanted.max_steps or suites.MAX_STEPS[suite], "protocol": args.protocol,
+      "quaternion": wanted.quaternion, "wait_steps": wanted.wait_steps,
+      "policy_hash": checkpoint.policy_hash(args.policy) if args.policy else hashed,
+    }  # fmt: skip
+    noted = {name: before.get(name) for name in now} | {"policy_hash": hashed}
+    folder.gone_on(noted, now, out / f"{suite}_fingerprint.json")
+
+
+def _report_skipped(policy: str, names: Sequence[str]) -> None:
+  model = build(config := checkpoint.read_policy_json(policy)[0]["model"])
+  prunes = model.siglip_id_pruner is not None or model.dino_id_pruner is not None
+  if skipped := [name for name in names if name not in controls.applying(config, prunes, names)]:
+    logging.warning("Controls skipped, because they change nothing in this policy: %s", ", ".join(skipped))
+
+
+def dataset_for(names: Sequence[str], suite: str) -> str:
+  """The name of the statistics to use, of those that a policy has.
+
+  Raises:
+    ValueError: none of them is in the suite's units.
+  """
+  fits = fitting(names, suite)
+  if not fits:
+    raise ValueError(
+      f"Policy has no statistics of {suite}: got those of {[*names]}; expected {suite!r} or '{suite}_no_noops', "
+      "because actions of another suite are in other units; evaluate the suite that it was trained on, or choose with "
+      "--dataset."
+    )
+  return fits[0]

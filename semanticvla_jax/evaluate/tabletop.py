@@ -1,0 +1,159 @@
+"""The tabletop's adapter: its suites and flags, its layouts by seed, and its episodes on the device or on the host."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from semanticvla_jax.evaluate import controls, fingerprint, folder, report, tabletop_films
+from semanticvla_jax.evaluate.evaluation import Benchmark, Evaluation, Job, SuiteRun, check_minimum
+from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost, check_robot
+from semanticvla_jax.policy import Policy
+from semanticvla_jax.tabletop import physics, tasks
+
+_COLORS = re.compile(rf" ?\b({'|'.join((*tasks.COLOURS, 'white'))})\b")
+
+
+def task(instruction: str) -> str:
+  """The instruction without its colors: "pick up the red cube" → "pick up the cube"."""
+  return _COLORS.sub("", instruction)
+
+
+def instructions(suite: str, split: str, seeds: Sequence[int]) -> list[str]:
+  """The instructions of episodes, by their seeds, without running them."""
+  found = jax.vmap(lambda seed: tasks.reset(tasks.seed_key(seed, split), suite, split).instruction)
+  return [tasks.INSTRUCTIONS[i] for i in np.asarray(jax.jit(found)(np.array(seeds, np.int32)))]
+
+
+class TabletopRun(SuiteRun):
+  """One policy on one suite of the tabletop.
+
+  Args:
+    args: of the command line.
+    policy: that is measured.
+    suite: of the tabletop.
+    stored: rows of earlier commands.
+    baseline: whether the policy is the one before fine-tuning.
+
+  Raises:
+    ValueError: a seed is outside the split, or the policy does not fit.
+  """
+
+  def __init__(
+    self, args: argparse.Namespace, policy: Policy, suite: str, stored: folder.ResultsFile, baseline: bool = False
+  ):
+    name, kind = ("before", "baseline") if baseline else ("this policy", "policy")
+    super().__init__(policy, suite, range(args.seed, args.seed + args.episodes), stored, name, kind)
+    tasks.check_seeds(self.seeds, args.split)
+    self._args = args
+    self._own = self._make(policy)
+    self._again: Episodes | None = None  # episodes that were run again for their states
+
+  def runner(self, policy: Policy) -> OnDevice | OnHost:
+    """See `SuiteRun`."""
+    return self._own if policy is self.policy else self._make(policy)
+
+  def _make(self, policy: Policy) -> OnDevice | OnHost:
+    args, replan_steps = self._args, self._args.replan_steps
+    if not args.host:
+      batch = -(-args.episodes // -(-args.episodes // args.batch))  # equal batches
+      return OnDevice(policy, self.suite, args.split, replan_steps=replan_steps, batch=batch, keep_states=True)
+    check_robot(policy, policy.replay if replan_steps is None else replan_steps)
+    environment = physics.TabletopEnvironment(self.suite, args.split, policy.image_size)
+    ask = lambda seed: instructions(self.suite, args.split, [seed])[0]  # noqa: E731
+    return OnHost(policy, environment, replan_steps=replan_steps, instruction=ask)
+
+  def facts(self) -> dict:
+    """See `SuiteRun`."""
+    return {
+      "environment": "tabletop", "suite": self.suite, "split": self._args.split, "max_steps": self._own.max_steps,
+      "replan_steps": self._own.replan_steps, "loop": "host" if self._args.host else "device",
+    }  # fmt: skip
+
+  def task(self, instruction: str) -> str:
+    """See `SuiteRun`."""
+    return task(instruction)
+
+  def films(self, episodes: Episodes, count: int) -> list[report.Film]:
+    """See `SuiteRun`."""
+    return tabletop_films.films(self._with_states(episodes, count), count, self.stored.out, self.suite)
+
+  def scenes(self, episodes: Episodes, count: int) -> list[report.Scene]:
+    """See `SuiteRun`."""
+    return tabletop_films.scenes(self.policy, self._with_states(episodes, count), self.stored.out, self.suite)
+
+  def _with_states(self, episodes: Episodes, count: int) -> Episodes:
+    """The episodes if their states are known; if they were read from disk, those that are shown, run again."""
+    if episodes.states is not None:
+      return episodes
+    if self._again is None:
+      self._again = self._own.run(episodes.seeds[sorted(tabletop_films.choose(episodes.success, count))])
+    return self._again
+
+
+class Tabletop(Benchmark):
+  """The tabletop, for the command."""
+
+  title, suites = "the tabletop", tuple(tasks.SUITES)
+
+  def add_flags(self, add: Callable[..., None]) -> None:
+    """See `Benchmark`."""
+    add("--split", default="heldout", help=f"split of the layouts: {', '.join(tasks.SPLITS)} (default: heldout)")
+    add("--episodes", type=int, default=100, help="number of episodes per suite (default: 100)")
+    add("--seed", type=int, default=0, help="seed of the first episode (default: 0)")
+    add("--batch", type=int, default=64, help="number of episodes that run together on the device (default: 64)")
+    add("--baseline", help="policy folder from before fine-tuning, to measure on the same episodes (default: none)")
+    add("--host", action="store_true", help="run episodes one at a time on the host instead of the device, no films")
+
+  def check(self, args: argparse.Namespace) -> None:
+    """See `Benchmark`."""
+    if args.policy is None:
+      raise ValueError("--policy: got none; expected a policy folder; add --policy=DIR.")
+    check_minimum(args, {"episodes": 1, "batch": 1})
+    tasks.check_split(args.split)
+
+  def jobs(self, args: argparse.Namespace, stored: folder.ResultsFile) -> Iterator[Job]:
+    """See `Benchmark`; all suites are checked before the first is measured."""
+    timed = stored.seconds.timed
+    options = dict(dataset=args.dataset, dtype=args.dtype, batch_sizes=(1,) if args.host else ())
+    policy = timed("load", lambda: Policy.load(args.policy, **options))
+    before = timed("load", lambda: Policy.load(args.baseline, **options)) if args.baseline else None
+    found = [self._job(args, policy, before, suite, stored) for suite in args.suite]
+    applying = controls.of_policy(policy, args.controls)
+    if skipped := [name for name in args.controls if name not in applying]:
+      logging.warning("Controls skipped, because they change nothing in this policy: %s", ", ".join(skipped))
+    marks = {key: mark for job in found for key, mark in job.own.fingerprints(args.controls).items()}
+    for job in found:
+      marks |= {} if job.baseline is None else job.baseline.fingerprints([])
+    stored.check(marks, found[0].own.run.seeds)
+    yield from found
+
+  @staticmethod
+  def _job(
+    args: argparse.Namespace, policy: Policy, before: Policy | None, suite: str, stored: folder.ResultsFile
+  ) -> Job:
+    own, baseline = TabletopRun(args, policy, suite, stored), None
+    if before is not None:
+      baseline = TabletopRun(args, before, suite, stored, baseline=True)
+      _check_alike(own.fingerprint(), baseline.fingerprint())
+    if "shuffled" in args.controls:
+      controls.shuffle(instructions(suite, args.split, own.seeds))
+    return Job(Evaluation(own, stored), None if baseline is None else Evaluation(baseline, stored))
+
+  def films(self, args: argparse.Namespace) -> int:
+    """See `Benchmark`."""
+    return 0 if args.host else args.films
+
+
+def _check_alike(own: dict, before: dict) -> None:
+  """Raises ValueError if two policies would be measured differently; reports how the policies themselves differ."""
+  fingerprint.require_alike(own, before, but=fingerprint.OWN)
+  # Fine-tuning gives the statistics the name of its own data.
+  expected = (*fingerprint.COMPARED, *fingerprint.NOTED, "policy.dataset")
+  if lines := fingerprint.unlike(own, before, expected):
+    logging.warning("This policy and the baseline differ in their own settings: %s", "; ".join(lines))
