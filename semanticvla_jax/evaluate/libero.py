@@ -509,8 +509,8 @@ def check_found(args: argparse.Namespace, out: pathlib.Path) -> None:
 
 def _tell_left_out(folder: str, names: Sequence[str]) -> None:
   model = build(config := checkpoint.read_policy_json(folder)[0]["model"])
-  prunes = model.siglip_id_pruner is not None or model.dino_id_pruner is not None
-  if left := [name for name in names if name not in controls.applying(config, prunes, names)]:
+  applying = controls.applying(config, model.prunes_by_instruction, names)
+  if left := [name for name in names if name not in applying]:
     logging.warning("Controls left out, for they change nothing in this policy: %s", ", ".join(left))
 
 
