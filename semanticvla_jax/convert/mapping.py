@@ -129,7 +129,7 @@ def _match(source: Source, bare: SemanticVLA, target: Shapes, adapted: bool) -> 
 def unused(bare: SemanticVLA) -> dict[str, str]:
   """`semanticvla.unused`, and what a base made ready for SemanticVLA holds beyond the baselines."""
   out = semanticvla.unused(bare)
-  if bare.siglip_id_pruner is None:
+  if bare.pruner("siglip", "id") is None:
     out[r"fused_featurizer_sampler_proj\..*"] = "cue projector: of SemanticVLA only"
   return out
 

@@ -99,8 +99,7 @@ def applying(config: Mapping, prunes: bool, names: Sequence[str]) -> dict[str, d
 
 def of_policy(policy: Policy, names: Sequence[str]) -> dict[str, dict]:
   """As `applying`, for a policy."""
-  prunes = policy.bare.siglip_id_pruner is not None or policy.bare.dino_id_pruner is not None
-  return applying(policy.config["model"], prunes, names)
+  return applying(policy.config["model"], policy.bare.prunes_by_instruction, names)
 
 
 def each(

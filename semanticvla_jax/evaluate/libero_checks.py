@@ -139,8 +139,7 @@ def check_found(args: argparse.Namespace, out: pathlib.Path) -> None:
 
 def _report_skipped(policy: str, names: Sequence[str]) -> None:
   model = build(config := checkpoint.read_policy_json(policy)[0]["model"])
-  prunes = model.siglip_id_pruner is not None or model.dino_id_pruner is not None
-  if skipped := [name for name in names if name not in controls.applying(config, prunes, names)]:
+  if skipped := [name for name in names if name not in controls.applying(config, model.prunes_by_instruction, names)]:
     logging.warning("Controls skipped, because they change nothing in this policy: %s", ", ".join(skipped))
 
 

@@ -48,8 +48,8 @@ def looks(policy: Policy, observations: Sequence[Mapping]) -> list[Look]:
   observation = policy.observe(observations)
   b, v = observation.images.shape[:2]
   bare = policy.bare
-  sa = next((name for name in ("dino", "siglip") if getattr(bare, f"{name}_sa_pruner") is not None), None)
-  id_ = next((name for name in ("siglip", "dino") if getattr(bare, f"{name}_id_pruner") is not None), None)
+  sa = next((name for name in ("dino", "siglip") if bare.pruner(name, "sa") is not None), None)
+  id_ = next((name for name in ("siglip", "dino") if bare.pruner(name, "id") is not None), None)
 
   @jax.jit
   def seen(params, observation):

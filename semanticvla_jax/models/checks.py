@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from semanticvla_jax.models import masks
 from semanticvla_jax.models.llama import REMAT
-from semanticvla_jax.models.pruner import ANCHOR_RULES
+from semanticvla_jax.models.pruner import ANCHOR_RULES, KINDS, kinds
 
 ENCODERS = ("dino", "siglip")
-PRUNERS = ("id", "sa", "sa+id", None)
+PRUNERS = (*("+".join(x) for n in range(1, len(KINDS) + 1) for x in itertools.combinations(KINDS, n)), None)
 CHOICES = {
   "dino_pruner": PRUNERS,
   "siglip_pruner": PRUNERS,
@@ -26,6 +27,7 @@ CHOICES = {
   "remat": (*REMAT,),
   "dtype": ("float32", "bfloat16", "float16"),
 }
+OR = {"anchor_rule": ", or register your own with models.pruner.anchor_rule"}  # what else a user can do
 COUNTS = {"keep": 1, "cues": 0, "num_views": 1, "action_dim": 1, "chunk": 1}  # field: the least
 AMOUNTS = ("similarity_noise", "aggregation_std")  # numbers from 0
 # Sizes that a part of a variant must have, and values that it may have.
@@ -38,8 +40,8 @@ OPTIONS = {"dino": VIT_OPTIONS, "siglip": VIT_OPTIONS, "text": ("gelu",), "llm":
 def check(c: Mapping[str, Any]) -> None:
   """Raises ValueError at the first value of a resolved model config that no model can be built from."""
   for field, allowed in CHOICES.items():
-    if c[field] not in allowed:
-      _refuse(field, c[field], f"one of {allowed}", f"set model.{field} to one of them")
+    if c[field] not in (*allowed,):
+      _refuse(field, c[field], f"one of {(*allowed,)}", f"set model.{field} to one of them{OR.get(field, '')}")
   for field, least in COUNTS.items():
     if not _is_count(c[field], least):
       _refuse(field, c[field], f"a whole number from {least}", f"set model.{field} to one")
@@ -100,7 +102,7 @@ def _are_pairs(x: Any) -> bool:
 def _check_variant(c: Mapping[str, Any]) -> None:
   """A row of sizes has every part that this model has, with every size and nothing unknown."""
   row, remedy = c["variant"], "copy a row of semanticvla.VARIANTS and change its numbers"
-  uses_text = any("id" in (c[f"{name}_pruner"] or "") for name in c["encoders"])
+  uses_text = any(KINDS[kind].reads_words for name in c["encoders"] for kind in kinds(c[f"{name}_pruner"]))
   parts = [*c["encoders"], *(["text"] if uses_text else []), "llm"]
   needed = ["image", "patch", *parts, *(["pairs"] if c["dense_fuser"] == "variant" else [])]
   if missing := [name for name in needed if name not in row or row[name] is None]:

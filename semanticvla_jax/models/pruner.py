@@ -3,11 +3,16 @@
 IDPruner   instruction-driven:     patches + words ─► cues (k words looking at the image)   Vision-to-Language, Eq. 3-4
                                                    └► anchors (h patches the words point at) Language-to-Vision, Eq. 5
 SAPruner   spatial-aggregation:    q learned tokens ride through the encoder and collect what the patches know, Eq. 6-7
+
+A further kind is a class with the interface of `Pruner` and an entry in KINDS; a further rule that scores patches is a
+function registered with `anchor_rule`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
 
 import flax.linen as nn
 import flax.struct
@@ -17,7 +22,74 @@ from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax.models.mlp import MLP
 
-ANCHOR_RULES = ("similarity", "random", "uniform", "centre")
+
+@flax.struct.dataclass
+class Encoded:
+  """What an encoder hands to one of its pruners.
+
+  Attributes:
+    patches: f[b n d], the patch tokens, in raster order.
+    queries: f[b q d], the pruner's own queries after the encoder; None for a pruner without queries.
+    attention: f32[b h q l], where these look in the last block (over the encoder's whole sequence); None without them.
+  """
+
+  patches: Float[Array, "b n d"]
+  queries: Float[Array, "b q d"] | None = None
+  attention: Float[Array, "b h q l"] | None = None
+
+
+@flax.struct.dataclass
+class Words:
+  """The instruction, as a pruner reads it.
+
+  Attributes:
+    states: f[b m e], of the text tower.
+    mask: bool[b m], which states are words.
+    noise: f32[b n m], standard normal numbers in training; None outside it.
+  """
+
+  states: Float[Array, "b m e"]
+  mask: Bool[Array, "b m"]
+  noise: Float[Array, "b n m"] | None = None
+
+
+@flax.struct.dataclass
+class Pruned:
+  """What a pruner hands on.
+
+  Attributes:
+    tokens: f[b h d], one token set of the encoder, which the Sparse-Fuser reads.
+    cues: f[b k d], further tokens with a projector of their own; None for none. Only one pruner per encoder has them.
+    info: intermediates by name; the model lists each as "{encoder}_{name}".
+  """
+
+  tokens: Float[Array, "b h d"]
+  cues: Float[Array, "b k d"] | None = None
+  info: dict[str, Any] = flax.struct.field(default_factory=dict)
+
+
+class Pruner(Protocol):
+  """The interface of a kind of pruner, a flax module.
+
+  Attributes:
+    keeps: name of its token set: the Sparse-Fuser's parameters go by "{encoder}_{keeps}" where it projects each set.
+    reads_words: whether `prune` needs the instruction; the model has a text tower if a pruner does.
+    num_queries: tokens that `queries` appends to the encoder's sequence; 0 where it is not called.
+  """
+
+  keeps: ClassVar[str]
+  reads_words: ClassVar[bool]
+  num_queries: int
+
+  @classmethod
+  def from_config(cls, config: Mapping[str, Any], width: int, name: str) -> Pruner:
+    """The pruner that a resolved model config asks for, in an encoder of this width; parameters go under `name`."""
+
+  def queries(self) -> Float[Array, "1 q d"]:
+    """Learned tokens that ride through the encoder behind the patches."""
+
+  def prune(self, encoded: Encoded, words: Words | None) -> Pruned:
+    """What is kept of the encoder's tokens; `words` is None unless `reads_words`."""
 
 
 @flax.struct.dataclass
@@ -25,20 +97,20 @@ class IDPruned:
   """What an IDPruner keeps, and why.
 
   Attributes:
-    cues: f[b k d], one weighted sum of patches per salient word, in text order; None when k is 0.
     anchors: f[b h d], the kept patches, unchanged, in raster order.
     similarity: f32[b n m], cosine of patch and word; -1 in masked columns.
     kept: i32[b h], indices of the anchors, ascending.
+    cues: f[b k d], one weighted sum of patches per salient word, in text order; None when k is 0.
     salient: i32[b k], indices of the words behind the cues, ascending; None when k is 0.
     cue_weights: f32[b n k], where each cue looks (columns sum to one); None when k is 0.
   """
 
-  cues: Float[Array, "b k d"] | None
   anchors: Float[Array, "b h d"]
   similarity: Float[Array, "b n m"]
   kept: Int[Array, "b h"]
-  salient: Int[Array, "b k"] | None
-  cue_weights: Float[Array, "b n k"] | None
+  cues: Float[Array, "b k d"] | None = None
+  salient: Int[Array, "b k"] | None = None
+  cue_weights: Float[Array, "b n k"] | None = None
 
 
 def cosine_similarity(patches: Float[Array, "b n d"], words: Float[Array, "b m d"]) -> Float[Array, "b n m"]:
@@ -65,27 +137,99 @@ def gather(tokens: Float[Array, "b n d"], indices: Int[Array, "b k"]) -> Float[A
   return jnp.take_along_axis(tokens, indices[..., None], axis=1)
 
 
-def anchor_scores(rule: str, similarity: Float[Array, "b n m"]) -> Float[Array, "b n"]:
-  """Scores of patches for Language-to-Vision filtering (Eq. 5), or of a control that ignores the instruction.
+# (similarity f32[b n m], patches f[b n d], words f[b m d], mask bool[b m]) → scores f32[n] or f32[b n]
+Rule = Callable[[Array, Array, Array, Array], Array]
 
-  `similarity`: mean over all words (masked words add the same constant to each patch). `random`: one fixed random
-  order; `uniform`: every (n/h)-th patch; `centre`: the patches nearest the middle of the image. The last three show
-  what a pruning score is worth: a policy that is as good with them does not use the instruction to prune.
-  """
-  b, n, _ = similarity.shape
+
+def _similarity(similarity, patches, words, mask):
+  """The paper's: mean over all words (masked words add the same constant to each patch)."""
+  return similarity.mean(axis=2)
+
+
+def _random(similarity, patches, words, mask):
+  """One fixed random order."""
+  return jax.random.uniform(jax.random.key(0), similarity.shape[1:2])
+
+
+def _uniform(similarity, patches, words, mask):
+  """Every (n/h)-th patch: bit-reversed raster order, so that any number of kept patches is spread evenly."""
+  return -_bit_reversed(similarity.shape[1])
+
+
+def _center(similarity, patches, words, mask):
+  """The patches nearest the middle of the image."""
+  n = similarity.shape[1]
   side = round(n**0.5)
-  if rule == "similarity":
-    return similarity.mean(axis=2)
-  if rule == "random":
-    scores = jax.random.uniform(jax.random.key(0), (n,))
-  elif rule == "uniform":  # bit-reversed raster order: any number of kept patches is spread evenly
-    scores = -_bit_reversed(n)
-  elif rule == "centre":
-    y, x = jnp.divmod(jnp.arange(n), side)
-    scores = -jnp.hypot(y - (side - 1) / 2, x - (side - 1) / 2)
-  else:
+  y, x = jnp.divmod(jnp.arange(n), side)
+  return -jnp.hypot(y - (side - 1) / 2, x - (side - 1) / 2)
+
+
+# The last three ignore the instruction and show what a pruning score is worth: a policy that is as good with them does
+# not use the instruction to prune.
+ANCHOR_RULES: dict[str, Rule] = {
+  "similarity": _similarity, "random": _random, "uniform": _uniform, "centre": _center,
+}  # fmt: skip
+_OWN_RULES = frozenset(ANCHOR_RULES)  # of this package
+
+
+def anchor_rule(name: Any) -> Callable[[Any], Rule]:  # what comes from users is checked by value, not by type
+  """Registers a function as a rule that scores patches: `model.anchor_rule=name` then keeps those it scores highest.
+
+      @anchor_rule("norm")
+      def norm(similarity, patches, words, mask):
+        return jnp.linalg.norm(patches, axis=-1)
+
+  The function is traced by JAX. It gets the cosines f32[b n m] of patches and words (-1 in masked columns; in training
+  with their noise), the patches f[b n d], the words f[b m d] projected to the patches' width, and which of them are
+  real, bool[b m]. It returns one score for each patch, f[b n], or f[n] for all examples alike. A policy that was
+  trained with a rule is loaded after the rule is registered. A name registered twice has the later function.
+
+  Raises:
+    ValueError: the name of a rule of this package, or what cannot be called with four arguments.
+  """
+  if not isinstance(name, str) or not name or name in _OWN_RULES:
     raise ValueError(
-      f"anchor rule: got {rule!r}, expected one of {ANCHOR_RULES}; set model.anchor_rule to one of them."
+      f"anchor rule: got the name {name!r}, expected a text other than {(*ANCHOR_RULES,)}; choose a name of your own."
+    )
+
+  def register(rule: Any) -> Rule:
+    try:
+      inspect.signature(rule).bind(*range(4))
+    except (TypeError, ValueError) as error:
+      raise ValueError(
+        f"anchor rule {name!r}: got {rule!r} ({error}), expected a function of (similarity, patches, words, mask); "
+        "give it these four arguments."
+      ) from None
+    ANCHOR_RULES[name] = rule
+    return rule
+
+  return register
+
+
+def anchor_scores(
+  rule: str,
+  similarity: Float[Array, "b n m"],
+  patches: Float[Array, "b n d"],
+  words: Float[Array, "b m d"],
+  mask: Bool[Array, "b m"],
+) -> Float[Array, "b n"]:
+  """Scores of patches for Language-to-Vision filtering (Eq. 5) by a rule of ANCHOR_RULES, in float32.
+
+  Raises:
+    ValueError: the rule is not registered, or returns anything but one number for each patch.
+  """
+  if rule not in ANCHOR_RULES:
+    raise ValueError(
+      f"anchor rule: got {rule!r}, expected one of {(*ANCHOR_RULES,)}; set model.anchor_rule to one of them, or "
+      "register your own with pruner.anchor_rule."
+    )
+  b, n, _ = similarity.shape
+  scores = ANCHOR_RULES[rule](similarity, patches, words, mask)
+  shape, dtype = getattr(scores, "shape", None), getattr(scores, "dtype", None)
+  if shape not in ((n,), (b, n)) or not jnp.issubdtype(dtype, jnp.number):
+    got = type(scores).__name__ if shape is None else f"{dtype}{[*shape]}"
+    raise ValueError(
+      f"anchor rule {rule!r}: got scores {got}, expected numbers [{b}, {n}] or [{n}]; return one for each patch."
     )
   return jnp.broadcast_to(scores.astype(jnp.float32), (b, n))
 
@@ -105,17 +249,33 @@ class IDPruner(nn.Module):
     anchors: h, patches kept. cues: k, words kept (0: anchors only).
     temperature: of the softmax over patches behind each cue (Eq. 4); 1 in the released code.
     noise: standard deviation of the Gaussian noise added to S in training.
-    anchor_rule: see `anchor_scores`.
+    anchor_rule: a name in ANCHOR_RULES.
 
   Differs from the paper: W_l is a two-layer GELU MLP; scores are means (same ranking); noise in training.
   """
 
   anchors: int
   cues: int
-  temperature: float = 1.0
-  noise: float = 0.1
-  anchor_rule: str = "similarity"
+  temperature: float
+  noise: float
+  anchor_rule: str
   dtype: Any = jnp.float32
+
+  keeps: ClassVar[str] = "anchors"
+  reads_words: ClassVar[bool] = True
+  num_queries: ClassVar[int] = 0
+
+  @classmethod
+  def from_config(cls, config: Mapping[str, Any], width: int, name: str) -> IDPruner:
+    c = config
+    return cls(
+      c["keep"], c["cues"], c["temperature"], c["similarity_noise"], c["anchor_rule"], jnp.dtype(c["dtype"]), name=name
+    )
+
+  def prune(self, encoded: Encoded, words: Words) -> Pruned:
+    """Anchors as tokens, and cues; `info` has the whole IDPruned as "pruned"."""
+    found = self(encoded.patches, words.states, words.mask, words.noise)
+    return Pruned(found.anchors, found.cues, {"pruned": found})
 
   @nn.compact
   def __call__(
@@ -142,14 +302,14 @@ class IDPruner(nn.Module):
     if normal is not None:
       s = s + self.noise * normal
     s = jnp.where(mask[:, None, :], s, -1.0)
-    kept = top_indices(anchor_scores(self.anchor_rule, s), self.anchors, "anchors (patches)")
-    anchors = gather(patches, kept)
+    kept = top_indices(anchor_scores(self.anchor_rule, s, patches, words, mask), self.anchors, "anchors (patches)")
+    found = IDPruned(anchors=gather(patches, kept), similarity=s, kept=kept)
     if not self.cues:
-      return IDPruned(None, anchors, s, kept, None, None)
+      return found
     salient = top_indices(s.mean(axis=1), self.cues, "cues (instruction tokens)")
     weights = jax.nn.softmax(jnp.take_along_axis(s, salient[:, None, :], axis=2) / self.temperature, axis=1)
     cues = jnp.einsum("bnk,bnd->bkd", weights.astype(patches.dtype), patches)
-    return IDPruned(cues, anchors, s, kept, salient, weights)
+    return found.replace(cues=cues, salient=salient, cue_weights=weights)
 
 
 class SAPruner(nn.Module):
@@ -157,18 +317,39 @@ class SAPruner(nn.Module):
 
   Attributes:
     tokens: q, aggregation tokens appended behind the patches, without position embedding.
+    width: d, of the encoder.
     std: standard deviation of their initial values; 1 in the released code, 0 in the paper.
   """
 
   tokens: int
   width: int
-  std: float = 1.0
+  std: float
+
+  keeps: ClassVar[str] = "aggregated"
+  reads_words: ClassVar[bool] = False
+
+  @classmethod
+  def from_config(cls, config: Mapping[str, Any], width: int, name: str) -> SAPruner:
+    return cls(config["keep"], width, config["aggregation_std"], name=name)
+
+  @property
+  def num_queries(self) -> int:
+    return self.tokens
 
   @nn.compact
-  def __call__(self) -> Float[Array, "1 q d"]:
+  def queries(self) -> Float[Array, "1 q d"]:
+    """The aggregation tokens as they enter the encoder."""
     return self.param("queries", nn.initializers.normal(self.std), (1, self.tokens, self.width))
 
-  @nn.nowrap
-  def aggregated(self, x: Float[Array, "b l d"]) -> Float[Array, "b q d"]:
-    """The aggregation tokens out of an encoder's sequence (they are the last ones)."""
-    return x[:, x.shape[1] - self.tokens :]
+  def prune(self, encoded: Encoded, words: None = None) -> Pruned:
+    """The aggregation tokens as they leave the encoder, instead of its patches; `info` has their "attention"."""
+    return Pruned(encoded.queries, info={"attention": encoded.attention})
+
+
+# Kinds of pruner by their name in a config, in the order of an encoder's token sets.
+KINDS: dict[str, type[nn.Module]] = {"sa": SAPruner, "id": IDPruner}
+
+
+def kinds(written: str | None) -> tuple[str, ...]:
+  """ "sa+id", as a config writes it → ("sa", "id"); None → ()."""
+  return () if written is None else (*written.split("+"),)

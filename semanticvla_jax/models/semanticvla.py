@@ -18,24 +18,26 @@ seven greedy tokens with a key/value cache). `build` is where a config decides w
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
+from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax.models import checks, masks
+from semanticvla_jax.models.config import DEFAULTS, VARIANTS, resolve  # noqa: F401 (`build` goes by them)
 from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, grouped, tokens_to_actions
 from semanticvla_jax.models.fuser import DenseFuser, SparseFuser, check_pairs
 from semanticvla_jax.models.llama import Llama
 from semanticvla_jax.models.mlp import MLP
-from semanticvla_jax.models.pruner import IDPruner, SAPruner
+from semanticvla_jax.models.pruner import KINDS, Encoded, Words, kinds
 from semanticvla_jax.models.text import TextEncoder
 from semanticvla_jax.models.vit import ViT
 from semanticvla_jax.types import Observation
@@ -45,70 +47,6 @@ GREEDY_TOKENS = 7  # OpenVLA speaks one token per action dimension
 
 # DINOv2's ImageNet constants as openvla-7b's preprocessor file holds them: written through bfloat16.
 DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
-
-# Sizes; everything else is the same code. `pairs`: where the Dense-Fuser sits, (dino block, siglip block), 0-based.
-VARIANTS = {
-  "tiny": dict(
-    image=32,
-    patch=4,
-    pairs=((0, 0), (1, 1), (2, 2)),
-    dino=dict(width=16, depth=4, num_heads=2, mlp_dim=32, registers=4, layer_scale=1.0),
-    siglip=dict(width=24, depth=4, num_heads=2, mlp_dim=40),
-    text=dict(vocab=512, positions=32, width=24, depth=1, num_heads=2, mlp_dim=40),
-    llm=dict(vocab=512, width=32, depth=2, num_heads=2, mlp_dim=64),
-  ),
-  "small": dict(  # heads of 32 and 6x6 patches: what two CPU cores train fastest
-    image=48,
-    patch=8,
-    pairs=((0, 0), (1, 1), (2, 2)),
-    dino=dict(
-      width=64, depth=4, num_heads=2, mlp_dim=128, registers=1, layer_scale=1.0, position_init="sincos"
-    ),
-    siglip=dict(width=64, depth=3, num_heads=2, mlp_dim=128, position_init="sincos"),
-    text=dict(vocab=512, positions=24, width=64, depth=1, num_heads=2, mlp_dim=128),
-    llm=dict(vocab=512, width=96, depth=4, num_heads=3, mlp_dim=256),
-  ),
-  "7b": dict(
-    image=224,
-    patch=14,
-    pairs=((2, 3), (11, 13), (20, 23)),
-    dino=dict(width=1024, depth=24, num_heads=16, mlp_dim=4096, registers=4, layer_scale=1e-5),
-    siglip=dict(width=1152, depth=27, num_heads=16, mlp_dim=4304),
-    text=dict(vocab=32000, positions=64, width=1152, depth=27, num_heads=16, mlp_dim=4304),
-    llm=dict(vocab=32064, width=4096, depth=32, num_heads=32, mlp_dim=11008),
-  ),
-}
-VARIANTS["small64"] = VARIANTS["small"] | dict(image=64)
-
-# Every field a model config may set, with the released LIBERO value.
-DEFAULTS = dict(
-  variant="7b",  # a row of VARIANTS, or such a row itself
-  encoders=("dino", "siglip"),  # in channel order
-  dino_pruner="sa",  # 'id', 'sa', 'sa+id' or None (all patches)
-  siglip_pruner="id",
-  film=("dino",),  # encoders whose every block is modulated by the pooled prompt
-  film_pool="words",  # 'words': mean over real tokens; 'all': over padding too, as the release does in training
-  keep=32,  # h, patches kept per view, and q, aggregation tokens
-  cues=5,  # k, instruction tokens kept per view
-  temperature=1.0,  # of the cues' softmax
-  similarity_noise=0.1,  # on similarities, in training
-  anchor_rule="similarity",  # or a control: 'random', 'uniform', 'centre'
-  aggregation_std=1.0,  # of the aggregation tokens' initial values; 0 in the paper
-  dense_fuser="variant",  # the variant's pairs; or pairs ((dino block, siglip block), …); or None
-  sparse_fuser="joint",  # 'separate': each token set projected on its own
-  vision_layer="last",  # 'second_to_last': OpenVLA's choice, and the release's without a Dense-Fuser
-  siglip_gelu="erf",  # 'tanh' for weights from big_vision or Hugging Face
-  num_views=2,
-  proprio_dim=8,  # None: no proprioception token
-  action_dim=7,
-  chunk=8,
-  coupler="grouped",  # 'paper' (Eq. 11 literally), 'single' (a token per dimension, one head), None (OpenVLA's tokens)
-  mask="block",  # 'full', 'causal': see masks.py
-  scan=True,  # stacked language-model layers
-  scan_encoders=False,  # one loop over an encoder's blocks between two taps: compiles in a fraction of the time
-  remat=None,  # None (or 'none', for the command line), 'full', 'dots'
-  dtype="float32",  # compute type
-)
 
 
 @flax.struct.dataclass
@@ -120,15 +58,17 @@ class Output:
 
 
 class SemanticVLA(nn.Module):
-  """The whole forward pass. A part that a model lacks is None; parameters are named after these fields."""
+  """The whole forward pass. A part that a model lacks is None.
+
+  Parameters are named after these fields, those of a pruner "{encoder}_{kind}_pruner".
+  """
+
+  preserve_adopted_names: ClassVar[bool] = True  # flax: a part that was built with a name keeps it
 
   dino: ViT | None
   siglip: ViT | None
   text: TextEncoder | None
-  dino_sa_pruner: SAPruner | None
-  dino_id_pruner: IDPruner | None
-  siglip_sa_pruner: SAPruner | None
-  siglip_id_pruner: IDPruner | None
+  pruners: Mapping[str, tuple[nn.Module, ...]]  # of each encoder, see pruner.Pruner
   dense_fuser: DenseFuser | None
   sparse_fuser: SparseFuser
   proprio_projector: MLP | None
@@ -220,23 +160,22 @@ class SemanticVLA(nn.Module):
     """Pixels of all views → the visual tokens of the language model, view after view, and intermediates."""
     v = next(iter(pixels.values())).shape[1]
     seen = self.encode(pixels, condition)
-    words, word_mask = None, None
     if self.text is not None:
       seen["words"] = self.text(instruction, instruction_mask)
-      words, word_mask = (repeat(x, "b m ... -> (b v) m ...", v=v) for x in (seen["words"], instruction_mask))
+      states, mask = (repeat(x, "b m ... -> (b v) m ...", v=v) for x in (seen["words"], instruction_mask))
     kept, cues = {}, {}
     for name in self._encoders():
-      sa, id_ = self._pruners(name)
-      tokens = seen[f"{name}_patches"]
-      if sa is not None:
-        kept[f"{name}_aggregated"] = seen[f"{name}_aggregated"]
-      if id_ is not None:
-        normal = self._noise(tokens, words, v, part) if train else None
-        pruned = seen[f"{name}_pruned"] = id_(tokens, words, word_mask, normal)
-        kept[f"{name}_anchors"] = pruned.anchors
+      for pruner, encoded in self._pruners(name, seen):
+        words = None
+        if pruner.reads_words:
+          words = Words(states, mask, self._noise(encoded.patches, states, v, part) if train else None)
+        pruned = pruner.prune(encoded, words)
+        kept[f"{name}_{pruner.keeps}"] = pruned.tokens
         cues |= {} if pruned.cues is None else {name: pruned.cues}
-      if sa is None and id_ is None:
-        kept[f"{name}_patches"] = tokens
+        seen |= {f"{name}_{key}": x for key, x in pruned.info.items()}
+      if not self.pruners[name]:
+        kept[f"{name}_patches"] = seen[f"{name}_patches"]
+    seen |= kept
     seen["views"] = self.sparse_fuser(kept, cues)
     return rearrange(seen["views"], "(b v) n d -> b (v n) d", v=v), seen
 
@@ -247,8 +186,9 @@ class SemanticVLA(nn.Module):
     condition = None if condition is None else repeat(condition, "b e -> (b v) e", v=v)
     x, done, attention, seen = {}, dict.fromkeys(encoders, 0), {}, {}
     for name, vit in encoders.items():
-      sa, _ = self._pruners(name)
-      x[name] = vit.embed(rearrange(pixels[name], "b v h w c -> (b v) h w c"), None if sa is None else sa())
+      queries = [pruner.queries() for pruner in self.pruners[name] if pruner.num_queries]
+      queries = jnp.concatenate(queries, axis=1) if queries else None
+      x[name] = vit.embed(rearrange(pixels[name], "b v h w c -> (b v) h w c"), queries)
 
     def run(name, stop):
       modulated = condition if name in self.film else None
@@ -265,9 +205,8 @@ class SemanticVLA(nn.Module):
     for name, vit in encoders.items():
       run(name, vit.depth if self.vision_layer == "last" else vit.depth - 1)
       seen[f"{name}_patches"] = vit.patches(x[name])
-      sa, _ = self._pruners(name)
-      if sa is not None:
-        seen[f"{name}_aggregated"], seen[f"{name}_attention"] = sa.aggregated(x[name]), attention[name]
+      if vit.queries:
+        seen[f"{name}_queries"], seen[f"{name}_attention"] = x[name][:, -vit.queries :], attention[name]
     return seen
 
   def logits(self, observation: Observation, pixels: dict | None = None) -> tuple[Float[Array, "b t vocab"], dict]:
@@ -313,8 +252,30 @@ class SemanticVLA(nn.Module):
   def _encoders(self) -> dict[str, ViT]:
     return {name: vit for name, vit in (("dino", self.dino), ("siglip", self.siglip)) if vit is not None}
 
-  def _pruners(self, name: str) -> tuple[SAPruner | None, IDPruner | None]:
-    return getattr(self, f"{name}_sa_pruner"), getattr(self, f"{name}_id_pruner")
+  def pruner(self, encoder: str, kind: str) -> nn.Module | None:
+    """An encoder's pruner of one kind of pruner.KINDS, or None."""
+    return next((x for x in self.pruners.get(encoder, ()) if isinstance(x, KINDS[kind])), None)
+
+  @property
+  def prunes_by_instruction(self) -> bool:
+    """Whether the instruction decides which patches of an image are kept."""
+    return any(self.pruner(encoder, "id") is not None for encoder in self.pruners)
+
+  def parts(self) -> dict[str, nn.Module]:
+    """The parts that this model has, by the name that their parameters go under."""
+    names = [x.name for x in dataclasses.fields(self) if x.name != "parent"]
+    fields = {name: getattr(self, name) for name in names}
+    return {name: x for name, x in fields.items() if isinstance(x, nn.Module)} | {
+      pruner.name: pruner for pruners in self.pruners.values() for pruner in pruners
+    }
+
+  def _pruners(self, name: str, seen: Mapping[str, Array]) -> Iterator[tuple[nn.Module, Encoded]]:
+    """An encoder's pruners, each with the patches and its own of the queries."""
+    patches, start = seen[f"{name}_patches"], 0
+    for pruner in self.pruners[name]:
+      own, start = slice(start, start + pruner.num_queries), start + pruner.num_queries
+      queries = (seen[f"{name}_queries"][:, own], seen[f"{name}_attention"][:, :, own]) if pruner.num_queries else ()
+      yield pruner, Encoded(patches, *queries)
 
   def _noise(self, patches: Array, words: Array, v: int, part: tuple | None) -> Float[Array, "bv n m"]:
     """Standard normal numbers; of a part of a batch, those that its examples have in the whole of it."""
@@ -354,25 +315,6 @@ def _last(
   return jnp.take_along_axis(hidden, index[:, None, None], axis=1)
 
 
-def resolve(config: Any) -> dict[str, Any]:
-  """A model config with defaults filled in. Raises ValueError at a field that does not exist, naming the nearest."""
-  for name in config:
-    if name not in DEFAULTS:
-      near = difflib.get_close_matches(name, DEFAULTS, n=1)
-      hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(DEFAULTS)}."
-      raise ValueError(f"model config: got unknown field {name!r}, expected a field of semanticvla.DEFAULTS; {hint}")
-  resolved = DEFAULTS | {name: config[name] for name in config}
-  if isinstance(resolved["variant"], str):
-    if resolved["variant"] not in VARIANTS:
-      raise ValueError(
-        f"model config: got variant {resolved['variant']!r}, expected one of {sorted(VARIANTS)}; set model.variant to "
-        "one of them, or to a row of sizes."
-      )
-    resolved["variant"] = VARIANTS[resolved["variant"]]
-  resolved["remat"] = None if resolved["remat"] == "none" else resolved["remat"]
-  return resolved
-
-
 def build(config: Any) -> SemanticVLA:
   """A model from a mapping (dict, ConfigDict) of fields of DEFAULTS: the one place that decides which parts exist.
 
@@ -382,22 +324,12 @@ def build(config: Any) -> SemanticVLA:
   c = resolve(config)
   checks.check(c)
   sizes, dtype = c["variant"], jnp.dtype(c["dtype"])
-  pruners = {name: (c[f"{name}_pruner"] or "").split("+") for name in c["encoders"]}
-  parts: dict[str, Any] = dict.fromkeys(
-    ("dino", "siglip", *(f"{n}_{k}_pruner" for n in ("dino", "siglip") for k in ("sa", "id")))
-  )
-  for name, kinds in pruners.items():
-    parts[name] = _encoder(c, name, queries=c["keep"] if "sa" in kinds else 0, dtype=dtype)
-    if "sa" in kinds:
-      parts[f"{name}_sa_pruner"] = SAPruner(c["keep"], sizes[name]["width"], c["aggregation_std"])
-    if "id" in kinds:
-      parts[f"{name}_id_pruner"] = IDPruner(
-        c["keep"], c["cues"], c["temperature"], c["similarity_noise"], c["anchor_rule"], dtype
-      )
-  uses_text = any("id" in kinds for kinds in pruners.values())
+  pruners = FrozenDict((name, _encoder_pruners(c, name)) for name in c["encoders"])
+  uses_text = any(pruner.reads_words for own in pruners.values() for pruner in own)
   width = sizes["llm"]["width"]
   return SemanticVLA(
-    **parts,
+    **{name: _encoder(c, name, pruners.get(name), dtype) for name in ("dino", "siglip")},
+    pruners=pruners,
     text=TextEncoder(**sizes["text"], scan=c["scan_encoders"], dtype=dtype) if uses_text else None,
     dense_fuser=_dense_fuser(c, dtype),
     sparse_fuser=SparseFuser(width, joint=c["sparse_fuser"] == "joint", dtype=dtype),
@@ -415,11 +347,19 @@ def build(config: Any) -> SemanticVLA:
   )
 
 
-def _encoder(c: Mapping[str, Any], name: str, queries: int, dtype: Any) -> ViT:
+def _encoder(c: Mapping[str, Any], name: str, pruners: tuple[nn.Module, ...] | None, dtype: Any) -> ViT | None:
+  if pruners is None:
+    return None
   own = dict(gelu="erf", mean=DINO_MEAN, std=DINO_STD) if name == "dino" else dict(gelu=c["siglip_gelu"])
   sizes = c["variant"]
+  queries = sum(pruner.num_queries for pruner in pruners)
   how = dict(queries=queries, remat=bool(c["remat"]), scan=c["scan_encoders"], dtype=dtype)
   return ViT(sizes["image"], sizes["patch"], **sizes[name], **own, **how)
+
+
+def _encoder_pruners(c: Mapping[str, Any], name: str) -> tuple[nn.Module, ...]:
+  chosen = [(kind, KINDS[kind]) for kind in kinds(c[f"{name}_pruner"])]
+  return tuple(of.from_config(c, c["variant"][name]["width"], f"{name}_{kind}_pruner") for kind, of in chosen)
 
 
 def _dense_fuser(c: Mapping[str, Any], dtype: Any) -> DenseFuser | None:

@@ -98,7 +98,7 @@ class Grounded(nn.Module):
     v = patches.shape[0] // b
     patches = repeat(patches, "(b v) n d -> (b g v) n d", b=b, g=g)
     words, mask = (repeat(x, "b g m -> (b g v) m", v=v) for x in (words, mask))
-    return self.model.siglip_id_pruner(patches, self.model.text(words, mask), mask).similarity
+    return self.model.pruner("siglip", "id")(patches, self.model.text(words, mask), mask).similarity
 
 
 class Counts(NamedTuple):

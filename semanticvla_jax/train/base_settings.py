@@ -26,8 +26,8 @@ FREE = ("dtype", "remat", "scan", "kernel_init", "position_init", "layer_scale",
         "anchor_rule", "parent", "name")  # fmt: skip
 # Fields of the model itself, with the parameters that are made for their value.
 WHOLE = {
-  "film_pool": r"(dino|siglip)/.*/film/.*",
   "film": r"(dino|siglip)/.*/film/.*",
+  "film_pool": r"(dino|siglip)/.*/film/.*",
   "vision_layer": r"(sparse_fuser|dense_fuser)/.*",
   "mask": r"coupler/.*",
   "shift": r"coupler/.*",
@@ -103,12 +103,14 @@ def _parts(base: Mapping, config: Any, paths: Sequence[str]) -> list[str]:
   """Settings of the parts of the model, and of the model as a whole, that some of the parameters are made for."""
   there, here = _bare(base["model"]), build(config.model)
   found = []
-  for field in dataclasses.fields(SemanticVLA):
-    a, b = getattr(there, field.name, None), getattr(here, field.name, None)
-    if field.name in WHOLE and a != b and _some(WHOLE[field.name], paths):
-      found.append(f"model.{field.name}: {a} → {b}")
-    elif dataclasses.is_dataclass(b) and dataclasses.is_dataclass(a) and _some(rf"{field.name}/.*", paths):
-      found += [f"model, {field.name}: {line}" for line in _attributes(a, b)]
+  theirs = there.parts()
+  for name, part in here.parts().items():
+    if name in theirs and _some(rf"{name}/.*", paths):
+      found += [f"model, {name}: {line}" for line in _attributes(theirs[name], part)]
+  for name, pattern in WHOLE.items():
+    a, b = getattr(there, name), getattr(here, name)
+    if a != b and _some(pattern, paths):
+      found.append(f"model.{name}: {a} → {b}")
   return found
 
 

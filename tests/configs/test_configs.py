@@ -65,6 +65,15 @@ def test_builds_at_full_size(case):
   assert set(config.model) == set(DEFAULTS)
 
 
+def test_the_released_recipe_is_the_models_defaults():
+  """Configs import nothing of the package and restate its defaults: all but sizes, and how they are computed."""
+  own = {"scan_encoders", "remat", "dtype"}
+  config = common.get_config("7b").model
+  assert {name: config[name] for name in DEFAULTS if name not in own} == {
+    name: value for name, value in DEFAULTS.items() if name not in own
+  }
+
+
 def test_patches_agree_with_the_variants():
   assert common.PATCHES == {name: (v["image"] // v["patch"]) ** 2 for name, v in VARIANTS.items()}
 

@@ -28,7 +28,7 @@ class Half(Policy):
   """Walks in even episodes, stands in odd ones; what `odd` names gives no numbers."""
 
   replay, config, image_size = 8, {"model": {}}, 32
-  bare = types.SimpleNamespace(siglip_id_pruner=None, dino_id_pruner=None)
+  bare = types.SimpleNamespace(prunes_by_instruction=False)
   metadata = {"chunk": 8, "policy_hash": "h", "folder": "f"}
 
   def __init__(self, odd=()):

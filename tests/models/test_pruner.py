@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import TINY, random_observation, random_params
 
-from semanticvla_jax.models.pruner import ANCHOR_RULES, IDPruner, SAPruner, anchor_scores
+from semanticvla_jax.models.pruner import ANCHOR_RULES, Encoded, IDPruner, SAPruner, Words, anchor_rule, anchor_scores
+from semanticvla_jax.models.semanticvla import build
 
 B, N, M, D = 2, 16, 6, 8
 PATCHES = jax.random.normal(jax.random.key(0), (B, N, D))
@@ -12,7 +14,17 @@ MASK = jnp.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]], bool)
 
 
 def prune(words=WORDS, mask=MASK, normal=None, **fields):
-  return IDPruner(**dict(anchors=5, cues=3) | fields).select(PATCHES, words, mask, normal)
+  given = dict(anchors=5, cues=3, temperature=1.0, noise=0.1, anchor_rule="similarity") | fields
+  return IDPruner(**given).select(PATCHES, words, mask, normal)
+
+
+@pytest.fixture
+def own_rules():
+  """The table of rules; what a test registers is forgotten after it."""
+  before = dict(ANCHOR_RULES)
+  yield ANCHOR_RULES
+  ANCHOR_RULES.clear()
+  ANCHOR_RULES.update(before)
 
 
 def test_anchors_are_the_best_patches_in_raster_order():
@@ -56,7 +68,7 @@ def test_controls_do_not_look_at_the_instruction(rule):
 
 
 def test_centre_and_uniform_controls_are_what_they_say():
-  scores = anchor_scores("centre", jnp.zeros((1, 16, 1)))
+  scores = anchor_scores("centre", jnp.zeros((1, 16, 1)), PATCHES[:1], PATCHES[:1, :1], MASK[:1, :1])
   assert sorted(np.argsort(-np.asarray(scores[0]))[:4].tolist()) == [5, 6, 9, 10]
   assert prune(anchor_rule="uniform", anchors=4).kept[0].tolist() == [0, 4, 8, 12]
 
@@ -66,12 +78,74 @@ def test_too_many_tokens_and_unknown_rule():
     prune(anchors=17)
   with pytest.raises(ValueError, match=r"keep 7 cues \(instruction tokens\) of 6"):
     prune(cues=7)
-  with pytest.raises(ValueError, match=r"got 'best'.*model\.anchor_rule"):
+  with pytest.raises(ValueError, match=r"got 'best'.*model\.anchor_rule.*register your own with pruner\.anchor_rule"):
     prune(anchor_rule="best")
 
 
+def test_a_rule_of_ones_own(own_rules):
+  """It sees patches, projected words and their mask; a model is built, checked and run with it by its name."""
+  seen = []
+
+  @anchor_rule("first")
+  def first(similarity, patches, words, mask):
+    seen.append([x.shape for x in (similarity, patches, words, mask)])
+    return -jnp.arange(patches.shape[1])
+
+  assert prune(anchor_rule="first").kept.tolist() == [[0, 1, 2, 3, 4]] * B
+  assert seen == [[(B, N, M), (B, N, D), (B, M, D), (B, M)]]
+  model = build(TINY | dict(anchor_rule="first"))
+  params, observation = random_params(model), random_observation(model)
+  run = jax.jit(lambda p, x: model.apply({"params": p}, x).intermediates["siglip_pruned"].kept)
+  np.testing.assert_array_equal(run(params, observation), [[*range(8)]] * 4)
+  del own_rules["first"]
+  with pytest.raises(ValueError, match="got anchor_rule='first', expected one of .*; set .*, or register your own"):
+    build(TINY | dict(anchor_rule="first"))
+
+
+@pytest.mark.parametrize(("scores", "got"), [
+  (lambda s, p, w, m: s, r"float32\[2, 16, 6\]"), (lambda s, p, w, m: None, "NoneType"),
+  (lambda s, p, w, m: p[..., 0] > 0, r"bool\[2, 16\]"), (lambda s, p, w, m: s[0, 0], r"float32\[6\]"),
+])  # fmt: skip
+def test_a_rule_gives_one_number_for_each_patch(own_rules, scores, got):
+  anchor_rule("bad")(scores)
+  with pytest.raises(ValueError, match=rf"rule 'bad': got scores {got}, expected numbers \[2, 16\] or \[16\]; return"):
+    prune(anchor_rule="bad")
+
+
+def test_what_cannot_be_registered(own_rules):
+  for name in ("similarity", "", 3):
+    with pytest.raises(ValueError, match="got the name .*, expected a text other than .*; choose a name of your own"):
+      anchor_rule(name)
+  for rule in (lambda similarity: similarity, "norm"):
+    with pytest.raises(ValueError, match="anchor rule 'bad': got .*, expected a function of .*; give it these four"):
+      anchor_rule("bad")(rule)
+  assert "bad" not in own_rules
+
+
 def test_aggregation_tokens():
-  normal = SAPruner(3, 400).init(jax.random.key(0))["params"]["queries"]
+  def queries(pruner):
+    return pruner.init(jax.random.key(0), method="queries")["params"]["queries"]
+
+  normal = queries(SAPruner(3, 400, std=1.0))
   assert normal.shape == (1, 3, 400) and 0.9 < float(normal.std()) < 1.1
-  assert not SAPruner(3, 4, std=0.0).init(jax.random.key(0))["params"]["queries"].any()
-  np.testing.assert_array_equal(SAPruner(3, D).aggregated(PATCHES), PATCHES[:, -3:])
+  assert not queries(SAPruner(3, 4, std=0.0)).any()
+
+
+def test_each_pruner_gets_its_own_queries_and_words():
+  """An encoder with both kinds: the token sets, what they are made of, and the parts by their parameters' names."""
+  one = dict(encoders=("siglip",), film=("siglip",), dense_fuser=None, vision_layer="second_to_last")
+  model = build(TINY | one | dict(siglip_pruner="sa+id"))
+  assert [type(x) for x in model.pruners["siglip"]] == [SAPruner, IDPruner]
+  params, observation = random_params(model), random_observation(model)
+  assert model.parts().keys() == params.keys()
+  assert {"siglip_sa_pruner", "siglip_id_pruner"} <= params.keys()
+  seen = jax.jit(lambda p, x: model.apply({"params": p}, x).intermediates)(params, observation)
+  np.testing.assert_array_equal(seen["siglip_aggregated"], seen["siglip_queries"])
+  np.testing.assert_array_equal(seen["siglip_anchors"], seen["siglip_pruned"].anchors)
+  assert seen["siglip_attention"].shape[2] == 8
+  own = params["siglip_id_pruner"]
+  words = Words(jnp.repeat(seen["words"], 2, axis=0), jnp.repeat(observation.instruction_mask, 2, axis=0))
+  again = model.pruner("siglip", "id").apply({"params": own}, Encoded(seen["siglip_patches"]), words, method="prune")
+  np.testing.assert_array_equal(again.info["pruned"].kept, seen["siglip_pruned"].kept)
+  assert model.pruner("dino", "sa") is None and model.prunes_by_instruction
+  assert not build(TINY | dict(siglip_pruner="sa")).prunes_by_instruction

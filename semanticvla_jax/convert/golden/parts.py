@@ -34,7 +34,7 @@ from semanticvla_jax.convert.golden.files import (
 from semanticvla_jax.models import masks
 from semanticvla_jax.models.llama import Llama
 from semanticvla_jax.models.pruner import IDPruner
-from semanticvla_jax.models.semanticvla import SemanticVLA, build
+from semanticvla_jax.models.semanticvla import DEFAULTS, SemanticVLA, build
 from semanticvla_jax.models.text import TextEncoder
 from semanticvla_jax.models.vit import Transformer, ViT, layer_norm
 
@@ -139,13 +139,18 @@ def _norms(folder: Path, config: dict) -> Iterator[Pair]:
     yield f"norm_eps_probe/{key}", ours, outputs[key]
 
 
+def _pruner(case: dict) -> IDPruner:
+  fields = dict(keep=case["vision_topk"], cues=case["text_topk"], temperature=case["temp"])
+  return IDPruner.from_config(DEFAULTS | fields, width=0, name="siglip_id_pruner")
+
+
 def id_pruner(folder: Path, config: dict) -> Iterator[Pair]:
   weights, outputs = (tensors(folder / f"{what}.safetensors") for what in ("weights", "outputs"))
   inputs = arrays(folder / "inputs.safetensors")
   for name, case in config["cases"].items():
     given = {k.split(".", 1)[1]: x for k, x in inputs.items() if k.split(".", 1)[0] == name}
     theirs = {k.split(".", 1)[1]: x for k, x in outputs.items() if k.split(".", 1)[0] == name}
-    pruner = IDPruner(case["vision_topk"], case["text_topk"], case["temp"])
+    pruner = _pruner(case)
     patches, mask = given["vision_embedding"], given["attention_mask"].astype(bool)
     ours: dict[str, Any] = {}
     if "text_config" in case:
@@ -167,7 +172,7 @@ def id_pruner(folder: Path, config: dict) -> Iterator[Pair]:
 
 def _project_text(weights: dict, name: str, case: dict, patches, given: dict) -> tuple[jax.Array, jax.Array]:
   """States of the text tower, and the same through the pruner's text projector."""
-  encoder, pruner = TextEncoder(**text_sizes(case["text_config"])), IDPruner(case["vision_topk"], case["text_topk"])
+  encoder, pruner = TextEncoder(**text_sizes(case["text_config"])), _pruner(case)
   ids, mask = given["text_ids"], given["text_ids"] != case.get("pad_token_id", Ids().text_pad)
   own = {k.removeprefix(f"{name}."): x for k, x in weights.items() if k.startswith(f"{name}.")}
   is_tower = {k: k.startswith("text_encoder.") for k in own}
@@ -217,7 +222,7 @@ def _encode(weights: dict, inputs: dict, c: dict, case: dict) -> Iterator[tuple[
       yield f"vit{v}.block{i}", x
     for p in range(0 if model.dense_fuser is None else len(model.dense_fuser.pairs)):
       yield f"vit{v}.after_pair{p}", seen[f"{name}_after_pair_{p}"]
-    yield source, seen.get(f"{name}_aggregated", seen[f"{name}_patches"])
+    yield source, seen.get(f"{name}_queries", seen[f"{name}_patches"])
 
 
 def _encoders(weights: dict, c: dict, case: dict) -> SemanticVLA:
@@ -242,7 +247,7 @@ def _off(model: SemanticVLA) -> dict[str, str]:
   ):
     if name not in model.film:
       off[rf"{source}\.blocks\.\d+\.(scale|shift)\..*"] = "no FiLM in this case"
-    if getattr(model, f"{name}_sa_pruner") is None:
+    if model.pruner(name, "sa") is None:
       off[queries] = "no aggregation tokens in this case"
   return off
 
