@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from semanticvla_jax import checkpoint, files
-from semanticvla_jax.convert import stream, swap, work
-from semanticvla_jax.convert.folder import PolicyFolder
-from semanticvla_jax.convert.to_orbax import check_target, whole
+from semanticvla_jax.convert.io import orbax_writer, swap
+from semanticvla_jax.convert.io.orbax_reader import PolicyFolder
+from semanticvla_jax.convert.io.progress import Progress
+from semanticvla_jax.convert.io.target import check_target, whole
 
 _WRITTEN = ("params", "config.json", "metadata.json")  # anew; the rest is copied
 _STACK = "llm/layers/"
@@ -42,11 +43,11 @@ def fold(
     return None
   settings = _settings(folder)
   leaves = {p: _lazy(folder, p) for p in folder.leaves if not p.endswith(("/lora_a", "/lora_b"))}
-  progress = work.Progress(sum(leaf.nbytes for leaf in leaves.values()), say)
+  progress = Progress(sum(leaf.nbytes for leaf in leaves.values()), say)
   with whole(target, progress.total, say, replace=target == place) as partial:
     _check_still_there(folder)
     folder.check_hash()
-    digest = stream.write(partial / "params", leaves, lambda path, piece: progress.add(piece.nbytes, path))
+    digest = orbax_writer.write(partial / "params", leaves, lambda path, piece: progress.add(piece.nbytes, path))
     facts = {"merged": True, "parameters": sum(leaf.size for leaf in leaves.values()), "params_sha256": digest}
     metadata = folder.metadata | facts | {"lora": settings}
     files.write_json(partial / "config.json", {**folder.config, "lora": None})
@@ -68,10 +69,10 @@ def _settings(folder: PolicyFolder) -> dict[str, Any]:
   return {"rank": int(lora["rank"]), "alpha": float(lora["alpha"]), "targets": lora.get("targets", "release")}
 
 
-def _lazy(folder: PolicyFolder, path: str) -> stream.Lazy:
+def _lazy(folder: PolicyFolder, path: str) -> orbax_writer.Lazy:
   leaf, stacked = folder.leaves[path], path.startswith(_STACK)
   layers = range(leaf.shape[0]) if stacked else (None,)
-  return stream.Lazy(leaf.shape, leaf.dtype, stacked, [functools.partial(folder.merged, path, i) for i in layers])
+  return orbax_writer.Lazy(leaf.shape, leaf.dtype, stacked, [functools.partial(folder.merged, path, i) for i in layers])
 
 
 def _check_still_there(folder: PolicyFolder) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from semanticvla_jax.convert.source import SETTINGS, VLA, Source, read_object
+from semanticvla_jax.convert.detect import SETTINGS, VLA, Source, read_object
 from semanticvla_jax.models.coupler import BINS, EXTRA_ROWS
 from semanticvla_jax.models.semanticvla import SemanticVLA, build, resolve
 from semanticvla_jax.models.vit import NORM_EPS
@@ -228,7 +228,7 @@ def carry(
   Args:
     source: recognised files.
     config: {"model": …, …}.
-    only: the one tower that is wanted, as in `mapping.make_plan`.
+    only: the one tower that is wanted, as in `plan.make_plan`.
     say: is called with a line for each field that cannot be checked, and with those that are returned.
 
   Raises:

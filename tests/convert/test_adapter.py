@@ -9,8 +9,10 @@ import pytest
 from conftest import RELEASE
 from safetensors.numpy import load_file, save_file
 
-from semanticvla_jax.convert import adapter, mapping, verify
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert import adapter
+from semanticvla_jax.convert.check import against_torch
+from semanticvla_jax.convert.detect import recognise
+from semanticvla_jax.convert.plan import make_plan
 from semanticvla_jax.convert.to_orbax import to_orbax
 
 CONFIG = checkpoints.config("lora_checkpoint", RELEASE)
@@ -147,10 +149,10 @@ def test_a_file_without_rank_or_alpha_means_pefts_defaults(source):
   base, tuned = source()
   path = tuned / "lora_adapter" / "adapter_config.json"
   path.write_text(json.dumps({"peft_type": "LORA", "r": 4}))
-  plan = mapping.make_plan(recognise([base, tuned]), CONFIG["model"], RELEASE, keep=False)
+  plan = make_plan(recognise([base, tuned]), CONFIG["model"], RELEASE, keep=False)
   assert plan.adapter.alpha == 8
   with pytest.raises(ValueError, match="got lora_alpha=8 in adapter_config.json; expected 16"):
-    mapping.make_plan(recognise([base, tuned]), CONFIG["model"], RELEASE | {"alpha": 16}, keep=False)
+    make_plan(recognise([base, tuned]), CONFIG["model"], RELEASE | {"alpha": 16}, keep=False)
   path.unlink()
   with pytest.raises(ValueError, match="without adapter_config.json beside it"):
     recognise([base, tuned])
@@ -161,7 +163,7 @@ def test_verify_refuses_it_too(source, adapted):
   pytest.importorskip("torch", reason="needs torch: run `make parity`")
   pytest.importorskip("transformers", reason="needs transformers: run `make parity`")
   with pytest.raises(ValueError, match="got init_lora_weights='olora'"):
-    verify.verify(source(init_lora_weights="olora"), adapted[1]["keep"])
+    against_torch.verify(source(init_lora_weights="olora"), adapted[1]["keep"])
 
 
 @pytest.mark.parity

@@ -6,7 +6,7 @@ import checkpoints
 import pytest
 
 from semanticvla_jax.convert import __main__
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert.detect import recognise
 
 DAMAGED = {
   "dataset_statistics.json": ([1], r"dataset_statistics.json is damaged: got list"),

@@ -10,7 +10,7 @@ import pytest
 
 from semanticvla_jax import files
 from semanticvla_jax.convert import to_torch
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert.detect import recognise
 from semanticvla_jax.convert.to_orbax import to_orbax
 
 

@@ -5,7 +5,7 @@ import math
 import full_size
 import numpy as np
 
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert.detect import recognise
 
 
 def test_the_real_size():

@@ -10,8 +10,9 @@ import pytest
 import test_towers as towers
 
 from semanticvla_jax import checkpoint
-from semanticvla_jax.convert import __main__, settings, to_torch, verify
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert import __main__, settings, to_torch
+from semanticvla_jax.convert.check import against_torch
+from semanticvla_jax.convert.detect import recognise
 from semanticvla_jax.convert.to_orbax import to_orbax
 from semanticvla_jax.models import llama, masks
 from semanticvla_jax.models.semanticvla import DEFAULTS, build
@@ -246,7 +247,7 @@ def test_a_policy_computes_with_what_was_carried_and_verify_sees_a_difference(so
   (policy / "conversion.json").write_text(json.dumps(bare))  # as of a policy that was trained here
   to_torch.to_torch(policy, tmp_path / "bare")
   assert plain(settings.carry(recognise([tmp_path / "bare"]), CONFIG)[0]) == config
-  assert verify.verify([tmp_path / "bare"], policy)[0][0].error < verify.TOLERANCE
+  assert against_torch.verify([tmp_path / "bare"], policy)[0][0].error < against_torch.TOLERANCE
 
 
 TOWERS = {  # kind: (config.json, preprocessor_config.json), what comes of it

@@ -7,8 +7,9 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from semanticvla_jax import checkpoint
-from semanticvla_jax.convert import mapping, verify
-from semanticvla_jax.convert.source import TOWERS, Source
+from semanticvla_jax.convert.check import against_torch
+from semanticvla_jax.convert.detect import TOWERS, Source
+from semanticvla_jax.convert.plan import parameter_shapes, tower_rules
 from semanticvla_jax.convert.to_orbax import to_orbax
 from semanticvla_jax.models.semanticvla import build
 
@@ -39,9 +40,9 @@ SPARE = {  # what published files hold beyond our towers
 def tensors(kind):
   """Random weights under the names of transformers 5, timm or big_vision."""
   prefixes = TOWERS[kind][1]
-  target = mapping.parameter_shapes(MODEL, MODEL)
+  target = parameter_shapes(MODEL, MODEL)
   target = {path: shape for path, shape in target.items() if path.startswith(prefixes) and "/film/" not in path}
-  rules, _ = mapping.tower_rules(Source(kind, (), {}, {}, {}, None, None, None, False), target)
+  rules, _ = tower_rules(Source(kind, (), {}, {}, {}, None, None, None, False), target)
   shapes = checkpoints.source_shapes(rules, target)
   if kind == "DINOv2, Hugging Face":
     n, width = MODEL.dino.num_patches, MODEL.dino.width
@@ -146,6 +147,6 @@ def test_a_tower_says_what_pytorchs_class_says(kind, towers):
   pytest.importorskip("torch", reason="needs torch: run `make parity`")
   pytest.importorskip("transformers", reason="needs transformers: run `make parity`")
   path, _, policy, _ = towers(kind)
-  rows, left = verify.verify([path], policy)
+  rows, left = against_torch.verify([path], policy)
   assert [row.stage for row in rows] == [prefix.rstrip("/") for prefix in TOWERS[kind][1]] and not left
-  assert max(row.error for row in rows) < verify.TOLERANCE
+  assert max(row.error for row in rows) < against_torch.TOLERANCE
