@@ -1,4 +1,4 @@
-"""Recognises a PyTorch checkpoint from its files, and lists its tensors under one set of names.
+"""Recognizes a PyTorch checkpoint from its files, and lists its tensors under one set of names.
 
 What is told apart: openvla-7b and its fine-tunes, OpenVLA-OFT, SemanticVLA (merged, or base and adapter apart), and
 single towers (SigLIP of Hugging Face, timm and big_vision; DINOv2 of Hugging Face and timm; Llama of Hugging Face).
@@ -16,37 +16,28 @@ from typing import Any
 
 from semanticvla_jax.convert.io import torch_files
 from semanticvla_jax.convert.io.torch_files import Tensor
-from semanticvla_jax.convert.rules import semanticvla, vit
+from semanticvla_jax.convert.rules import layouts, semanticvla
+from semanticvla_jax.convert.rules.layouts import LAYOUTS, Layout
 
 # The files beside the shards, in the order in which a later one replaces tensors of an earlier one.
 COMPANIONS = ("non_lora_trainables", "vision_backbone", "action_head", "proprio_projector")
 PREFIXED = ("action_head", "proprio_projector")  # whose keys do not say where they belong
 _COMPANION = re.compile(rf"({'|'.join(COMPANIONS)}|noise_predictor)(?:--(.+)_checkpoint)?\.(pt|safetensors)")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.(safetensors|bin)")
-FINE_TUNES = ("OpenVLA fine-tune", "OpenVLA-OFT", "SemanticVLA")  # whose config.json has the base's statistics
 # What transformers' Trainer leaves beside the weights.
 _TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)")
 _ADAPTER = re.compile(r"adapter_model\.(safetensors|bin|pt)")  # peft's, of any release
 SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")  # how the weights are computed with
 _LFS = b"version https://git-lfs"  # how the file that Git LFS puts in a large one's place begins
-VLA = ("openvla-7b", *FINE_TUNES)
 _MOMENTS = ("mean", "std", "min", "max", "q01", "q99", "mask")
-TOWERS = {  # kind: keys that it has, and the subtree of ours that it fills
-  "SigLIP, big_vision": (r"(siglip|text)/.*", ("siglip/", "text/")),
-  "SigLIP, Hugging Face": (r"(vision_model\.embeddings|text_model\.embeddings)\..*", ("siglip/", "text/")),
-  "DINOv2, Hugging Face": (r"embeddings\.register_tokens", ("dino/",)),
-  "DINOv2, timm": (r"reg_token", ("dino/",)),
-  "SigLIP, timm": (r"attn_pool\.latent", ("siglip/",)),
-  "Llama, Hugging Face": (r"model\.embed_tokens\.weight", ("llm/",)),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A recognised checkpoint.
+  """A recognized checkpoint.
 
   Attributes:
-    kind: one of VLA, or a key of TOWERS.
+    kind: name of its layout.
     paths: every file whose tensors are listed, in reading order.
     tensors: canonical key → tensor.
     superseded: "file: key" → the file whose tensor replaces it.
@@ -81,6 +72,10 @@ class Source:
   beside: tuple[Path, ...] = ()
 
   @property
+  def layout(self) -> Layout:
+    return LAYOUTS[self.kind]
+
+  @property
   def shapes(self) -> dict[str, tuple[int, ...]]:
     return {key: tensor.shape for key, tensor in self.tensors.items()}
 
@@ -91,14 +86,7 @@ class Source:
   @property
   def prefixes(self) -> tuple[str, ...]:
     """Beginnings of our paths that this checkpoint fills; ("",) for a whole model."""
-    if self.kind in VLA:
-      return ("",)
-    if self.kind == "SigLIP, Hugging Face":
-      towers = {"siglip/": "vision_model.", "text/": "text_model."}
-      return tuple(ours for ours, theirs in towers.items() if any(key.startswith(theirs) for key in self.tensors))
-    if self.kind == "SigLIP, big_vision":
-      return tuple(dict.fromkeys(key.split("/")[0] + "/" for key in self.tensors))
-    return TOWERS[self.kind][1]
+    return self.layout.prefixes(self.tensors)
 
 
 @dataclasses.dataclass
@@ -117,7 +105,7 @@ class _Found:
     return ", ".join(sorted(p.name for p in paths)) or "no weights"
 
 
-def recognise(paths: Sequence[str | Path], merged: bool | None = None) -> Source:
+def recognize(paths: Sequence[str | Path], merged: bool | None = None) -> Source:
   """Lists what `paths` hold, without reading a weight.
 
   Args:
@@ -130,14 +118,14 @@ def recognise(paths: Sequence[str | Path], merged: bool | None = None) -> Source
       kind.
   """
   try:
-    return _recognise([Path(path).expanduser() for path in paths], merged)
+    return _recognize([Path(path).expanduser() for path in paths], merged)
   except PermissionError as error:
     raise ValueError(
       f"Source cannot be read: got {error}; expected files that this user may read; change their permissions."
     ) from error
 
 
-def _recognise(paths: list[Path], merged: bool | None) -> Source:
+def _recognize(paths: list[Path], merged: bool | None) -> Source:
   found = _Found()
   for path in paths:
     _collect(path, found)
@@ -160,14 +148,15 @@ def _recognise(paths: list[Path], merged: bool | None) -> Source:
   adapter = None if adapter_file is None else read_object(adapter_file)
   config = _newest_json(found, "config.json") or {}
   statistics, where = _statistics(found, config)
-  kind = _kind(tensors, found, where)
-  if kind in FINE_TUNES and where is not None and where.name == "config.json":
+  layout = _layout(tensors, found, where)
+  if layout.fine_tune and where is not None and where.name == "config.json":
     statistics, where = None, None
   mark = next((mark for shard in found.shards if (mark := _mark(shard.parent))), {})
   read = tuple(p for p, _ in groups)
-  source = Source(kind, read, tensors, superseded, config, statistics, where, adapter, folded, mark, (*found.ignored,))
-  more = dict(adapter_file=adapter_file, adapter_weights=next(iter(found.adapters), None))
-  return _canonical_tower(dataclasses.replace(source, **more, **_settings(paths, found)))
+  tensors = {layout.canonical(key): x for key, x in tensors.items()}
+  source = Source(layout.name, read, tensors, superseded, config, statistics, where, adapter, folded, mark)
+  more = dict(ignored=(*found.ignored,), adapter_file=adapter_file, adapter_weights=next(iter(found.adapters), None))
+  return dataclasses.replace(source, **more, **_settings(paths, found))
 
 
 def _adapter_file(found: _Found, tensors: Mapping[str, Tensor]) -> Path | None:
@@ -373,31 +362,21 @@ def _opened(path: Path) -> list[Tensor]:
   return torch_files.open_file(path)
 
 
-def _kind(tensors: Mapping[str, Tensor], found: _Found, statistics_file: Path | None) -> str:
-  heads = ("featurizer.", "fused_featurizer.", "language_model.")
-  parts = [head for head in heads if any(key.startswith(head) for key in tensors)]
-  towers = [kind for kind, (key, _) in TOWERS.items() if any(re.fullmatch(key, k) for k in tensors)]
-  if len(parts) == len(heads) and not towers:
-    if any(key.startswith(("action_head.model_", "cross_vit_model.", "vision_queries")) for key in tensors):
-      return "SemanticVLA"
-    if any(key.startswith("action_head.") for key in tensors):
-      return "OpenVLA-OFT"
+def _layout(tensors: Mapping[str, Tensor], found: _Found, statistics_file: Path | None) -> Layout:
+  parts = [part for part in layouts.PARTS if any(key.startswith(part) for key in tensors)]
+  towers = layouts.single_towers(tensors)
+  if len(parts) == len(layouts.PARTS) and not towers:
     own = statistics_file is not None and statistics_file.name != "config.json"
-    return "OpenVLA fine-tune" if own or found.adapters else "openvla-7b"
+    return layouts.whole_model(tensors, fine_tuned=own or bool(found.adapters))
   if len(towers) == 1 and not parts:
     return towers[0]
   what = "Incomplete" if parts and not towers else "Ambiguous" if len(towers) + bool(parts) > 1 else "Unknown"
-  seen = [*(f"{part}*" for part in parts), *towers]
+  seen = [*(f"{part}*" for part in parts), *(layout.name for layout in towers)]
   raise ValueError(
     f"{what} source: got {found.listing()} with {', '.join(seen) or f'keys such as {sorted(tensors)[:4]}'}; expected "
-    f"{', '.join(heads)} together (a whole model), or one tower; name the files of one checkpoint, a base first."
+    f"{', '.join(layouts.PARTS)} together (a whole model), or one tower; name the files of one checkpoint, a "
+    "base first."
   )
-
-
-def _canonical_tower(source: Source) -> Source:
-  if source.kind != "DINOv2, Hugging Face":
-    return source
-  return dataclasses.replace(source, tensors={vit.canonical_dinov2(key): x for key, x in source.tensors.items()})
 
 
 def _statistics(found: _Found, config: dict) -> tuple[dict | None, Path | None]:
@@ -453,7 +432,7 @@ def _json(path: Path) -> Any:
 
 
 def describe(source: Source) -> list[str]:
-  """Lines that say what was recognised."""
+  """Lines that say what was recognized."""
   lines = [
     f"source: {source.kind}, {len(source.tensors)} tensors, {sum(x.nbytes for x in source.tensors.values()):,} B"
   ]

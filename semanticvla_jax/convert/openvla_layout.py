@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semanticvla_jax.convert.detect import VLA, Source
+from semanticvla_jax.convert.detect import Source
 from semanticvla_jax.convert.io import torch_files
 from semanticvla_jax.models.semanticvla import SemanticVLA
 
@@ -227,7 +227,7 @@ def tokenizers(given: str | Path | None, sources: Sequence[str | Path]) -> list[
 
 def lacking(models: Iterable[Path], source: Source, model: SemanticVLA) -> list[str]:
   """Why the policy of a whole model will not load with these tokenisers, one line each."""
-  wanted = {"tokenizer.model": "the prompt"} if source.kind in VLA else {}
+  wanted = {"tokenizer.model": "the prompt"} if source.layout.whole else {}
   if wanted and model.text is not None:
     wanted["spiece.model"] = "the ID-Pruner's instruction"
   have = {path.name for path in models}

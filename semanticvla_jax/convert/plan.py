@@ -12,17 +12,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from semanticvla_jax.convert import adapter
-from semanticvla_jax.convert.detect import VLA, Source
+from semanticvla_jax.convert.detect import Source
 from semanticvla_jax.convert.io import transpose
-from semanticvla_jax.convert.rules import engine, llama, resize, semanticvla, text, vit
-from semanticvla_jax.convert.rules.engine import Entry, Mismatch, Rule
+from semanticvla_jax.convert.rules import engine, resize, semanticvla
+from semanticvla_jax.convert.rules.engine import Entry, Mismatch
 from semanticvla_jax.models import lora
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
 
 Shapes = dict[str, tuple[int, ...]]
 _NOT_IN_A_TOWER = re.compile(r".*/film/.*")  # made by fine-tuning
 _WEIGHTS = ("float32", "bfloat16", "float16", "float64")  # types that a model computes with
-_TOWER_KEYS = {"siglip/": r"(vision_model\.|siglip/).*", "text/": r"(text_model\.|text/).*"}  # where a source has both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ def make_plan(
   """Matches a source with the model of a config.
 
   Args:
-    source: recognised files.
+    source: recognized files.
     model_config: fields of semanticvla.DEFAULTS.
     lora_config: {"rank", "alpha", "targets"} of the config; read where the source has adapters.
     keep: whether adapters stay apart from the kernels.
@@ -88,7 +87,7 @@ def make_plan(
   if only is not None:
     check_only(source, only)
   may = dict(resample_positions=resample_positions, pad_vocabulary=pad_vocabulary)
-  if source.kind not in VLA:
+  if not source.layout.whole:
     return _tower_plan(source, bare, source.prefixes if only is None else (f"{only}/",), may)
   if any(may.values()):
     raise ValueError(
@@ -162,7 +161,7 @@ def _adapter(source: Source, config: Mapping | None) -> Adapter:
 
 def check_only(source: Source, only: str) -> None:
   """Raises ValueError unless `source` is of single towers and has this one."""
-  towers = [] if source.kind in VLA else [prefix.rstrip("/") for prefix in source.prefixes]
+  towers = [] if source.layout.whole else [prefix.rstrip("/") for prefix in source.prefixes]
   if only not in towers:
     expected = f"one of {towers}" if towers else "a source of single towers"
     raise ValueError(
@@ -176,62 +175,22 @@ def _tower_plan(source: Source, bare: SemanticVLA, prefixes: tuple[str, ...], ma
     for path, shape in parameter_shapes(bare, bare).items()
     if path.startswith(prefixes) and not _NOT_IN_A_TOWER.fullmatch(path)
   }
-  rules, spare = tower_rules(source, target)
-  rules = [rule for rule in rules if rule.target.startswith(prefixes)]
+  layout = source.layout
+  rules = [rule for rule in layout.tower_rules(target) if rule.target.startswith(prefixes)]
   rules, fitted = resize.fitted(rules, source.shapes, target, **may)
-  left_out = set(source.prefixes) - set(prefixes)
-  spare = {_TOWER_KEYS[prefix]: "another tower than was asked for (--only)" for prefix in left_out} | spare
-  entries, skipped = engine.plan(rules, spare | _deep(source, bare), source.shapes, target)
+  others = [tower for tower in layout.towers if tower.ours in source.prefixes and tower.ours not in prefixes]
+  spare = {tower.keys: "another tower than was asked for (--only)" for tower in others} | layout.tower_unused(target)
+  entries, skipped = engine.plan(rules, spare | _last_blocks(source, bare), source.shapes, target)
   return Plan({e.target: e for e in sorted(entries, key=lambda e: e.target)}, {}, None, skipped, fitted)
 
 
-def tower_rules(source: Source, target: Shapes) -> tuple[list[Rule], dict[str, str]]:
-  """(rules, unused) of a single tower."""
-  pooled = "pooling head: tokens are used, not the pooled vector"
-  last = "final norm or pooling head: states are taken before it"
-  if source.kind == "SigLIP, Hugging Face":
-    rules = [
-      *engine.prefixed(vit.hf_siglip(), "siglip/", "vision_model."),
-      *engine.prefixed(text.hf_siglip_text(), "text/", "text_model."),
-    ]
-    spare = {
-      r"logit_(scale|bias)": "contrastive loss only",
-      r"vision_model\.(head|post_layernorm)\..*": last,
-      r"text_model\.head\..*": pooled,
-      r".*\.position_ids": "computed, not learned",
-    }
-    if "text/" in source.prefixes and not any(path.startswith("text/") for path in target):
-      spare[r"text_model\..*"] = "text tower: this model has none"
-    return rules, spare
-  if source.kind == "DINOv2, Hugging Face":
-    rules = engine.prefixed(vit.hf_dinov2(), "dino/", "")
-    return rules, vit.HF_DINOV2_UNUSED | {r"layernorm\..*": last}
-  if source.kind in ("DINOv2, timm", "SigLIP, timm"):
-    ours = source.prefixes[0]
-    return engine.prefixed(vit.timm(), ours, ""), {r"(norm|fc_norm|attn_pool|head)\..*": last}
-  if source.kind == "Llama, Hugging Face":
-    spare = llama.UNUSED | ({} if "llm/lm_head/kernel" in target else {r"lm_head\..*": "actions come from the coupler"})
-    return engine.prefixed(llama.hf_llama(), "llm/", ""), spare
-  spare = {
-    r"siglip/(Transformer/encoder_norm|MAPHead_0|head)/.*": last,
-    r"text/(head|MAPHead_0)/.*": pooled,
-  }
-  if not any(path.startswith("text/") for path in target):
-    spare[r"text/.*"] = "text tower: this model has none"
-  return [Rule(path, path) for path in target], spare
-
-
-def _deep(source: Source, bare: SemanticVLA) -> dict[str, str]:
-  """The last block, where the model takes the states before it."""
+def _last_blocks(source: Source, bare: SemanticVLA) -> dict[str, str]:
+  """The keys of the last blocks, where the model takes the states before them."""
   if bare.vision_layer != "second_to_last":
     return {}
-  out = {}
-  for ours, tower in (("dino/", bare.dino), ("siglip/", bare.siglip)):
-    if ours in source.prefixes and tower is not None:
-      last = tower.depth - 1
-      out[rf"(vision_model\.encoder\.layers|encoder\.layer|blocks)\.{last}\..*"] = "last block: states come before it"
-      out[rf"siglip/Transformer/encoderblock_{last}/.*"] = "last block: states come before it"
-  return out
+  towers = {"dino/": bare.dino, "siglip/": bare.siglip}
+  depths = {ours.rstrip("/"): x.depth for ours, x in towers.items() if ours in source.prefixes and x is not None}
+  return source.layout.last_blocks(depths)
 
 
 def pieces(plan: Plan, source: Source, path: str) -> Iterator[np.ndarray]:

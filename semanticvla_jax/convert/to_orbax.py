@@ -25,7 +25,7 @@ import numpy as np
 import semanticvla_jax
 from semanticvla_jax import files
 from semanticvla_jax.convert import adapter, openvla_layout, settings
-from semanticvla_jax.convert.detect import FINE_TUNES, VLA, Source, describe, recognise
+from semanticvla_jax.convert.detect import Source, describe, recognize
 from semanticvla_jax.convert.io import orbax_writer
 from semanticvla_jax.convert.io.progress import Progress
 from semanticvla_jax.convert.io.target import check_target, peak_rss, sha256, whole
@@ -56,7 +56,7 @@ def to_orbax(
   """Converts a checkpoint and returns the report that is written as conversion.json.
 
   Args:
-    sources: folders and files, a base before its fine-tune (see detect.recognise).
+    sources: folders and files, a base before its fine-tune (see detect.recognize).
     target: the policy folder; must not exist.
     config: {"model": …, "lora": …, "data": …}; `model` may have explicit sizes as its variant.
     dtype: "keep" stores every parameter as it was; "bfloat16" or "float32" cast it.
@@ -64,7 +64,7 @@ def to_orbax(
     tokenizers: folder of tokenizer.model or spiece.model or both, beside and before those of the source.
     need_statistics: whether a whole model without action statistics, or a fine-tune with others than its own, is an
       error.
-    merged: see detect.recognise.
+    merged: see detect.recognize.
     only: "siglip" or "text": one tower of a source that has both.
     resample: whether position embeddings of an encoder of another image size are resampled.
     pad_vocabulary: whether a Llama of fewer embedding rows than the model's gets rows of zeros behind them.
@@ -77,7 +77,7 @@ def to_orbax(
   began = time.monotonic()
   target = Path(target).expanduser().absolute()
   _check_arguments(target, dtype, lora)
-  source = recognise(sources, merged)
+  source = recognize(sources, merged)
   for line in describe(source):
     say(line)
   _refuse_second_adapter(source)
@@ -145,12 +145,12 @@ def _statistics(source: Source, config: Mapping, need: bool, say: Callable[[str]
       where they are needed.
   """
   if source.statistics is None:
-    if need and source.kind in VLA:
+    if need and source.layout.whole:
       raise _no_statistics(source)
     return {}
   where = source.statistics_file
   entries = {name: statistics.from_openvla(x, f"{where}: {name}") for name, x in source.statistics.items()}
-  problems = _unusable(entries, config) if source.kind in FINE_TUNES else []
+  problems = _unusable(entries, config) if source.layout.fine_tune else []
   if need and problems and len(problems) == len(entries):
     raise ValueError(
       f"{problems[0]}\nExpected statistics of the fine-tune's own data in {where}; copy them from where it was "
@@ -162,7 +162,7 @@ def _statistics(source: Source, config: Mapping, need: bool, say: Callable[[str]
 
 
 def _no_statistics(source: Source) -> ValueError:
-  wanted = "dataset_statistics.json" if source.kind in FINE_TUNES else "that or norm_stats in config.json"
+  wanted = "dataset_statistics.json" if source.layout.fine_tune else "that or norm_stats in config.json"
   others = " (the norm_stats in its config.json are its base's)" if source.config.get("norm_stats") else ""
   return ValueError(
     f"No statistics: got {source.kind} without dataset_statistics.json{others}; expected {wanted}, for actions cannot "
@@ -274,7 +274,7 @@ def _metadata(source: Source, plan: Plan, leaves: Mapping[str, orbax_writer.Lazy
     "origin": source.kind,
     "params_sha256": params_sha256,
   }
-  if source.kind not in VLA:
+  if not source.layout.whole:
     facts["parts"] = sorted({path.split("/")[0] for path in leaves})
   if plan.adapter is not None:
     facts["lora"] = dataclasses.asdict(plan.adapter)

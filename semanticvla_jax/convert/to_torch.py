@@ -26,7 +26,7 @@ from einops import rearrange
 import semanticvla_jax
 from semanticvla_jax.convert import openvla_layout as release
 from semanticvla_jax.convert import settings
-from semanticvla_jax.convert.detect import Source, recognise
+from semanticvla_jax.convert.detect import Source, recognize
 from semanticvla_jax.convert.io import direct_io, prefetch, torch_files, transpose
 from semanticvla_jax.convert.io.orbax_reader import PolicyFolder
 from semanticvla_jax.convert.io.progress import Progress
@@ -95,7 +95,7 @@ def to_torch(
   _check_arguments(target, companions, lora)
   folder = PolicyFolder(policy)
   _check_policy(folder, lora)
-  origin = recognise(base) if base else None
+  origin = recognize(base) if base else None
   tensors = outputs(folder, keep=lora == "keep")
   from_base = _from_base(origin, tensors, build(folder.config["model"]))
   added = {key: x for key, (x, _) in from_base.items()}

@@ -1,4 +1,4 @@
-"""A checkpoint is recognised from its files; what is damaged, incomplete or ambiguous is refused and listed."""
+"""A checkpoint is recognized from its files; what is damaged, incomplete or ambiguous is refused and listed."""
 
 import json
 import pickle
@@ -10,12 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from semanticvla_jax.convert import __main__
-from semanticvla_jax.convert.detect import describe, recognise
+from semanticvla_jax.convert.detect import describe, recognize
 from semanticvla_jax.convert.io import torch_files
 
 
 def test_openvla(tmp_path):
-  source = recognise([checkpoints.openvla(tmp_path / "openvla")])
+  source = recognize([checkpoints.openvla(tmp_path / "openvla")])
   assert source.kind == "openvla-7b" and len(source.paths) == 2 and source.statistics_file.name == "config.json"
   stored = load_file(checkpoints.GOLDEN / "openvla" / "weights.safetensors")
   assert len(source.tensors) == len(stored)
@@ -26,18 +26,18 @@ def test_openvla(tmp_path):
 def test_openvla_fine_tune_brings_its_own_statistics(tmp_path):
   folder = checkpoints.openvla(tmp_path / "tuned")
   (folder / "dataset_statistics.json").write_text(json.dumps({"suite": checkpoints.norm_stats("openvla")["tiny"]}))
-  source = recognise([folder])
+  source = recognize([folder])
   assert source.kind == "OpenVLA fine-tune" and list(source.statistics) == ["suite"]
 
 
 def test_openvla_oft(tmp_path):
-  source = recognise([checkpoints.oft(tmp_path / "oft")])
+  source = recognize([checkpoints.oft(tmp_path / "oft")])
   assert source.kind == "OpenVLA-OFT" and "action_head.model.fc1.weight" in source.tensors
   assert list(source.statistics) == ["tiny"]  # not those of the base in config.json
 
 
 def test_semanticvla_with_its_base(tmp_path):
-  source = recognise(checkpoints.adapted(tmp_path))
+  source = recognize(checkpoints.adapted(tmp_path))
   assert source.kind == "SemanticVLA" and source.has_adapters and not source.folded
   assert source.tensors["vision_queries"].file.name.startswith("vision_backbone--")
   assert source.tensors["projector.fc1.weight"].file.name.startswith("non_lora_trainables--")
@@ -48,10 +48,10 @@ def test_an_adapter_beside_the_shards_is_in_them_already(tmp_path):
   base, tuned = checkpoints.adapted(tmp_path)
   for path in base.glob("model*"):
     path.rename(tuned / path.name)
-  source = recognise([tuned])
+  source = recognize([tuned])
   assert source.folded
   assert not any(".lora_A." in key for key in source.tensors if key.startswith("language_model"))
-  assert not recognise([tuned], merged=False).folded
+  assert not recognize([tuned], merged=False).folded
 
 
 TOWERS = {
@@ -66,12 +66,12 @@ TOWERS = {
 @pytest.mark.parametrize("kind", TOWERS)
 def test_towers(kind, tmp_path):
   save_file(checkpoints.random(TOWERS[kind]), tmp_path / "model.safetensors")
-  assert recognise([tmp_path]).kind == kind
+  assert recognize([tmp_path]).kind == kind
 
 
 def test_big_vision(tmp_path):
   np.savez(tmp_path / "siglip.npz", **{"params/img/embedding/bias": np.zeros(4), "params/txt/head/bias": np.zeros(4)})
-  source = recognise([tmp_path / "siglip.npz"])
+  source = recognize([tmp_path / "siglip.npz"])
   assert source.kind == "SigLIP, big_vision" and source.prefixes == ("siglip/", "text/")
 
 
@@ -91,16 +91,16 @@ def test_a_missing_shard_is_named(tmp_path):
   folder = checkpoints.openvla(tmp_path / "openvla")
   (folder / "model-00002-of-00002.safetensors").unlink()
   with pytest.raises(ValueError, match=r"Incomplete.*expected model-00002-of-00002.safetensors too"):
-    recognise([folder])
+    recognize([folder])
   (folder / "model.safetensors.index.json").unlink()
   with pytest.raises(ValueError, match=r"Incomplete.*no index.*missing: \[2\]"):
-    recognise([folder])
+    recognize([folder])
 
 
 def test_shards_without_an_index_are_enough(tmp_path):
   folder = checkpoints.openvla(tmp_path / "openvla")
   (folder / "model.safetensors.index.json").unlink()
-  assert recognise([folder]).kind == "openvla-7b"
+  assert recognize([folder]).kind == "openvla-7b"
 
 
 def test_an_index_that_lies(tmp_path):
@@ -110,7 +110,7 @@ def test_an_index_that_lies(tmp_path):
   content["weight_map"]["nowhere.weight"] = "model-00001-of-00002.safetensors"
   path.write_text(json.dumps(content))
   with pytest.raises(ValueError, match="lies: got no nowhere.weight"):
-    recognise([folder])
+    recognize([folder])
 
 
 @pytest.mark.parametrize("keep", [4, 100, -8])
@@ -119,7 +119,7 @@ def test_a_truncated_shard(keep, tmp_path):
   path = folder / "model-00001-of-00002.safetensors"
   path.write_bytes(path.read_bytes()[:keep])
   with pytest.raises(ValueError, match=r"model-00001-of-00002.safetensors.*truncated.*download"):
-    recognise([folder])
+    recognize([folder])
 
 
 def write_header(path, header, data=b"\0" * 16):
@@ -183,14 +183,14 @@ def test_two_steps_are_ambiguous(tmp_path):
     (folder / "action_head--10_checkpoint.safetensors").read_bytes()
   )
   with pytest.raises(ValueError, match=r"Ambiguous.*--10_checkpoint.*--20_checkpoint"):
-    recognise([folder])
+    recognize([folder])
 
 
 def test_companions_of_two_steps_are_ambiguous(tmp_path):
   folder = checkpoints.oft(tmp_path / "oft")
   (folder / "action_head--10_checkpoint.safetensors").rename(folder / "action_head--20_checkpoint.safetensors")
   with pytest.raises(ValueError, match=r"Ambiguous.*action_head--20.*one step, not of 10 and 20"):
-    recognise([folder])
+    recognize([folder])
 
 
 def test_the_state_of_training_is_ignored_and_listed(tmp_path):
@@ -198,7 +198,7 @@ def test_the_state_of_training_is_ignored_and_listed(tmp_path):
   names = ("optimizer.pt", "rng_state.pth", "rng_state_0.pth", "scheduler.pt", "training_args.bin")
   for name in names:
     (folder / name).write_bytes(b"")
-  source = recognise([folder])
+  source = recognize([folder])
   assert source.kind == "openvla-7b" and [path.name for path in source.ignored] == [*names]
   assert any(line.endswith(", ".join(names)) for line in describe(source))
 
@@ -210,14 +210,14 @@ def test_a_pointer_of_git_lfs_says_what_it_is(indexed, tmp_path):
   if not indexed:
     (folder / "model.safetensors.index.json").unlink()
   with pytest.raises(ValueError, match=r"model-00001-of-00002.safetensors is not fetched.*git lfs pull"):
-    recognise([folder])
+    recognize([folder])
 
 
 def test_two_sets_of_weights_are_ambiguous(tmp_path):
   folder = checkpoints.openvla(tmp_path / "openvla")
   save_file({"x": np.zeros(1)}, folder / "more.safetensors")
   with pytest.raises(ValueError, match=r"Ambiguous.*more.safetensors"):
-    recognise([folder])
+    recognize([folder])
 
 
 @pytest.mark.parametrize("keep", [("adapter",), ("featurizer.", "fused_featurizer.")])
@@ -225,28 +225,28 @@ def test_an_incomplete_source_lists_what_was_found(keep, tmp_path):
   if keep == ("adapter",):
     _, tuned = checkpoints.adapted(tmp_path)
     with pytest.raises(ValueError, match=r"Incomplete.*action_head--10.*base model too"):
-      recognise([tuned])
+      recognize([tuned])
     return
   folder = checkpoints.openvla(tmp_path / "x", lambda t: {k: x for k, x in t.items() if "featurizer." in k})
   with pytest.raises(ValueError, match=r"Incomplete.*model-00001.*with featurizer"):
-    recognise([folder])
+    recognize([folder])
 
 
 def test_unknown_empty_and_absent_sources(tmp_path):
   with pytest.raises(ValueError, match="does not exist"):
-    recognise([tmp_path / "nowhere"])
+    recognize([tmp_path / "nowhere"])
   with pytest.raises(ValueError, match="Empty source"):
-    recognise([tmp_path])
+    recognize([tmp_path])
   save_file({"some.weight": np.zeros(1)}, tmp_path / "model.safetensors")
   with pytest.raises(ValueError, match=r"Unknown source.*some.weight"):
-    recognise([tmp_path])
+    recognize([tmp_path])
 
 
 def test_a_weight_under_two_names_is_refused(tmp_path):
   twice = {"language_model.lm_head.weight": np.zeros(2), "module.language_model.lm_head.weight": np.zeros(2)}
   save_file(twice, tmp_path / "model.safetensors")
   with pytest.raises(ValueError, match="a weight twice"):
-    recognise([tmp_path])
+    recognize([tmp_path])
 
 
 @pytest.mark.parity

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from semanticvla_jax import checkpoint
 from semanticvla_jax.convert import openvla_layout, to_torch
 from semanticvla_jax.convert.check import against_torch
-from semanticvla_jax.convert.detect import recognise
+from semanticvla_jax.convert.detect import recognize
 from semanticvla_jax.convert.rules import semanticvla
 from semanticvla_jax.convert.to_orbax import to_orbax
 
@@ -48,7 +48,7 @@ def folded(vision, layer):
 
 def test_film_and_the_convolutions_adapters(tuned, tmp_path):
   folder, vision = tuned
-  source = recognise([folder])
+  source = recognize([folder])
   assert source.kind == "OpenVLA-OFT" and source.folded and source.adapter is None
   report = to_orbax([folder], tmp_path / "policy", CONFIG, lora="merge")
   files = checkpoint.load_policy(tmp_path / "policy")

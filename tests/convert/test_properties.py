@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from semanticvla_jax.convert import openvla_layout, to_torch
-from semanticvla_jax.convert.detect import recognise
+from semanticvla_jax.convert.detect import recognize
 from semanticvla_jax.convert.plan import parameter_shapes
 from semanticvla_jax.convert.rules import semanticvla
 from semanticvla_jax.convert.to_orbax import not_finite, to_orbax
@@ -76,7 +76,7 @@ def test_there_and_back_is_bit_equal(seed, tmp_path):
   report = to_orbax([tmp_path / "source"], tmp_path / "policy", config, need_statistics=False)
   assert not report["not_finite"] and not report["dtype_changes"]
   to_torch.to_torch(tmp_path / "policy", tmp_path / "back", shard=int(rng.integers(1, 200_000)))
-  back = recognise([tmp_path / "back"]).tensors
+  back = recognize([tmp_path / "back"]).tensors
   assert set(back) == set(arrays)
   for key, x in arrays.items():
     got = back[key].read()

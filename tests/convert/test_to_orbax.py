@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from semanticvla_jax import checkpoint
 from semanticvla_jax.convert import __main__
 from semanticvla_jax.convert import to_orbax as module
-from semanticvla_jax.convert.detect import recognise
+from semanticvla_jax.convert.detect import recognize
 from semanticvla_jax.convert.plan import make_plan, parameter_shapes, unused
 from semanticvla_jax.convert.rules import engine, semanticvla
 from semanticvla_jax.convert.to_orbax import to_orbax
@@ -30,7 +30,7 @@ RELEASE = {"rank": 4, "alpha": 8, "targets": "release"}
 
 def expected(sources, model_config):
   """The same parameters through the in-memory engine."""
-  source, model = recognise(sources), build(model_config)
+  source, model = recognize(sources), build(model_config)
   arrays = {key: tensor.read() for key, tensor in source.tensors.items()}
   return engine.convert(
     semanticvla.rules_for(model), unused(model), arrays, parameter_shapes(model, model)

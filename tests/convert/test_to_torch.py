@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from semanticvla_jax import checkpoint
 from semanticvla_jax.convert import __main__, to_torch
 from semanticvla_jax.convert.check import diff
-from semanticvla_jax.convert.detect import recognise
+from semanticvla_jax.convert.detect import recognize
 from semanticvla_jax.convert.to_orbax import to_orbax
 
 RELEASE = {"rank": 4, "alpha": 8, "targets": "release"}
@@ -25,7 +25,7 @@ RELEASE = {"rank": 4, "alpha": 8, "targets": "release"}
 def test_round_trip(name, made, tmp_path):
   folder, policy = made(name)
   report = to_torch.to_torch(policy, tmp_path / "back", shard=1_000_000)
-  before, after = recognise([folder]), recognise([tmp_path / "back"])
+  before, after = recognize([folder]), recognize([tmp_path / "back"])
   conversion = json.loads((policy / "conversion.json").read_text())
   assert set(before.tensors) - set(after.tensors) == set(conversion["unused"])
   assert not set(after.tensors) - set(before.tensors) and not report["from_base"]
@@ -71,7 +71,7 @@ def test_names_are_the_official_ones(made, tmp_path):
 def test_the_base_gives_what_the_model_does_not_have(made, tmp_path):
   folder, policy = made("openvla")
   report = to_torch.to_torch(policy, tmp_path / "back", base=folder)
-  before, after = recognise([folder]), recognise([tmp_path / "back"])
+  before, after = recognize([folder]), recognize([tmp_path / "back"])
   assert len(report["from_base"]) == 30 and set(before.tensors) == set(after.tensors)
   assert (tmp_path / "back" / "tokenizer.model").read_bytes() == b"pieces"
   stored = {k: x for path in folder.glob("model-*") for k, x in load_file(path).items()}
@@ -103,7 +103,7 @@ def test_adapters_are_folded_in_and_marked(adapted, tmp_path):
 def test_adapters_kept_apart_come_back_bit_for_bit(adapted, tmp_path):
   sources, policies, _ = adapted
   report = to_torch.to_torch(policies["keep"], tmp_path / "back", lora="keep")
-  before, after = recognise(sources), recognise([tmp_path / "back"])
+  before, after = recognize(sources), recognize([tmp_path / "back"])
   assert after.kind == "SemanticVLA" and not after.folded and after.adapter["r"] == RELEASE["rank"]
   for key, tensor in after.tensors.items():
     assert tensor.read().tobytes() == before.tensors[key].read().tobytes(), key

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semanticvla_jax.convert.detect import Source, describe, recognise
+from semanticvla_jax.convert.detect import Source, describe, recognize
 from semanticvla_jax.convert.io.orbax_reader import PolicyFolder, is_policy
 from semanticvla_jax.convert.plan import make_plan, pieces
 
@@ -37,7 +37,7 @@ class Difference(NamedTuple):
 def inspect(path: Paths) -> list[str]:
   """Lines: kind, tensors with shape and dtype, counts, statistics and config; no weight is read."""
   if not isinstance(path, (str, Path)) or not is_policy(path):
-    source = recognise([path] if isinstance(path, (str, Path)) else path)
+    source = recognize([path] if isinstance(path, (str, Path)) else path)
     rows = {key: (tensor.shape, tensor.dtype) for key, tensor in source.tensors.items()}
     return [
       *describe(source),
@@ -91,8 +91,8 @@ def diff(a: Paths, b: Paths) -> list[Difference]:
 
 def _open(path: Paths) -> PolicyFolder | Source:
   if isinstance(path, (str, Path)):
-    return PolicyFolder(path) if is_policy(path) else recognise([path])
-  return recognise(path)
+    return PolicyFolder(path) if is_policy(path) else recognize([path])
+  return recognize(path)
 
 
 def _policy_readers(policy: PolicyFolder) -> dict[str, Reader]:
