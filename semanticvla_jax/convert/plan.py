@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from semanticvla_jax.convert import adapter
 from semanticvla_jax.convert.detect import Source
 from semanticvla_jax.convert.io import transpose
+from semanticvla_jax.convert.io.orbax_writer import ArraySpec, Piece
 from semanticvla_jax.convert.rules import engine, resize, semanticvla
 from semanticvla_jax.convert.rules.engine import Entry, Mismatch
 from semanticvla_jax.models import lora
@@ -50,6 +51,53 @@ class Plan:
   adapter: Adapter | None
   skipped: dict[str, str]
   fitted: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  def arrays(self, source: Source, dtype: np.dtype | None = None) -> dict[str, ArraySpec]:
+    """{path: shape and type of a parameter}; `dtype`: of all of them, None for the types that they are stored in.
+
+    Raises:
+      Mismatch, ValueError: see `stored_dtype`.
+    """
+    return {
+      path: ArraySpec(entry.shape, self.stored_dtype(source, path) if dtype is None else dtype, entry.stacked)
+      for path, entry in self.entries.items()
+    }
+
+  def pieces(self, source: Source, dtype: np.dtype | None = None) -> Iterator[Piece]:
+    """Everything that is to be written, in the order of the paths; nothing is read until a piece is made."""
+    for path, entry in self.entries.items():
+      for layer in entry.layers:
+        yield Piece(path, layer, functools.partial(self.piece, source, path, layer, dtype))
+
+  def piece(self, source: Source, path: str, layer: int | None, dtype: np.dtype | None = None) -> np.ndarray:
+    """The numbers of one parameter, or of one layer of a stack: read, rearranged, adapters folded in, cast."""
+    value = _read(source, self.entries[path], layer)
+    if path in self.adapters:
+      a, b = (_read(source, entry, layer) for entry in self.adapters[path])
+      tree = {"x": {"kernel": value, "lora_a": a, "lora_b": b}}
+      value = np.asarray(lora.merge(tree, self.adapter.rank, self.adapter.alpha)["x"]["kernel"])
+    return value if dtype is None else value.astype(dtype, copy=False)
+
+  def stored_dtype(self, source: Source, path: str) -> np.dtype:
+    """The dtype of a parameter as stored.
+
+    Raises:
+      Mismatch: the layers of a stack, or the sources of one parameter, are stored in different types.
+      ValueError: they are stored in a type of quantised weights, whose scales are elsewhere.
+    """
+    entry = self.entries[path]
+    dtypes = {source.tensors[key].dtype for keys in entry.keys for key in keys}
+    if len(dtypes) > 1:
+      raise Mismatch(
+        f"{path}: got layers stored as {sorted(map(str, dtypes))}, expected one type; pass --dtype bfloat16 or float32."
+      )
+    dtype = dtypes.pop()
+    if str(dtype) not in _WEIGHTS:
+      raise ValueError(
+        f"{path} is quantised: got {dtype} ({entry.keys[0][0]}); expected {', '.join(_WEIGHTS)}; pass the original "
+        "weights, or --dtype bfloat16 or float32 where the numbers are the weights as they are."
+      )
+    return dtype
 
 
 @functools.lru_cache(maxsize=8)
@@ -193,48 +241,6 @@ def _last_blocks(source: Source, bare: SemanticVLA) -> dict[str, str]:
   return source.layout.last_blocks(depths)
 
 
-def pieces(plan: Plan, source: Source, path: str) -> Iterator[np.ndarray]:
-  """The numbers of one parameter: whole, or one layer after another where it is a stack (leading axis)."""
-  return (make() for make in makers(plan, source, path))
-
-
-def makers(plan: Plan, source: Source, path: str) -> list[Callable[[], np.ndarray]]:
-  """What makes each of a parameter's pieces; they do not depend on each other."""
-  entry, pair = plan.entries[path], plan.adapters.get(path)
-
-  def make(i: int) -> np.ndarray:
-    value = _make(entry, i, source)
-    if pair is None:
-      return value
-    tree = {"x": {"kernel": value, "lora_a": _make(pair[0], i, source), "lora_b": _make(pair[1], i, source)}}
-    return np.asarray(lora.merge(tree, plan.adapter.rank, plan.adapter.alpha)["x"]["kernel"])
-
-  return [functools.partial(make, i) for i in range(len(entry.keys))]
-
-
-def _make(entry: Entry, i: int, source: Source) -> np.ndarray:
-  shape = entry.shape[1:] if entry.stacked else entry.shape
-  layer = dataclasses.replace(entry, shape=shape, keys=(entry.keys[i],), stacked=False)
-  return transpose.contiguous(np.asarray(engine.make(layer, lambda key: source.tensors[key].read())))
-
-
-def stored_dtype(plan: Plan, source: Source, path: str) -> np.dtype:
-  """The dtype of a parameter as stored.
-
-  Raises:
-    Mismatch: the layers of a stack, or the sources of one parameter, are stored in different types.
-    ValueError: they are stored in a type of quantised weights, whose scales are elsewhere.
-  """
-  entry = plan.entries[path]
-  dtypes = {source.tensors[key].dtype for keys in entry.keys for key in keys}
-  if len(dtypes) > 1:
-    raise Mismatch(
-      f"{path}: got layers stored as {sorted(map(str, dtypes))}, expected one type; pass --dtype bfloat16 or float32."
-    )
-  dtype = dtypes.pop()
-  if str(dtype) not in _WEIGHTS:
-    raise ValueError(
-      f"{path} is quantised: got {dtype} ({entry.keys[0][0]}); expected {', '.join(_WEIGHTS)}; pass the original "
-      "weights, or --dtype bfloat16 or float32 where the numbers are the weights as they are."
-    )
-  return dtype
+def _read(source: Source, entry: Entry, layer: int | None) -> np.ndarray:
+  """One layer of a parameter (None: the whole), in the stored type and C order."""
+  return transpose.contiguous(np.asarray(engine.make_layer(entry, layer, lambda key: source.tensors[key].read())))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import datetime
-import functools
 import logging
 import threading
 import time
@@ -27,9 +26,10 @@ from semanticvla_jax import files
 from semanticvla_jax.convert import adapter, openvla_layout, settings
 from semanticvla_jax.convert.detect import Source, describe, recognize
 from semanticvla_jax.convert.io import orbax_writer
+from semanticvla_jax.convert.io.orbax_writer import ArraySpec
 from semanticvla_jax.convert.io.progress import Progress
 from semanticvla_jax.convert.io.target import check_target, peak_rss, sha256, whole
-from semanticvla_jax.convert.plan import Plan, make_plan, makers, stored_dtype
+from semanticvla_jax.convert.plan import Plan, make_plan
 from semanticvla_jax.data import statistics
 from semanticvla_jax.models.semanticvla import build
 
@@ -87,22 +87,22 @@ def to_orbax(
   may = dict(resample_positions=resample, pad_vocabulary=pad_vocabulary)
   plan = make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only, **may)
   stats = _statistics(source, config, need_statistics, say)
-  leaves = {path: _lazy(plan, source, path, DTYPES[dtype]) for path in plan.entries}
+  arrays = plan.arrays(source, DTYPES[dtype])
   models = openvla_layout.tokenizers(tokenizers, sources)
   warnings = openvla_layout.lacking(models, source, build(config["model"]))
   for warning in warnings:
     say(f"WARNING: {warning}")
-  watch = _Watch(sum(leaf.nbytes for leaf in leaves.values()), say)
+  watch = _Watch(sum(x.nbytes for x in arrays.values()), say)
   with whole(target, watch.progress.total, say) as partial:
-    params_sha256 = orbax_writer.write(partial / "params", leaves, watch.seen)
-    report = _report(source, plan, leaves, watch) | {"sources": hashes.result(), "lora": lora, "dtype": dtype}
+    params_sha256 = orbax_writer.write(partial / "params", arrays, plan.pieces(source, DTYPES[dtype]), watch.seen)
+    report = _report(source, plan, arrays, watch) | {"sources": hashes.result(), "lora": lora, "dtype": dtype}
     report |= {"carried": changed, "warnings": warnings}
     seconds = round(time.monotonic() - began, 2)
     report |= {"params_sha256": params_sha256, "seconds": seconds, "peak_rss_bytes": peak_rss()}
     contents = {
       "config.json": _config(config, plan),
       "statistics.json": stats,
-      "metadata.json": _metadata(source, plan, leaves, params_sha256),
+      "metadata.json": _metadata(source, plan, arrays, params_sha256),
       "conversion.json": report,
     }
     for name, content in contents.items():
@@ -184,17 +184,6 @@ def _unusable(entries: Mapping[str, statistics.DatasetStatistics], config: Mappi
   return problems
 
 
-def _lazy(plan: Plan, source: Source, path: str, dtype: np.dtype | None) -> orbax_writer.Lazy:
-  entry = plan.entries[path]
-  dtype = stored_dtype(plan, source, path) if dtype is None else dtype
-  calls = [functools.partial(_cast, make, dtype) for make in makers(plan, source, path)]
-  return orbax_writer.Lazy(entry.shape, dtype, entry.stacked, calls)
-
-
-def _cast(make: Callable[[], np.ndarray], dtype: np.dtype) -> np.ndarray:
-  return make().astype(dtype, copy=False)
-
-
 class _Watch:
   """Follows what is written: progress, and how many NaN and Inf each array has."""
 
@@ -222,20 +211,20 @@ def not_finite(x: np.ndarray) -> int:
   return count
 
 
-def _report(source: Source, plan: Plan, leaves: Mapping[str, orbax_writer.Lazy], watch: _Watch) -> dict:
+def _report(source: Source, plan: Plan, arrays: Mapping[str, ArraySpec], watch: _Watch) -> dict:
   changes: Counter[str] = Counter()
-  for path, leaf in leaves.items():
+  for path, x in arrays.items():
     before = sorted({str(source.tensors[k].dtype) for keys in plan.entries[path].keys for k in keys})
-    if before != [str(leaf.dtype)]:
-      changes[f"{'+'.join(before)} → {leaf.dtype}"] += 1
+    if before != [str(x.dtype)]:
+      changes[f"{'+'.join(before)} → {x.dtype}"] += 1
   return {
     "kind": source.kind,
     "converter_version": semanticvla_jax.__version__,
-    "parameters": sum(leaf.size for leaf in leaves.values()),
-    "arrays": len(leaves),
+    "parameters": sum(x.size for x in arrays.values()),
+    "arrays": len(arrays),
     "bytes": watch.progress.done,
     "bytes_per_second": round(watch.progress.rate),
-    "mapped": {path: [source.tensors[key].name for key in _keys(plan, path)] for path in leaves},
+    "mapped": {path: [source.tensors[key].name for key in _keys(plan, path)] for path in arrays},
     "merged_adapters": len(plan.adapters),
     "unused": plan.skipped | _folded_away(source),
     "fitted": plan.fitted,
@@ -264,18 +253,18 @@ def _config(config: Mapping, plan: Plan) -> dict:
   return {**config, "lora": config.get("lora") if kept else None}
 
 
-def _metadata(source: Source, plan: Plan, leaves: Mapping[str, orbax_writer.Lazy], params_sha256: str) -> dict:
+def _metadata(source: Source, plan: Plan, arrays: Mapping[str, ArraySpec], params_sha256: str) -> dict:
   facts: dict[str, Any] = {
     "package_version": semanticvla_jax.__version__,
     "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "step": _step(source),
-    "merged": not any(path.endswith("/lora_a") for path in leaves),
-    "parameters": sum(leaf.size for leaf in leaves.values()),
+    "merged": not any(path.endswith("/lora_a") for path in arrays),
+    "parameters": sum(x.size for x in arrays.values()),
     "origin": source.kind,
     "params_sha256": params_sha256,
   }
   if not source.layout.whole:
-    facts["parts"] = sorted({path.split("/")[0] for path in leaves})
+    facts["parts"] = sorted({path.split("/")[0] for path in arrays})
   if plan.adapter is not None:
     facts["lora"] = dataclasses.asdict(plan.adapter)
   elif source.folded:

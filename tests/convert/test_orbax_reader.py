@@ -29,17 +29,42 @@ def values(dtype):
   return {path: rng.integers(-99, 99, shape).astype(dtype) for path, shape in SHAPES.items()}
 
 
+def pieces(arrays, specs):
+  for path in sorted(arrays):
+    for layer in specs[path].layers:
+      value = arrays[path] if layer is None else arrays[path][layer]
+      yield orbax_writer.Piece(path, layer, lambda value=value: value)
+
+
 @pytest.fixture(params=[np.float32, ml_dtypes.bfloat16, np.int8], ids=["float32", "bfloat16", "int8"])
 def written(request, tmp_path):
   """Arrays, and the folder they were written to piece by piece."""
   arrays = values(request.param)
-  lazy = {
-    path: orbax_writer.Lazy(x.shape, x.dtype, stacked, [lambda y=y: y for y in (x if stacked else [x])])
-    for path, x in arrays.items()
-    for stacked in ["layers" in path]
-  }
-  orbax_writer.write(tmp_path / "params", lazy, lambda *_: None)
+  specs = {path: orbax_writer.ArraySpec(x.shape, x.dtype, "layers" in path) for path, x in arrays.items()}
+  orbax_writer.write(tmp_path / "params", specs, pieces(arrays, specs), lambda *_: None)
   return arrays, tmp_path / "params"
+
+
+def reordered(pieces):
+  return [pieces[1], pieces[0], *pieces[2:]]
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (lambda x: x[:-1], r"got None, expected \('small', None\)"),
+    (lambda x: [*x, x[0]], r"got \('llm/layers/k', 0\), expected None"),
+    (reordered, r"got \('llm/layers/k', 1\), expected \('llm/layers/k', 0\)"),
+    (lambda x: [x[0]._replace(make=lambda: np.zeros((40, 51), np.int32)), *x[1:]], r"llm/layers/k: got a piece int32"),
+    (lambda x: [x[0]._replace(make=lambda: np.zeros((51, 40), np.int8)), *x[1:]], r"got a piece int8\[51, 40\]"),
+  ],
+  ids=["missing", "too many", "another order", "another type", "another shape"],
+)
+def test_other_pieces_than_those_of_the_arrays_are_refused(change, message, tmp_path):
+  arrays = values(np.int8)
+  specs = {path: orbax_writer.ArraySpec(x.shape, x.dtype, "layers" in path) for path, x in arrays.items()}
+  with pytest.raises(ValueError, match=message):
+    orbax_writer.write(tmp_path / "params", specs, change([*pieces(arrays, specs)]), lambda *_: None)
 
 
 def test_plain_chunks_are_read_without_the_store(written, monkeypatch):

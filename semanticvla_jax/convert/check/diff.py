@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from semanticvla_jax.convert.detect import Source, describe, recognize
 from semanticvla_jax.convert.io.orbax_reader import PolicyFolder, is_policy
-from semanticvla_jax.convert.plan import make_plan, pieces
+from semanticvla_jax.convert.plan import make_plan
 
 Paths = str | Path | Sequence[str | Path]
 Reader = Callable[[], Iterator[np.ndarray]]  # the pieces of one tensor
@@ -104,7 +105,11 @@ def _source_readers(source: Source, policy: PolicyFolder | None) -> dict[str, Re
     return {key: lambda tensor=tensor: iter([tensor.read()]) for key, tensor in source.tensors.items()}
   lora = policy.config.get("lora") or policy.metadata.get("lora")
   plan = make_plan(source, policy.config["model"], lora, keep=policy.adapted)
-  return {path: lambda path=path: pieces(plan, source, path) for path in plan.entries}
+
+  def pieces(path: str) -> Iterator[np.ndarray]:
+    return (plan.piece(source, path, layer) for layer in plan.entries[path].layers)
+
+  return {path: functools.partial(pieces, path) for path in plan.entries}
 
 
 def _compare(name: str, first: Reader, second: Reader) -> Difference:

@@ -1,9 +1,9 @@
 """Writes an Orbax parameter folder piece by piece: one array, or one layer of a stacked array, is in memory at a time.
 
-Orbax's own saving takes the whole tree of arrays at once. Here a leaf is a recipe (`Lazy`) that a type handler of this
-module asks for its pieces when it writes; what is left behind is an ordinary Orbax folder, read by checkpoint.py. The
-memory in use is a few times the largest piece (the embedding, 0.5 GB in float32 at 7B) and Orbax's write buffer
-(`BUFFER`). Pieces are made, hashed and written in threads of their own.
+Orbax's own saving takes the whole tree of arrays at once. Here the leaves of the tree are only shapes and types
+(`ArraySpec`), and a type handler of this module writes the numbers as they are made (`Piece`). The result is an
+ordinary Orbax folder, read by checkpoint.py. The memory in use is a few times the largest piece (the embedding, 0.5 GB
+in float32 at 7B) and Orbax's write buffer (`BUFFER`). Pieces are made, hashed and written in separate threads.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,19 +34,12 @@ BUFFER = 128 * 1024 * 1024  # bytes that the store gathers before it writes a da
 
 
 @dataclasses.dataclass(frozen=True)
-class Lazy:
-  """An array that is made when it is written.
-
-  Attributes:
-    shape, dtype: of the whole array.
-    stacked: whether `pieces` make the slices along the leading axis, and not the array itself.
-    pieces: each makes one, in order; they may run at the same time.
-  """
+class ArraySpec:
+  """An array that is to be written; `stacked`: layer by layer along its leading axis, and not at once."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
   stacked: bool
-  pieces: Sequence[Callable[[], np.ndarray]]
 
   @property
   def size(self) -> int:
@@ -58,6 +52,19 @@ class Lazy:
   @property
   def ndim(self) -> int:
     return len(self.shape)
+
+  @property
+  def layers(self) -> Sequence[int | None]:
+    """The layers of a stack; (None,), the whole array, of anything else."""
+    return range(self.shape[0]) if self.stacked else (None,)
+
+
+class Piece(NamedTuple):
+  """One array, or one layer of a stack, and what makes its numbers (in any thread)."""
+
+  path: str
+  layer: int | None
+  make: Callable[[], np.ndarray]
 
 
 class _Window:
@@ -90,29 +97,29 @@ class _Window:
 
 
 class _Handler(handlers.NumpyHandler):
-  """Writes `Lazy` leaves one after the other, in the order of their names; hashes what it writes."""
+  """Writes `ArraySpec` leaves piece by piece, in the order of their paths; hashes what it writes."""
 
-  def __init__(self, seen: Callable[[str, np.ndarray], None]):
+  def __init__(self, pieces: Iterable[Piece], seen: Callable[[str, np.ndarray], None]):
     super().__init__(deepcopy_host_arrays=False)
-    self._seen = seen
+    self._pieces, self._seen = pieces, seen
     self._digest = hashlib.sha256()
 
   async def serialize(self, values, infos, args=None):
     args = args or [ocp.SaveArgs()] * len(values)
-    items = sorted(zip(map(_path, infos), values, infos, args), key=lambda item: item[0])
-    for _, _, info, _ in items:
+    for info in infos:
       await info.await_path_creation()
     # the whole folder is put on the disk when it is complete (target.whole), not file by file
     context = ts.Context(infos[0].ts_context.spec.to_json() | {"file_io_sync": False})
-    stores = await asyncio.gather(*(self._open(*item, context) for _, *item in items))
-    leaves = {name: (value, store) for (name, value, _, _), store in zip(items, stores)}
+    stores = await asyncio.gather(*(self._open(*item, context) for item in zip(values, infos, args)))
+    leaves = {_path(info): (value, store) for info, value, store in zip(infos, values, stores)}
+    arrays = {path: leaves[path][0] for path in sorted(leaves)}
     window = _Window()
     with concurrent.futures.ThreadPoolExecutor(1) as hasher:
       try:
-        for name, i, piece in prefetch.in_turn(_makers({name: value for name, (value, _) in leaves.items()})):
-          value, store = leaves[name]
-          hashed = asyncio.wrap_future(hasher.submit(self._look, name, value, i, piece))
-          where = store[i] if value.stacked else store
+        for path, layer, piece in prefetch.in_turn(_makers(arrays, self._pieces)):
+          value, store = leaves[path]
+          hashed = asyncio.wrap_future(hasher.submit(self._look, path, value, layer, piece))
+          where = store if layer is None else store[layer]
           written = where.write(piece, can_reference_source_data_indefinitely=True)
           await window.add(piece.nbytes, written.commit, hashed)
         await window.drain()
@@ -120,13 +127,13 @@ class _Handler(handlers.NumpyHandler):
         await window.settle()  # after an error too: the caller will remove the folder
     return []
 
-  def _look(self, name: str, value: Lazy, i: int, piece: np.ndarray) -> None:
-    if i == 0:
-      self._digest.update(f"{name} {value.dtype} {value.shape or (1,)}\n".encode())
+  def _look(self, path: str, value: ArraySpec, layer: int | None, piece: np.ndarray) -> None:
+    if not layer:  # the first of a stack, or the whole
+      self._digest.update(f"{path} {value.dtype} {value.shape or (1,)}\n".encode())
     self._digest.update(piece.reshape(-1).view(np.uint8))
-    self._seen(name, piece)
+    self._seen(path, piece)
 
-  async def _open(self, value: Lazy, info: Any, arg: Any, context: ts.Context) -> ts.TensorStore:
+  async def _open(self, value: ArraySpec, info: Any, arg: Any, context: ts.Context) -> ts.TensorStore:
     spec = tensorstore_utils.build_array_write_spec(
       info=info,
       arg=arg,
@@ -146,44 +153,53 @@ class _Handler(handlers.NumpyHandler):
     return self._digest.hexdigest()
 
 
-def _makers(leaves: Mapping[str, Lazy]) -> Iterator[Callable[[], tuple[str, int, np.ndarray]]]:
-  """What makes (name, number, piece) of every leaf, one after the other; checked, in C order."""
-  for name, value in leaves.items():
-    count = value.shape[0] if value.stacked else 1
-    if len(value.pieces) != count:
-      raise ValueError(f"{name}: got {len(value.pieces)} pieces, expected {count}: one a layer of {value.shape}.")
-    for i in range(count):
-      yield functools.partial(_checked, name, value, i)
+def _makers(
+  arrays: Mapping[str, ArraySpec], pieces: Iterable[Piece]
+) -> Iterator[Callable[[], tuple[str, int | None, np.ndarray]]]:
+  """What makes each piece, which is checked. Raises ValueError unless they are those of `arrays`, in order."""
+  wanted = ((path, layer) for path, x in arrays.items() for layer in x.layers)
+  for expected, piece in itertools.zip_longest(wanted, pieces):
+    got = piece and (piece.path, piece.layer)
+    if got != expected:
+      raise ValueError(f"Pieces: got {got}, expected {expected} (path, layer); every layer of every array, in order.")
+    yield functools.partial(_checked, arrays[piece.path], piece)
 
 
-def _checked(name: str, value: Lazy, i: int) -> tuple[str, int, np.ndarray]:
-  piece, shape = np.asarray(value.pieces[i](), order="C"), value.shape[1:] if value.stacked else value.shape
-  if (piece.shape, piece.dtype) != (shape, value.dtype):
-    raise ValueError(f"{name}: got a piece {piece.dtype}{list(piece.shape)}, expected {value.dtype}{list(shape)}.")
-  return name, i, piece
+def _checked(array: ArraySpec, piece: Piece) -> tuple[str, int | None, np.ndarray]:
+  """(path, layer, numbers) of a piece, in C order."""
+  x, shape = np.asarray(piece.make(), order="C"), array.shape if piece.layer is None else array.shape[1:]
+  if (x.shape, x.dtype) != (shape, array.dtype):
+    raise ValueError(f"{piece.path}: got a piece {x.dtype}{list(x.shape)}, expected {array.dtype}{list(shape)}.")
+  return piece.path, piece.layer, x
 
 
 def _path(info: Any) -> str:
   return "/".join(str(getattr(key, "key", key)) for key in info.keypath)
 
 
-def write(folder: Path, leaves: Mapping[str, Lazy], seen: Callable[[str, np.ndarray], None]) -> str:
-  """Writes `{path: Lazy}` as the Orbax folder `folder`.
+def write(
+  folder: Path, arrays: Mapping[str, ArraySpec], pieces: Iterable[Piece], seen: Callable[[str, np.ndarray], None]
+) -> str:
+  """Writes arrays as the Orbax folder `folder`.
 
   Args:
     folder: does not exist yet.
-    leaves: what to write.
+    arrays: {path: shape and type}.
+    pieces: the numbers: every array, or every layer of a stack, in the order of the sorted paths.
     seen: called with the path and every piece, right after it was made.
 
   Returns:
     SHA-256 of the parameters, equal to checkpoint.params_hash of the tree that is read back.
+
+  Raises:
+    ValueError: other pieces than those of `arrays`, or another order, shape or type.
   """
-  handler = _Handler(seen)
+  handler = _Handler(pieces, seen)
   registry = ocp.type_handlers.create_type_handler_registry(
-    (Lazy, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
+    (ArraySpec, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
   )
   handling = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)  # weights are noise
   with ocp.Checkpointer(handling) as checkpointer:
-    tree = unflatten_dict(dict(leaves), sep="/")
+    tree = unflatten_dict(dict(arrays), sep="/")
     checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=BUFFER))
   return handler.sha256

@@ -58,6 +58,11 @@ class Entry:
   keys: tuple[tuple[str, ...], ...]
   stacked: bool
 
+  @property
+  def layers(self) -> Sequence[int | None]:
+    """The layers of a stack; (None,), the whole parameter, of anything else."""
+    return range(len(self.keys)) if self.stacked else (None,)
+
 
 class Mismatch(ValueError):
   """Source and target do not cover each other; the message lists both sides."""
@@ -148,10 +153,17 @@ def keys_read(rules: Sequence[Rule], target: Mapping[str, Shape]) -> set[str]:
 
 def make(entry: Entry, read: Callable[[str], Array]) -> Array:
   """The parameter of `entry`, in the stored type; `read` fetches one source tensor."""
-  layers = [_layer(entry.rule, [read(key) for key in keys]) for keys in entry.keys]
-  value = np.stack(layers) if entry.stacked else layers[0]
-  if value.shape != entry.shape:
-    raise Mismatch(f"{entry.target}: got shape {value.shape}, expected {entry.shape} from {entry.keys[0]}.")
+  layers = [make_layer(entry, layer, read) for layer in entry.layers]
+  return np.stack(layers) if entry.stacked else layers[0]
+
+
+def make_layer(entry: Entry, layer: int | None, read: Callable[[str], Array]) -> Array:
+  """One layer of a stacked parameter, or (None) the whole of another, as `make`."""
+  keys, shape = entry.keys[layer or 0], entry.shape if layer is None else entry.shape[1:]
+  arrays = [read(key) for key in keys]
+  value = arrays[0] if entry.rule.combine is None else entry.rule.combine(*arrays)
+  if value.shape != shape:
+    raise Mismatch(f"{entry.target}: got shape {value.shape}, expected {shape} from {keys}.")
   return value
 
 
@@ -159,10 +171,6 @@ def convert(rules, unused, source: Mapping[str, Array], target: Mapping[str, Sha
   """{path: parameter} of a source that fits in memory (see `plan` for errors)."""
   entries, _ = plan(rules, unused, {key: tuple(x.shape) for key, x in source.items()}, target)
   return {entry.target: make(entry, source.__getitem__) for entry in entries}
-
-
-def _layer(rule: Rule, arrays: list[Array]) -> Array:
-  return arrays[0] if rule.combine is None else rule.combine(*arrays)
 
 
 def expand(rule: Rule, target: Mapping[str, Shape]) -> list[Entry]:
