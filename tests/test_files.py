@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from semanticvla_jax import files
-from semanticvla_jax.convert.to_orbax import whole
+from semanticvla_jax.convert.io.target import whole
 
 HELD = """
 import sys, pathlib

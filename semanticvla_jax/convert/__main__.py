@@ -10,7 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 from semanticvla_jax import cli
-from semanticvla_jax.convert import compare, fold, full_size, golden, to_orbax, to_torch, verify
+from semanticvla_jax.convert import fold, to_orbax, to_torch
+from semanticvla_jax.convert.check import against_torch, diff, golden, key_coverage
 
 MERGED = {"auto": None, "yes": True, "no": False}  # --merged
 
@@ -24,7 +25,7 @@ def verify_golden(args: argparse.Namespace) -> int:
   """
   path = Path(args.folder)
   if path.suffix == ".json":
-    print("\n".join(full_size.verify(path)))
+    print("\n".join(key_coverage.verify(path)))
     return 0
   rows = golden.verify(path)
   for row in rows:
@@ -89,7 +90,7 @@ def inspect_verb(args: argparse.Namespace) -> int:
 
   Prints the tensors of a policy folder or PyTorch checkpoint, with counts, statistics and config. No weight is read.
   """
-  print("\n".join(compare.inspect(args.path[0] if len(args.path) == 1 else args.path)))
+  print("\n".join(diff.inspect(args.path[0] if len(args.path) == 1 else args.path)))
   return 0
 
 
@@ -99,8 +100,8 @@ def diff_verb(args: argparse.Namespace) -> int:
   Compares two checkpoints of either format, tensor by tensor: max |a - b|, and that over max |a|. Exit status 1 where
   they differ. A side of several paths is given by name: --a openvla-7b tuned --b policy.
   """
-  rows = compare.diff(*_sides(args))
-  print("\n".join(compare.lines(rows)))
+  rows = diff.diff(*_sides(args))
+  print("\n".join(diff.lines(rows)))
   return 1 if any(row.maximum > 0 or row.note for row in rows) else 0
 
 
@@ -123,10 +124,10 @@ def verify_verb(args: argparse.Namespace) -> int:
   transformers (requirements-parity.txt); one encoder or one layer is in memory at a time.
   """
 
-  def say(row: verify.Row) -> None:
+  def say(row: against_torch.Row) -> None:
     print(f"{row.error:9.2e}  {'ok  ' if row.error <= args.tolerance else 'FAIL'}  {row.stage}", flush=True)
 
-  rows, left = verify.verify(args.source, args.policy, seed=args.seed, merged=MERGED[args.merged], say=say)
+  rows, left = against_torch.verify(args.source, args.policy, seed=args.seed, merged=MERGED[args.merged], say=say)
   failed = [row for row in rows if not row.error <= args.tolerance]
   print(f"{len(rows)} stages, {len(failed)} beyond {args.tolerance:g}; not run: {', '.join(left) or 'none'}")
   return 1 if failed else 0
@@ -238,7 +239,7 @@ def _verify_arguments(verb: argparse.ArgumentParser) -> None:
   verb.add_argument("--source", nargs="+", required=True, metavar="PATH", help="folders or files, as in to-orbax")
   verb.add_argument("--policy", required=True, metavar="DIR", help="the policy folder made from them")
   verb.add_argument("--seed", type=int, default=0, help="of the inputs")
-  verb.add_argument("--tolerance", type=float, default=verify.TOLERANCE, help="default %(default)s")
+  verb.add_argument("--tolerance", type=float, default=against_torch.TOLERANCE, help="default %(default)s")
   _merged_argument(verb)
 
 

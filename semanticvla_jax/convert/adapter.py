@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from semanticvla_jax.convert import semanticvla
-from semanticvla_jax.convert.source import Source
+from semanticvla_jax.convert.detect import Source
+from semanticvla_jax.convert.rules import semanticvla
 
 # Where adapters are (the tensors say it), how they were trained, where they came from: no weight depends on these.
 HARMLESS = frozenset({

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from semanticvla_jax import checkpoint, files
-from semanticvla_jax.convert import stream, swap, work
-from semanticvla_jax.convert.folder import PolicyFolder
-from semanticvla_jax.convert.to_orbax import check_target, whole
+from semanticvla_jax.convert.io import orbax_writer, swap
+from semanticvla_jax.convert.io.orbax_reader import PolicyFolder
+from semanticvla_jax.convert.io.orbax_writer import ArraySpec, Piece
+from semanticvla_jax.convert.io.progress import Progress
+from semanticvla_jax.convert.io.target import check_target, whole
 
 _WRITTEN = ("params", "config.json", "metadata.json")  # anew; the rest is copied
 _STACK = "llm/layers/"
@@ -41,18 +43,23 @@ def fold(
     say(f"{place} has no adapters: nothing to fold, nothing was written")
     return None
   settings = _settings(folder)
-  leaves = {p: _lazy(folder, p) for p in folder.leaves if not p.endswith(("/lora_a", "/lora_b"))}
-  progress = work.Progress(sum(leaf.nbytes for leaf in leaves.values()), say)
+  arrays = {
+    path: ArraySpec(leaf.shape, leaf.dtype, stacked=path.startswith(_STACK))
+    for path, leaf in folder.leaves.items()
+    if not path.endswith(("/lora_a", "/lora_b"))
+  }
+  progress = Progress(sum(x.nbytes for x in arrays.values()), say)
   with whole(target, progress.total, say, replace=target == place) as partial:
     _check_still_there(folder)
     folder.check_hash()
-    digest = stream.write(partial / "params", leaves, lambda path, piece: progress.add(piece.nbytes, path))
-    facts = {"merged": True, "parameters": sum(leaf.size for leaf in leaves.values()), "params_sha256": digest}
+    written = lambda path, piece: progress.add(piece.nbytes, path)  # noqa: E731
+    digest = orbax_writer.write(partial / "params", arrays, _pieces(folder, arrays), written)
+    facts = {"merged": True, "parameters": sum(x.size for x in arrays.values()), "params_sha256": digest}
     metadata = folder.metadata | facts | {"lora": settings}
     files.write_json(partial / "config.json", {**folder.config, "lora": None})
     files.write_json(partial / "metadata.json", metadata)
     _copy_rest(place, partial)
-  count = len(folder.leaves) - len(leaves)
+  count = len(folder.leaves) - len(arrays)
   say(f"{target}: {count // 2} adapters of rank {settings['rank']}, alpha {settings['alpha']} folded in")
   return metadata
 
@@ -68,10 +75,10 @@ def _settings(folder: PolicyFolder) -> dict[str, Any]:
   return {"rank": int(lora["rank"]), "alpha": float(lora["alpha"]), "targets": lora.get("targets", "release")}
 
 
-def _lazy(folder: PolicyFolder, path: str) -> stream.Lazy:
-  leaf, stacked = folder.leaves[path], path.startswith(_STACK)
-  layers = range(leaf.shape[0]) if stacked else (None,)
-  return stream.Lazy(leaf.shape, leaf.dtype, stacked, [functools.partial(folder.merged, path, i) for i in layers])
+def _pieces(folder: PolicyFolder, arrays: Mapping[str, ArraySpec]) -> Iterator[Piece]:
+  for path in sorted(arrays):
+    for layer in arrays[path].layers:
+      yield Piece(path, layer, functools.partial(folder.merged, path, layer))
 
 
 def _check_still_there(folder: PolicyFolder) -> None:

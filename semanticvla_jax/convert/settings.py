@@ -8,64 +8,21 @@ does. What the model has a field for is carried into its config; whatever else d
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from semanticvla_jax.convert.source import SETTINGS, VLA, Source, read_object
-from semanticvla_jax.models.coupler import BINS, EXTRA_ROWS
+from semanticvla_jax.convert.detect import Source
+from semanticvla_jax.convert.rules.settings_fields import (
+  LLAMA,
+  NAMES,
+  PROCESSOR,
+  UNKNOWN,
+  Field,
+  Sized,
+  activation,
+)
+from semanticvla_jax.convert.settings_files import Section, make_section, read_files, sections, stated_by_llama
 from semanticvla_jax.models.semanticvla import SemanticVLA, build, resolve
-from semanticvla_jax.models.vit import NORM_EPS
-
-UNKNOWN = object()  # nothing to compare with
-PROMPT = 64  # tokens of a prompt that the tokeniser must not cut
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # which openvla-7b stores through bfloat16
-_GELUS = {
-  **dict.fromkeys(("gelu", "gelu_python"), "erf"),
-  **dict.fromkeys(("gelu_pytorch_tanh", "gelu_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh"), "tanh"),
-  "gelu_accurate": "tanh",
-}
-ACTIVATIONS = _GELUS | dict.fromkeys(("silu", "swish"), "silu")
-NAMES = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}  # ours: transformers'
-_CLASSES = {  # model_type of a config.json that describes these weights
-  **dict.fromkeys(VLA, ("openvla", "prismatic")),
-  "SigLIP, Hugging Face": ("siglip", "siglip_vision_model", "siglip_text_model"),
-  "DINOv2, Hugging Face": ("dinov2_with_registers",),
-  "Llama, Hugging Face": ("llama",),
-  "SigLIP, timm": ("timm_wrapper",),
-  "DINOv2, timm": ("timm_wrapper",),
-  "SigLIP, big_vision": (),
-}
-
-
-class Field(NamedTuple):
-  """A field of a file that changes numbers.
-
-  Attributes:
-    ours: what our model does, in our words; UNKNOWN where it does nothing with it.
-    default: what the field's class takes where the file leaves it out; UNKNOWN to compare nothing then.
-    read: a value of the file in our words; raises ValueError, TypeError or KeyError at another kind of value.
-    carry: where the model's config holds it, () where nothing does.
-    may: the values that can be carried, () for all.
-    alike: whether (theirs, ours) come to the same.
-    words: how what is expected is said.
-  """
-
-  ours: Callable[[SemanticVLA], Any]
-  default: Any = UNKNOWN
-  read: Callable[[Any], Any] = lambda x: x
-  carry: tuple[str, ...] = ()
-  may: tuple = ()
-  alike: Callable[[Any, Any], bool] = lambda theirs, ours: theirs == ours
-  words: str = "{}"
-
-
-class _Sized(NamedTuple):
-  """A default that holds where the width is that of the class, or of a file which says it."""
-
-  value: int
-  width: int
 
 
 class Said(NamedTuple):
@@ -73,16 +30,6 @@ class Said(NamedTuple):
 
   raw: Any
   value: Any
-  where: str
-
-
-class Section(NamedTuple):
-  """The part of a file that is about one part of the model: what it says (name, value, where) and the raw fields."""
-
-  part: str
-  table: Mapping[str, Field]
-  said: tuple[tuple[str, Any, str], ...]
-  fields: dict
   where: str
 
 
@@ -104,131 +51,15 @@ class Difference(NamedTuple):
     return f"{self.name} {self.field.words.format(repr(ours))}"
 
 
-def _number(x: Any) -> int | float:
-  if isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) or x <= 0:
-    raise ValueError("expected a number above 0")
-  return x
-
-
-def _activation(x: Any) -> Any:
-  return ACTIVATIONS.get(x, x)
-
-
-def _numbers(x: Any) -> tuple[float, ...]:
-  return tuple(map(float, [x] * 3 if isinstance(x, (int, float)) else x))
-
-
-def _size(x: Any) -> tuple[int, ...]:
-  """(height, width) of 224, [224, 224], [3, 224, 224] or {"height": …, "width": …}."""
-  if isinstance(x, dict):
-    x = (x["height"], x["width"])
-  return (int(x), int(x)) if isinstance(x, (int, float)) else tuple(map(int, x))[-2:]
-
-
-def _close(theirs: Sequence[float], ours: Sequence[float]) -> bool:
-  return len(theirs) == len(ours) and all(math.isclose(x, y, rel_tol=1e-5) for x, y in zip(theirs, ours))
-
-
-def _gelu(tower: str, default: Any, carry: tuple[str, ...] = ()) -> Field:
-  return Field(lambda m: getattr(m, tower).gelu, default, _activation, carry, ("erf", "tanh"))
-
-
-def _heads(tower: str, default: Any) -> Field:
-  return Field(lambda m: getattr(m, tower).num_heads, default)
-
-
-def _norm_eps() -> Field:
-  return Field(lambda m: NORM_EPS, NORM_EPS, _number)
-
-
-_PLAIN = {"quantization_config": Field(lambda m: None)}  # weights that are not what is stored
-LLAMA = _PLAIN | {
-  "model_type": Field(lambda m: "llama"),
-  "rms_norm_eps": Field(lambda m: m.llm.eps, 1e-6, _number, ("variant", "llm", "eps")),
-  "rope_theta": Field(lambda m: m.llm.theta, 10000.0, _number, ("variant", "llm", "theta")),
-  "rope_type": Field(lambda m: "default", "default"),
-  "partial_rotary_factor": Field(lambda m: 1.0, 1.0),
-  "hidden_act": Field(lambda m: "silu", "silu", _activation),
-  "num_attention_heads": _heads("llm", _Sized(32, 4096)),
-  "num_key_value_heads": _heads("llm", UNKNOWN),
-  "head_dim": Field(lambda m: m.llm.width // m.llm.num_heads),
-  "attention_bias": Field(lambda m: False, False),
-  "mlp_bias": Field(lambda m: False, False),
-  "tie_word_embeddings": Field(lambda m: False if m.coupler is None else UNKNOWN, False),
-}
-SIGLIP = _PLAIN | {
-  "hidden_act": _gelu("siglip", "gelu_pytorch_tanh", ("siglip_gelu",)),
-  "layer_norm_eps": _norm_eps(),
-  "num_attention_heads": _heads("siglip", _Sized(12, 768)),
-}
-TEXT = _PLAIN | {
-  "hidden_act": _gelu("text", "gelu_pytorch_tanh", ("variant", "text", "gelu")),
-  "layer_norm_eps": _norm_eps(),
-  "num_attention_heads": _heads("text", _Sized(12, 768)),
-}
-DINO = _PLAIN | {
-  "hidden_act": _gelu("dino", "gelu"),
-  "layer_norm_eps": _norm_eps(),
-  "num_attention_heads": _heads("dino", _Sized(12, 768)),
-  "qkv_bias": Field(lambda m: True, True),
-  "use_swiglu_ffn": Field(lambda m: False, False),
-}
-TIMM = {
-  name: {"hidden_act": table["hidden_act"]._replace(default=UNKNOWN)}
-  for name, table in (("dino", DINO), ("siglip", SIGLIP))
-}
-OPENVLA = _PLAIN | {
-  "arch_specifier": Field(lambda m: "fused-gelu-mlp", read=lambda x: x.split("+")[-1]),
-  "use_fused_vision_backbone": Field(lambda m: True),
-  "image_resize_strategy": Field(lambda m: "resize-naive"),
-  "vision_backbone_id": Field(lambda m: "dinosiglip", read=lambda x: x.split("-")[0]),
-  "llm_backbone_id": Field(lambda m: "llama2", read=lambda x: x.split("-")[0].replace("vicuna", "llama2")),
-  "timm_model_ids": Field(
-    lambda m: ("dinov2", "siglip"),
-    read=lambda ids: tuple(next((name for name in ("dinov2", "siglip") if name in x), x) for x in ids),
-  ),
-  "image_sizes": Field(lambda m: ((m.dino.image,) * 2, (m.siglip.image,) * 2), read=lambda x: tuple(map(_size, x))),
-  "n_action_bins": Field(lambda m: BINS),
-  "pad_to_multiple_of": Field(lambda m: EXTRA_ROWS),
-  "pad_token_id": Field(lambda m: m.spoken_vocab),
-  "llm_max_length": Field(lambda m: PROMPT, read=_number, alike=lambda x, y: x >= y, words="{} or more"),
-}
-PROCESSOR = {  # of OpenVLA's images, whole
-  "image_resize_strategy": OPENVLA["image_resize_strategy"],
-  "use_fused_vision_backbone": OPENVLA["use_fused_vision_backbone"],
-  "tvf_do_letterbox": Field(lambda m: False),
-}
-
-
-def _images(tower: str) -> dict[str, Field]:
-  """Of the images of one tower."""
-
-  def constant(name: str, imagenet: Sequence[float]) -> Field:
-    accepted = (lambda x, y: _close(x, y) or _close(x, imagenet)) if tower == "dino" else _close
-    return Field(lambda m: getattr(getattr(m, tower), name), read=_numbers, alike=accepted)
-
-  return {
-    "mean": constant("mean", IMAGENET[0]),
-    "std": constant("std", IMAGENET[1]),
-    "size": Field(lambda m: (getattr(m, tower).image,) * 2, read=_size),
-    "rescale_factor": Field(lambda m: 1 / 255, read=_number, alike=lambda x, y: math.isclose(x, y, rel_tol=1e-5)),
-    "do_rescale": Field(lambda m: True),
-    "do_normalize": Field(lambda m: True),
-  }
-
-
-IMAGES = {"dino": _images("dino"), "siglip": _images("siglip")}
-
-
 def carry(
   source: Source, config: Mapping, only: str | None = None, say: Callable[[str], None] = lambda line: None
 ) -> tuple[dict, list[str]]:
   """The config with what the source's own files say of its model, and a line for each field that this changed.
 
   Args:
-    source: recognised files.
+    source: recognized files.
     config: {"model": …, …}.
-    only: the one tower that is wanted, as in `mapping.make_plan`.
+    only: the one tower that is wanted, as in `plan.make_plan`.
     say: is called with a line for each field that cannot be checked, and with those that are returned.
 
   Raises:
@@ -297,7 +128,7 @@ def differences(
 def _default(name: str, field: Field, own: Sequence[Section], model: SemanticVLA) -> Said | None:
   """What the class takes where no file has the field; None where this is not known."""
   default, where = field.default, next((s.where for s in own if name in s.table), "")
-  if isinstance(default, _Sized):
+  if isinstance(default, Sized):
     width = next((s.fields["hidden_size"] for s in own if s.fields.get("hidden_size")), default.width)
     default = default.value if width == getattr(model, own[0].part).width else UNKNOWN
   return None if default is UNKNOWN else Said(default, field.read(default), f"the default where {where} has none")
@@ -335,174 +166,18 @@ def _contradiction(name: str, first: Said, second: Said) -> ValueError:
 def _check_top(source: Source, parts: Sequence[Section]) -> None:
   """Raises ValueError where OpenVLA's config.json sets outside its text_config what the text_config does not set."""
   own = [s for s in parts if s.part == "llm"]
-  if source.kind not in VLA or not own:
+  if not source.layout.whole or not own:
     return
   said = _said(own)
-  for path, content in _files(source, "config.json"):
-    for name, raw, where in _llama_said(content, str(path)):
+  for path, content in read_files(source, "config.json"):
+    for name, raw, where in stated_by_llama(content, str(path)):
       if name in ("model_type", "tie_word_embeddings", "quantization_config"):
         continue
       new, default = _read(name, LLAMA[name], raw, where), LLAMA[name].default
-      fallback = UNKNOWN if isinstance(default, _Sized) else default
+      fallback = UNKNOWN if isinstance(default, Sized) else default
       old = said.get(name, Said(fallback, fallback, f"the default where {own[0].where} has none"))
       if old.value is not UNKNOWN and old.value != new.value:
         raise _contradiction(name, new, old)
-
-
-def sections(source: Source, say: Callable[[str], None] = lambda line: None) -> Iterator[Section]:
-  """What the source's files say, a tower at a time."""
-  if source.kind == "SigLIP, big_vision":  # the class has one activation, and no file
-    for part, table in (("siglip", SIGLIP), ("text", TEXT)):
-      fields = {"hidden_act": "gelu_pytorch_tanh"}
-      yield _section(part, {"hidden_act": table["hidden_act"]}, fields, "big_vision's models")
-    return
-  for path, content in _files(source, "config.json", say):
-    yield from _of_config(source, path, content)
-  for name in SETTINGS[1:]:
-    for path, content in _files(source, name, say):
-      content = content if name == SETTINGS[1] else _nested(content, "image_processor", path)
-      yield from _of_processor(source, str(path), content)
-
-
-def _files(source: Source, name: str, say: Callable[[str], None] = lambda line: None) -> Iterator[tuple[Path, dict]]:
-  """The files of a name, read. Raises ValueError where a config.json is of another model."""
-  classes = _CLASSES[source.kind]
-  others = {path.parent for path in source.beside if path.name == "config.json" and not _fits(path, classes)}
-  for path in (*source.settings, *source.beside):
-    if path.name != name:
-      continue
-    if path in source.beside and path.parent in others:
-      say(f"{path} is not read: it belongs to another model than the files that were named")
-      continue
-    if name == "config.json" and not _fits(path, classes):
-      raise ValueError(
-        f"{path} is of another model: got model_type {read_object(path)['model_type']!r} beside weights of "
-        f"{source.kind}; expected {' or '.join(classes) or 'none'}; name the files of the weights instead of their "
-        "folder where it does not describe them."
-      )
-    try:
-      content = read_object(path)
-    except ValueError as error:
-      if name == "config.json":
-        raise
-      say(f"WARNING: the constants of the images are not compared: {error}")  # no weight depends on this file
-      continue
-    yield path, content
-
-
-def _fits(path: Path, classes: Sequence[str]) -> bool:
-  return read_object(path).get("model_type") in (None, *classes)
-
-
-def _section(part: str, table: Mapping[str, Field], fields: Mapping[str, Any], where: str) -> Section:
-  said = _llama_said(fields, where) if table is LLAMA else _plain_said(table, fields, where)
-  return Section(part, table, (*said,), dict(fields), where)
-
-
-def _plain_said(table: Mapping[str, Field], fields: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any, str]]:
-  return ((name, fields[name], where) for name in table if fields.get(name) is not None)
-
-
-def _llama_said(fields: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any, str]]:
-  """The rotary embedding as transformers 5 (`rope_parameters`) and 4 (`rope_theta`, `rope_scaling`) write it."""
-  yield from _plain_said(LLAMA, fields, where)
-  for name in ("rope_parameters", "rope_scaling"):
-    rope, inside = fields.get(name), f"{name} of {where}"
-    if not rope:
-      continue
-    if not isinstance(rope, dict) or any(isinstance(x, dict) for x in rope.values()):
-      yield "rope_type", rope, inside
-      continue
-    yield "rope_type", rope.get("rope_type", rope.get("type", "default")), inside
-    yield from ((key, rope[key], inside) for key in ("rope_theta", "partial_rotary_factor") if rope.get(key))
-
-
-def _nested(content: Mapping[str, Any], name: str, path: Path) -> dict:
-  inside = content.get(name)
-  if not isinstance(inside, (dict, type(None))):
-    raise ValueError(f"{path} is damaged: got {name}={str(inside)[:60]!r}; expected an object; download it again.")
-  return inside or {}
-
-
-def _of_config(source: Source, path: Path, content: dict) -> Iterator[Section]:
-  where = str(path)
-  if source.kind in VLA:
-    text = _nested(content, "text_config", path)
-    yield _section("model", OPENVLA, content, where)
-    yield _section("model", {"pad_token_id": OPENVLA["pad_token_id"]}, text, f"text_config of {path}")
-    yield _section("llm", LLAMA, text, f"text_config of {path}")
-    yield from _overrides(content, path)
-  elif source.kind == "SigLIP, Hugging Face":
-    yield from _of_siglip(source, path, content)
-  elif source.kind.endswith("timm"):
-    part = source.prefixes[0].rstrip("/")
-    act = _nested(content, "model_args", path).get("act_layer")
-    if act is not None:
-      yield _section(part, TIMM[part], {"hidden_act": act}, f"model_args.act_layer of {path}")
-    pretrained = _nested(content, "pretrained_cfg", path) or content
-    constants = {name: pretrained[name] for name in ("mean", "std") if name in pretrained}
-    yield _section(part, IMAGES[part], constants, f"pretrained_cfg of {path}")
-  else:
-    part = source.prefixes[0].rstrip("/")
-    yield _section(part, LLAMA if part == "llm" else DINO, content, where)
-
-
-def _overrides(content: Mapping[str, Any], path: Path) -> Iterator[Section]:
-  """OpenVLA's towers are timm's, whose GELU is exact where the file does not name another for one of them."""
-  acts = content.get("timm_override_act_layers")
-  acts = [None, None] if acts is None else acts
-  if not isinstance(acts, list) or len(acts) != 2:
-    raise ValueError(
-      f"{path} is of another model: got timm_override_act_layers={acts!r}; expected one for each of two encoders; mend "
-      "the file where it does not describe these weights."
-    )
-  for part, act, table in zip(("dino", "siglip"), acts, (DINO, SIGLIP)):
-    fields = {"hidden_act": "gelu" if act is None else act}
-    yield _section(part, {"hidden_act": table["hidden_act"]}, fields, f"timm_override_act_layers of {path}")
-
-
-def _of_siglip(source: Source, path: Path, content: dict) -> Iterator[Section]:
-  """Of both towers in one file, or of one alone."""
-  alone = {"siglip_vision_model": "siglip", "siglip_text_model": "text"}.get(content.get("model_type"))
-  if alone is None and not any(name in content for name in ("model_type", "vision_config", "text_config")):
-    alone = source.prefixes[0].rstrip("/")
-  for part, table, name in (("siglip", SIGLIP, "vision_config"), ("text", TEXT, "text_config")):
-    if alone is None:
-      yield _section(part, table, _nested(content, name, path), f"{name} of {path}")
-    elif alone == part:
-      yield _section(part, table, content, str(path))
-
-
-def _of_processor(source: Source, where: str, content: Mapping[str, Any]) -> Iterator[Section]:
-  if source.kind not in VLA:
-    renamed = {"mean": "image_mean", "std": "image_std"}
-    fields = {name: content.get(renamed.get(name, name)) for name in IMAGES["dino"] if name != "size"}
-    for part in ("dino", "siglip"):
-      if f"{part}/" in source.prefixes:
-        yield _section(part, IMAGES[part], fields, where)
-    return
-  if content:
-    yield _section("model", PROCESSOR, content, where)
-  for name, fields in (
-    ("means", {"mean": lambda x: x}),
-    ("stds", {"std": lambda x: x}),
-    ("input_sizes", {"size": lambda x: x}),
-    ("tvf_normalize_params", {"mean": lambda x: x.get("mean"), "std": lambda x: x.get("std")}),
-    ("tvf_resize_params", {"size": lambda x: x.get("size")}),
-    ("tvf_crop_params", {"size": lambda x: x.get("output_size")}),
-  ):
-    several = content.get(name)
-    if several is None:
-      continue
-    try:
-      pairs = [(part, {n: f(x) for n, f in fields.items()}) for part, x in zip(IMAGES, several, strict=True)]
-    except (ValueError, TypeError, AttributeError) as error:
-      raise ValueError(
-        f"{where} is of another model: got {name}={str(several)[:120]}; expected one for each of two encoders; mend "
-        "the file where it does not describe these weights."
-      ) from error
-    for part, values in pairs:
-      yield _section(part, IMAGES[part], values, f"{name} of {where}")
 
 
 def fields(source: Source, part: str) -> dict | None:
@@ -517,7 +192,7 @@ def fields(source: Source, part: str) -> dict | None:
 def stated(config: Mapping[str, Any], model: SemanticVLA) -> dict:
   """An OpenVLA config.json that says what a model computes with, where it said something else or left it out."""
   out, text = dict(config), dict(config.get("text_config") or {})
-  said = _said([_section("llm", LLAMA, text, "text_config")])
+  said = _said([make_section("llm", LLAMA, text, "text_config")])
   for name in ("rms_norm_eps", "rope_theta"):
     ours = LLAMA[name].ours(model)
     if (said[name].value if name in said else LLAMA[name].default) != ours:
@@ -528,6 +203,6 @@ def stated(config: Mapping[str, Any], model: SemanticVLA) -> dict:
   if text:
     out["text_config"] = text
   acts = config.get("timm_override_act_layers") or [None, None]
-  if model.siglip is not None and _activation(acts[-1] or "gelu") != model.siglip.gelu:
+  if model.siglip is not None and activation(acts[-1] or "gelu") != model.siglip.gelu:
     out["timm_override_act_layers"] = [acts[0], "gelu_tanh" if model.siglip.gelu == "tanh" else None]
   return out

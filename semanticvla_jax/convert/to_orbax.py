@@ -8,21 +8,13 @@ before it starts again.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import datetime
-import errno
-import functools
-import hashlib
 import logging
-import os
-import resource
-import shutil
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +23,13 @@ import numpy as np
 
 import semanticvla_jax
 from semanticvla_jax import files
-from semanticvla_jax.convert import adapter, carried, mapping, settings, stream, swap, uncached, work
-from semanticvla_jax.convert.mapping import Plan
-from semanticvla_jax.convert.source import FINE_TUNES, VLA, Source, describe, recognise
+from semanticvla_jax.convert import adapter, openvla_layout, settings
+from semanticvla_jax.convert.detect import Source, describe, recognize
+from semanticvla_jax.convert.io import orbax_writer
+from semanticvla_jax.convert.io.orbax_writer import ArraySpec
+from semanticvla_jax.convert.io.progress import Progress
+from semanticvla_jax.convert.io.target import check_target, peak_rss, sha256, whole
+from semanticvla_jax.convert.plan import Plan, make_plan
 from semanticvla_jax.data import statistics
 from semanticvla_jax.models.semanticvla import build
 
@@ -60,7 +56,7 @@ def to_orbax(
   """Converts a checkpoint and returns the report that is written as conversion.json.
 
   Args:
-    sources: folders and files, a base before its fine-tune (see source.recognise).
+    sources: folders and files, a base before its fine-tune (see detect.recognize).
     target: the policy folder; must not exist.
     config: {"model": …, "lora": …, "data": …}; `model` may have explicit sizes as its variant.
     dtype: "keep" stores every parameter as it was; "bfloat16" or "float32" cast it.
@@ -68,7 +64,7 @@ def to_orbax(
     tokenizers: folder of tokenizer.model or spiece.model or both, beside and before those of the source.
     need_statistics: whether a whole model without action statistics, or a fine-tune with others than its own, is an
       error.
-    merged: see source.recognise.
+    merged: see detect.recognize.
     only: "siglip" or "text": one tower of a source that has both.
     resample: whether position embeddings of an encoder of another image size are resampled.
     pad_vocabulary: whether a Llama of fewer embedding rows than the model's gets rows of zeros behind them.
@@ -81,7 +77,7 @@ def to_orbax(
   began = time.monotonic()
   target = Path(target).expanduser().absolute()
   _check_arguments(target, dtype, lora)
-  source = recognise(sources, merged)
+  source = recognize(sources, merged)
   for line in describe(source):
     say(line)
   _refuse_second_adapter(source)
@@ -89,30 +85,30 @@ def to_orbax(
   config, changed = settings.carry(source, config, only, say)
   hashes = _hashes(source.paths)
   may = dict(resample_positions=resample, pad_vocabulary=pad_vocabulary)
-  plan = mapping.make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only, **may)
+  plan = make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only, **may)
   stats = _statistics(source, config, need_statistics, say)
-  leaves = {path: _lazy(plan, source, path, DTYPES[dtype]) for path in plan.entries}
-  models = carried.tokenizers(tokenizers, sources)
-  warnings = carried.lacking(models, source, build(config["model"]))
+  arrays = plan.arrays(source, DTYPES[dtype])
+  models = openvla_layout.tokenizers(tokenizers, sources)
+  warnings = openvla_layout.lacking(models, source, build(config["model"]))
   for warning in warnings:
     say(f"WARNING: {warning}")
-  watch = _Watch(sum(leaf.nbytes for leaf in leaves.values()), say)
+  watch = _Watch(sum(x.nbytes for x in arrays.values()), say)
   with whole(target, watch.progress.total, say) as partial:
-    params_sha256 = stream.write(partial / "params", leaves, watch.seen)
-    report = _report(source, plan, leaves, watch) | {"sources": hashes.result(), "lora": lora, "dtype": dtype}
+    params_sha256 = orbax_writer.write(partial / "params", arrays, plan.pieces(source, DTYPES[dtype]), watch.seen)
+    report = _report(source, plan, arrays, watch) | {"sources": hashes.result(), "lora": lora, "dtype": dtype}
     report |= {"carried": changed, "warnings": warnings}
     seconds = round(time.monotonic() - began, 2)
     report |= {"params_sha256": params_sha256, "seconds": seconds, "peak_rss_bytes": peak_rss()}
     contents = {
       "config.json": _config(config, plan),
       "statistics.json": stats,
-      "metadata.json": _metadata(source, plan, leaves, params_sha256),
+      "metadata.json": _metadata(source, plan, arrays, params_sha256),
       "conversion.json": report,
     }
     for name, content in contents.items():
       files.write_json(partial / name, content)
-    carried.copy(models, partial / "tokenizers")
-    carried.copy(carried.processor_files(sources), partial / "source_files")
+    openvla_layout.copy(models, partial / "tokenizers")
+    openvla_layout.copy(openvla_layout.processor_files(sources), partial / "source_files")
   return report
 
 
@@ -122,79 +118,6 @@ def _check_arguments(target: Path, dtype: str, lora: str) -> None:
   if lora not in ("keep", "merge"):
     raise ValueError(f"lora: got {lora!r}, expected 'keep' or 'merge'; name one of them.")
   check_target(target)
-
-
-def check_target(target: Path) -> None:
-  """Raises ValueError where the target exists, or where this cannot be seen."""
-  try:
-    exists = target.exists()
-  except OSError as error:
-    raise _cannot_write(target, error) from error
-  if exists:
-    raise ValueError(f"Target exists: got {target}; expected a new folder; remove it or choose another name.")
-
-
-@contextlib.contextmanager
-def whole(target: Path, nbytes: int, say: Callable[[str], None], replace: bool = False) -> Iterator[Path]:
-  """An empty `.<name>.partial` beside `target` that becomes it when the block ends well, and is removed when not.
-
-  It is on the disk before it has its name: what a power cut leaves is whole or not there. What a killed run left is
-  removed first. With `replace`, `target` is a folder, which stays as it is until then and is removed. Raises ValueError
-  where another run is writing there, the folder cannot be made, or the disk is full.
-  """
-  with contextlib.ExitStack() as stack:
-    try:
-      files.check_room(target, nbytes)
-      stack.enter_context(files.alone(target, say))
-      partial = _empty(target, say)
-    except OSError as error:
-      raise _cannot_write(target, error) from error
-    yield from _renamed(partial, target, replace)
-
-
-def _empty(target: Path, say: Callable[[str], None]) -> Path:
-  partial = target.parent / f".{target.name}.partial"
-  if partial.exists():
-    say(f"removing {partial}, left by a run that did not finish; starting again")
-    shutil.rmtree(partial)
-  partial.mkdir()
-  return partial
-
-
-def _renamed(partial: Path, target: Path, replace: bool) -> Iterator[Path]:
-  try:
-    yield partial
-    _put_on_disk(partial)
-    if replace:
-      swap.exchange(partial, target)
-    else:
-      check_target(target)
-      partial.rename(target)
-    files.fsync(target.parent)
-  except Exception as error:
-    if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
-      raise
-    wrote = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    raise ValueError(
-      f"Disk full: got no more room in {target.parent} after {wrote:,} bytes; expected room for the whole "
-      "checkpoint; make room or choose another --target. Nothing is left there."
-    ) from error
-  finally:
-    if partial.exists():
-      shutil.rmtree(partial)
-
-
-def _put_on_disk(folder: Path) -> None:
-  """Waits until all files below a folder, and their names, are on the disk."""
-  for top, _, names in os.walk(folder, topdown=False):
-    for path in (*(Path(top, name) for name in names), Path(top)):
-      files.fsync(path)
-
-
-def _cannot_write(target: Path, error: OSError) -> ValueError:
-  return ValueError(
-    f"Target cannot be written: got {error}; expected a folder that may be made in {target.parent}; choose another."
-  )
 
 
 def _refuse_second_adapter(source: Source) -> None:
@@ -222,12 +145,12 @@ def _statistics(source: Source, config: Mapping, need: bool, say: Callable[[str]
       where they are needed.
   """
   if source.statistics is None:
-    if need and source.kind in VLA:
+    if need and source.layout.whole:
       raise _no_statistics(source)
     return {}
   where = source.statistics_file
   entries = {name: statistics.from_openvla(x, f"{where}: {name}") for name, x in source.statistics.items()}
-  problems = _unusable(entries, config) if source.kind in FINE_TUNES else []
+  problems = _unusable(entries, config) if source.layout.fine_tune else []
   if need and problems and len(problems) == len(entries):
     raise ValueError(
       f"{problems[0]}\nExpected statistics of the fine-tune's own data in {where}; copy them from where it was "
@@ -239,7 +162,7 @@ def _statistics(source: Source, config: Mapping, need: bool, say: Callable[[str]
 
 
 def _no_statistics(source: Source) -> ValueError:
-  wanted = "dataset_statistics.json" if source.kind in FINE_TUNES else "that or norm_stats in config.json"
+  wanted = "dataset_statistics.json" if source.layout.fine_tune else "that or norm_stats in config.json"
   others = " (the norm_stats in its config.json are its base's)" if source.config.get("norm_stats") else ""
   return ValueError(
     f"No statistics: got {source.kind} without dataset_statistics.json{others}; expected {wanted}, for actions cannot "
@@ -261,22 +184,11 @@ def _unusable(entries: Mapping[str, statistics.DatasetStatistics], config: Mappi
   return problems
 
 
-def _lazy(plan: Plan, source: Source, path: str, dtype: np.dtype | None) -> stream.Lazy:
-  entry = plan.entries[path]
-  dtype = mapping.stored_dtype(plan, source, path) if dtype is None else dtype
-  makers = [functools.partial(_cast, make, dtype) for make in mapping.makers(plan, source, path)]
-  return stream.Lazy(entry.shape, dtype, entry.stacked, makers)
-
-
-def _cast(make: Callable[[], np.ndarray], dtype: np.dtype) -> np.ndarray:
-  return make().astype(dtype, copy=False)
-
-
 class _Watch:
   """Follows what is written: progress, and how many NaN and Inf each array has."""
 
   def __init__(self, total: int, say: Callable[[str], None]):
-    self.progress, self.bad = work.Progress(total, say), Counter()
+    self.progress, self.bad = Progress(total, say), Counter()
 
   def seen(self, path: str, piece: np.ndarray) -> None:
     if n := not_finite(piece):
@@ -299,20 +211,20 @@ def not_finite(x: np.ndarray) -> int:
   return count
 
 
-def _report(source: Source, plan: Plan, leaves: Mapping[str, stream.Lazy], watch: _Watch) -> dict:
+def _report(source: Source, plan: Plan, arrays: Mapping[str, ArraySpec], watch: _Watch) -> dict:
   changes: Counter[str] = Counter()
-  for path, leaf in leaves.items():
+  for path, x in arrays.items():
     before = sorted({str(source.tensors[k].dtype) for keys in plan.entries[path].keys for k in keys})
-    if before != [str(leaf.dtype)]:
-      changes[f"{'+'.join(before)} → {leaf.dtype}"] += 1
+    if before != [str(x.dtype)]:
+      changes[f"{'+'.join(before)} → {x.dtype}"] += 1
   return {
     "kind": source.kind,
     "converter_version": semanticvla_jax.__version__,
-    "parameters": sum(leaf.size for leaf in leaves.values()),
-    "arrays": len(leaves),
+    "parameters": sum(x.size for x in arrays.values()),
+    "arrays": len(arrays),
     "bytes": watch.progress.done,
     "bytes_per_second": round(watch.progress.rate),
-    "mapped": {path: [source.tensors[key].name for key in _keys(plan, path)] for path in leaves},
+    "mapped": {path: [source.tensors[key].name for key in _keys(plan, path)] for path in arrays},
     "merged_adapters": len(plan.adapters),
     "unused": plan.skipped | _folded_away(source),
     "fitted": plan.fitted,
@@ -341,18 +253,18 @@ def _config(config: Mapping, plan: Plan) -> dict:
   return {**config, "lora": config.get("lora") if kept else None}
 
 
-def _metadata(source: Source, plan: Plan, leaves: Mapping[str, stream.Lazy], params_sha256: str) -> dict:
+def _metadata(source: Source, plan: Plan, arrays: Mapping[str, ArraySpec], params_sha256: str) -> dict:
   facts: dict[str, Any] = {
     "package_version": semanticvla_jax.__version__,
     "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "step": _step(source),
-    "merged": not any(path.endswith("/lora_a") for path in leaves),
-    "parameters": sum(leaf.size for leaf in leaves.values()),
+    "merged": not any(path.endswith("/lora_a") for path in arrays),
+    "parameters": sum(x.size for x in arrays.values()),
     "origin": source.kind,
     "params_sha256": params_sha256,
   }
-  if source.kind not in VLA:
-    facts["parts"] = sorted({path.split("/")[0] for path in leaves})
+  if not source.layout.whole:
+    facts["parts"] = sorted({path.split("/")[0] for path in arrays})
   if plan.adapter is not None:
     facts["lora"] = dataclasses.asdict(plan.adapter)
   elif source.folded:
@@ -378,20 +290,6 @@ def _hashes(paths: Sequence[Path]) -> concurrent.futures.Future:
 
   threading.Thread(target=hash_all, daemon=True).start()
   return future
-
-
-def sha256(path: Path) -> str:
-  """Of a file, in hex."""
-  digest = hashlib.sha256()
-  for block in uncached.blocks(path):
-    digest.update(block)
-  return digest.hexdigest()
-
-
-def peak_rss() -> int:
-  """Largest resident memory of this process so far, in bytes."""
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak if sys.platform == "darwin" else peak * 1024
 
 
 def table(report: Mapping, most: int = 8) -> list[str]:

@@ -24,17 +24,21 @@ import numpy as np
 from einops import rearrange
 
 import semanticvla_jax
-from semanticvla_jax.convert import carried, files, mapping, semanticvla, settings, table, uncached, work
-from semanticvla_jax.convert import companions as release
-from semanticvla_jax.convert.folder import PolicyFolder
-from semanticvla_jax.convert.source import Source, recognise
-from semanticvla_jax.convert.to_orbax import check_target, peak_rss, sha256, whole
+from semanticvla_jax.convert import openvla_layout as release
+from semanticvla_jax.convert import settings
+from semanticvla_jax.convert.detect import Source, recognize
+from semanticvla_jax.convert.io import direct_io, prefetch, torch_files, transpose
+from semanticvla_jax.convert.io.orbax_reader import PolicyFolder
+from semanticvla_jax.convert.io.progress import Progress
+from semanticvla_jax.convert.io.target import check_target, peak_rss, sha256, whole
+from semanticvla_jax.convert.plan import unused
+from semanticvla_jax.convert.rules import engine, semanticvla
 from semanticvla_jax.files import write_json
 from semanticvla_jax.models.semanticvla import SemanticVLA, build
 
 SHARD = 5 * 10**9  # bytes, Hugging Face's "5GB"
 ADAPTER = "lora_adapter/adapter_model.safetensors"
-_NAMES = {dtype: name for name, dtype in files.DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in torch_files.DTYPES.items()}
 _WRAPPED = re.compile(
   r"vision_queries.*|cross_vit_model\..*|fused_featurizer_mm_sampler\..*|.*blocks\.\d+\.(scale|shift)\..*"
 )
@@ -71,8 +75,8 @@ def to_torch(
     target: folder to make; must not exist.
     base: checkpoint that the policy came from, folders and files; what our model does not have (last blocks, pooling
       head, lm_head) and the processor files are taken from it. None or empty: they are left out.
-    companions: "safetensors", or "pt" for files that the release's own loaders read (see companions.py); needs torch,
-      and `base` where there is a vision_backbone file.
+    companions: "safetensors", or "pt" for files that the release's own loaders read (see openvla_layout.py); needs
+      torch, and `base` where there is a vision_backbone file.
     lora: "merge" folds adapters in; "keep" writes them as lora_adapter/ beside the weights they were trained on, and
       into the vision_backbone file where there is one.
     shard: largest shard in bytes; a single larger tensor gets a shard of its own.
@@ -91,17 +95,17 @@ def to_torch(
   _check_arguments(target, companions, lora)
   folder = PolicyFolder(policy)
   _check_policy(folder, lora)
-  origin = recognise(base) if base else None
+  origin = recognize(base) if base else None
   tensors = outputs(folder, keep=lora == "keep")
   from_base = _from_base(origin, tensors, build(folder.config["model"]))
   added = {key: x for key, (x, _) in from_base.items()}
   groups = _groups(tensors | added, folder.metadata.get("step"), shard)
-  lora_settings = release.settings(folder.config.get("lora") or folder.metadata.get("lora"), tensors)
+  lora_settings = release.loader_lora(folder.config.get("lora") or folder.metadata.get("lora"), tensors)
   vision = next((name for name in groups if name.startswith("vision_backbone")), None)
   wrapped = vision is not None and companions == "pt"
   if wrapped:
     groups[vision] = _wrapped(tensors | added, lora_settings)
-  progress = work.Progress(sum(x.nbytes for content in groups.values() for x in content.values()), say)
+  progress = Progress(sum(x.nbytes for content in groups.values() for x in content.values()), say)
   with whole(target, progress.total, say) as partial, concurrent.futures.ThreadPoolExecutor(1) as pool:
     if check:
       say("comparing the parameters' hash with metadata.json meanwhile (--no-check leaves this out)")
@@ -174,13 +178,13 @@ def outputs(folder: PolicyFolder, keep: bool = False) -> dict[str, Out]:
   """
   rules = semanticvla.rules_for(build(folder.config["model"]), lora=keep)
   shapes = {path: shape for path, shape in folder.shapes.items() if keep or not path.endswith(("/lora_a", "/lora_b"))}
-  entries = [entry for rule in rules for entry in table.expand(rule, shapes)]
+  entries = [entry for rule in rules for entry in engine.expand(rule, shapes)]
   if lost := sorted(set(shapes) - {entry.target for entry in entries}):
     raise ValueError(
       f"Policy has parameters without a rule: got {lost[:6]}; expected those of its config; use the config it was "
       "trained with."
     )
-  readers: dict[str, list[tuple[table.Entry, int | None]]] = {}
+  readers: dict[str, list[tuple[engine.Entry, int | None]]] = {}
   for entry in entries:
     for i, keys in enumerate(entry.keys):
       readers.setdefault(keys[0], []).append((entry, i if entry.stacked else None))
@@ -189,7 +193,7 @@ def outputs(folder: PolicyFolder, keep: bool = False) -> dict[str, Out]:
   return {key: _output(folder, parts, keep) for key, parts in readers.items()}
 
 
-def _check_shared(folder: PolicyFolder, key: str, entries: list[table.Entry]) -> None:
+def _check_shared(folder: PolicyFolder, key: str, entries: list[engine.Entry]) -> None:
   """Raises ValueError where one tensor of the release stands for parameters that are not equal."""
   if len(entries) > 1 and entries[0].rule.shared:
     first, *others = (folder.read(entry.target) for entry in entries)
@@ -201,7 +205,7 @@ def _check_shared(folder: PolicyFolder, key: str, entries: list[table.Entry]) ->
       )
 
 
-def _output(folder: PolicyFolder, parts: list[tuple[table.Entry, int | None]], keep: bool) -> Out:
+def _output(folder: PolicyFolder, parts: list[tuple[engine.Entry, int | None]], keep: bool) -> Out:
   (entry, layer), rule = parts[0], parts[0][0].rule
   shape = entry.shape if layer is None else entry.shape[1:]
   if rule.pattern:
@@ -216,7 +220,7 @@ def _output(folder: PolicyFolder, parts: list[tuple[table.Entry, int | None]], k
     left, right = (re.sub(r"[()]", "", side) for side in rule.pattern.split("->"))
     lead = "t " if rule.part else ""  # the parts of a fused matrix, which lie one after the other in it
     axes = right.strip().removeprefix(lead), left.strip().removeprefix(lead)
-    arrays = [work.contiguous(rearrange(value, " -> ".join(axes))) for value in values]
+    arrays = [transpose.contiguous(rearrange(value, " -> ".join(axes))) for value in values]
     return (np.concatenate(arrays) if rule.part else arrays[0]).reshape(shape)
 
   return Out(tuple(shape), folder.leaves[entry.target].dtype, make)
@@ -231,14 +235,14 @@ def _from_base(origin: Source | None, tensors: Mapping[str, Out], model: Semanti
   """
   if origin is None:
     return {}
-  spare = mapping.unused(model)
+  spare = unused(model)
   own = {key: x for key, x in origin.tensors.items() if ".lora_" not in key}
   problems = [
     f"! {key}: got shape {x.shape} in the base, expected {tensors[key].shape}"
     for key, x in own.items()
     if key in tensors and x.shape != tensors[key].shape
   ]
-  rest = {key: (x, table.reason(spare, key)) for key, x in own.items() if key not in tensors}
+  rest = {key: (x, engine.reason(spare, key)) for key, x in own.items() if key not in tensors}
   problems += [f"- {key} {x.shape}: the policy's model has none" for key, (x, why) in rest.items() if why is None]
   problems += [
     f"+ {key} {x.shape}: not in the base"
@@ -246,10 +250,10 @@ def _from_base(origin: Source | None, tensors: Mapping[str, Out], model: Semanti
     if key.startswith("language_model.") and key not in own and not release.is_adapter(key)
   ]
   if problems:
-    raise table.Mismatch(
-      f"--base is no checkpoint that this policy came from ({table.counts(problems)}; + missing in the base, - not of "
+    raise engine.Mismatch(
+      f"--base is no checkpoint that this policy came from ({engine.counts(problems)}; + missing in the base, - not of "
       "the policy's model, ! wrong). Nothing was written. Name the base that it was converted or trained from.\n"
-      + "\n".join(table.shown(problems))
+      + "\n".join(engine.shown(problems))
     )
   return {key: (Out(x.shape, x.dtype, x.read), why) for key, (x, why) in rest.items()}
 
@@ -321,7 +325,7 @@ def save(path: Path, tensors: Mapping[str, Out], written: Callable[[int, str], N
   text += b" " * (-len(text) % 8)
   digest = hashlib.sha256()
   with path.open("wb") as file, concurrent.futures.ThreadPoolExecutor(1) as hasher:
-    writer = uncached.Writer(file)
+    writer = direct_io.Writer(file)
 
     def write(data: np.ndarray | bytes) -> None:
       hashed = hasher.submit(digest.update, data)
@@ -329,7 +333,7 @@ def save(path: Path, tensors: Mapping[str, Out], written: Callable[[int, str], N
       hashed.result()
 
     write(struct.pack("<Q", len(text)) + text)
-    made = work.in_turn(x.make for x in tensors.values())
+    made = prefetch.in_turn(x.make for x in tensors.values())
     for (name, x), value in zip(tensors.items(), made, strict=True):
       value = np.asarray(value, order="C")
       if (value.shape, value.dtype) != (x.shape, x.dtype):
@@ -367,11 +371,11 @@ def _write_json(partial: Path, folder: PolicyFolder, origin: Source | None, repo
 
 def _copy_small_files(partial: Path, folder: PolicyFolder, base: Sequence[str | Path]) -> None:
   """Tokenisers and processor files of the policy, then those of the base; of two with one name the first."""
-  small = [*(folder.folder / "tokenizers").glob("*.model"), *carried.processor_files([folder.folder / "source_files"])]
+  small = [*(folder.folder / "tokenizers").glob("*.model"), *release.processor_files([folder.folder / "source_files"])]
   for path in map(Path, reversed(base)):
     files_there = sorted(path.iterdir()) if path.is_dir() else []
     small += [p for p in files_there if p.suffix in (".json", ".py", ".model", ".txt") and "index" not in p.name]
-  carried.copy(small, partial)
+  release.copy(small, partial)
 
 
 def lines(report: Mapping) -> list[str]:

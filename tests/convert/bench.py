@@ -154,7 +154,7 @@ def measure(root: Path, layers: int) -> list[Phase]:
 
 
 def _config(root: Path, layers: int) -> Path:
-  from semanticvla_jax.convert.golden.whole import OPENVLA
+  from semanticvla_jax.convert.check.golden.whole import OPENVLA
   from semanticvla_jax.models.semanticvla import VARIANTS
 
   variant = VARIANTS["7b"] | dict(llm=VARIANTS["7b"]["llm"] | dict(depth=layers))

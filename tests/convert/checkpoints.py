@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from semanticvla_jax.convert import table
-from semanticvla_jax.convert.golden import files, whole
+from semanticvla_jax.convert.check.golden import fixtures, whole
+from semanticvla_jax.convert.rules import engine
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 STEP = "10"
@@ -24,7 +24,7 @@ def model_config(name: str, **fields) -> dict:
   inputs, outputs = (
     {k: x.shape for k, x in load_file(GOLDEN / name / f"{w}.safetensors").items()} for w in ("inputs", "outputs")
   )
-  weights = files.load(GOLDEN / name, "base_hf.safetensors" if name == "lora_checkpoint" else "weights.safetensors")
+  weights = fixtures.load(GOLDEN / name, "base_hf.safetensors" if name == "lora_checkpoint" else "weights.safetensors")
   proprio = inputs.get("predict0.proprio")
   if name == "openvla":
     own = dict(whole.OPENVLA)
@@ -32,7 +32,7 @@ def model_config(name: str, **fields) -> dict:
     chunk, width = outputs["predict0.unnormalized_actions"]
     own = (whole.OFT if name == "oft" else whole.semantic_fields(config)) | dict(chunk=chunk, action_dim=width)
   own |= dict(num_views=config["config"]["num_images"], proprio_dim=None if proprio is None else proprio[-1])
-  return dict(variant=files.variant_of(config, weights)) | own | fields
+  return dict(variant=fixtures.variant_of(config, weights)) | own | fields
 
 
 def config(name: str, lora: dict | None = None, **fields) -> dict:
@@ -104,7 +104,7 @@ def random(shapes: dict, dtype=np.float32, seed: int = 0) -> dict:
 def source_shapes(rules: list, target: dict) -> dict:
   """{key: shape} of the tensors that `rules` read for the parameters of `target`."""
   out = {}
-  for entry in (entry for rule in rules for entry in table.expand(rule, target)):
+  for entry in (entry for rule in rules for entry in engine.expand(rule, target)):
     own = entry.shape[1:] if entry.stacked else entry.shape
     shape = entry.rule.combine.source_shape() if entry.rule.pattern else own
     out |= {key: shape for keys in entry.keys for key in keys}

@@ -9,8 +9,10 @@ import pytest
 from conftest import RELEASE
 from safetensors.numpy import load_file, save_file
 
-from semanticvla_jax.convert import adapter, mapping, verify
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert import adapter
+from semanticvla_jax.convert.check import against_torch
+from semanticvla_jax.convert.detect import recognize
+from semanticvla_jax.convert.plan import make_plan
 from semanticvla_jax.convert.to_orbax import to_orbax
 
 CONFIG = checkpoints.config("lora_checkpoint", RELEASE)
@@ -84,7 +86,7 @@ def test_initialisations_that_leave_the_base_alone_pass(value):
 
 
 def test_fields_that_change_nothing_pass(source):
-  adapter.check(recognise(source(**PLAIN)))
+  adapter.check(recognize(source(**PLAIN)))
   golden = json.loads((checkpoints.GOLDEN / "lora_checkpoint" / "lora_adapter" / "adapter_config.json").read_text())
   assert not adapter.problems_of(golden)  # a file that peft wrote
 
@@ -114,7 +116,7 @@ def among_the_weights(base, tuned):
 
 @pytest.mark.parametrize("way", [as_folder, as_file, beside_the_companions, among_the_weights])
 def test_however_the_adapter_comes_in(way, source):
-  found = recognise(way(*source(init_lora_weights="pissa_niter_4")))
+  found = recognize(way(*source(init_lora_weights="pissa_niter_4")))
   with pytest.raises(ValueError, match=r"got init_lora_weights='pissa_niter_4' in .*adapter_config.json"):
     adapter.check(found)
 
@@ -136,9 +138,9 @@ def test_modules_saved_in_full_replace_the_bases(source):
   path = tuned / "lora_adapter" / "adapter_model.safetensors"
   own = np.full_like(load_file(checkpoints.GOLDEN / "lora_checkpoint" / "base_hf.safetensors")["projector.fc1.bias"], 7)
   with pytest.raises(ValueError, match=r"modules_to_save=\['projector'\] and none of their tensors"):
-    adapter.check(recognise([base, tuned]))
+    adapter.check(recognize([base, tuned]))
   save_file(load_file(path) | {"base_model.model.projector.fc1.bias": own}, path)
-  found = recognise([base, tuned])
+  found = recognize([base, tuned])
   adapter.check(found)
   np.testing.assert_array_equal(found.tensors["projector.fc1.bias"].read(), own)
 
@@ -147,13 +149,13 @@ def test_a_file_without_rank_or_alpha_means_pefts_defaults(source):
   base, tuned = source()
   path = tuned / "lora_adapter" / "adapter_config.json"
   path.write_text(json.dumps({"peft_type": "LORA", "r": 4}))
-  plan = mapping.make_plan(recognise([base, tuned]), CONFIG["model"], RELEASE, keep=False)
+  plan = make_plan(recognize([base, tuned]), CONFIG["model"], RELEASE, keep=False)
   assert plan.adapter.alpha == 8
   with pytest.raises(ValueError, match="got lora_alpha=8 in adapter_config.json; expected 16"):
-    mapping.make_plan(recognise([base, tuned]), CONFIG["model"], RELEASE | {"alpha": 16}, keep=False)
+    make_plan(recognize([base, tuned]), CONFIG["model"], RELEASE | {"alpha": 16}, keep=False)
   path.unlink()
   with pytest.raises(ValueError, match="without adapter_config.json beside it"):
-    recognise([base, tuned])
+    recognize([base, tuned])
 
 
 @pytest.mark.parity
@@ -161,17 +163,17 @@ def test_verify_refuses_it_too(source, adapted):
   pytest.importorskip("torch", reason="needs torch: run `make parity`")
   pytest.importorskip("transformers", reason="needs transformers: run `make parity`")
   with pytest.raises(ValueError, match="got init_lora_weights='olora'"):
-    verify.verify(source(init_lora_weights="olora"), adapted[1]["keep"])
+    against_torch.verify(source(init_lora_weights="olora"), adapted[1]["keep"])
 
 
 @pytest.mark.parity
 def test_an_adapter_of_pytorchs_own_format_is_read(source):
   torch = pytest.importorskip("torch", reason="needs torch: run `make parity`")
   base, tuned = source()
-  wanted = {key: x.read() for key, x in recognise([base, tuned]).tensors.items()}
+  wanted = {key: x.read() for key, x in recognize([base, tuned]).tensors.items()}
   path = tuned / "lora_adapter" / "adapter_model.safetensors"
   torch.save({key: torch.from_numpy(x) for key, x in load_file(path).items()}, path.with_suffix(".bin"))
   path.unlink()
-  found = recognise([base, tuned])
+  found = recognize([base, tuned])
   assert not found.folded and found.adapter["r"] == 4
   assert all(np.array_equal(x.read(), wanted[key]) for key, x in found.tensors.items())

@@ -7,8 +7,8 @@ from safetensors.numpy import save_file
 
 from configs import common, openvla
 from semanticvla_jax import checkpoint
-from semanticvla_jax.convert import mapping
-from semanticvla_jax.convert.source import Source
+from semanticvla_jax.convert.plan import parameter_shapes
+from semanticvla_jax.convert.rules.layouts import LAYOUTS
 from semanticvla_jax.convert.to_orbax import to_orbax
 from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_observation
 from semanticvla_jax.train import init
@@ -22,10 +22,8 @@ TRAINABLE = common.get_config().trainable + r"|.*/lora_[ab]"
 
 def siglip(folder):
   """A SigLIP of another image size than the model's, as Hugging Face publishes it: both towers in one file."""
-  target = {p: s for p, s in mapping.parameter_shapes(build(MODEL), build(MODEL)).items() if p.startswith("text/")}
-  source = Source("SigLIP, Hugging Face", (), {}, {}, {}, None, None, None, False)
-  rules, _ = mapping.tower_rules(source, target)
-  rules = [rule for rule in rules if rule.target.startswith("text/")]
+  target = {p: s for p, s in parameter_shapes(build(MODEL), build(MODEL)).items() if p.startswith("text/")}
+  rules = [rule for rule in LAYOUTS["SigLIP, Hugging Face"].tower_rules(target) if rule.target.startswith("text/")]
   tensors = checkpoints.random(checkpoints.source_shapes(rules, target) | {
     "vision_model.embeddings.position_embedding.weight": (729, 8), "text_model.head.bias": (4,), "logit_scale": (1,),
   })  # fmt: skip

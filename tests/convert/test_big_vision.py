@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from semanticvla_jax.convert.vit import big_vision
+from semanticvla_jax.convert.io.torch_files import big_vision
 from semanticvla_jax.models.semanticvla import VARIANTS
 from semanticvla_jax.models.text import TextEncoder
 from semanticvla_jax.models.vit import ViT

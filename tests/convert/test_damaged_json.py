@@ -6,7 +6,7 @@ import checkpoints
 import pytest
 
 from semanticvla_jax.convert import __main__
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert.detect import recognize
 
 DAMAGED = {
   "dataset_statistics.json": ([1], r"dataset_statistics.json is damaged: got list"),
@@ -21,14 +21,14 @@ def test_another_kind_of_json(name, tmp_path):
   folder = checkpoints.openvla(tmp_path / "source")
   (folder / name).write_text(json.dumps(content))
   with pytest.raises(ValueError, match=message):
-    recognise([folder])
+    recognize([folder])
 
 
 @pytest.mark.parametrize("stats", [[1], {"tiny": 3}, {"tiny": {"action": [1]}}, {"tiny": {"action": {"q01": 3}}}])
 def test_norm_stats_of_another_kind(stats, tmp_path):
   folder = checkpoints.openvla(tmp_path / "source", norm_stats=stats)
   with pytest.raises(ValueError, match=r"config.json: (got norm_stats of list|tiny holds no statistics)"):
-    recognise([folder])
+    recognize([folder])
 
 
 @pytest.mark.parametrize(

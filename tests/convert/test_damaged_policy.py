@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from semanticvla_jax.convert import __main__, to_torch
-from semanticvla_jax.convert.folder import PolicyFolder
+from semanticvla_jax.convert.io.orbax_reader import PolicyFolder
 
 
 def test_the_hash_is_that_of_the_parameters(made, adapted):

@@ -2,14 +2,15 @@
 
 import pytest
 
-from semanticvla_jax.convert import __main__, compare
+from semanticvla_jax.convert import __main__
+from semanticvla_jax.convert.check import diff
 
 
 @pytest.fixture
 def asked(monkeypatch):
   """The sides that `compare.diff` is asked for."""
   sides = []
-  monkeypatch.setattr(compare, "diff", lambda a, b: sides.append((a, b)) or [])
+  monkeypatch.setattr(diff, "diff", lambda a, b: sides.append((a, b)) or [])
   return sides
 
 

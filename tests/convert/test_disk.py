@@ -10,7 +10,7 @@ import pytest
 
 from semanticvla_jax import files
 from semanticvla_jax.convert import to_torch
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert.detect import recognize
 from semanticvla_jax.convert.to_orbax import to_orbax
 
 
@@ -63,7 +63,7 @@ def test_a_source_without_permission(tmp_path):
   folder.chmod(0)
   try:
     with nobody(), pytest.raises(ValueError, match="Source cannot be read.*Permission denied"):
-      recognise([folder])
+      recognize([folder])
   finally:
     folder.chmod(0o700)
 

@@ -9,8 +9,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from semanticvla_jax import checkpoint
-from semanticvla_jax.convert import companions, semanticvla, to_torch, verify
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert import openvla_layout, to_torch
+from semanticvla_jax.convert.check import against_torch
+from semanticvla_jax.convert.detect import recognize
+from semanticvla_jax.convert.rules import semanticvla
 from semanticvla_jax.convert.to_orbax import to_orbax
 
 RANK, SCALE = 4, 0.5
@@ -28,9 +30,9 @@ def tuned(tmp_path_factory):
   own |= {semanticvla.canonical(key): x for key, x in load_file(golden / "film.safetensors").items()}
   own["fused_featurizer.attn_pool.latent"] = np.ones((1, 1, 4), np.float32)  # real files have the pooling head
   rng = np.random.default_rng(0)
-  names = companions.backbone({key: x.shape for key, x in own.items()}, LORA)
+  names = openvla_layout.backbone({key: x.shape for key, x in own.items()}, LORA)
   vision = {
-    name: (rng.standard_normal(x.shape) * 0.1).astype(np.float32) if isinstance(x, companions.Zeros) else own[x]
+    name: (rng.standard_normal(x.shape) * 0.1).astype(np.float32) if isinstance(x, openvla_layout.Zeros) else own[x]
     for name, x in names.items()
   }
   save_file(vision, folder / "vision_backbone--10_checkpoint.safetensors")
@@ -46,7 +48,7 @@ def folded(vision, layer):
 
 def test_film_and_the_convolutions_adapters(tuned, tmp_path):
   folder, vision = tuned
-  source = recognise([folder])
+  source = recognize([folder])
   assert source.kind == "OpenVLA-OFT" and source.folded and source.adapter is None
   report = to_orbax([folder], tmp_path / "policy", CONFIG, lora="merge")
   files = checkpoint.load_policy(tmp_path / "policy")
@@ -80,9 +82,9 @@ def test_both_sides_agree_and_the_pt_file_has_every_key(tuned, tmp_path):
   pytest.importorskip("transformers", reason="needs transformers: run `make parity`")
   folder, vision = tuned
   to_orbax([folder], tmp_path / "policy", CONFIG, lora="merge")
-  rows, _ = verify.verify([folder], tmp_path / "policy")
+  rows, _ = against_torch.verify([folder], tmp_path / "policy")
   assert {"dino", "siglip", "coupler/all"} <= {row.stage for row in rows}
-  assert max(row.error for row in rows) < verify.TOLERANCE
+  assert max(row.error for row in rows) < against_torch.TOLERANCE
   to_torch.to_torch(tmp_path / "policy", tmp_path / "back", base=folder, companions="pt")
   state = torch.load(tmp_path / "back" / "vision_backbone--10_checkpoint.pt", weights_only=True)
   assert {key: tuple(x.shape) for key, x in state.items()} == {key: x.shape for key, x in vision.items()}

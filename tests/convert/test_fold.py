@@ -13,7 +13,8 @@ from conftest import RELEASE
 from flax.traverse_util import flatten_dict
 
 from semanticvla_jax import checkpoint, files
-from semanticvla_jax.convert import __main__, fold, swap
+from semanticvla_jax.convert import __main__, fold
+from semanticvla_jax.convert.io import swap
 from semanticvla_jax.models import lora
 
 
@@ -91,7 +92,8 @@ def test_a_failure_leaves_the_old_folder_whole(at, policy, tmp_path, monkeypatch
 
 KILLED = """
 import os, sys
-from semanticvla_jax.convert import fold, swap
+from semanticvla_jax.convert import fold
+from semanticvla_jax.convert.io import swap
 if sys.argv[2] == "before":
   fold._copy_rest = lambda *_: os.kill(os.getpid(), 9)
 else:  # a system without the call, killed between two renames

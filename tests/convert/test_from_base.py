@@ -4,7 +4,8 @@ import checkpoints
 import numpy as np
 import pytest
 
-from semanticvla_jax.convert import table, to_torch
+from semanticvla_jax.convert import to_torch
+from semanticvla_jax.convert.rules import engine
 
 CHANGES = {
   "a tensor of another shape": (
@@ -26,7 +27,7 @@ CHANGES = {
 def test_a_base_of_another_model_is_refused(what, made, tmp_path):
   change, message = CHANGES[what]
   base = checkpoints.openvla(tmp_path / "base", change)
-  with pytest.raises(table.Mismatch, match=message):
+  with pytest.raises(engine.Mismatch, match=message):
     to_torch.to_torch(made("openvla")[1], tmp_path / "back", base=base)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from semanticvla_jax.convert import full_size, golden, semanticvla
 from semanticvla_jax.convert.__main__ import main
-from semanticvla_jax.convert.golden import files, whole
+from semanticvla_jax.convert.check import golden, key_coverage
+from semanticvla_jax.convert.check.golden import fixtures, whole
+from semanticvla_jax.convert.rules import semanticvla
 from semanticvla_jax.models.semanticvla import build
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -136,7 +137,7 @@ NO_PRUNERS = dict(film=(), dino_pruner=None, siglip_pruner=None)
   ],
 )  # fmt: skip
 def test_switches_decide_the_parts(switches, fuses, fields):
-  found = files.encoder_fields(switches, SIZES, fuses)
+  found = fixtures.encoder_fields(switches, SIZES, fuses)
   assert {name: found[name] for name in fields} == fields
 
 
@@ -146,18 +147,18 @@ def test_sizes_come_from_the_folder():
     "featurizer.reg_token": np.zeros((1, 7, 8)), "fused_featurizer.blocks.0.mlp.fc1.weight": np.zeros((29, 8)),
   }  # fmt: skip
   c = dict(embed_dim=8, depth=2, num_heads=2)
-  dino, siglip = (files.vit_sizes(c, weights, f"{name}.") for name in ("featurizer", "fused_featurizer"))
+  dino, siglip = (fixtures.vit_sizes(c, weights, f"{name}.") for name in ("featurizer", "fused_featurizer"))
   assert (dino["registers"], dino["mlp_dim"], dino["layer_scale"]) == (7, 28, 1.0)
   assert siglip["mlp_dim"] == 29 and not {"registers", "layer_scale"} & set(siglip)
-  assert files.pairs_of({"pairs": []}) == files.pairs_of({}) == ()
+  assert fixtures.pairs_of({"pairs": []}) == fixtures.pairs_of({}) == ()
 
 
 def test_token_ids_come_from_the_folder():
   constants = dict(empty_token=7, pad_token_llm=60, pad_token_text=0, ACTION_TOKEN_BEGIN_IDX=40, STOP_INDEX=2)
-  special = files.ids_of({"constants": constants})
-  assert special == files.Ids(empty=7, pad=60, text_pad=0, first_action=41) and files.ids_of({}) == files.Ids()
+  special = fixtures.ids_of({"constants": constants})
+  assert special == fixtures.Ids(empty=7, pad=60, text_pad=0, first_action=41) and fixtures.ids_of({}) == fixtures.Ids()
   with pytest.raises(ValueError, match="got STOP_INDEX = 3 .*expected 2"):
-    files.ids_of({"constants": {"STOP_INDEX": 3}})
+    fixtures.ids_of({"constants": {"STOP_INDEX": 3}})
 
   ids, mask = whole._prompt({"predict0.input_ids": np.array([[1, 5]])}, "predict0", special)
   assert ids.tolist() == [[1, 5, 7]] and mask.all()
@@ -171,7 +172,7 @@ def test_token_ids_come_from_the_folder():
 
 
 def test_every_case_of_an_adapted_model_is_compared():
-  config = files.read_json(GOLDEN / "lora_checkpoint" / "config.json")
+  config = fixtures.read_json(GOLDEN / "lora_checkpoint" / "config.json")
   actions, stats = np.zeros((1, 8, 7), np.float32), "unnormalized_actions"
   outputs = {f"predict{i}.{name}": actions[0] for i in (0, 3) for name in (stats, f"{stats}_after_merge")}
   outputs |= {"train.normalized_actions": actions, "train.loss_l1": np.float32(0)}
@@ -200,8 +201,8 @@ def other_folder(pairs: list, views: int, switches: dict) -> tuple:
   headers = {f"{name}.blocks.0.mlp.fc1.weight": np.zeros((22, 1)) for name in ("featurizer", "fused_featurizer")}
   headers |= {"featurizer.reg_token": np.zeros((1, 2, 12)), "featurizer.blocks.0.ls1.gamma": np.zeros(12)}
   fields = whole.semantic_fields(config) | dict(chunk=3, action_dim=7, proprio_dim=4, num_views=views)
-  model = build(dict(variant=files.variant_of(config, headers)) | fields)
-  shapes = checkpoints.source_shapes(semanticvla.rules_for(model), full_size.shapes_of(model))
+  model = build(dict(variant=fixtures.variant_of(config, headers)) | fields)
+  shapes = checkpoints.source_shapes(semanticvla.rules_for(model), key_coverage.shapes_of(model))
   inputs = checkpoints.random({"predict0.pixel_values": (1, 6 * views, 12, 12), "predict0.proprio": (1, 4)}, seed=1)
   inputs |= {"predict0.input_ids": np.array([[1, 9, 11]]), "predict0.instruction_ids": np.array([[5, 3, 8, 0, 0, 0]])}
   return config, checkpoints.random(shapes), inputs, {"predict0.unnormalized_actions": np.zeros((3, 7), np.float32)}

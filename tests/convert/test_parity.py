@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from semanticvla_jax.convert import llama, table, text, verify, vit
+from semanticvla_jax.convert.check import torch_models
+from semanticvla_jax.convert.rules import engine, llama, text, vit
 from semanticvla_jax.models import masks
 from semanticvla_jax.models.llama import Llama
 from semanticvla_jax.models.text import TextEncoder
@@ -31,12 +32,12 @@ def torch_model(cls, config, seed):
 def converted(model, rules, init, strip="", unused=None):
   source = {k.removeprefix(strip): v.numpy() for k, v in model.state_dict().items()}
   target = {k: tuple(x.shape) for k, x in flatten_dict(jax.eval_shape(init)["params"], sep="/").items()}
-  return {"params": unflatten_dict(table.convert(rules, unused or {}, source, target), sep="/")}
+  return {"params": unflatten_dict(engine.convert(rules, unused or {}, source, target), sep="/")}
 
 
 def assert_close(ours, theirs):
   theirs = theirs.detach().numpy()
-  assert np.abs(np.asarray(ours) - theirs).max() / max(1, np.abs(theirs).max()) < verify.TOLERANCE
+  assert np.abs(np.asarray(ours) - theirs).max() / max(1, np.abs(theirs).max()) < against_torch.TOLERANCE
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def highest_precision():
 
 def test_siglip_vision(seed):
   ours = ViT(**OURS, gelu="tanh")
-  model = torch_model(transformers.SiglipVisionModel, verify.siglip_config(ours, 3, vision_use_head=True), seed)
+  model = torch_model(transformers.SiglipVisionModel, torch_models.siglip_config(ours, 3, vision_use_head=True), seed)
   pixels = np.random.default_rng(seed).standard_normal((2, 32, 32, 3)).astype(np.float32)
   params = converted(model, vit.hf_siglip(), lambda: ours.init(jax.random.key(0), jnp.asarray(pixels)), "vision_model.")
   tokens, pooled = ours.apply(params, jnp.asarray(pixels))
@@ -58,7 +59,7 @@ def test_siglip_vision(seed):
 
 def test_siglip_text(seed):
   ours = TextEncoder(vocab=40, positions=10, width=32, depth=3, num_heads=4, mlp_dim=64)
-  model = torch_model(transformers.SiglipTextModel, verify.siglip_text_config(ours), seed)
+  model = torch_model(transformers.SiglipTextModel, torch_models.siglip_text_config(ours), seed)
   ids = np.random.default_rng(seed).integers(2, 40, (2, 10))
   mask = np.arange(10) < np.array([[10], [6]])
 
@@ -80,7 +81,7 @@ def test_siglip_text(seed):
 
 def test_dinov2_with_registers(seed):
   ours = ViT(**OURS, registers=4, layer_scale=1.0)
-  model = torch_model(transformers.Dinov2WithRegistersModel, verify.dinov2_config(ours, 3), seed)
+  model = torch_model(transformers.Dinov2WithRegistersModel, torch_models.dinov2_config(ours, 3), seed)
   pixels = np.random.default_rng(seed).standard_normal((2, 32, 32, 3)).astype(np.float32)
 
   def forward(module, pixels):
@@ -105,7 +106,7 @@ def test_dinov2_with_registers(seed):
 @pytest.mark.parametrize("scan", [True, False])
 def test_llama(seed, scan):
   ours = Llama(vocab=40, width=32, depth=3, num_heads=4, mlp_dim=72, scan=scan)
-  model = torch_model(transformers.LlamaModel, verify.llama_config(ours, depth=3, vocab=40), seed)
+  model = torch_model(transformers.LlamaModel, torch_models.llama_config(ours, depth=3, vocab=40), seed)
   ids = np.random.default_rng(seed).integers(0, 40, (2, 9))
   valid = jnp.asarray(np.arange(9) < np.array([[9], [6]]))
 
@@ -114,7 +115,7 @@ def test_llama(seed, scan):
     return module(module.embed_tokens(ids), masks.positions(valid), allowed)[0]
 
   rules = [r for r in llama.hf_llama() if "lm_head" not in r.target]
-  rules = [table.Rule(r.target, r.source.removeprefix("model."), r.pattern) for r in rules]
+  rules = [engine.Rule(r.target, r.source.removeprefix("model."), r.pattern) for r in rules]
   params = converted(model, rules, lambda: ours.init(jax.random.key(0), jnp.asarray(ids), method=forward))
   theirs = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(np.asarray(valid)).long()).last_hidden_state
   assert_close(

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from semanticvla_jax.convert import companions, mapping, semanticvla, to_torch
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert import openvla_layout, to_torch
+from semanticvla_jax.convert.detect import recognize
+from semanticvla_jax.convert.plan import parameter_shapes
+from semanticvla_jax.convert.rules import semanticvla
 from semanticvla_jax.convert.to_orbax import not_finite, to_orbax
 from semanticvla_jax.models.semanticvla import build
 
@@ -41,7 +43,7 @@ def random_model(rng):
 def random_source(rng, folder, model, dtype):
   """Shards of the parameters of `model`, split anyhow, some keys with a wrapper's prefix; heads beside them."""
   bare = build(model)
-  shapes = checkpoints.source_shapes(semanticvla.rules_for(bare), mapping.parameter_shapes(bare, bare))
+  shapes = checkpoints.source_shapes(semanticvla.rules_for(bare), parameter_shapes(bare, bare))
   arrays = checkpoints.random(shapes, dtype, seed=int(rng.integers(1 << 30)))
   folder.mkdir()
   shards, weight_map = [{} for _ in range(rng.integers(1, 6))], {}
@@ -49,7 +51,7 @@ def random_source(rng, folder, model, dtype):
     role = key.split(".")[0]
     if role in ("action_head", "proprio_projector"):
       continue
-    name = ("module." if rng.integers(2) else "") + companions.hub_name(key)
+    name = ("module." if rng.integers(2) else "") + openvla_layout.hub_name(key)
     i = int(rng.integers(len(shards)))
     shards[i][name] = x
     weight_map[name] = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -74,7 +76,7 @@ def test_there_and_back_is_bit_equal(seed, tmp_path):
   report = to_orbax([tmp_path / "source"], tmp_path / "policy", config, need_statistics=False)
   assert not report["not_finite"] and not report["dtype_changes"]
   to_torch.to_torch(tmp_path / "policy", tmp_path / "back", shard=int(rng.integers(1, 200_000)))
-  back = recognise([tmp_path / "back"]).tensors
+  back = recognize([tmp_path / "back"]).tensors
   assert set(back) == set(arrays)
   for key, x in arrays.items():
     got = back[key].read()

@@ -5,7 +5,7 @@ import math
 import full_size
 import numpy as np
 
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert.detect import recognize
 
 
 def test_the_real_size():
@@ -18,7 +18,7 @@ def test_a_checkpoint_is_recognised_and_random(tmp_path, monkeypatch):
   monkeypatch.setattr(full_size, "shapes", lambda layers: small)
   monkeypatch.setattr(full_size, "_BLOCK", 1 << 12)
   total = full_size.write(tmp_path / "source", layers=2, shard=5_000)
-  source = recognise([tmp_path / "source"])
+  source = recognize([tmp_path / "source"])
   assert source.kind == "openvla-7b" and len(source.tensors) == len(small) and len(source.paths) > 3
   assert sum(x.nbytes for x in source.tensors.values()) == total and source.statistics
   x = source.tensors["projector.fc1.weight"].read().astype(np.float32)

@@ -10,8 +10,9 @@ import pytest
 import test_towers as towers
 
 from semanticvla_jax import checkpoint
-from semanticvla_jax.convert import __main__, settings, to_torch, verify
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert import __main__, settings, to_torch
+from semanticvla_jax.convert.check import against_torch
+from semanticvla_jax.convert.detect import recognize
 from semanticvla_jax.convert.to_orbax import to_orbax
 from semanticvla_jax.models import llama, masks
 from semanticvla_jax.models.semanticvla import DEFAULTS, build
@@ -72,7 +73,7 @@ def source(tmp_path_factory):
 
 
 def carried(folder, config=CONFIG):
-  return settings.carry(recognise([folder]), config)
+  return settings.carry(recognize([folder]), config)
 
 
 def test_the_real_configuration_passes_and_leaves_the_config_alone(source):
@@ -194,18 +195,18 @@ def test_files_that_disagree_are_refused(what, source):
 
 def test_a_base_and_its_fine_tune_must_agree(source, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({"model_type": "openvla", "text_config": {"rms_norm_eps": 1e-5}}))
-  new, _ = settings.carry(recognise([source(), tmp_path / "config.json"]), CONFIG)
+  new, _ = settings.carry(recognize([source(), tmp_path / "config.json"]), CONFIG)
   assert new["model"]["variant"]["llm"]["eps"] == 1e-5  # the base leaves it out
   with pytest.raises(ValueError, match="disagree"):
-    settings.carry(recognise([source(text={"rms_norm_eps": 1e-6}), tmp_path / "config.json"]), CONFIG)
+    settings.carry(recognize([source(text={"rms_norm_eps": 1e-6}), tmp_path / "config.json"]), CONFIG)
 
 
 def test_a_config_beside_files_that_are_named_alone_counts_where_it_is_theirs(source):
   folder, said = source(text={"rope_theta": 1e6}), []
-  new, _ = settings.carry(recognise(sorted(folder.glob("model-*.safetensors"))), CONFIG)
+  new, _ = settings.carry(recognize(sorted(folder.glob("model-*.safetensors"))), CONFIG)
   assert new["model"]["variant"]["llm"]["theta"] == 1e6
   source(model_type="siglip")
-  new, _ = settings.carry(recognise(sorted(folder.glob("model-*.safetensors"))), CONFIG, None, said.append)
+  new, _ = settings.carry(recognize(sorted(folder.glob("model-*.safetensors"))), CONFIG, None, said.append)
   assert new == CONFIG and any("belongs to another model" in line for line in said)
 
 
@@ -241,12 +242,12 @@ def test_a_policy_computes_with_what_was_carried_and_verify_sees_a_difference(so
   back = tmp_path / "back"
   source(text={"rope_theta": 3.0, "rms_norm_eps": 1e-2})
   to_torch.to_torch(policy, back)
-  assert plain(settings.carry(recognise([back]), CONFIG)[0]) == config
+  assert plain(settings.carry(recognize([back]), CONFIG)[0]) == config
   bare = json.loads((policy / "conversion.json").read_text()) | {"source_config": {}}
   (policy / "conversion.json").write_text(json.dumps(bare))  # as of a policy that was trained here
   to_torch.to_torch(policy, tmp_path / "bare")
-  assert plain(settings.carry(recognise([tmp_path / "bare"]), CONFIG)[0]) == config
-  assert verify.verify([tmp_path / "bare"], policy)[0][0].error < verify.TOLERANCE
+  assert plain(settings.carry(recognize([tmp_path / "bare"]), CONFIG)[0]) == config
+  assert against_torch.verify([tmp_path / "bare"], policy)[0][0].error < against_torch.TOLERANCE
 
 
 TOWERS = {  # kind: (config.json, preprocessor_config.json), what comes of it

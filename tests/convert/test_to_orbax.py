@@ -16,8 +16,11 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from semanticvla_jax import checkpoint
-from semanticvla_jax.convert import __main__, mapping, semanticvla, table
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert import __main__
+from semanticvla_jax.convert import to_orbax as module
+from semanticvla_jax.convert.detect import recognize
+from semanticvla_jax.convert.plan import make_plan, parameter_shapes, unused
+from semanticvla_jax.convert.rules import engine, semanticvla
 from semanticvla_jax.convert.to_orbax import to_orbax
 from semanticvla_jax.models import lora
 from semanticvla_jax.models.semanticvla import build
@@ -27,10 +30,10 @@ RELEASE = {"rank": 4, "alpha": 8, "targets": "release"}
 
 def expected(sources, model_config):
   """The same parameters through the in-memory engine."""
-  source, model = recognise(sources), build(model_config)
+  source, model = recognize(sources), build(model_config)
   arrays = {key: tensor.read() for key, tensor in source.tensors.items()}
-  return table.convert(
-    semanticvla.rules_for(model), mapping.unused(model), arrays, mapping.parameter_shapes(model, model)
+  return engine.convert(
+    semanticvla.rules_for(model), unused(model), arrays, parameter_shapes(model, model)
   )
 
 
@@ -168,7 +171,7 @@ BAD = {
 def test_a_source_that_does_not_fit_is_listed_and_nothing_written(what, tmp_path):
   change, message = BAD[what]
   folder = checkpoints.openvla(tmp_path / "source", change)
-  with pytest.raises(table.Mismatch, match=message):
+  with pytest.raises(engine.Mismatch, match=message):
     to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"))
   assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
@@ -195,14 +198,13 @@ def test_a_target_that_cannot_be_written_is_refused(tmp_path):
 
 def test_a_source_damaged_after_the_plan_leaves_nothing(tmp_path, monkeypatch):
   folder = checkpoints.openvla(tmp_path / "source")
-  make_plan = mapping.make_plan
 
   def cut(*args, **kwargs):
     plan = make_plan(*args, **kwargs)
     os.truncate(folder / "model-00002-of-00002.safetensors", 20_000)
     return plan
 
-  monkeypatch.setattr(mapping, "make_plan", cut)
+  monkeypatch.setattr(module, "make_plan", cut)
   with pytest.raises(ValueError, match="became shorter"):
     to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"))
   assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
@@ -283,8 +285,6 @@ def test_companions_of_pytorch(tmp_path):
 
 def test_a_source_that_cannot_be_hashed_is_heard_of(monkeypatch, tmp_path):
   """Whatever stops the thread that hashes: nobody waits for it for ever."""
-  from semanticvla_jax.convert import to_orbax as module
-
   def broken(path):
     raise MemoryError("no room for a block")
 

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from semanticvla_jax import checkpoint
-from semanticvla_jax.convert import __main__, compare, to_torch
-from semanticvla_jax.convert.source import recognise
+from semanticvla_jax.convert import __main__, to_torch
+from semanticvla_jax.convert.check import diff
+from semanticvla_jax.convert.detect import recognize
 from semanticvla_jax.convert.to_orbax import to_orbax
 
 RELEASE = {"rank": 4, "alpha": 8, "targets": "release"}
@@ -24,7 +25,7 @@ RELEASE = {"rank": 4, "alpha": 8, "targets": "release"}
 def test_round_trip(name, made, tmp_path):
   folder, policy = made(name)
   report = to_torch.to_torch(policy, tmp_path / "back", shard=1_000_000)
-  before, after = recognise([folder]), recognise([tmp_path / "back"])
+  before, after = recognize([folder]), recognize([tmp_path / "back"])
   conversion = json.loads((policy / "conversion.json").read_text())
   assert set(before.tensors) - set(after.tensors) == set(conversion["unused"])
   assert not set(after.tensors) - set(before.tensors) and not report["from_base"]
@@ -70,7 +71,7 @@ def test_names_are_the_official_ones(made, tmp_path):
 def test_the_base_gives_what_the_model_does_not_have(made, tmp_path):
   folder, policy = made("openvla")
   report = to_torch.to_torch(policy, tmp_path / "back", base=folder)
-  before, after = recognise([folder]), recognise([tmp_path / "back"])
+  before, after = recognize([folder]), recognize([tmp_path / "back"])
   assert len(report["from_base"]) == 30 and set(before.tensors) == set(after.tensors)
   assert (tmp_path / "back" / "tokenizer.model").read_bytes() == b"pieces"
   stored = {k: x for path in folder.glob("model-*") for k, x in load_file(path).items()}
@@ -83,7 +84,7 @@ def test_bfloat16_survives(tmp_path):
   folder = checkpoints.openvla(tmp_path / "source", half)
   to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"))
   to_torch.to_torch(tmp_path / "policy", tmp_path / "back")
-  rows = compare.diff(folder, tmp_path / "back")
+  rows = diff.diff(folder, tmp_path / "back")
   assert {row.note for row in rows} == {"", "only in the first"} and {row.maximum for row in rows} == {0.0, np.inf}
 
 
@@ -92,7 +93,7 @@ def test_adapters_are_folded_in_and_marked(adapted, tmp_path):
   config = checkpoints.config("lora_checkpoint", RELEASE)
   for name, policy in policies.items():
     to_torch.to_torch(policy, tmp_path / name)
-    assert all(row.maximum == 0 and not row.note for row in compare.diff(policies["merge"], tmp_path / name))
+    assert all(row.maximum == 0 and not row.note for row in diff.diff(policies["merge"], tmp_path / name))
   mark = json.loads((tmp_path / "keep" / "config.json").read_text())["semanticvla_jax"]
   assert mark["merged"] and mark["lora"] == RELEASE
   with pytest.raises(ValueError, match="Adapter on a merged base"):
@@ -102,7 +103,7 @@ def test_adapters_are_folded_in_and_marked(adapted, tmp_path):
 def test_adapters_kept_apart_come_back_bit_for_bit(adapted, tmp_path):
   sources, policies, _ = adapted
   report = to_torch.to_torch(policies["keep"], tmp_path / "back", lora="keep")
-  before, after = recognise(sources), recognise([tmp_path / "back"])
+  before, after = recognize(sources), recognize([tmp_path / "back"])
   assert after.kind == "SemanticVLA" and not after.folded and after.adapter["r"] == RELEASE["rank"]
   for key, tensor in after.tensors.items():
     assert tensor.read().tobytes() == before.tensors[key].read().tobytes(), key
@@ -149,14 +150,14 @@ def test_diff_says_where(made, tmp_path, capsys):
   assert __main__.main(["diff", str(policy), str(folder)]) == 0
   assert "144 tensors, 144 equal, 0 different" in capsys.readouterr().out
   for a, b, name in ((policy, other, "sparse_fuser/projector/Dense_0/kernel"), (folder, other, "projector.fc1.weight")):
-    (row,) = [row for row in compare.diff(a, b) if row.maximum > 0]
+    (row,) = [row for row in diff.diff(a, b) if row.maximum > 0]
     assert row.name == name and row.maximum == pytest.approx(1, abs=1e-6) and 0 < row.relative
 
 
 def test_inspect_reads_both_formats(made, tmp_path, capsys, monkeypatch):
   folder, policy = made("openvla")
-  monkeypatch.setattr("semanticvla_jax.convert.folder.PolicyFolder.read", None)
-  monkeypatch.setattr("semanticvla_jax.convert.uncached.read", None)  # no weight is read
+  monkeypatch.setattr("semanticvla_jax.convert.io.orbax_reader.PolicyFolder.read", None)
+  monkeypatch.setattr("semanticvla_jax.convert.io.direct_io.read", None)  # no weight is read
   assert __main__.main(["inspect", str(policy)]) == 0
   out = capsys.readouterr().out
   assert (

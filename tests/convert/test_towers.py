@@ -7,8 +7,9 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from semanticvla_jax import checkpoint
-from semanticvla_jax.convert import mapping, verify
-from semanticvla_jax.convert.source import TOWERS, Source
+from semanticvla_jax.convert.check import against_torch
+from semanticvla_jax.convert.plan import parameter_shapes
+from semanticvla_jax.convert.rules.layouts import LAYOUTS
 from semanticvla_jax.convert.to_orbax import to_orbax
 from semanticvla_jax.models.semanticvla import build
 
@@ -36,13 +37,16 @@ SPARE = {  # what published files hold beyond our towers
 }
 
 
+def prefixes_of(kind):
+  return tuple(tower.ours for tower in LAYOUTS[kind].towers)
+
+
 def tensors(kind):
   """Random weights under the names of transformers 5, timm or big_vision."""
-  prefixes = TOWERS[kind][1]
-  target = mapping.parameter_shapes(MODEL, MODEL)
+  prefixes = prefixes_of(kind)
+  target = parameter_shapes(MODEL, MODEL)
   target = {path: shape for path, shape in target.items() if path.startswith(prefixes) and "/film/" not in path}
-  rules, _ = mapping.tower_rules(Source(kind, (), {}, {}, {}, None, None, None, False), target)
-  shapes = checkpoints.source_shapes(rules, target)
+  shapes = checkpoints.source_shapes(LAYOUTS[kind].tower_rules(target), target)
   if kind == "DINOv2, Hugging Face":
     n, width = MODEL.dino.num_patches, MODEL.dino.width
     shapes |= {"embeddings.position_embeddings": (1, n + 1, width), "embeddings.cls_token": (1, 1, width)}
@@ -134,7 +138,7 @@ def test_a_tower_is_converted(kind, towers):
   files = checkpoint.load_policy(policy)
   got = flatten_dict(files.params, sep="/")
   assert report["kind"] == kind == files.metadata["origin"]
-  assert files.metadata["parts"] == [prefix.rstrip("/") for prefix in TOWERS[kind][1]]
+  assert files.metadata["parts"] == [prefix.rstrip("/") for prefix in prefixes_of(kind)]
   assert len(report["unused"]) == len([key for key in SPARE[kind] if key not in ("t", "b")])
   for path, make in EXPECTED[kind].items():
     np.testing.assert_array_equal(got[path], make(stored))
@@ -146,6 +150,6 @@ def test_a_tower_says_what_pytorchs_class_says(kind, towers):
   pytest.importorskip("torch", reason="needs torch: run `make parity`")
   pytest.importorskip("transformers", reason="needs transformers: run `make parity`")
   path, _, policy, _ = towers(kind)
-  rows, left = verify.verify([path], policy)
-  assert [row.stage for row in rows] == [prefix.rstrip("/") for prefix in TOWERS[kind][1]] and not left
-  assert max(row.error for row in rows) < verify.TOLERANCE
+  rows, left = against_torch.verify([path], policy)
+  assert [row.stage for row in rows] == [prefix.rstrip("/") for prefix in prefixes_of(kind)] and not left
+  assert max(row.error for row in rows) < against_torch.TOLERANCE

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs import aloha, libero
-from semanticvla_jax.convert.full_size import lora_difference, release_counts, shapes_of
+from semanticvla_jax.convert.check.key_coverage import lora_difference, release_counts, shapes_of
 from semanticvla_jax.models.lora import LoRA
 from semanticvla_jax.models.semanticvla import build
 

@@ -1,0 +1,1 @@
+"""Comparing checkpoints and models: against PyTorch, against stored outputs, against each other."""

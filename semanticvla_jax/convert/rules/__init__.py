@@ -1,0 +1,1 @@
+"""Conversion rules: the engine that applies them, and one module for each family of weights."""
