@@ -28,7 +28,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, UInt8
 
-from semanticvla_jax import checkpoint, cli
+from semanticvla_jax import cli, policy_folder
 from semanticvla_jax.data import images, statistics, text
 from semanticvla_jax.models import checks, lora
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
@@ -167,7 +167,7 @@ class Policy:
       dataset: whose statistics to use; needed where the policy was trained on several.
       adapters: "merge" folds LoRA into the kernels, "keep" runs it beside them; of no effect on a merged policy.
       dtype: of parameters and computation; None for the ones it was trained with.
-      sharding, verify: see `checkpoint.load_policy`.
+      sharding, verify: see `policy_folder.load_policy`.
       **options: batch_sizes, replay and gripper of the constructor.
 
     Raises:
@@ -176,7 +176,7 @@ class Policy:
     """
     if dtype not in (None, *checks.CHOICES["dtype"]):
       raise ValueError(f"Policy: got dtype={dtype!r}; expected one of {checks.CHOICES['dtype']}; choose one, or None.")
-    files = checkpoint.load_policy(folder, sharding=sharding, dtype=dtype, verify=verify)
+    files = policy_folder.load_policy(folder, sharding=sharding, dtype=dtype, verify=verify)
     run = {"scan_encoders": False}  # compiled once: the loop would stack the encoders' weights at every call
     run |= {} if dtype is None else {"dtype": dtype}
     config = files.config | {"model": files.config["model"] | run}
@@ -196,7 +196,7 @@ class Policy:
     key = names[0] if dataset is None else dataset
     entries = {name: statistics.from_openvla(one, f"statistics.json: {name}") for name, one in files.statistics.items()}
     facts = {k: files.metadata.get(k) for k in ("package_version", "created", "step", "merged", "parameters")}
-    facts |= {"policy_hash": checkpoint.policy_hash(folder), "dataset": key, "folder": str(files.folder)}
+    facts |= {"policy_hash": policy_folder.policy_hash(folder), "dataset": key, "folder": str(files.folder)}
     stats, tokenizers = statistics.select(entries, key), _tokenizers(files.tokenizers, config, bare)
     return cls(model, params, stats, tokenizers, config, metadata=facts, **options)
 

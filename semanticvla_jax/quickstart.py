@@ -99,7 +99,7 @@ def outdated(results: Path, command: Sequence[str], policies: Mapping[str, Path]
     command: of the evaluation, with all its flags.
     policies: folders by the kind of their row in the results.
   """
-  from semanticvla_jax import checkpoint  # takes seconds to import, and most runs do not need it
+  from semanticvla_jax import policy_folder  # takes seconds to import, and most runs do not need it
 
   try:
     found = json.loads(results.read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def outdated(results: Path, command: Sequence[str], policies: Mapping[str, Path]
   if other := [flag for flag in command if flag not in flags]:
     return f"was measured without {' '.join(other)}"
   there = [kind for kind in policies if kind in hashes or found.get("finished", True)]  # others are yet to be measured
-  other = [kind for kind in there if hashes.get(kind) != checkpoint.policy_hash(policies[kind])]
+  other = [kind for kind in there if hashes.get(kind) != policy_folder.policy_hash(policies[kind])]
   return f"was measured with another {' and another '.join(other)}" if other else None
 
 

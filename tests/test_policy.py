@@ -10,7 +10,7 @@ import policies
 import pytest
 from helpers import jit_apply, random_params, tiny
 
-from semanticvla_jax import checkpoint, policy
+from semanticvla_jax import policy, policy_folder
 from semanticvla_jax.data import images, statistics, text
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.types import Observation
@@ -29,9 +29,9 @@ def folder(tmp_path_factory):
   root = tmp_path_factory.mktemp("policies")
   entries = {"tabletop_place": statistics.to_openvla(policies.stats())}
   common = dict(statistics=entries, tokenizers=text.EMBEDDED)
-  checkpoint.save_policy(root / "plain", random_params(tiny()), config=policies.CONFIG, **common)
+  policy_folder.save_policy(root / "plain", random_params(tiny()), config=policies.CONFIG, **common)
   config = policies.CONFIG | {"lora": {"rank": policies.RANK, "alpha": policies.ALPHA, "targets": "release"}}
-  checkpoint.save_policy(root / "adapted", policies.adapted()[1], config=config, **common)
+  policy_folder.save_policy(root / "adapted", policies.adapted()[1], config=config, **common)
   return root
 
 
@@ -164,7 +164,7 @@ def test_a_saved_policy_acts_like_the_one_in_memory(folder, ready):
   seen = policies.observation()
   np.testing.assert_allclose(loaded.infer(seen)["actions"], ready.infer(seen)["actions"], atol=1e-5)
   facts = loaded.metadata
-  assert facts["policy_hash"] == checkpoint.policy_hash(folder / "plain")
+  assert facts["policy_hash"] == policy_folder.policy_hash(folder / "plain")
   assert (facts["dataset"], facts["chunk"], facts["image_size"]) == ("tabletop_place", 8, 32)
   assert (loaded.tokenizers.prompt_length, loaded.tokenizers.instruction_length) == (40, 32)
   half = Policy.load(folder / "plain", dtype="bfloat16", batch_sizes=())
@@ -342,7 +342,7 @@ def test_parts_that_do_not_fit_say_why(folder):
     policies.policy(config=policies.CONFIG | {"data": {"normalisation": "q90"}})
   entries = dict.fromkeys(("tabletop_pick", "tabletop_place"), statistics.to_openvla(stats))
   config = policies.CONFIG | {"data": {}}
-  checkpoint.save_policy(folder / "two", params, config=config, statistics=entries, tokenizers=text.EMBEDDED)
+  policy_folder.save_policy(folder / "two", params, config=config, statistics=entries, tokenizers=text.EMBEDDED)
   with pytest.raises(ValueError, match=r"several datasets: got \['tabletop_pick', 'tabletop_place'\]"):
     Policy.load(folder / "two")
   chosen = Policy.load(folder / "two", dataset="tabletop_pick", batch_sizes=())

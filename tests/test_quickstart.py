@@ -11,7 +11,7 @@ import pytest
 from helpers import random_params
 from policies import stats
 
-from semanticvla_jax import checkpoint, files, quickstart
+from semanticvla_jax import files, policy_folder, quickstart
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.models.semanticvla import build
 
@@ -40,7 +40,7 @@ def command(tmp_path_factory):
   config = space["get_config"]()
   config.lora = None
   config = json.loads(config.to_json_best_effort())
-  checkpoint.save_policy(
+  policy_folder.save_policy(
     folder / "base", random_params(build(config["model"])), config=config, tokenizers=text.EMBEDDED,
     statistics={"tabletop_pick": statistics.to_openvla(stats())},
   )
@@ -94,7 +94,7 @@ def test_a_stage_that_fails_ends_the_command(tmp_path, command, capfd):
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
   """(the command's arguments, its evaluation): a report of just that evaluation is there."""
-  monkeypatch.setattr(checkpoint, "policy_hash", lambda folder: f"hash of {folder.name}")
+  monkeypatch.setattr(policy_folder, "policy_hash", lambda folder: f"hash of {folder.name}")
   args = quickstart._arguments([f"--out={tmp_path}", "--episodes=4"])
   command = quickstart.evaluate(args)
   names = {"policy": "policy", "baseline": quickstart.BASE.name}
@@ -122,7 +122,7 @@ def test_a_report_of_another_evaluation_is_set_aside(measured, change, capsys):
 
 def test_a_report_of_another_policy_or_a_broken_one_is_set_aside(measured, monkeypatch, capsys):
   args, command = measured
-  monkeypatch.setattr(checkpoint, "policy_hash", lambda folder: f"newer hash of {folder.name}")
+  monkeypatch.setattr(policy_folder, "policy_hash", lambda folder: f"newer hash of {folder.name}")
   assert quickstart.evaluate(args) == command
   assert "was measured with another policy and another baseline: kept as" in capsys.readouterr().out
   (args.out / "report").mkdir()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from semanticvla_jax import checkpoint, files
+from semanticvla_jax import files, policy_folder
 from semanticvla_jax.convert.io import orbax_writer, swap
 from semanticvla_jax.convert.io.orbax_reader import PolicyFolder
 from semanticvla_jax.convert.io.orbax_writer import ArraySpec, Piece
@@ -83,7 +83,7 @@ def _pieces(folder: PolicyFolder, arrays: Mapping[str, ArraySpec]) -> Iterator[P
 
 def _check_still_there(folder: PolicyFolder) -> None:
   """Raises ValueError where another run replaced the policy before this one was alone with it."""
-  if checkpoint.read_policy_json(folder.folder)[2] != folder.metadata:
+  if policy_folder.read_policy_json(folder.folder).metadata != folder.metadata:
     raise ValueError(
       f"Policy {folder.folder} changed meanwhile: got another metadata.json than at first; expected one run at a time; "
       "run it again."

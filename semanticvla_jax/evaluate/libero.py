@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from semanticvla_jax import checkpoint, files
+from semanticvla_jax import files, policy_folder
 from semanticvla_jax.data import text
 from semanticvla_jax.evaluate import controls, folder, libero_checks, progress, report, rollout_pool
 from semanticvla_jax.evaluate.evaluation import Benchmark, Evaluation, Job, SuiteRun
@@ -195,7 +195,7 @@ def load(args: argparse.Namespace, suite: str) -> Any:
     replan_steps = args.replan_steps or PROTOCOLS[args.protocol].replan_steps
     return _recorded(args.recorded, suite, tuple(seeds(args, suite)), replan_steps)
   sizes = sorted({args.workers, *(2**i for i in range(args.workers.bit_length()))})
-  dataset = args.dataset or libero_checks.dataset_for([*checkpoint.read_policy_json(args.policy)[1]], suite)
+  dataset = args.dataset or libero_checks.dataset_for([*policy_folder.read_policy_json(args.policy).statistics], suite)
   return Policy.load(args.policy, dataset=dataset, dtype=args.dtype, batch_sizes=sizes)
 
 

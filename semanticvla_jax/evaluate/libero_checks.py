@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics
 from semanticvla_jax.evaluate import controls, folder
 from semanticvla_jax.evaluate.evaluation import check_minimum
@@ -87,7 +87,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 def _check_policy(args: argparse.Namespace, suite: str) -> None:
   """Raises ValueError unless a policy has statistics of a suite and is for LIBERO's robot; reads no parameters."""
-  config, entries, _ = checkpoint.read_policy_json(args.policy)
+  config, entries, _ = policy_folder.read_policy_json(args.policy)
   dataset = args.dataset or dataset_for([*entries], suite)
   stats = statistics.select({name: statistics.from_openvla(one, name) for name, one in entries.items()}, dataset)
   model = build(config["model"])
@@ -131,14 +131,14 @@ def check_found(args: argparse.Namespace, out: pathlib.Path) -> None:
     now = {
       "max_steps": wanted.max_steps or suites.MAX_STEPS[suite], "protocol": args.protocol,
       "quaternion": wanted.quaternion, "wait_steps": wanted.wait_steps,
-      "policy_hash": checkpoint.policy_hash(args.policy) if args.policy else hashed,
+      "policy_hash": policy_folder.policy_hash(args.policy) if args.policy else hashed,
     }  # fmt: skip
     noted = {name: before.get(name) for name in now} | {"policy_hash": hashed}
     folder.gone_on(noted, now, out / f"{suite}_fingerprint.json")
 
 
 def _report_skipped(policy: str, names: Sequence[str]) -> None:
-  model = build(config := checkpoint.read_policy_json(policy)[0]["model"])
+  model = build(config := policy_folder.read_policy_json(policy).config["model"])
   if skipped := [name for name in names if name not in controls.applying(config, model.prunes_by_instruction, names)]:
     logging.warning("Controls skipped, because they change nothing in this policy: %s", ", ".join(skipped))
 

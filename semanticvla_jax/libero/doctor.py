@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from semanticvla_jax import checkpoint, cli
+from semanticvla_jax import cli, policy_folder
 from semanticvla_jax.data import images, statistics
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.libero import opengl, simulator, suites
@@ -251,7 +251,7 @@ def policy(
   Raises:
     ValueError: it is no policy folder.
   """
-  config, entries, _ = checkpoint.read_policy_json(folder)
+  config, entries, _ = policy_folder.read_policy_json(folder)
   names = [dataset] if dataset else [*entries]
   found = [key(names, suite), crop(config), action_block(config), pruner_text(config)]
   found.append(image_path(config, PROTOCOLS[protocol].jpeg_quality))
@@ -352,7 +352,7 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   try:
     if args.suite is None:
-      found = suites_of([args.dataset] if args.dataset else [*checkpoint.read_policy_json(args.policy)[1]])
+      found = suites_of([args.dataset] if args.dataset else [*policy_folder.read_policy_json(args.policy).statistics])
       args.suite = found[0]
       print(f"suite: {args.suite}, of those that the policy has statistics of: {', '.join(found)}")
     suites.check(suites.Settings(

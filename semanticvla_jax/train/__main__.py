@@ -32,10 +32,11 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from semanticvla_jax import checkpoint, cli, sources
+from semanticvla_jax import cli, policy_folder, sources
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.train import (
   base_settings,
+  checkpoints,
   command_line,
   config_checks,
   distributed,
@@ -82,7 +83,7 @@ def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict,
   wanted = init.shapes(model, bare, config.trainable, config.frozen_dtype)
   sharding.check(wanted, mesh, rule)
   folders, random = init.bases(config.init_from)
-  found = {folder: checkpoint.read_policy_shapes(folder) for folder in folders}  # before any weight is read
+  found = {folder: policy_folder.read_policy_shapes(folder) for folder in folders}  # before any weight is read
   taken, new = init.origins(wanted, found, config.trainable, random)
   params = init.draw(model, bare, config.seed, new, sharding.param_sharding(new, mesh, rule)) if new else {}
   check_bases(config, taken)
@@ -99,13 +100,13 @@ def check_bases(config: Any, taken: dict[str, list[str]]) -> None:
   here = epath.Path(config.data.tokenizers or text.EMBEDDED)
   for folder, paths in taken.items():
     there = epath.Path(folder).expanduser() / "tokenizers"
-    base_settings.check(folder, checkpoint.read_policy_json(folder)[0], config, paths)
+    base_settings.check(folder, policy_folder.read_policy_json(folder).config, config, paths)
     base_settings.check_tokenizers(folder, there if there.exists() else None, here, paths)
 
 
-def load_base(folder: str, mesh: Any, rule: sharding.Rule) -> checkpoint.PolicyFiles:
+def load_base(folder: str, mesh: Any, rule: sharding.Rule) -> policy_folder.PolicyFiles:
   """A policy folder with its parameters on the mesh."""
-  return checkpoint.load_policy(
+  return policy_folder.load_policy(
     folder,
     sharding=lambda tree: sharding.param_sharding(tree, mesh, rule),
     verify=jax.process_count() == 1,  # hashing would gather every parameter on every host
@@ -145,9 +146,9 @@ def prepare(config: Any, deadline: float, aux_loss: stepping.AuxLoss | None = No
   return Prepared(mesh, bare, tokenizers, base_statistics, state, frozen, step)
 
 
-def open_checkpoints(config: Any, workdir: Path) -> checkpoint.Checkpointer:
+def open_checkpoints(config: Any, workdir: Path) -> checkpoints.Checkpointer:
   """The workdir's checkpoints, kept as the config says."""
-  return checkpoint.Checkpointer(
+  return checkpoints.Checkpointer(
     workdir, config.train.keep_last, config.train.save_every, config.train.get("keep_every")
   )
 
@@ -279,7 +280,7 @@ def write_policy(
   distributed.meet("policy", deadline)
   params = combine(optimizer.average_of(state.optimizer, state.trainable), frozen)
   return type(workdir)(
-    checkpoint.save_policy(
+    policy_folder.save_policy(
       target,
       params if aux_loss is None else aux_loss.strip(params),
       config=resume.plain(config),

@@ -14,9 +14,9 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics, text
-from semanticvla_jax.train import init, inputs
+from semanticvla_jax.train import checkpoints, init, inputs
 
 # Config fields that runs of earlier versions did not store, with the value they had.
 LATER = {
@@ -38,7 +38,7 @@ def plain(config: Any) -> dict:
   return json.loads(config.to_json_best_effort())
 
 
-def restore(checkpointer: checkpoint.Checkpointer, state: Any, config: dict) -> tuple[Any, int, dict]:
+def restore(checkpointer: checkpoints.Checkpointer, state: Any, config: dict) -> tuple[Any, int, dict]:
   """(state, step, its JSON) of the workdir's newest checkpoint, or (the state as it is, 0, {}).
 
   Raises:
@@ -75,7 +75,7 @@ def origin(config: Any, source: inputs.Source) -> dict:
   tokenizers = epath.Path(config.data.tokenizers or text.EMBEDDED)
   words = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(tokenizers.glob("*.model"))))
   return {
-    "base": [checkpoint.policy_hash(folder) for folder in folders],
+    "base": [policy_folder.policy_hash(folder) for folder in folders],
     "tokenizers": words.hexdigest()[:16],
     "data": source.digests,
     "statistics": {name: statistics.to_openvla(entry) for name, entry in source.statistics.items()},

@@ -6,7 +6,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from configs import common, openvla
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.convert.plan import parameter_shapes
 from semanticvla_jax.convert.rules.layouts import LAYOUTS
 from semanticvla_jax.convert.to_orbax import to_orbax
@@ -41,8 +41,8 @@ def test_two_sources_make_a_whole_base(tmp_path):
   to_orbax([checkpoints.openvla(tmp_path / "openvla")], tmp_path / "base", BASE)
   report = to_orbax([siglip(tmp_path / "siglip")], tmp_path / "text", {"model": MODEL}, only="text")
   assert report["unused"]["vision_model.embeddings.position_embedding.weight"].startswith("another tower")
-  assert checkpoint.read_policy_json(tmp_path / "text")[2]["parts"] == ["text"]
-  found = {name: checkpoint.load_policy(tmp_path / name).params for name in ("base", "text")}
+  assert policy_folder.read_policy_json(tmp_path / "text").metadata["parts"] == ["text"]
+  found = {name: policy_folder.load_policy(tmp_path / name).params for name in ("base", "text")}
   bare = build(MODEL)
   wanted = abstract_params(bare, dummy_observation(bare))
   taken, drawn = init.origins(wanted, found, TRAINABLE)
@@ -59,7 +59,7 @@ def test_a_base_without_the_text_tower_is_refused(tmp_path):
   bare = build(MODEL)
   wanted = abstract_params(bare, dummy_observation(bare))
   with pytest.raises(ValueError, match=r"frozen parameters without values \(text/"):
-    init.origins(wanted, {"base": checkpoint.load_policy(tmp_path / "base").params}, TRAINABLE)
+    init.origins(wanted, {"base": policy_folder.load_policy(tmp_path / "base").params}, TRAINABLE)
 
 
 def test_only_names_a_tower_of_the_source(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.convert import openvla_layout, to_torch
 from semanticvla_jax.convert.check import against_torch
 from semanticvla_jax.convert.detect import recognize
@@ -51,7 +51,7 @@ def test_film_and_the_convolutions_adapters(tuned, tmp_path):
   source = recognize([folder])
   assert source.kind == "OpenVLA-OFT" and source.folded and source.adapter is None
   report = to_orbax([folder], tmp_path / "policy", CONFIG, lora="merge")
-  files = checkpoint.load_policy(tmp_path / "policy")
+  files = policy_folder.load_policy(tmp_path / "policy")
   got = flatten_dict(files.params, sep="/")
   assert report["merged_adapters"] > 0 and not any(path.endswith("/lora_a") for path in got)
   for ours, theirs in (("dino", "featurizer"), ("siglip", "fused_featurizer")):

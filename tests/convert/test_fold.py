@@ -12,7 +12,7 @@ import pytest
 from conftest import RELEASE
 from flax.traverse_util import flatten_dict
 
-from semanticvla_jax import checkpoint, files
+from semanticvla_jax import files, policy_folder
 from semanticvla_jax.convert import __main__, fold
 from semanticvla_jax.convert.io import swap
 from semanticvla_jax.models import lora
@@ -40,13 +40,13 @@ def test_a_new_folder_holds_the_merge_and_the_old_one_stays(policy, tmp_path, ad
   before = contents(policy)
   metadata = fold.fold(policy, tmp_path / "folded")
   assert contents(policy) == before
-  kept, folded = checkpoint.load_policy(policy), checkpoint.load_policy(tmp_path / "folded")  # hashes are checked
+  kept, folded = policy_folder.load_policy(policy), policy_folder.load_policy(tmp_path / "folded")  # hashes are checked
   wanted = flatten_dict(jax.tree.map(np.asarray, lora.merge(kept.params, 4, 8.0)), sep="/")
   got = numbers(folded)
   assert got.keys() == wanted.keys()
   for path, x in wanted.items():
     assert got[path].dtype == x.dtype and got[path].tobytes() == x.tobytes(), path
-  merged = checkpoint.load_policy(adapted[1]["merge"])  # as the converter makes it
+  merged = policy_folder.load_policy(adapted[1]["merge"])  # as the converter makes it
   assert folded.metadata["params_sha256"] == merged.metadata["params_sha256"]
   assert folded.metadata["lora"] == merged.metadata["lora"] == RELEASE and folded.metadata == metadata
   assert folded.metadata["merged"] and folded.metadata["parameters"] == merged.metadata["parameters"]
@@ -60,7 +60,8 @@ def test_in_place_and_a_second_time_there_is_nothing_to_do(policy, tmp_path, cap
   fold.fold(policy, tmp_path / "wanted")
   assert __main__.main(["fold", "--policy", str(policy)]) == 0
   assert "73 adapters of rank 4, alpha 8.0 folded in" in capsys.readouterr().out
-  assert numbers(checkpoint.load_policy(policy)).keys() == numbers(checkpoint.load_policy(tmp_path / "wanted")).keys()
+  folded, wanted = (numbers(policy_folder.load_policy(path)) for path in (policy, tmp_path / "wanted"))
+  assert folded.keys() == wanted.keys()
   assert sorted(p.name for p in tmp_path.iterdir()) == ["policy", "wanted"]
   before = contents(policy)
   assert __main__.main(["fold", "--policy", str(policy)]) == 0
@@ -68,13 +69,13 @@ def test_in_place_and_a_second_time_there_is_nothing_to_do(policy, tmp_path, cap
 
 
 def test_types_of_the_weights_are_kept(adapted, tmp_path):
-  kept = checkpoint.load_policy(adapted[1]["keep"])
+  kept = policy_folder.load_policy(adapted[1]["keep"])
   half = lambda path, x: x if path[-1].key.startswith("lora_") else x.astype(ml_dtypes.bfloat16)  # noqa: E731
   params = jax.tree_util.tree_map_with_path(half, jax.tree.map(np.asarray, kept.params))
-  checkpoint.save_policy(tmp_path / "half", params, config=kept.config, statistics=kept.statistics)
+  policy_folder.save_policy(tmp_path / "half", params, config=kept.config, statistics=kept.statistics)
   fold.fold(tmp_path / "half")
   wanted = flatten_dict(jax.tree.map(np.asarray, lora.merge(params, 4, 8.0)), sep="/")
-  for path, x in numbers(checkpoint.load_policy(tmp_path / "half")).items():
+  for path, x in numbers(policy_folder.load_policy(tmp_path / "half")).items():
     assert x.dtype == ml_dtypes.bfloat16 and x.tobytes() == wanted[path].tobytes(), path
 
 
@@ -115,7 +116,7 @@ def test_a_kill_leaves_the_old_folder_whole_and_the_next_run_folds_it(when, poli
   assert done.returncode == -9, done.stderr.decode()
   assert contents(policy if when == "before" else swap.aside(policy)) == before
   assert fold.fold(policy, say=said.append)["merged"] and any("did not finish" in line for line in said)
-  assert checkpoint.load_policy(policy).config["lora"] is None
+  assert policy_folder.load_policy(policy).config["lora"] is None
 
 
 def test_one_run_at_a_time(policy):

@@ -6,7 +6,7 @@ import test_towers as towers
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.convert import settings_files
 from semanticvla_jax.convert.check import against_torch
 from semanticvla_jax.convert.detect import recognize
@@ -47,7 +47,7 @@ def test_a_source_is_added_by_one_entry(made_up, tmp_path):
   source, known = made_up
   (source / "config.json").write_text('{"model_type": "made_up", "hidden_act": "gelu_pytorch_tanh"}')
   report = to_orbax([source], tmp_path / "new", towers.CONFIG)
-  new, old = (checkpoint.load_policy(folder) for folder in (tmp_path / "new", known))
+  new, old = (policy_folder.load_policy(folder) for folder in (tmp_path / "new", known))
   assert report["kind"] == new.metadata["origin"] == RENAMED.name and new.metadata["parts"] == ["siglip"]
   assert new.metadata["params_sha256"] == old.metadata["params_sha256"]
   assert {reason for key, reason in report["unused"].items() if key != "version"} == {LAST}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.convert import openvla_layout, to_torch
 from semanticvla_jax.convert.rules import semanticvla
 from semanticvla_jax.convert.to_orbax import to_orbax
@@ -95,7 +95,7 @@ def test_pt_files_have_the_keys_of_the_releases_own_and_come_back(adapted, tmp_p
   config = checkpoints.config("lora_checkpoint", RELEASE)
   to_orbax([back], tmp_path / "again", config)  # the zeros are known for what they are
   folders = policies["merge"], tmp_path / "again"
-  hashes = [checkpoint.read_policy_json(folder)[2]["params_sha256"] for folder in folders]
+  hashes = [policy_folder.read_policy_json(folder).metadata["params_sha256"] for folder in folders]
   assert hashes[0] == hashes[1]
 
 
@@ -113,7 +113,7 @@ def test_pt_files_with_the_adapters_apart(adapted, tmp_path):
   assert (back / to_torch.ADAPTER).exists()
   to_orbax([back], tmp_path / "again", checkpoints.config("lora_checkpoint", RELEASE), lora="keep")
   folders = policies["keep"], tmp_path / "again"
-  hashes = [checkpoint.read_policy_json(folder)[2]["params_sha256"] for folder in folders]
+  hashes = [policy_folder.read_policy_json(folder).metadata["params_sha256"] for folder in folders]
   assert hashes[0] == hashes[1]
 
 

@@ -6,7 +6,7 @@ import checkpoints
 import numpy as np
 import pytest
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.convert.to_orbax import to_orbax
 
 
@@ -27,7 +27,7 @@ def test_norm_stats_of_the_base_are_not_those_of_a_fine_tune(tmp_path):
   with pytest.raises(ValueError, match=r"No statistics: got OpenVLA-OFT without.*are its base's.*--no-statistics"):
     to_orbax([folder], tmp_path / "policy", checkpoints.config("oft"))
   to_orbax([folder], tmp_path / "policy", checkpoints.config("oft"), need_statistics=False)
-  assert checkpoint.read_policy_json(tmp_path / "policy")[1] == {}
+  assert policy_folder.read_policy_json(tmp_path / "policy").statistics == {}
 
 
 @pytest.mark.parametrize(

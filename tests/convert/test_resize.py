@@ -7,7 +7,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import save_file
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.convert.rules import engine, resize
 from semanticvla_jax.convert.to_orbax import to_orbax
 
@@ -37,7 +37,7 @@ def test_an_encoder_of_another_image_size(kind, tmp_path):
   with pytest.raises(engine.Mismatch, match=key):
     to_orbax([tmp_path / "model.safetensors"], tmp_path / "policy", towers.CONFIG)
   report = to_orbax([tmp_path / "model.safetensors"], tmp_path / "policy", towers.CONFIG, resample=True)
-  got = flatten_dict(checkpoint.load_policy(tmp_path / "policy").params, sep="/")["dino/pos_embedding"]
+  got = flatten_dict(policy_folder.load_policy(tmp_path / "policy").params, sep="/")["dino/pos_embedding"]
   wanted = pillow(stored[key][0, first:], int(np.sqrt(towers.MODEL.dino.num_patches)))
   np.testing.assert_allclose(got[0], wanted, atol=2e-6)
   assert report["fitted"] == {
@@ -53,7 +53,7 @@ def test_a_llama_of_fewer_rows(tmp_path):
   with pytest.raises(engine.Mismatch, match=key):
     to_orbax([tmp_path / "model.safetensors"], tmp_path / "policy", towers.CONFIG)
   report = to_orbax([tmp_path / "model.safetensors"], tmp_path / "policy", towers.CONFIG, pad_vocabulary=True)
-  got = flatten_dict(checkpoint.load_policy(tmp_path / "policy").params, sep="/")["llm/embed/embedding"]
+  got = flatten_dict(policy_folder.load_policy(tmp_path / "policy").params, sep="/")["llm/embed/embedding"]
   np.testing.assert_array_equal(got[:rows], stored[key])
   assert not got[rows:].any() and report["fitted"] == {"llm/embed/embedding": f"64 rows of zeros behind {rows}"}
 

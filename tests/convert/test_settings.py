@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_towers as towers
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.convert import __main__, settings, to_torch
 from semanticvla_jax.convert.check import against_torch
 from semanticvla_jax.convert.detect import recognize
@@ -229,7 +229,7 @@ def test_a_policy_computes_with_what_was_carried_and_verify_sees_a_difference(so
   pytest.importorskip("transformers", reason="needs transformers: run `make parity`")
   folder, policy = source(text={"rope_theta": 3.0, "rms_norm_eps": 1e-2}), tmp_path / "policy"
   report = to_orbax([folder], policy, CONFIG)
-  config = checkpoint.read_policy_json(policy)[0]
+  config = policy_folder.read_policy_json(policy).config
   assert len(report["carried"]) == 2 and np.abs(positions(config) - positions(CONFIG)).max() > 1e-3
   argv = ["verify", "--source", str(folder), "--policy", str(policy)]
   assert __main__.main(argv) == 0

@@ -15,7 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.convert import __main__
 from semanticvla_jax.convert import to_orbax as module
 from semanticvla_jax.convert.detect import recognize
@@ -49,7 +49,7 @@ def test_a_checkpoint_becomes_a_policy(name, tmp_path):
   folder = (checkpoints.openvla if name == "openvla" else lambda f: checkpoints.oft(f, name))(tmp_path / "source")
   config = checkpoints.config(name)
   report = to_orbax([folder], tmp_path / "policy", config)
-  files = checkpoint.load_policy(tmp_path / "policy")  # the hash that was made while writing is the one read back
+  files = policy_folder.load_policy(tmp_path / "policy")  # the hash that was made while writing is the one read back
   assert_holds(files, expected([folder], config["model"]))
   assert list(files.statistics) == ["tiny"] and files.config["lora"] is None and files.metadata["merged"]
   assert files.metadata["step"] == (None if name == "openvla" else 10)
@@ -63,7 +63,7 @@ def test_a_checkpoint_becomes_a_policy(name, tmp_path):
 
 def test_adapters_are_kept_or_folded_in(adapted):
   _, policies, report = adapted
-  kept, merged = (checkpoint.load_policy(policies[name]) for name in ("keep", "merge"))
+  kept, merged = (policy_folder.load_policy(policies[name]) for name in ("keep", "merge"))
   assert kept.config["lora"] == RELEASE and kept.metadata["merged"] is False
   assert merged.config["lora"] is None and merged.metadata["merged"]
   assert merged.metadata["lora"] == RELEASE and report["merged_adapters"] == 73
@@ -80,7 +80,7 @@ def test_shards_with_the_adapter_inside_are_not_merged_twice(tmp_path):
   with pytest.raises(ValueError, match="Adapters cannot be kept"):
     to_orbax([tuned], tmp_path / "policy", config)
   report = to_orbax([tuned], tmp_path / "policy", config, lora="merge")
-  files = checkpoint.load_policy(tmp_path / "policy")
+  files = policy_folder.load_policy(tmp_path / "policy")
   assert report["merged_adapters"] == 66 and "lora_adapter/*" in report["unused"]
   stored = load_file(checkpoints.GOLDEN / "lora_checkpoint" / "base_hf.safetensors")
   stored = stored["language_model.model.layers.1.mlp.up_proj.weight"]
@@ -118,10 +118,10 @@ def test_dtypes(dtype, tmp_path):
   report = to_orbax([folder], tmp_path / "policy", config, dtype=dtype)
   assert len(report["dtype_changes"]) == 1
   wanted = {k: x.astype(ml_dtypes.bfloat16).astype(dtype) for k, x in expected([folder], config["model"]).items()}
-  assert_holds(checkpoint.load_policy(tmp_path / "policy"), wanted)
+  assert_holds(policy_folder.load_policy(tmp_path / "policy"), wanted)
   if dtype == "float32":
     to_orbax([folder], tmp_path / "kept", config)
-    assert_holds(checkpoint.load_policy(tmp_path / "kept"), expected([folder], config["model"]))
+    assert_holds(policy_folder.load_policy(tmp_path / "kept"), expected([folder], config["model"]))
 
 
 def test_layers_of_different_types_are_refused_unless_cast(tmp_path):
@@ -181,7 +181,7 @@ def test_statistics_are_required(tmp_path):
   with pytest.raises(ValueError, match=r"No statistics.*--no-statistics"):
     to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"))
   to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"), need_statistics=False)
-  assert checkpoint.read_policy_json(tmp_path / "policy")[1] == {}
+  assert policy_folder.read_policy_json(tmp_path / "policy").statistics == {}
 
 
 def test_a_target_that_exists_is_refused(tmp_path):
@@ -232,7 +232,7 @@ def test_a_kill_leaves_no_half_policy_and_the_next_run_is_whole(tmp_path):
   assert done.returncode == -9, done.stderr.decode()
   assert not policy.exists() and (tmp_path / ".policy.partial").exists()
   to_orbax([folder], policy, checkpoints.config("openvla"))
-  assert_holds(checkpoint.load_policy(policy), expected([folder], checkpoints.model_config("openvla")))
+  assert_holds(policy_folder.load_policy(policy), expected([folder], checkpoints.model_config("openvla")))
   assert not (tmp_path / ".policy.partial").exists()
 
 
@@ -246,7 +246,7 @@ def test_a_single_tower(made, tmp_path):
   config = checkpoints.config("openvla")
   to_orbax([tmp_path / "model.safetensors"], tmp_path / "tower", config)
   whole = {p: x for p, x in expected([made("openvla")[0]], config["model"]).items() if "dino/" in p}
-  files = checkpoint.load_policy(tmp_path / "tower")
+  files = policy_folder.load_policy(tmp_path / "tower")
   assert_holds(files, whole)
   assert files.metadata["parts"] == ["dino"] and files.metadata["origin"] == "DINOv2, timm"
 
@@ -280,7 +280,7 @@ def test_companions_of_pytorch(tmp_path):
     torch.save({k: torch.from_numpy(x) for k, x in load_file(path).items()}, path.with_suffix(".pt"))
     path.unlink()
   to_orbax([folder], tmp_path / "policy", checkpoints.config("oft"))
-  assert_holds(checkpoint.load_policy(tmp_path / "policy"), wanted)
+  assert_holds(policy_folder.load_policy(tmp_path / "policy"), wanted)
 
 
 def test_a_source_that_cannot_be_hashed_is_heard_of(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.convert import __main__, to_torch
 from semanticvla_jax.convert.check import diff
 from semanticvla_jax.convert.detect import recognize
@@ -42,7 +42,7 @@ def test_round_trip(name, made, tmp_path):
     with safe_open(path, "np") as file:
       assert all(file.get_tensor(key).size for key in file.keys())  # noqa: SIM118
   to_orbax([tmp_path / "back"], tmp_path / "again", checkpoints.config(name))
-  hashes = [checkpoint.read_policy_json(p)[2]["params_sha256"] for p in (policy, tmp_path / "again")]
+  hashes = [policy_folder.read_policy_json(p).metadata["params_sha256"] for p in (policy, tmp_path / "again")]
   assert hashes[0] == hashes[1]
 
 
@@ -110,7 +110,7 @@ def test_adapters_kept_apart_come_back_bit_for_bit(adapted, tmp_path):
   config = checkpoints.config("lora_checkpoint", RELEASE)
   for lora in ("keep", "merge"):
     to_orbax([tmp_path / "back"], tmp_path / lora, config, lora=lora)
-    hashes = [checkpoint.read_policy_json(p)[2]["params_sha256"] for p in (policies[lora], tmp_path / lora)]
+    hashes = [policy_folder.read_policy_json(p).metadata["params_sha256"] for p in (policies[lora], tmp_path / lora)]
     assert hashes[0] == hashes[1]
   assert report["merged_adapters"] == 0 and set(report["sha256"]) == set(report["files"])
   for name, digest in report["sha256"].items():

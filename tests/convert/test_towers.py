@@ -6,7 +6,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.convert.check import against_torch
 from semanticvla_jax.convert.plan import parameter_shapes
 from semanticvla_jax.convert.rules.layouts import LAYOUTS
@@ -135,7 +135,7 @@ EXPECTED = {  # our parameter: the same numbers, written out
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_a_tower_is_converted(kind, towers):
   _, stored, policy, report = towers(kind)
-  files = checkpoint.load_policy(policy)
+  files = policy_folder.load_policy(policy)
   got = flatten_dict(files.params, sep="/")
   assert report["kind"] == kind == files.metadata["origin"]
   assert files.metadata["parts"] == [prefix.rstrip("/") for prefix in prefixes_of(kind)]

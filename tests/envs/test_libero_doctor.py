@@ -7,7 +7,7 @@ import numpy as np
 import policies
 import pytest
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics, writer
 from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.libero import doctor, opengl, suites
@@ -173,7 +173,7 @@ def test_data_with_another_gripper_convention(tmp_path):
 def folder(tmp_path):
   def save(config=HEALTHY, name="libero_goal_no_noops", rotation=DOWN):
     stats = policies.stats()._replace(proprio=rotation)
-    return str(checkpoint.save_policy(
+    return str(policy_folder.save_policy(
       tmp_path / "policy", {"x": np.zeros(1, np.float32)}, config=config,
       statistics={name: statistics.to_openvla(stats)},
     ))

@@ -8,7 +8,7 @@ import policies
 import pytest
 from helpers import random_params, tiny
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.evaluate import compare, libero, libero_checks, run
 from semanticvla_jax.evaluate.__main__ import main
@@ -65,7 +65,7 @@ def test_statistics_of_the_suite_are_chosen_and_others_refused(names, suite, cho
 
 def test_a_policy_of_another_suite_is_refused_by_the_command(tmp_path):
   entries = {"libero_object_no_noops": statistics.to_openvla(policies.stats())}
-  folder = checkpoint.save_policy(tmp_path / "p", {"x": np.zeros(1)}, config=policies.CONFIG, statistics=entries)
+  folder = policy_folder.save_policy(tmp_path / "p", {"x": np.zeros(1)}, config=policies.CONFIG, statistics=entries)
   with pytest.raises(SystemExit, match=r"got those of \['libero_object_no_noops'\]"):
     main([f"--policy={folder}", "--suite=libero_goal", f"--out={tmp_path / 'out'}"])
 
@@ -133,7 +133,7 @@ def test_a_policy_goes_through_the_whole_command(tmp_path, monkeypatch):
   """A tiny one with random parameters, two tasks, a few steps: films, overlays, controls, fingerprint."""
   monkeypatch.setenv("LIBERO_ASSETS", libero_assets.assets())
   config = policies.CROPPING | {"data": policies.CROPPING["data"] | {"prompt_length": 64}}
-  folder = checkpoint.save_policy(
+  folder = policy_folder.save_policy(
     tmp_path / "policy", random_params(tiny()), config=config, tokenizers=text.EMBEDDED,
     statistics={"libero_object_no_noops": statistics.to_openvla(policies.stats())},
   )

@@ -12,7 +12,7 @@ import policies
 import pytest
 from point import FOLDER, Point
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics
 from semanticvla_jax.envs.subprocess_env import Process
 from semanticvla_jax.evaluate import controls, libero, visualize
@@ -47,7 +47,7 @@ class Half(Policy):
 def folder(tmp_path_factory):
   entries = {name: statistics.to_openvla(policies.stats()) for name in ("libero_goal", "libero_spatial")}
   place = tmp_path_factory.mktemp("policies") / "a"
-  return checkpoint.save_policy(place, {"x": np.zeros(1)}, config=policies.CONFIG, statistics=entries)
+  return policy_folder.save_policy(place, {"x": np.zeros(1)}, config=policies.CONFIG, statistics=entries)
 
 
 @pytest.fixture

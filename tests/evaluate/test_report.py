@@ -11,7 +11,7 @@ import policies
 import pytest
 from helpers import random_params, tiny
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.evaluate import controls, report
 from semanticvla_jax.evaluate.__main__ import main
@@ -246,7 +246,7 @@ def test_a_task_has_no_colours():
 def folders(tmp_path_factory):
   root = tmp_path_factory.mktemp("policies")
   for seed in (0, 1):
-    checkpoint.save_policy(
+    policy_folder.save_policy(
       root / str(seed), random_params(tiny(), seed), config=policies.CROPPING, tokenizers=text.EMBEDDED,
       statistics={"tabletop_pick": statistics.to_openvla(policies.stats())},
     )
@@ -263,8 +263,8 @@ def test_the_command_measures_and_reports(folders, tmp_path, capsys):
   assert [*results] == ["policy", "baseline", "control"]
   assert results["policy"]["episodes"] == 4 and len(results["policy"]["per_episode"]) == 4
   marks = {kind: one["fingerprint"] for kind, one in results.items()}
-  assert marks["policy"]["policy"]["policy_hash"] == checkpoint.policy_hash(folders / "0")
-  assert marks["baseline"]["policy"]["policy_hash"] == checkpoint.policy_hash(folders / "1")
+  assert marks["policy"]["policy"]["policy_hash"] == policy_folder.policy_hash(folders / "0")
+  assert marks["baseline"]["policy"]["policy_hash"] == policy_folder.policy_hash(folders / "1")
   assert marks["control"]["told"] == "another episode's instruction" and "evaluate" in found["seconds"]
   asked = [one["asked"] for one in results["control"]["per_episode"]]
   told = [one["told"] for one in results["control"]["per_episode"]]
@@ -274,7 +274,7 @@ def test_the_command_measures_and_reports(folders, tmp_path, capsys):
   with pytest.raises(SystemExit, match="Report exists"):
     main([*flags, f"--out={tmp_path / 'report'}"])
   short = {**policies.CROPPING, "model": {**policies.CROPPING["model"], "chunk": 4}}
-  checkpoint.save_policy(
+  policy_folder.save_policy(
     folders / "short", random_params(tiny(chunk=4)), config=short, tokenizers=text.EMBEDDED,
     statistics={"tabletop_pick": statistics.to_openvla(policies.stats())},
   )

@@ -13,7 +13,7 @@ import policies
 import pytest
 from helpers import random_params, tiny
 
-from semanticvla_jax import checkpoint, files
+from semanticvla_jax import files, policy_folder
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.evaluate import __main__ as command
 from semanticvla_jax.evaluate import controls, report, tabletop, visualize
@@ -28,7 +28,7 @@ def folders(tmp_path_factory):
     "two": {"tabletop_pick": entry, "other": entry},
   }  # fmt: skip
   for seed, (name, entries) in enumerate(kinds.items()):
-    checkpoint.save_policy(
+    policy_folder.save_policy(
       root / name, random_params(tiny(), seed), config=policies.CROPPING, tokenizers=text.EMBEDDED, statistics=entries
     )
   return root
@@ -153,7 +153,7 @@ def test_a_finished_run_is_gone_on_with(folders, made_up, tmp_path, capsys):
 
 
 def test_a_folder_of_an_earlier_version_is_resumed(folders, made_up, tmp_path, capsys):
-  earlier, key = earlier_results.rows("tabletop"), checkpoint.policy_hash(folders / "a")
+  earlier, key = earlier_results.rows("tabletop"), policy_folder.policy_hash(folders / "a")
   out = earlier_results.copy("tabletop", tmp_path / "out", key)
   command.main([*flags(folders, out), "--controls=shuffled", "--episodes=6"])
   assert made_up.runs[0] == ("pick", [4, 5]) and "4 of 6 episodes were measured before" in capsys.readouterr().out
@@ -243,7 +243,7 @@ def test_what_fails_after_the_measurement_is_a_warning_and_is_made_by_the_next_r
 
 def test_a_baseline_of_other_settings_is_measured_and_they_are_told(folders, made_up, tmp_path, caplog):
   other = {**policies.CROPPING, "data": {**policies.CROPPING["data"], "crop_area": 0.8, "normalisation": "bounds"}}
-  checkpoint.save_policy(
+  policy_folder.save_policy(
     tmp_path / "base", random_params(tiny()), config=other, tokenizers=text.EMBEDDED,
     statistics={"another_name": statistics.to_openvla(policies.stats())},
   )
@@ -254,7 +254,7 @@ def test_a_baseline_of_other_settings_is_measured_and_they_are_told(folders, mad
 
 def test_controls_that_change_nothing_are_named(folders, made_up, tmp_path, caplog):
   config = {**policies.CROPPING, "model": {**policies.CROPPING["model"], "anchor_rule": "random"}}
-  checkpoint.save_policy(
+  policy_folder.save_policy(
     tmp_path / "random", random_params(tiny(anchor_rule="random")), config=config, tokenizers=text.EMBEDDED,
     statistics={"tabletop_pick": statistics.to_openvla(policies.stats())},
   )

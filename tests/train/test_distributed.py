@@ -13,9 +13,9 @@ import pytest
 from jax._src import distributed as service
 from small_runs import flags, losses_of, make_config, write_data
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.train import __main__ as command
-from semanticvla_jax.train import distributed
+from semanticvla_jax.train import checkpoints, distributed
 
 TOLERANCE = 2e-4  # relative, on the loss: sums over devices in another order
 
@@ -230,7 +230,7 @@ def test_sigterm_to_one_process_saves_and_ends_both(tmp_path):
   both[1].send_signal(signal.SIGTERM)
   errors = [process.communicate(timeout=900)[1] for process in both]
   assert [process.returncode for process in both] == [distributed.PREEMPTED] * 2, errors
-  with checkpoint.Checkpointer(workdir) as checkpointer:
+  with checkpoints.Checkpointer(workdir) as checkpointer:
     assert f"saved at step {checkpointer.steps[-1]} of 2000" in errors[0]
 
 
@@ -244,4 +244,4 @@ def test_two_processes_train_as_one_and_one_goes_on(tmp_path):
   assert losses_of(tmp_path / "two") == pytest.approx({k: alone[k] for k in (1, 2)}, rel=TOLERANCE)
   policy = command.train(make_config(data), tmp_path / "two")
   assert losses_of(tmp_path / "two") == pytest.approx(alone, rel=TOLERANCE)
-  assert checkpoint.load_policy(policy).metadata["step"] == 4
+  assert policy_folder.load_policy(policy).metadata["step"] == 4

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from small_runs import flags, losses_of, make_config, write_data
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.train import __main__ as command
 from semanticvla_jax.train import distributed
 
@@ -80,7 +80,7 @@ def test_killed_and_told_to_stop_a_run_ends_as_the_one_left_alone(data, tmp_path
   status, errors = ended(start(data, workdir))
   assert status == 0 and f"resumed from step {stopped}" in errors, errors
   assert losses_of(workdir) == losses_of(tmp_path / "alone")
-  ours, theirs = (checkpoint.load_policy(path).params for path in (workdir / "policy", alone))
+  ours, theirs = (policy_folder.load_policy(path).params for path in (workdir / "policy", alone))
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 

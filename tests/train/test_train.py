@@ -14,9 +14,9 @@ from helpers import random_observation
 from small_runs import CHANGES, losses_of, make_config, write_data
 
 from configs import common, openvla
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.train import __main__ as command
-from semanticvla_jax.train import diverged, inputs, optimizer, resume
+from semanticvla_jax.train import checkpoints, diverged, inputs, optimizer, resume
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.partition import partition
 from semanticvla_jax.types import Batch
@@ -35,7 +35,7 @@ def straight(data, tmp_path_factory):
 
 def test_writes_a_complete_policy_and_metrics(straight, data):
   workdir, policy = straight
-  files = checkpoint.load_policy(policy)
+  files = policy_folder.load_policy(policy)
   assert files.metadata["step"] == 4 and files.metadata["merged"] is False
   assert files.config["model"]["keep"] == make_config(data).model.keep
   assert len(files.statistics["tabletop_test"]["action"]["q01"]) == 7
@@ -48,7 +48,7 @@ def test_trains_every_trainable_and_no_frozen_parameter(straight, data):
   model, bare = command.init.make_model(config)
   wanted = command.init.shapes(model, bare, config.trainable, config.frozen_dtype)
   before = command.init.draw(model, bare, config.seed, wanted, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-  after = checkpoint.load_policy(straight[1]).params
+  after = policy_folder.load_policy(straight[1]).params
   trainable, frozen = (flatten_dict(tree, sep="/") for tree in partition(before, config.trainable))
   after = flatten_dict(after, sep="/")
   assert all(np.array_equal(after[k], x) for k, x in frozen.items())
@@ -60,7 +60,7 @@ def test_resumed_run_equals_the_uninterrupted_one(straight, data, tmp_path):
   command.train(half, tmp_path)
   policy = command.train(make_config(data), tmp_path)
   assert losses_of(tmp_path) == losses_of(straight[0])
-  ours, theirs = (checkpoint.load_policy(p).params for p in (policy, straight[1]))
+  ours, theirs = (policy_folder.load_policy(p).params for p in (policy, straight[1]))
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -72,7 +72,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(straig
   policy = command.train(make_config(data), tmp_path)
   assert "CORRUPT CHECKPOINT" in caplog.text and "going on from the one before" in caplog.text
   assert losses_of(tmp_path) == losses_of(straight[0])
-  ours, theirs = (checkpoint.load_policy(p).params for p in (policy, straight[1]))
+  ours, theirs = (policy_folder.load_policy(p).params for p in (policy, straight[1]))
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -146,7 +146,7 @@ def test_a_run_goes_on_with_its_base_data_and_tokenisers(caplog):
 
 
 def test_checkpoints_say_what_the_run_stands_on(straight):
-  with checkpoint.Checkpointer(straight[0]) as checkpointer:
+  with checkpoints.Checkpointer(straight[0]) as checkpointer:
     saved = checkpointer.restore({}).json
   assert saved["base"] == [] and list(saved["statistics"]) == ["tabletop_test"] and len(saved["tokenizers"]) == 16
   assert len(saved["losses"]) == 4  # a spike is known from the start when the run goes on
@@ -247,7 +247,7 @@ def test_action_tokens_with_adapters_from_the_command(data, tmp_path):
   config.data.dir, config.data.batch_size = str(data), 8
   policy = command.train(config, tmp_path)
   assert sorted(losses_of(tmp_path)) == [1, 2, 3, 4]
-  files = checkpoint.load_policy(policy)
+  files = policy_folder.load_policy(policy)
   assert "lora_a" in files.params["llm"]["lm_head"]
 
 
@@ -290,17 +290,17 @@ def test_heads_of_another_policy_are_left_unread_and_said(caplog):
 
 
 def test_the_command_starts_from_a_base_and_completes_it_from_another(straight, data, tmp_path):
-  base = checkpoint.load_policy(straight[1])
+  base = policy_folder.load_policy(straight[1])
   towers = {name: base.params[name] for name in ("text", "siglip")}
   whole = {k: v for k, v in base.params.items() if k not in ("text", "coupler")}
   facts = dict(config=base.config, statistics=base.statistics)
-  a = checkpoint.save_policy(tmp_path / "a", whole | {"coupler": {"other": {"kernel": jnp.ones((2, 2))}}}, **facts)
-  b = checkpoint.save_policy(tmp_path / "b", towers, config=base.config, statistics={})
+  a = policy_folder.save_policy(tmp_path / "a", whole | {"coupler": {"other": {"kernel": jnp.ones((2, 2))}}}, **facts)
+  b = policy_folder.save_policy(tmp_path / "b", towers, config=base.config, statistics={})
   config = make_config(data, steps=1)
   config.init_from = str(a)
   with pytest.raises(ValueError, match="frozen parameters without values .text/"):
     command.train(config, tmp_path / "run")
   config.init_from = f"{a},{b}"
-  after = checkpoint.load_policy(command.train(config, tmp_path / "run")).params
+  after = policy_folder.load_policy(command.train(config, tmp_path / "run")).params
   jax.tree.map(np.testing.assert_array_equal, after["text"], base.params["text"])
   np.testing.assert_array_equal(after["llm"]["embed"]["embedding"], base.params["llm"]["embed"]["embedding"])

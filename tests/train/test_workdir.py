@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from small_runs import make_config
 
-from semanticvla_jax import checkpoint, files
+from semanticvla_jax import files, policy_folder
 from semanticvla_jax.train import __main__ as command
-from semanticvla_jax.train import distributed, diverged, log
+from semanticvla_jax.train import checkpoints, distributed, diverged, log
 
 TREES = {"train": {"w": jnp.ones((400, 400))}}  # 640 kB
 
@@ -33,7 +33,7 @@ def test_a_workdir_is_free_again_whatever_ended_the_run(tmp_path):
 
 
 def test_a_disk_that_is_full_is_one_line_and_the_newest_whole_checkpoint_stays(small_disk):
-  with pytest.raises(ValueError) as error, checkpoint.Checkpointer(small_disk, keep_last=5) as checkpointer:
+  with pytest.raises(ValueError) as error, checkpoints.Checkpointer(small_disk, keep_last=5) as checkpointer:
     for step in range(1, 6):
       noise = np.random.default_rng(step).normal(size=(400, 400)).astype(np.float32)
       checkpointer.save(step, {"train": {"w": jnp.asarray(noise)}}, {"a": 1})
@@ -41,7 +41,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_newest_whole_checkpoint_stays(s
   (line,) = str(error.value).splitlines()
   assert "got a full disk (No space left on device)" in line
   whole = int(line.split("from step ")[1].split(",")[0])
-  with checkpoint.Checkpointer(small_disk, keep_last=5) as checkpointer:
+  with checkpoints.Checkpointer(small_disk, keep_last=5) as checkpointer:
     assert checkpointer.steps[-1] == whole
 
 
@@ -51,7 +51,7 @@ def test_whatever_orbax_raises_is_one_line(tmp_path, monkeypatch, error):
   def fail(*_, **__):
     raise error
 
-  checkpointer = checkpoint.Checkpointer(tmp_path)
+  checkpointer = checkpoints.Checkpointer(tmp_path)
   monkeypatch.setattr(checkpointer._manager, "save", fail)
   with pytest.raises(ValueError, match=f"cannot be written .*{str(error)[-12:]}.*it goes on at step 0"):
     checkpointer.save(1, TREES)
@@ -60,19 +60,19 @@ def test_whatever_orbax_raises_is_one_line(tmp_path, monkeypatch, error):
 
 def test_a_policy_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
   facts = dict(config={}, statistics={})
-  folder = checkpoint.save_policy(tmp_path / "policy", {"w": jnp.zeros(3)}, **facts)
+  folder = policy_folder.save_policy(tmp_path / "policy", {"w": jnp.zeros(3)}, **facts)
 
   def fail(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(checkpoint, "_complete", fail)
+  monkeypatch.setattr(policy_folder, "_complete", fail)
   with pytest.raises(ValueError, match="Policy .* cannot be written: got a full disk"):
-    checkpoint.save_policy(folder, {"w": jnp.ones(3)}, **facts, replace=True)
+    policy_folder.save_policy(folder, {"w": jnp.ones(3)}, **facts, replace=True)
   assert [path.name for path in tmp_path.iterdir()] == ["policy"]
-  np.testing.assert_array_equal(checkpoint.load_policy(folder).params["w"], np.zeros(3))
+  np.testing.assert_array_equal(policy_folder.load_policy(folder).params["w"], np.zeros(3))
   monkeypatch.undo()
-  checkpoint.save_policy(folder, {"w": jnp.ones(3)}, **facts, replace=True)
-  np.testing.assert_array_equal(checkpoint.load_policy(folder).params["w"], np.ones(3))
+  policy_folder.save_policy(folder, {"w": jnp.ones(3)}, **facts, replace=True)
+  np.testing.assert_array_equal(policy_folder.load_policy(folder).params["w"], np.ones(3))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no archive", None])

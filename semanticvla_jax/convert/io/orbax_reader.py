@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax.traverse_util import flatten_dict
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
 from semanticvla_jax.convert.io import direct_io, prefetch
 from semanticvla_jax.models import lora
 
@@ -45,7 +45,7 @@ class PolicyFolder:
 
   def __init__(self, folder: str | Path):
     self.folder = Path(folder).expanduser().absolute()
-    self.config, self.statistics, self.metadata = checkpoint.read_policy_json(self.folder)
+    self.config, self.statistics, self.metadata = policy_folder.read_policy_json(self.folder)
     try:
       saved = flatten_dict(ocp.StandardCheckpointHandler().metadata(self.folder / "params").tree, sep="/")
     except (ValueError, OSError, KeyError, AttributeError) as error:

@@ -2,8 +2,8 @@
 
 Orbax's own saving takes the whole tree of arrays at once. Here the leaves of the tree are only shapes and types
 (`ArraySpec`), and a type handler of this module writes the numbers as they are made (`Piece`). The result is an
-ordinary Orbax folder, read by checkpoint.py. The memory in use is a few times the largest piece (the embedding, 0.5 GB
-in float32 at 7B) and Orbax's write buffer (`BUFFER`). Pieces are made, hashed and written in separate threads.
+ordinary Orbax folder, read by policy_folder.py. The memory in use is a few times the largest piece (the embedding,
+0.5 GB in float32 at 7B) and Orbax's write buffer (`BUFFER`). Pieces are made, hashed and written in separate threads.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class _Handler(handlers.NumpyHandler):
 
   @property
   def sha256(self) -> str:
-    """Of all that was written: checkpoint.params_hash of the same tree."""
+    """Of all that was written: policy_folder.params_hash of the same tree."""
     return self._digest.hexdigest()
 
 
@@ -189,7 +189,7 @@ def write(
     seen: called with the path and every piece, right after it was made.
 
   Returns:
-    SHA-256 of the parameters, equal to checkpoint.params_hash of the tree that is read back.
+    SHA-256 of the parameters, equal to policy_folder.params_hash of the tree that is read back.
 
   Raises:
     ValueError: other pieces than those of `arrays`, or another order, shape or type.

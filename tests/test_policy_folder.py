@@ -15,7 +15,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
+from semanticvla_jax.train import checkpoints
 
 CONFIG = {"model": {"variant": "tiny", "encoders": ("dino", "siglip")}, "lora": None, "data": {"normalisation": "q99"}}
 STATISTICS = {"tabletop": {"action": {"q01": [0.0, 1.0]}}}
@@ -50,7 +51,7 @@ def saved(tmp_path_factory):
   words.mkdir()
   (words / "tokenizer.model").write_bytes(b"pieces")
   (words / "notes.txt").write_text("stays behind")
-  return checkpoint.save_policy(
+  return policy_folder.save_policy(
     root / "policy", params(), config=CONFIG, statistics=STATISTICS, metadata={"step": 7}, tokenizers=words
   )
 
@@ -62,7 +63,7 @@ def copy(saved, tmp_path):
 
 
 def test_a_policy_comes_back_as_it_was(saved):
-  files = checkpoint.load_policy(saved)
+  files = policy_folder.load_policy(saved)
   assert_same(files.params, params())
   assert files.config["model"] == {"variant": "tiny", "encoders": ["dino", "siglip"]}
   assert files.statistics == STATISTICS
@@ -73,8 +74,8 @@ def test_a_policy_comes_back_as_it_was(saved):
 
 def test_adapters_are_seen_and_said(tmp_path):
   tree = params() | {"layer": {"kernel": jnp.ones((2, 2)), "lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}}
-  folder = checkpoint.save_policy(tmp_path / "adapted", tree, config=CONFIG, statistics=STATISTICS)
-  assert checkpoint.load_policy(folder).metadata["merged"] is False
+  folder = policy_folder.save_policy(tmp_path / "adapted", tree, config=CONFIG, statistics=STATISTICS)
+  assert policy_folder.load_policy(folder).metadata["merged"] is False
 
 
 def test_parameters_land_where_and_as_what_they_are_wanted(saved):
@@ -83,17 +84,17 @@ def test_parameters_land_where_and_as_what_they_are_wanted(saved):
   def spread(tree):
     return jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec("fsdp" if x.ndim == 2 else None)), tree)
 
-  files = checkpoint.load_policy(saved, sharding=spread, dtype=jnp.float16)
+  files = policy_folder.load_policy(saved, sharding=spread, dtype=jnp.float16)
   embed = files.params["llm"]["embed"]
   assert embed.dtype == jnp.float16 and len(embed.sharding.device_set) == 4
   assert embed.addressable_shards[0].data.shape == (16, 16)
   np.testing.assert_array_equal(embed, params()["llm"]["embed"].astype(jnp.float16))
   everywhere = NamedSharding(mesh, PartitionSpec())
-  assert_same(checkpoint.load_policy(saved, sharding=everywhere).params, params())
+  assert_same(policy_folder.load_policy(saved, sharding=everywhere).params, params())
 
 
 def test_a_hash_names_parameters_config_and_statistics(saved, copy, tmp_path):
-  assert checkpoint.policy_hash(saved) == checkpoint.policy_hash(copy)
+  assert policy_folder.policy_hash(saved) == policy_folder.policy_hash(copy)
   others = [
     dict(params=params(1), config=CONFIG, statistics=STATISTICS),
     dict(params=params(), config=CONFIG | {"lora": {"rank": 1}}, statistics=STATISTICS),
@@ -101,41 +102,41 @@ def test_a_hash_names_parameters_config_and_statistics(saved, copy, tmp_path):
   ]
   for i, other in enumerate(others):
     tree = other.pop("params")
-    folder = checkpoint.save_policy(tmp_path / f"other{i}", tree, **other, metadata={"step": 7})
-    assert checkpoint.policy_hash(folder) != checkpoint.policy_hash(saved)
+    folder = policy_folder.save_policy(tmp_path / f"other{i}", tree, **other, metadata={"step": 7})
+    assert policy_folder.policy_hash(folder) != policy_folder.policy_hash(saved)
   swapped = {"a": params()["llm"]["norm"], "b": params()["coupler"]["kernel"]}
-  assert checkpoint.params_hash(swapped) != checkpoint.params_hash({"a": swapped["b"], "b": swapped["a"]})
+  assert policy_folder.params_hash(swapped) != policy_folder.params_hash({"a": swapped["b"], "b": swapped["a"]})
 
 
 def test_nothing_is_overwritten(saved):
-  before = checkpoint.policy_hash(saved)
+  before = policy_folder.policy_hash(saved)
   with pytest.raises(ValueError, match="Policy folder exists"):
-    checkpoint.save_policy(saved, params(1), config=CONFIG, statistics=STATISTICS)
-  assert checkpoint.policy_hash(saved) == before
+    policy_folder.save_policy(saved, params(1), config=CONFIG, statistics=STATISTICS)
+  assert policy_folder.policy_hash(saved) == before
   with pytest.raises(ValueError, match=r"config\.json is no JSON"):
-    checkpoint.save_policy(saved.parent / "bad", params(), config={"model": object()}, statistics={})
+    policy_folder.save_policy(saved.parent / "bad", params(), config={"model": object()}, statistics={})
   assert not (saved.parent / "bad").exists()
 
 
 def test_damage_says_what_and_what_to_do(saved, copy, tmp_path):
   with pytest.raises(ValueError, match=r"does not exist; expected a policy folder; nearby are .*policy"):
-    checkpoint.load_policy(saved.parent / "polcy")
+    policy_folder.load_policy(saved.parent / "polcy")
   with pytest.raises(ValueError, match=r"not complete.*did you mean .*policy\?"):
-    checkpoint.load_policy(copy.parent)
+    policy_folder.load_policy(copy.parent)
   (copy / "metadata.json").rename(tmp_path / "kept")
   with pytest.raises(ValueError, match=r"not complete.*expected metadata\.json"):
-    checkpoint.load_policy(copy)
+    policy_folder.load_policy(copy)
   metadata = json.loads((tmp_path / "kept").read_text())
   (copy / "metadata.json").write_text('{"step": ')
   with pytest.raises(ValueError, match=r"metadata\.json is corrupt.*expected JSON"):
-    checkpoint.policy_hash(copy)
+    policy_folder.policy_hash(copy)
   (copy / "metadata.json").write_text(json.dumps(metadata | {"params_sha256": "0" * 64}))
   with pytest.raises(ValueError, match="not what was saved"):
-    checkpoint.load_policy(copy)
-  assert_same(checkpoint.load_policy(copy, verify=False).params, params())
+    policy_folder.load_policy(copy)
+  assert_same(policy_folder.load_policy(copy, verify=False).params, params())
   (copy / "params" / "manifest.ocdbt").write_bytes(b"")
   with pytest.raises(ValueError, match="cannot be read.*copy the folder again"):
-    checkpoint.load_policy(copy)
+    policy_folder.load_policy(copy)
 
 
 def training(seed=0):
@@ -150,7 +151,7 @@ def abstract(trees, sharding=None):
 
 
 def run(workdir, steps=(10, 20, 30), **kwargs):
-  with checkpoint.Checkpointer(workdir, **kwargs) as checkpointer:
+  with checkpoints.Checkpointer(workdir, **kwargs) as checkpointer:
     for step in steps:
       assert checkpointer.save(step, training(step), {"position": {"step": step}})
   return workdir
@@ -158,7 +159,7 @@ def run(workdir, steps=(10, 20, 30), **kwargs):
 
 def test_a_run_resumes_from_its_newest_checkpoint(tmp_path):
   run(tmp_path, keep_last=2, save_every=10)
-  with checkpoint.Checkpointer(tmp_path, keep_last=2, save_every=10) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path, keep_last=2, save_every=10) as checkpointer:
     assert checkpointer.steps == [20, 30]
     assert [step for step in range(25) if checkpointer.due(step)] == [10, 20]
     step, trees, values = checkpointer.restore(abstract(training()))
@@ -172,19 +173,19 @@ def test_a_run_resumes_from_its_newest_checkpoint(tmp_path):
 
 def test_checkpoints_at_multiples_of_keep_every_stay(tmp_path):
   run(tmp_path, steps=(10, 20, 30, 40, 50), keep_last=1, keep_every=20)
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path) as checkpointer:
     assert checkpointer.steps == [20, 40, 50]
 
 
 def test_a_new_run_has_nothing_to_restore(tmp_path):
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path) as checkpointer:
     assert checkpointer.restore(abstract(training())) is None
 
 
 def test_another_number_of_devices_restores_the_same(tmp_path):
   run(tmp_path, steps=(10,))
   mesh = jax.make_mesh((8,), ("fsdp",))
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path) as checkpointer:
     found = checkpointer.restore(abstract(training(), NamedSharding(mesh, PartitionSpec())))
   assert len(found.trees["params"]["llm"]["embed"].sharding.device_set) == 8
   assert_same(found.trees, training(10))
@@ -193,7 +194,7 @@ def test_another_number_of_devices_restores_the_same(tmp_path):
 def test_a_corrupt_checkpoint_is_reported_and_set_aside(tmp_path, caplog):
   run(tmp_path)
   (tmp_path / "checkpoints" / "30" / "train" / "manifest.ocdbt").write_bytes(b"")
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path) as checkpointer:
     with caplog.at_level(logging.ERROR):
       step, trees, _ = checkpointer.restore(abstract(training()))
     assert step == 20 and "CORRUPT CHECKPOINT" in caplog.text
@@ -206,24 +207,24 @@ def test_a_corrupt_checkpoint_is_reported_and_set_aside(tmp_path, caplog):
 
 def failing(monkeypatch, *errors):
   """The first reads fail like this, the others go well."""
-  left, read = list(errors), checkpoint.Checkpointer._read
+  left, read = list(errors), checkpoints.Checkpointer._read
 
   def attempt(self, step, wanted):
     if left:
       raise left.pop(0)
     return read(self, step, wanted)
 
-  monkeypatch.setattr(checkpoint, "_PAUSES", (0.0, 0.0))
-  monkeypatch.setattr(checkpoint.Checkpointer, "_read", attempt)
+  monkeypatch.setattr(checkpoints, "_PAUSES", (0.0, 0.0))
+  monkeypatch.setattr(checkpoints.Checkpointer, "_read", attempt)
 
 
 def test_an_error_that_passes_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
   run(tmp_path)
   failing(monkeypatch, ConnectionError("reset by peer"), ValueError("UNAVAILABLE: 503"))
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path) as checkpointer:
     assert checkpointer.restore(abstract(training())).step == 30 and "trying again" in caplog.text
   failing(monkeypatch, *[ValueError("DATA_LOSS: checksum")] * 2)
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path) as checkpointer:
     assert checkpointer.restore(abstract(training())).step == 30
   assert not (tmp_path / "checkpoints_corrupt").exists()
 
@@ -232,21 +233,21 @@ def test_an_error_that_passes_costs_no_checkpoint(tmp_path, monkeypatch, caplog)
 def test_what_cannot_be_reached_stops_and_moves_nothing(tmp_path, monkeypatch, error):
   run(tmp_path)
   failing(monkeypatch, *[error] * 3)
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path) as checkpointer:
     with pytest.raises(ValueError, match=r"checkpoints/30 cannot be read: got .*nothing was moved"):
       checkpointer.restore(abstract(training()))
     assert checkpointer.steps == [10, 20, 30]
   failing(monkeypatch, *[ValueError("DATA_LOSS: checksum")] * 3)
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path) as checkpointer:
     assert checkpointer.restore(abstract(training())).step == 20
 
 
 def test_damage_that_another_process_saw_counts_for_all(tmp_path, monkeypatch, caplog):
   run(tmp_path)
-  told = iter([checkpoint._DAMAGED, checkpoint._UNREACHED])
-  monkeypatch.setattr(checkpoint, "_worst_of_all", lambda error: next(told))
+  told = iter([checkpoints._DAMAGED, checkpoints._UNREACHED])
+  monkeypatch.setattr(checkpoints, "_worst_of_all", lambda error: next(told))
   message = r"checkpoints/20 cannot be read: got another process could not read it"
-  with checkpoint.Checkpointer(tmp_path) as checkpointer, pytest.raises(ValueError, match=message):
+  with checkpoints.Checkpointer(tmp_path) as checkpointer, pytest.raises(ValueError, match=message):
     checkpointer.restore(abstract(training()))
   assert "30: damaged on another process" in caplog.text
 
@@ -270,7 +271,7 @@ with checkpoint.Checkpointer(folder) as checkpointer:
 if me == 1:
   for path in (folder / "checkpoints" / "2" / "train" / "ocdbt.process_1").rglob("d/*"):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-checkpoint._meet("cut")
+policy_folder.barrier("cut")
 with checkpoint.Checkpointer(folder) as checkpointer:
   found = checkpointer.restore(shape)
   print("RESTORED", found.step, checkpointer.steps)
@@ -299,7 +300,7 @@ def test_when_all_are_corrupt_nothing_moves(tmp_path):
   run(tmp_path)
   for step in (10, 20, 30):
     (tmp_path / "checkpoints" / str(step) / "params" / "manifest.ocdbt").write_bytes(b"")
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path) as checkpointer:
     with pytest.raises(ValueError, match="No checkpoint in .* can be read"):
       checkpointer.restore(abstract(training()))
     assert checkpointer.steps == [10, 20, 30]
@@ -309,7 +310,7 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
   run(tmp_path, steps=(10, 20))
   wanted = abstract(training())
   wanted["params"]["coupler"] = {"kernel": jax.ShapeDtypeStruct((16, 9), jnp.float32)}
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path) as checkpointer:
     with pytest.raises(ValueError, match=r"another config(.|\n)*\+ params/coupler/kernel \(16, 9\)\n  - .*\(16, 8\)"):
       checkpointer.restore(wanted)
     with pytest.raises(ValueError, match=r"another config(.|\n)*\+ ema/"):
@@ -321,7 +322,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
   tree = {"params": {"w": jnp.arange(1 << 20, dtype=jnp.float32)}}
   expected = np.array(tree["params"]["w"])
   overwrite = jax.jit(lambda x: jax.tree.map(lambda y: y * 0 - 1, x), donate_argnums=0)
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+  with checkpoints.Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, tree)
     tree = jax.block_until_ready(overwrite(tree))
     found = checkpointer.restore(abstract(tree))
