@@ -113,6 +113,12 @@ def make_importable(config: str) -> None:
       sys.path.append(str(place))
 
 
+def in_repository(path: str) -> str:
+  """A path as it is where it exists, else that of the repository that this package lies in, if it is there."""
+  found = Path(__file__).resolve().parents[1] / path
+  return str(found) if not Path(path).exists() and found.exists() else path
+
+
 def _keep_traceback(error: Exception) -> str:
   text = "".join(traceback.format_exception(error))
   try:

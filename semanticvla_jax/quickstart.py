@@ -22,7 +22,7 @@ from pathlib import Path
 
 from semanticvla_jax import cli, files
 
-BASE = Path("checkpoints/tabletop_small")
+BASE, CONFIG = "checkpoints/tabletop_small", "configs/quickstart.py"  # of the repository
 # States are varied by where episodes begin: under the noise of `demonstrate`'s default the later actions of a chunk
 # answer what has yet to happen, and fine-tuning on them lost a third of the base's success.
 VARIED = {"noise": 0.1, "perturbed": 0.3}
@@ -205,20 +205,22 @@ def _clock(seconds: float) -> str:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog="python -m semanticvla_jax.quickstart", description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  parser = cli.ArgumentParser("python -m semanticvla_jax.quickstart", __doc__)
+  parser.add_argument("--suite", default="place", help="suite of the tabletop (default: place)")
+  parser.add_argument("--split", default="unseen", help="layouts to use (default: unseen, other colors and shapes)")
+  parser.add_argument("--demonstrations", type=int, default=800, help="number of training episodes (default: 800)")
+  parser.add_argument("--episodes", type=int, default=128, help="number of evaluation episodes (default: 128)")
+  parser.add_argument("--steps", type=int, help="number of training steps (default: the config's)")
+  parser.add_argument(
+    "--controls", default="shuffled,random", help="controls of the evaluation, by commas (default: shuffled,random)"
   )
-  parser.add_argument("--suite", default="place", help="of the tabletop (default: place)")
-  parser.add_argument("--split", default="unseen", help="its layouts (default: unseen, other colours and shapes)")
-  parser.add_argument("--demonstrations", type=int, default=800, help="episodes to learn from (default: 800)")
-  parser.add_argument("--episodes", type=int, default=128, help="episodes to measure on (default: 128)")
-  parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
-  parser.add_argument("--controls", default="shuffled,random", help="of the evaluation (default: shuffled,random)")
-  parser.add_argument("--base", type=Path, default=BASE, help=f"policy folder to start from (default: {BASE})")
-  parser.add_argument("--config", default="configs/quickstart.py", help="of the training")
-  parser.add_argument("--size", type=int, default=64, help="pixels of the recorded views (default: 64, the base's)")
-  parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of all that is made")
+  base = Path(cli.in_repository(BASE))
+  parser.add_argument("--base", type=Path, default=base, help=f"policy folder to start from (default: {BASE})")
+  parser.add_argument("--config", default=cli.in_repository(CONFIG), help=f"training config (default: {CONFIG})")
+  parser.add_argument("--size", type=int, default=64, help="height and width of the recorded views (default: 64)")
+  parser.add_argument(
+    "--out", type=Path, default=Path("runs/quickstart"), help="folder of everything that is made (default: %(default)s)"
+  )
   return parser.parse_args(argv)
 
 
@@ -232,7 +234,7 @@ def main(argv: list[str]) -> None:
     seconds["evaluation"] = run("evaluation", evaluate(args))
     results = _read(args.out / "report" / "results.json", "run the same command again")["results"]
   except ValueError as error:
-    sys.exit(str(error))
+    sys.exit(f"error: {error}")
   print(summary(results, seconds, args.out))
 
 

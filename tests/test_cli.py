@@ -77,6 +77,15 @@ def test_streams_are_utf8_under_any_locale(variables, tmp_path):
   assert (run.returncode, run.stdout.decode()) == (0, "95 % → “grün” \\ud800\n")
 
 
+def test_a_path_of_the_repository_is_found_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert Path(cli.in_repository("configs/common.py")) == Path(__file__).parents[1] / "configs" / "common.py"
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "common.py").write_text("")
+  assert cli.in_repository("configs/common.py") == "configs/common.py"
+  assert cli.in_repository("nowhere.py") == "nowhere.py"
+
+
 def test_a_config_imports_from_its_own_repository_and_hides_no_installed_package(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), *sys.path])
   for file in ("site/installed/__init__.py", "mine/configs/installed.py", "mine/configs/sibling.py"):

@@ -97,7 +97,7 @@ def measured(tmp_path, monkeypatch):
   monkeypatch.setattr(policy_folder, "policy_hash", lambda folder: f"hash of {folder.name}")
   args = quickstart._arguments([f"--out={tmp_path}", "--episodes=4"])
   command = quickstart.evaluate(args)
-  names = {"policy": "policy", "baseline": quickstart.BASE.name}
+  names = {"policy": "policy", "baseline": Path(quickstart.BASE).name}
   rows = [{"kind": kind, "fingerprint": {"policy": {"policy_hash": f"hash of {name}"}}} for kind, name in names.items()]
   (tmp_path / "report").mkdir()
   results = {"command": "python -m " + shlex.join(command), "results": rows}

@@ -109,18 +109,25 @@ def _numbers(values: np.ndarray) -> str:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog="python -m semanticvla_jax.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  parser = cli.ArgumentParser("python -m semanticvla_jax.data", __doc__)
+  verbs = "inspect: print sizes and ranges; statistics: write them as JSON; preview: draw frames"
+  parser.add_argument("verb", choices=("inspect", "statistics", "preview"), help=verbs)
+  parser.add_argument("--data-dir", required=True, help="folder of datasets, <name>/<version>/; local or gs://")
+  parser.add_argument(
+    "--name", required=True, help=f"name of a dataset, or of a mixture of them: {', '.join(mixtures.MIXTURES)}"
   )
-  parser.add_argument("verb", choices=("inspect", "statistics", "preview"))
-  parser.add_argument("--data_dir", "--data-dir", required=True, help="folder of <name>/<version>/, local or gs://")
-  parser.add_argument("--name", required=True, help=f"a dataset, or a mixture: {', '.join(mixtures.MIXTURES)}")
-  parser.add_argument("--split", default="train")
-  parser.add_argument("--cache_dir", "--cache-dir", help=f"of the index; '' keeps none (default: {records.CACHE})")
-  parser.add_argument("--out", help="file to write (statistics: json; preview: png)")
-  parser.add_argument("--format", choices=("openvla", "openpi"), default="openvla")
-  parser.add_argument("--count", type=int, default=6, help="frames of the preview")
-  parser.add_argument("--size", type=int, default=224, help="pixels of the preview's frames")
+  parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
+  parser.add_argument(
+    "--cache-dir", help=f"folder where the dataset's index is kept; '' keeps none (default: {records.CACHE})"
+  )
+  parser.add_argument(
+    "--out", help="file to write (default: dataset_statistics.json or norm_stats.json, <name>.png for a preview)"
+  )
+  parser.add_argument(
+    "--format", choices=("openvla", "openpi"), default="openvla", help="layout of the statistics (default: openvla)"
+  )
+  parser.add_argument("--count", type=int, default=6, help="number of frames of a preview (default: 6)")
+  parser.add_argument("--size", type=int, default=224, help="height and width of a preview's frames (default: 224)")
   return parser.parse_args(argv)
 
 
@@ -143,7 +150,7 @@ def main(argv: list[str]) -> None:
       files.write(out, contents.getvalue())
       logging.info("wrote %s", out)
   except ValueError as error:
-    sys.exit(str(error))
+    sys.exit(f"error: {error}")
 
 
 def _write_statistics(datasets: list[rlds.Dataset], out: str | None, kind: str) -> None:
