@@ -12,7 +12,7 @@ WORDS = {"tiny": 32, "small": 24, "small64": 24, "7b": 64}  # of an instruction:
 
 
 # OpenVLA and OpenVLA-OFT as values of `model`: no pruners, no fusers, no FiLM, the second-to-last block's patches.
-PLAIN = dict(dino_pruner=None, siglip_pruner=None, film=(), dense_fuser=None, vision_layer="second_to_last")
+OPENVLA = dict(dino_pruner=None, siglip_pruner=None, film=(), dense_fuser=None, vision_layer="second_to_last")
 
 
 def split(arg: str | None, modes: tuple[str, ...]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ def get_config(arg=None):
   mode, variant = common.split(arg, ("libero", "base"))
   config = common.get_config(variant)
   own = dict(coupler=None, mask="causal", num_views=1, proprio_dim=None, chunk=1)
-  config.model.update(common.PLAIN | own)
+  config.model.update(common.OPENVLA | own)
   if mode == "base":
     config.model.vision_layer = "last"
   config.lora.update(rank=32, alpha=16.0, targets="all_linear")

@@ -9,7 +9,7 @@ from configs import common
 def get_config(arg=None):
   mode, variant = common.split(arg, ("libero", "film", "aloha"))
   config = common.get_config(variant)
-  config.model.update(common.PLAIN | dict(coupler="single", mask="full"))
+  config.model.update(common.OPENVLA | dict(coupler="single", mask="full"))
   if mode != "libero":
     config.model.film = ("dino", "siglip")
   if mode == "aloha":

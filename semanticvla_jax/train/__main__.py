@@ -84,14 +84,14 @@ def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict,
   sharding.check(wanted, mesh, rule)
   folders, random = init.bases(config.init_from)
   found = {folder: policy_folder.read_policy_shapes(folder) for folder in folders}  # before any weight is read
-  taken, new = init.origins(wanted, found, config.trainable, random)
-  params = init.draw(model, bare, config.seed, new, sharding.param_sharding(new, mesh, rule)) if new else {}
+  taken, new = init.assign_sources(wanted, found, config.trainable, random)
+  params = init.init_params(model, bare, config.seed, new, sharding.param_sharding(new, mesh, rule)) if new else {}
   check_bases(config, taken)
   stats = None
   for folder, paths in taken.items():
     base = load_base(folder, mesh, rule)
     stats = base.statistics if stats is None else stats  # of the first
-    params = combine(params, init.cast(init.only(base.params, paths), init.only(wanted, paths)))
+    params = combine(params, init.cast_like(init.select(base.params, paths), init.select(wanted, paths)))
   return params, stats and {name: statistics.from_openvla(entry) for name, entry in stats.items()}
 
 
@@ -133,7 +133,7 @@ def prepare(config: Any, deadline: float, aux_loss: stepping.AuxLoss | None = No
   sharding.check_rows(config.data.batch_size, sharding.devices_of_rows(mesh), config.optim.accumulate)
   model, bare = init.make_model(config, aux_loss)
   tokenizers = inputs.load_tokenizers(config, bare)
-  distributed.meet("start", deadline)
+  distributed.barrier("start", deadline)
   params, base_statistics = initial_params(config, model, bare, mesh)
   trainable, frozen = partition(params, config.trainable)
   tx = optimizer.transform(config.optim)
@@ -215,11 +215,11 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
     facts = {"config": resume.plain(config)} | resume.origin(config, source)
     if saved:
       resume.check_origin(saved, facts, workdir)
-    meet = functools.partial(distributed.meet, "compiled", deadline) if jax.process_count() > 1 else None
+    meet = functools.partial(distributed.barrier, "compiled", deadline) if jax.process_count() > 1 else None
     frozen, rule = ready.frozen, sharding.rule_of(config.mesh)
     run = stepping.compile_step(ready.step, ready.mesh, state, frozen, rule, meet)
     ready = ready._replace(state=None)  # the step's state is donated
-    distributed.meet("ready to train", deadline)
+    distributed.barrier("ready to train", deadline)
     history = deque(saved.get("losses", ()), maxlen=200)
     try:
       state = loop(config, workdir, checkpointer, run, source.batches, state, frozen, start, facts, history, profile)
@@ -277,7 +277,7 @@ def write_policy(
 ) -> Path:  # fmt: skip
   """`<workdir>/policy`: parameters, statistics, config and tokenisers in one folder; replaces the one of this run."""
   target = workdir / "policy"
-  distributed.meet("policy", deadline)
+  distributed.barrier("policy", deadline)
   params = combine(optimizer.average_of(state.optimizer, state.trainable), frozen)
   return type(workdir)(
     policy_folder.save_policy(
@@ -305,7 +305,7 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  distributed.leave_on_sigterm()
+  distributed.exit_on_sigterm()
   try:
     profile = parse_steps(_PROFILE.value)
     if _PRINT_CONFIG.value:

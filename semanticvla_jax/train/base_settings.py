@@ -1,6 +1,6 @@
 """What a base's own config.json says of the parameters that are taken from it.
 
-Names and shapes (init.take_over) do not tell what a parameter means: an adapter's update counts by alpha, a tower's
+Names and shapes (init.match_base) do not tell what a parameter means: an adapter's update counts by alpha, a tower's
 kernels go with its GELU, a head's outputs with the normalisation it was trained for. What would be read in another
 sense is refused; what merely differs is listed once.
 """

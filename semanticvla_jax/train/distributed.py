@@ -69,14 +69,14 @@ def initialize(
       f"distributed: got process {process} of {processes} with coordinator {coordinator!r}, expected 0 … processes-1 "
       "and host:port; fix --process, --processes, --coordinator."
     )
-  call_the_roll(coordinator, processes, process, deadline, config)
-  be_patient(deadline)
+  check_all_processes_joined(coordinator, processes, process, deadline, config)
+  raise_cpu_collective_timeout(deadline)
   jax.distributed.initialize(
     coordinator, processes, process, local_device_ids=devices, initialization_timeout=int(max(deadline, 1))
   )
 
 
-def be_patient(deadline: float) -> None:
+def raise_cpu_collective_timeout(deadline: float) -> None:
   """Lets collectives on CPUs wait `deadline` seconds instead of half a minute (Gloo), where XLA_FLAGS does not say.
 
   Elsewhere they wait for ever, and flags that a plugin may not know are better left out.
@@ -123,7 +123,9 @@ def detect(multihost: str, deadline: float) -> tuple[str, int, int, list[int] | 
   return found
 
 
-def call_the_roll(coordinator: str, processes: int, process: int, deadline: float, config: str = "") -> None:
+def check_all_processes_joined(
+  coordinator: str, processes: int, process: int, deadline: float, config: str = ""
+) -> None:
   """Returns when all processes have answered, with the config of process 0.
 
   Raises:
@@ -206,7 +208,7 @@ def _check_the_roll(missing: list[int], other: list[int], processes: int | None,
     )
 
 
-def meet(name: str, deadline: float) -> None:
+def barrier(name: str, deadline: float) -> None:
   """Waits here for all processes. Raises ValueError naming those that did not come within `deadline` seconds."""
   if jax.process_count() == 1:
     return
@@ -269,7 +271,7 @@ def is_news(record: logging.LogRecord) -> bool:
   return not any("/orbax/" in frame.filename for frame in traceback.extract_tb(trace))
 
 
-def leave_on_sigterm() -> None:
+def exit_on_sigterm() -> None:
   """From here on SIGTERM ends this process with PREEMPTED, where nothing catches it (see `preemption`).
 
   For the time in which a run sets up or restores and has nothing to save. Several processes: until they have joined,

@@ -27,7 +27,7 @@ class Family(NamedTuple):
 
 def families(config: Any, mesh: Any, aux_loss: AuxLoss | None = None) -> Counter:
   """How many parameters each family has."""
-  step, rule = program.of(config, aux_loss), sharding.rule_of(config.mesh)
+  step, rule = program.from_config(config, aux_loss), sharding.rule_of(config.mesh)
   found: Counter = Counter()
   for tree, trainable in ((step.state.trainable, True), (step.frozen, False)):
     for path, x in flatten_dict(tree, sep="/").items():
@@ -42,7 +42,7 @@ def _show(spec: Any, dims: int) -> str:
   return "copied" if not any(axes) else "·".join(axis or "-" for axis in axes)
 
 
-def local_bytes(tree: Any, mesh: Any, rule: sharding.Rule = sharding.PLAIN) -> int:
+def local_bytes(tree: Any, mesh: Any, rule: sharding.Rule = sharding.DEFAULT_RULE) -> int:
   """Bytes of a tree of arrays or shapes on each device under the rule."""
 
   def one(path, x):
@@ -76,7 +76,7 @@ def table(config: Any, mesh: Any, sizes: bool = False, aux_loss: AuxLoss | None 
 
 def memory(config: Any, mesh: Any, aux_loss: AuxLoss | None = None) -> dict[str, int]:
   """Bytes on each device of what lives across steps, and of the gradients; activations come on top (see preflight)."""
-  step, rule = program.of(config, aux_loss), sharding.rule_of(config.mesh)
+  step, rule = program.from_config(config, aux_loss), sharding.rule_of(config.mesh)
   return {
     "frozen parameters": local_bytes(step.frozen, mesh, rule),
     "trainable parameters": local_bytes(step.state.trainable, mesh, rule),
@@ -92,7 +92,7 @@ def explain(config: Any, devices: int | None = None, aux_loss: AuxLoss | None = 
     ValueError: a mesh, batch or override that does not fit.
   """
   n = len(jax.devices()) if devices is None else devices
-  mesh, step = sharding.abstract_mesh(config.mesh, n), program.of(config, aux_loss)
+  mesh, step = sharding.abstract_mesh(config.mesh, n), program.from_config(config, aux_loss)
   both = flatten_dict(step.frozen) | flatten_dict(step.state.trainable)
   sharding.check({"/".join(path): x for path, x in both.items()}, mesh, sharding.rule_of(config.mesh))
   rows, turns = sharding.devices_of_rows(mesh), config.optim.accumulate

@@ -19,7 +19,7 @@ from semanticvla_jax.train.step import AuxLoss
 
 RANDOM = "random"  # as config.init_from: draw the frozen parameters too
 # Parts of a base that a model with another head does not read, each as a whole. Anything else it lacks is an error.
-SPARE = {
+UNUSED_IN_BASE = {
   "llm/lm_head/": "logits of the language model; a coupler answers instead",
   "coupler/": "the action head of another policy; this one's is new",
   "proprio_projector/": "proprioception, which this model does not see",
@@ -58,7 +58,7 @@ def shapes(model: nn.Module, bare: SemanticVLA, trainable: str | None, frozen_dt
   return combine(kept, frozen)
 
 
-def draw(model: nn.Module, bare: SemanticVLA, seed: int, wanted: dict, where: Any) -> dict:
+def init_params(model: nn.Module, bare: SemanticVLA, seed: int, wanted: dict, where: Any) -> dict:
   """Initial values of the parameters `wanted`, a function of the seed, created with their sharding.
 
   Args:
@@ -70,17 +70,17 @@ def draw(model: nn.Module, bare: SemanticVLA, seed: int, wanted: dict, where: An
   def make():
     rngs = {"params": jax.random.key(seed), "noise": jax.random.key(seed)}
     params = flatten_dict(model.init(rngs, dummy_observation(bare))["params"])
-    return cast(unflatten_dict({path: x for path, x in params.items() if path in names}), wanted)
+    return cast_like(unflatten_dict({path: x for path, x in params.items() if path in names}), wanted)
 
   return jax.jit(make, out_shardings=where)()
 
 
-def cast(params: dict, like: dict) -> dict:
+def cast_like(params: dict, like: dict) -> dict:
   """Every parameter in the type that `like` has for it."""
   return jax.tree.map(lambda x, y: x.astype(y.dtype), params, like)
 
 
-def only(tree: dict, paths: list[str]) -> dict:
+def select(tree: dict, paths: list[str]) -> dict:
   """The parameters of a tree with these paths."""
   flat = flatten_dict(tree, sep="/")
   return unflatten_dict({path: flat[path] for path in paths}, sep="/")
@@ -92,7 +92,7 @@ def bases(init_from: str | None) -> tuple[list[str], bool]:
   return [name for name in names if name != RANDOM], RANDOM in names
 
 
-def origins(
+def assign_sources(
   wanted: dict, found: Mapping[str, dict], trainable: str | None, random: bool = False
 ) -> tuple[dict[str, list[str]], dict]:
   """Where each parameter comes from: (paths by base, the first that has them; those that are drawn).
@@ -102,12 +102,12 @@ def origins(
     trainable: config.trainable. random: draws frozen parameters too.
 
   Raises:
-    ValueError: a shape that differs, a parameter of a base that the model has no use for (see SPARE), or a frozen one
-      that no base has.
+    ValueError: a shape that differs, a parameter of a base that the model does not have (but UNUSED_IN_BASE), or a
+      frozen one that no base has.
   """
   left, taken = flatten_dict(wanted, sep="/"), {}
   for i, (source, base) in enumerate(found.items()):
-    taken[source] = take_over(unflatten_dict(left, sep="/"), base, source, whole=i == 0)
+    taken[source] = match_base(unflatten_dict(left, sep="/"), base, source, whole=i == 0)
     left = {path: x for path, x in left.items() if path not in taken[source]}
     logging.info("init_from %s: took %d parameters", source, len(taken[source]))
   _, frozen = partition(wanted, trainable)
@@ -124,17 +124,18 @@ def origins(
   return taken, unflatten_dict(left, sep="/")
 
 
-def take_over(wanted: dict, base: dict, source: str, whole: bool = True) -> list[str]:
+def match_base(wanted: dict, base: dict, source: str, whole: bool = True) -> list[str]:
   """Paths of the parameters `wanted` (shapes or arrays) that `base` has; what it has beyond them is logged.
 
   Args:
-    whole: whether `base` must hold nothing that the model has no use for but SPARE; False for what only completes.
+    whole: whether `base` may hold nothing that the model does not have but UNUSED_IN_BASE; False where it only
+      completes another base.
 
   Raises:
     ValueError: a shape that differs, or a parameter of `base` that the model has no use for.
   """
   ours, theirs = flatten_dict(wanted, sep="/"), flatten_dict(base, sep="/")
-  for part, reason in SPARE.items():
+  for part, reason in UNUSED_IN_BASE.items():
     there = {path for path in theirs if path.startswith(part)}
     if any(path not in ours and not re.fullmatch(LORA, path) for path in there):
       logging.info("init_from %s: left %d parameters of %s unread: %s", source, len(there), part, reason)

@@ -109,7 +109,7 @@ def slice_devices(topology: str | None, slices: int = 1) -> list:
 
 def lower_train(config: Any, mesh: Mesh, aux_loss: AuxLoss | None = None) -> Callable[[], Any]:
   """A function that lowers the training step over `mesh`."""
-  p, rule = program.of(config, aux_loss), sharding.rule_of(config.mesh)
+  p, rule = program.from_config(config, aux_loss), sharding.rule_of(config.mesh)
   sharding.check_rows(config.data.batch_size, sharding.devices_of_rows(mesh), config.optim.accumulate)
   jitted = stepping.jit_step(p.step, mesh, p.state, p.frozen, rule)
   return lambda: jitted.lower(p.state, p.frozen, p.batch)

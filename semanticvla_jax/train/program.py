@@ -24,7 +24,7 @@ class Program(NamedTuple):
   batch: Batch
 
 
-def of(config: Any, aux_loss: stepping.AuxLoss | None = None) -> Program:
+def from_config(config: Any, aux_loss: stepping.AuxLoss | None = None) -> Program:
   """The step that a config trains with. Raises ValueError for a config that does not fit together."""
   config_checks.check(config)
   model, bare = init.make_model(config, aux_loss)
@@ -86,7 +86,7 @@ def example_flops(config: Any, aux_loss: stepping.AuxLoss | None = None) -> int:
   """
   one = changed(config, **{"data.batch_size": 1, "model.remat": None, "optim.accumulate": 1})
   model, _ = init.make_model(one, aux_loss)
-  program = of(one, aux_loss)
+  program = from_config(one, aux_loss)
 
   def loss(trainable, frozen, batch):
     return stepping.loss_fn(model, combine(trainable, frozen), batch, jax.random.key(0), aux_loss)[0]

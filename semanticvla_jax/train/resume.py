@@ -19,14 +19,14 @@ from semanticvla_jax.data import statistics, text
 from semanticvla_jax.train import checkpoints, init, inputs
 
 # Config fields that runs of earlier versions did not store, with the value they had.
-LATER = {
+FIELD_DEFAULTS_BEFORE = {
   "frozen_dtype": None, "optim.ema": None, "data.starts": 0.0, "data.diagonal_crop": False, "data.dct": "accurate",
   "data.pruner_text_eval": None, "data.cache_dir": None, "data.jitter": [0.0, 0.0], "data.askew": 0.0,
 }  # fmt: skip
 
 # Config fields that may change when a run is resumed, each with all fields below it: how long and where it runs, not
 # what it computes. Base, tokenizers and data are known by what they hold (`origin`), wherever they lie.
-MOVABLE = (
+MUTABLE_FIELDS = (
   "mesh", "model.remat", "model.scan_encoders", "init_from", "data.dir", "data.cache_dir", "data.tokenizers",
   "train.steps", "train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.spike",
   "train.wandb", "optim.accumulate",
@@ -58,9 +58,12 @@ def restore(checkpointer: checkpoints.Checkpointer, state: Any, config: dict) ->
 
 
 def differences(saved: dict, config: dict) -> list[str]:
-  """ "optim.lr: 0.001 → 0.0005" for each field that differs and is not MOVABLE; see LATER for those it may lack."""
-  before, now = LATER | flatten_dict(saved, sep="."), flatten_dict(config, sep=".")
-  fixed = [name for name in now if not any(name == free or name.startswith(f"{free}.") for free in MOVABLE)]
+  """ "optim.lr: 0.001 → 0.0005" for each field that differs, but MUTABLE_FIELDS.
+
+  `saved` may lack the fields of FIELD_DEFAULTS_BEFORE.
+  """
+  before, now = FIELD_DEFAULTS_BEFORE | flatten_dict(saved, sep="."), flatten_dict(config, sep=".")
+  fixed = [name for name in now if not any(name == free or name.startswith(f"{free}.") for free in MUTABLE_FIELDS)]
   missing = object()
   return [
     f"{name}: {before.get(name, 'not there')} → {now[name]}"

@@ -54,7 +54,7 @@ class Rule(NamedTuple):
   split_above: int = 2**16
 
 
-PLAIN = Rule()  # of a config that says nothing
+DEFAULT_RULE = Rule()  # of a config that says nothing
 
 
 def rule_of(mesh: Any) -> Rule:
@@ -108,7 +108,7 @@ def abstract_mesh(sizes: Any, devices: int) -> AbstractMesh:
   return AbstractMesh(tuple(shape.values()), AXES)
 
 
-def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rule: Rule = PLAIN) -> P:
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rule: Rule = DEFAULT_RULE) -> P:
   """How a parameter is split over the mesh: the first override that matches its path, else the one rule.
 
   The rule: `tensor` splits heads and MLP columns where it divides them (TENSOR); `fsdp` splits the largest other axis
@@ -166,7 +166,7 @@ def _matches(pattern: str, path: str) -> bool:
   return _expression(pattern).fullmatch(path) is not None
 
 
-def param_sharding(tree: Any, mesh: Mesh, rule: Rule = PLAIN) -> Any:
+def param_sharding(tree: Any, mesh: Mesh, rule: Rule = DEFAULT_RULE) -> Any:
   """NamedShardings for arrays or shapes: parameters, or optimizer state, whose moments are named like them."""
 
   def where(path, x):
@@ -176,7 +176,7 @@ def param_sharding(tree: Any, mesh: Mesh, rule: Rule = PLAIN) -> Any:
   return jax.tree_util.tree_map_with_path(where, tree)
 
 
-def check(params: Any, mesh: Mesh | AbstractMesh, rule: Rule = PLAIN) -> None:
+def check(params: Any, mesh: Mesh | AbstractMesh, rule: Rule = DEFAULT_RULE) -> None:
   """Logs what `tensor` would split and does not divide. Raises ValueError for an override that matches nothing."""
   shapes = {path: tuple(x.shape) for path, x in flatten_dict(params, sep="/").items()}
   for pattern, _ in rule.overrides:

@@ -200,7 +200,7 @@ def new_state(tx: optax.GradientTransformation, trainable: dict) -> State:
   return State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
 
 
-def state_sharding(state: Any, mesh: Mesh, rule: sharding.Rule = sharding.PLAIN) -> State:
+def state_sharding(state: Any, mesh: Mesh, rule: sharding.Rule = sharding.DEFAULT_RULE) -> State:
   """Where the state lives: parameters and moments by the one rule, counters everywhere."""
   return State(
     NamedSharding(mesh, P()),
@@ -209,7 +209,9 @@ def state_sharding(state: Any, mesh: Mesh, rule: sharding.Rule = sharding.PLAIN)
   )
 
 
-def jit_step(step: Callable, mesh: Mesh, state: Any, frozen: Any, rule: sharding.Rule = sharding.PLAIN) -> Callable:
+def jit_step(
+  step: Callable, mesh: Mesh, state: Any, frozen: Any, rule: sharding.Rule = sharding.DEFAULT_RULE
+) -> Callable:
   """The step under jit with its shardings; the state is donated. Call or lower it inside `over(mesh)`."""
   where = state_sharding(state, mesh, rule)
   return jax.jit(
@@ -232,7 +234,7 @@ def compile_step(
   mesh: Mesh,
   state: Any,
   frozen: Any,
-  rule: sharding.Rule = sharding.PLAIN,
+  rule: sharding.Rule = sharding.DEFAULT_RULE,
   meet: Callable[[], None] | None = None,
 ) -> Callable:
   """The step as one program over `mesh`.

@@ -45,7 +45,7 @@ def test_two_sources_make_a_whole_base(tmp_path):
   found = {name: policy_folder.load_policy(tmp_path / name).params for name in ("base", "text")}
   bare = build(MODEL)
   wanted = abstract_params(bare, dummy_observation(bare))
-  taken, drawn = init.origins(wanted, found, TRAINABLE)
+  taken, drawn = init.assign_sources(wanted, found, TRAINABLE)
   parts = {path.split("/")[0] for path in taken["base"]}
   assert parts == {"dino", "siglip", "llm", "sparse_fuser"}  # the projector goes on from OpenVLA's
   assert {path.split("/")[0] for path in taken["text"]} == {"text"}
@@ -59,7 +59,7 @@ def test_a_base_without_the_text_tower_is_refused(tmp_path):
   bare = build(MODEL)
   wanted = abstract_params(bare, dummy_observation(bare))
   with pytest.raises(ValueError, match=r"frozen parameters without values \(text/"):
-    init.origins(wanted, {"base": policy_folder.load_policy(tmp_path / "base").params}, TRAINABLE)
+    init.assign_sources(wanted, {"base": policy_folder.load_policy(tmp_path / "base").params}, TRAINABLE)
 
 
 def test_only_names_a_tower_of_the_source(tmp_path):

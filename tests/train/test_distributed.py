@@ -31,7 +31,8 @@ def roll(processes, present, deadline, configs=None):
 
   def call(i):
     try:
-      outcome[i] = distributed.call_the_roll(address, processes, i, deadline, (configs or {}).get(i, "same"))
+      config = (configs or {}).get(i, "same")
+      outcome[i] = distributed.check_all_processes_joined(address, processes, i, deadline, config)
     except ValueError as error:
       outcome[i] = str(error)
 
@@ -78,7 +79,7 @@ def test_strangers_at_the_port_do_not_count():
   thread = threading.Thread(target=stranger)
   thread.start()
   with pytest.raises(ValueError, match="process 1 of 2 did not come"):
-    distributed.call_the_roll(f"localhost:{port}", 2, 0, 1.0)
+    distributed.check_all_processes_joined(f"localhost:{port}", 2, 0, 1.0)
   thread.join()
 
 
@@ -114,7 +115,7 @@ def test_a_tpu_vm_is_asked_for_its_other_hosts(monkeypatch):
 
 def test_collectives_on_cpus_wait_as_long_as_hosts(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_timeout_seconds=7")
-  distributed.be_patient(500.0)
+  distributed.raise_cpu_collective_timeout(500.0)
   assert os.environ["XLA_FLAGS"].split() == [
     "--xla_cpu_collective_timeout_seconds=7", "--xla_cpu_collective_call_terminate_timeout_seconds=500"
   ]  # fmt: skip
@@ -137,18 +138,18 @@ class Client:
 
 
 def test_meeting_names_who_is_late(monkeypatch):
-  distributed.meet("alone", 0.1)  # one process: no waiting
+  distributed.barrier("alone", 0.1)  # one process: no waiting
   monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
   monkeypatch.setattr(service.global_state, "client", Client())
   with pytest.raises(ValueError, match=r"process 1, 2 did not come to 'policy' within 5 s, expected all 3"):
-    distributed.meet("policy", 5.0)
+    distributed.barrier("policy", 5.0)
 
 
 def test_meeting_without_having_joined_says_so(monkeypatch):
   monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
   monkeypatch.setattr(service.global_state, "client", None)
   with pytest.raises(ValueError, match="got 2 processes that have not joined.*--multihost=tpu"):
-    distributed.meet("start", 1.0)
+    distributed.barrier("start", 1.0)
 
 
 def test_sigterm_is_noticed_and_its_handler_put_back():
@@ -163,7 +164,7 @@ def test_sigterm_is_noticed_and_its_handler_put_back():
 def test_sigterm_before_the_loop_leaves_with_the_same_status(caplog):
   before = signal.getsignal(signal.SIGTERM)
   try:
-    distributed.leave_on_sigterm()
+    distributed.exit_on_sigterm()
     with distributed.preemption() as preempted:  # the loop takes over, and gives back
       os.kill(os.getpid(), signal.SIGTERM)
       assert preempted(1)

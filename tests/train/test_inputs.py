@@ -76,7 +76,7 @@ def test_data_of_another_robot_is_refused_before_it_is_read(tmp_path):
 def test_runs_from_before_these_fields_had_what_they_say_now():
   data = resume.plain(common.get_config("tiny"))["data"]
   for field in ("diagonal_crop", "dct", "pruner_text_eval", "cache_dir", "jitter"):
-    assert resume.LATER[f"data.{field}"] == data[field]
+    assert resume.FIELD_DEFAULTS_BEFORE[f"data.{field}"] == data[field]
 
 
 def test_random_crops_have_the_area_of_the_config(data, monkeypatch):

@@ -19,7 +19,7 @@ LARGER = [pytest.param(f, "@small", marks=pytest.mark.slow) for f in FILES if f 
 @pytest.mark.parametrize(("file", "argument"), CASES + LARGER)
 def test_every_config_has_a_training_step(file, argument):
   config = importlib.import_module(f"configs.{file}").get_config(argument)
-  p = program.of(program.changed(config, **{"data.batch_size": 2}))
+  p = program.from_config(program.changed(config, **{"data.batch_size": 2}))
   state, metrics = jax.eval_shape(p.step, p.state, p.frozen, p.batch)
   assert jax.tree.structure(state) == jax.tree.structure(p.state) and metrics["loss"].shape == ()
 
@@ -42,6 +42,6 @@ def test_openvla_and_siglip_hold_all_that_semanticvla_keeps_frozen():
     one.lora, one.trainable = None, ".*"
   wanted, whole = parameters(config), parameters(tower)
   siglip = {name: whole[name] for name in ("siglip", "text")}
-  taken, new = init.origins(wanted, {"base": parameters(base), "siglip": siglip}, config.trainable)
+  taken, new = init.assign_sources(wanted, {"base": parameters(base), "siglip": siglip}, config.trainable)
   assert {path.split("/")[0] for path in taken["siglip"]} == {"text"}
   assert {"coupler", "dense_fuser", "dino_sa_pruner", "siglip_id_pruner"} <= set(new) and "text" not in new

@@ -62,7 +62,7 @@ def start(c, mesh):
   model, bare = init.make_model(c)
   wanted = init.shapes(model, bare, c.trainable, c.frozen_dtype)
   rule = sharding.rule_of(c.mesh)
-  params = init.draw(model, bare, c.seed, wanted, sharding.param_sharding(wanted, mesh, rule))
+  params = init.init_params(model, bare, c.seed, wanted, sharding.param_sharding(wanted, mesh, rule))
   trainable, frozen = partition(params, c.trainable)
   transform = optimizer.transform(c.optim)
   state = stepping.new_state(transform, trainable)
@@ -99,7 +99,7 @@ def test_every_mesh_gives_the_losses_of_one_device(name, alone):
 def test_activations_are_constrained_at_block_ends():
   c = config(fsdp=8)
   mesh = sharding.make_mesh(c.mesh)
-  p = program.of(c)
+  p = program.from_config(c)
   with stepping.over(mesh):
     text = str(jax.make_jaxpr(p.step)(p.state, p.frozen, p.batch))
   assert text.count("sharding_constraint") >= 9  # four blocks an encoder, the decoder's scanned one

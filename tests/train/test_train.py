@@ -47,7 +47,8 @@ def test_trains_every_trainable_and_no_frozen_parameter(straight, data):
   config = make_config(data)
   model, bare = command.init.make_model(config)
   wanted = command.init.shapes(model, bare, config.trainable, config.frozen_dtype)
-  before = command.init.draw(model, bare, config.seed, wanted, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  before = command.init.init_params(model, bare, config.seed, wanted, where)
   after = policy_folder.load_policy(straight[1]).params
   trainable, frozen = (flatten_dict(tree, sep="/") for tree in partition(before, config.trainable))
   after = flatten_dict(after, sep="/")
@@ -104,7 +105,7 @@ def test_workdir_of_another_config_is_refused(straight, data):
 def test_a_later_version_resumes_an_earlier_run():
   config = resume.plain(common.get_config("tiny"))
   older = json.loads(json.dumps(config))
-  for path in resume.LATER:
+  for path in resume.FIELD_DEFAULTS_BEFORE:
     *folders, name = path.split(".")
     del (older[folders[0]] if folders else older)[name]
   assert resume.differences(older, config) == []
@@ -254,7 +255,7 @@ def test_action_tokens_with_adapters_from_the_command(data, tmp_path):
 def test_base_of_another_size_is_refused():
   fresh = {"llm": {"kernel": np.zeros((3, 3))}}
   with pytest.raises(ValueError, match=r"init_from base: got 1 parameters the model does not have.*1 of another shape"):
-    command.init.take_over(fresh, {"llm": {"kernel": np.zeros((3, 4)), "bias": np.zeros(3)}}, "base")
+    command.init.match_base(fresh, {"llm": {"kernel": np.zeros((3, 4)), "bias": np.zeros(3)}}, "base")
 
 
 def tree(*paths):
@@ -264,29 +265,29 @@ def tree(*paths):
 def test_frozen_parameters_are_never_drawn_without_being_asked():
   wanted, base = tree("llm/kernel", "llm/lora_a", "text/kernel", "coupler/kernel"), tree("llm/kernel")
   with pytest.raises(ValueError, match=r"got None, which leaves 2 frozen .*\(llm/kernel, text/kernel"):
-    command.init.origins(wanted, {}, "coupler/.*")
+    command.init.assign_sources(wanted, {}, "coupler/.*")
   with pytest.raises(ValueError, match=r"got A, which leaves 1 frozen .*\(text/kernel.*--config.init_from=A,random"):
-    command.init.origins(wanted, {"A": base}, "coupler/.*")
-  taken, new = command.init.origins(wanted, {"A": base, "B": tree("text/kernel", "llm/other")}, "coupler/.*")
+    command.init.assign_sources(wanted, {"A": base}, "coupler/.*")
+  taken, new = command.init.assign_sources(wanted, {"A": base, "B": tree("text/kernel", "llm/other")}, "coupler/.*")
   assert taken == {"A": ["llm/kernel"], "B": ["text/kernel"]}  # B completes: the rest of it does not matter
   assert sorted(flatten_dict(new, sep="/")) == ["coupler/kernel", "llm/lora_a"]
-  taken, new = command.init.origins(wanted, {}, "coupler/.*", random=True)
+  taken, new = command.init.assign_sources(wanted, {}, "coupler/.*", random=True)
   assert taken == {} and len(flatten_dict(new)) == 4
-  assert command.init.origins(wanted, {}, ".*")[0] == {}  # from scratch: all of it is trained
+  assert command.init.assign_sources(wanted, {}, ".*")[0] == {}  # from scratch: all of it is trained
   assert command.init.bases("a, b,random") == (["a", "b"], True) and command.init.bases(None) == ([], False)
 
 
 def test_heads_of_another_policy_are_left_unread_and_said(caplog):
   wanted = tree("llm/kernel", "coupler/trans/kernel", "coupler/queries")
   with caplog.at_level("INFO"):
-    taken = command.init.take_over(
+    taken = command.init.match_base(
       wanted, tree("llm/kernel", "llm/lm_head/kernel", "coupler/queries", "coupler/head/kernel"), "base"
     )
   assert taken == ["llm/kernel"]  # the coupler is new as a whole
   assert "left 1 parameters of llm/lm_head/ unread" in caplog.text and "left 2 parameters of coupler/" in caplog.text
-  assert command.init.take_over(wanted, wanted, "base") == ["coupler/queries", "coupler/trans/kernel", "llm/kernel"]
+  assert command.init.match_base(wanted, wanted, "base") == ["coupler/queries", "coupler/trans/kernel", "llm/kernel"]
   with pytest.raises(ValueError, match="got 1 parameters the model does not have"):  # adapters are no head
-    command.init.take_over(wanted, wanted | {"coupler": {"trans": {"lora_a": np.zeros(2)}}}, "base")
+    command.init.match_base(wanted, wanted | {"coupler": {"trans": {"lora_a": np.zeros(2)}}}, "base")
 
 
 def test_the_command_starts_from_a_base_and_completes_it_from_another(straight, data, tmp_path):
