@@ -26,13 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float
 
 from semanticvla_jax import cli, policy_folder
+from semanticvla_jax.data import gripper as grippers
 from semanticvla_jax.data import images, statistics, text
 from semanticvla_jax.models import checks, lora
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
-from semanticvla_jax.types import Observation, Statistics
+from semanticvla_jax.types import Observation
 
 # What a policy reads, and the names under which it finds it: openpi's, then OpenVLA-OFT's, then the bare name.
 ALIASES = {
@@ -44,55 +45,11 @@ ALIASES = {
   "instruction": ("prompt", "task_description", "instruction"),
 }
 VIEWS = {1: ("image",), 2: ("image", "wrist_image"), 3: ("image", "left_wrist_image", "right_wrist_image")}
-NORMALISATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bounds"}
+NORMALIZATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bounds"}
 GRIPPERS = ("command", "raw")
 ADAPTERS = ("merge", "keep")
 SENTENCES = 1024  # whose tokens are remembered; instructions may be free text, and a policy may serve for weeks
 _PIXELS = re.compile(r"(dino|siglip)/embedding/(kernel|lora_b)")  # what every pixel goes through
-
-
-def normalise_proprio(values: Float[Array, "*b p"], stats: Statistics, mode: str) -> Float[Array, "*b p"]:
-  """`statistics.normalise` inside jit: raw units to [-1, 1], a dimension that never changes to 0."""
-  low, high = _bounds(stats, mode)
-  scaled = jnp.clip(2 * (values - low) / (high - low + 1e-8) - 1, -1, 1)
-  return jnp.where(stats.min == stats.max, 0.0, jnp.where(stats.mask, scaled, values)).astype(jnp.float32)
-
-
-def unnormalise_actions(values: Float[Array, "*b a"], stats: Statistics, mode: str) -> Float[Array, "*b a"]:
-  """`statistics.unnormalise` inside jit: [-1, 1] to raw units where the mask is True, the rest unchanged."""
-  low, high = _bounds(stats, mode)
-  return jnp.where(stats.mask, 0.5 * (values + 1) * (high - low + 1e-8) + low, values).astype(jnp.float32)
-
-
-def gripper_command(actions: Any, mask: Any) -> Any:
-  """Dimensions outside the statistics' mask, a gripper with 1 open and 0 closed, as commands: -1 opens, +1 closes.
-
-  So LIBERO and the tabletop act on them (released code: `process_action`, binarised at 0.5 and inverted).
-
-  Args:
-    actions: f32[*b a] of numpy or jax, in raw units.
-    mask: bool[a], of their statistics.
-  """
-  mask = mask.astype(np.float32)
-  return actions * mask + (1 - mask) * (1 - 2 * (actions > 0.5))
-
-
-def centre_crop(pictures: UInt8[Array, "*b s s 3"], area: float) -> UInt8[Array, "*b s s 3"]:
-  """`images.center_crop` inside jit: the middle `area` of each picture, resized back (equal but for rounding)."""
-  size, side = pictures.shape[-2], float(np.sqrt(area))
-  at = np.clip((1 - side) / 2 * (size - 1) + np.arange(size) * side, 0, size - 1)
-  first = at.astype(np.int32)
-  second, share = np.minimum(first + 1, size - 1), (at - first).astype(np.float32)
-  x = pictures.astype(jnp.float32) * np.float32(1 / 255)
-  for axis in (-2, -3):
-    low, high = jnp.take(x, first, axis), jnp.take(x, second, axis)
-    x = low + (high - low) * jnp.expand_dims(share, tuple(range(1, -axis)))
-  return (jnp.clip(x, 0, 1) * 255.5).astype(jnp.uint8)
-
-
-def _bounds(stats: Statistics, mode: str) -> tuple[Array, Array]:
-  low, high = statistics.MODES[mode]
-  return jnp.asarray(getattr(stats, low), jnp.float32), jnp.asarray(getattr(stats, high), jnp.float32)
 
 
 class Policy:
@@ -133,8 +90,8 @@ class Policy:
     self.bare: SemanticVLA = model.model if isinstance(model, lora.LoRA) else model
     data = config.get("data") or {}
     sizes = _batch_sizes(batch_sizes)
-    self.mode = _choice("normalisation", data.get("normalisation", "q99"), NORMALISATIONS)
-    self.mode = NORMALISATIONS[self.mode]
+    self.mode = _choice("normalisation", data.get("normalisation", "q99"), NORMALIZATIONS)
+    self.mode = NORMALIZATIONS[self.mode]
     self.gripper = _choice("gripper", gripper, GRIPPERS)
     self._picture = dict(
       size=self.image_size, crop_area=data.get("crop_area"), jpeg_quality=data.get("jpeg_quality"),
@@ -283,7 +240,7 @@ class Policy:
     if self.bare.proprio_dim is not None:
       state = np.stack([one["state"] for one in found])
       self._warn_of_other_units(state)
-      proprio = statistics.normalise(state, self.stats.proprio, mode=self.mode)
+      proprio = statistics.normalize(state, self.stats.proprio, mode=self.mode)
     words = self.words([one["instruction"] for one in found])
     return Observation(np.stack([np.stack(one) for one in views]), proprio, *words)
 
@@ -320,9 +277,9 @@ class Policy:
     prepared = time.perf_counter()
     actions = np.asarray(self._compiled[size](self.params, padded))[:n]
     inferred = time.perf_counter()
-    actions = statistics.unnormalise(actions.astype(np.float32), self.stats.action, mode=self.mode)
+    actions = statistics.unnormalize(actions.astype(np.float32), self.stats.action, mode=self.mode)
     if self.gripper == "command":
-      actions = gripper_command(actions, self.stats.action.mask).astype(np.float32)
+      actions = grippers.to_commands(actions, self.stats.action.mask).astype(np.float32)
     timing = {"prepare_ms": prepared - begin, "infer_ms": inferred - prepared, "total_ms": time.perf_counter() - begin}
     timing = {name: 1e3 * seconds for name, seconds in timing.items()}
     return [{"actions": chunk, "policy_timing": dict(timing)} for chunk in actions]

@@ -89,11 +89,11 @@ def _caption(dataset: rlds.Dataset, frame: int) -> UInt8[np.ndarray, "h w 3"]:
     dataset.instruction(frame),
     "stored action  " + _numbers(dataset.index.columns["action"][dataset.frames[frame]]),
     "action         " + _numbers(dataset.actions[frame]),
-    "normalised     " + _numbers(statistics.normalise(chunk, stats.action, mode=recipe.mode)[0, 0]),
+    "normalised     " + _numbers(statistics.normalize(chunk, stats.action, mode=recipe.mode)[0, 0]),
     "state          " + _numbers(dataset.proprio[frame]),
-    "normalised     " + _numbers(statistics.normalise(dataset.proprio[now], stats.proprio, mode=recipe.mode)[0]),
+    "normalised     " + _numbers(statistics.normalize(dataset.proprio[now], stats.proprio, mode=recipe.mode)[0]),
     f"chunk of {recipe.chunk}, normalised:",
-    *(_numbers(action) for action in statistics.normalise(chunk, stats.action, mode=recipe.mode)[0]),
+    *(_numbers(action) for action in statistics.normalize(chunk, stats.action, mode=recipe.mode)[0]),
   ]
   numbers = max(len(recipe.normalised), recipe.proprio_dim) + 3  # and the word before them
   size = max(_TEXT_WIDTH, numbers * _NUMBER_WIDTH), _MARGIN + len(lines) * _LINE

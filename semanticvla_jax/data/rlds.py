@@ -506,8 +506,8 @@ def _columns(
   prompt, prompt_mask = (table[said] for table in source.prompt)
   instruction = (None, None) if source.instruction is None else tuple(table[said] for table in source.instruction)
   return (
-    statistics.normalise(proprio, dataset.statistics.proprio, mode=recipe.mode),
-    statistics.normalise(actions, dataset.statistics.action, mode=recipe.mode),
+    statistics.normalize(proprio, dataset.statistics.proprio, mode=recipe.mode),
+    statistics.normalize(actions, dataset.statistics.action, mode=recipe.mode),
     inside,
     prompt,
     prompt_mask,

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from semanticvla_jax.data import gripper
+
 Columns = Mapping[str, np.ndarray]
 
 
@@ -47,7 +49,7 @@ class Recipe(NamedTuple):
     normalised: per action dimension, False passes it through (a gripper command).
     absolute: per action dimension, True for a target, False for a displacement (decides what padding repeats).
     proprio_dim: width of the proprioception.
-    mode: "bounds_q99" or "bounds", see statistics.normalise.
+    mode: "bounds_q99" or "bounds", see statistics.normalize.
     chunk: actions predicted at a time in the release.
     gripper: how the gripper command is stored; None where there is none (absolute joints).
   """
@@ -100,9 +102,9 @@ def libero(columns: Columns) -> Trajectory:
   kept as state[:6] + state[-2:]. Released code: `oxe/transforms.py:827-841`.
   """
   action, state = columns["action"], columns["observation/state"]
-  gripper = 1 - np.clip(action[:, 6:7], 0, 1)
+  opening = gripper.to_opening(action[:, 6:7])
   proprio = np.concatenate([state[:, :6], state[:, -2:]], axis=1)
-  return Trajectory(np.concatenate([action[:, :6], gripper], axis=1), proprio, np.arange(len(action)))
+  return Trajectory(np.concatenate([action[:, :6], opening], axis=1), proprio, np.arange(len(action)))
 
 
 def tabletop(columns: Columns) -> Trajectory:
@@ -126,9 +128,9 @@ def bridge(columns: Columns) -> Trajectory:
   """
   action, state = columns["action"][1:], columns["observation/state"][1:]
   movement = np.diff(state[:, :6], axis=0)
-  gripper = binary_gripper(action[:, -1])[:-1, None]
+  opening = binary_gripper(action[:, -1])[:-1, None]
   proprio = np.concatenate([state[:-1, :6], state[:-1, -1:]], axis=1)
-  return Trajectory(np.concatenate([movement, gripper], axis=1), proprio, 1 + np.arange(len(movement)))
+  return Trajectory(np.concatenate([movement, opening], axis=1), proprio, 1 + np.arange(len(movement)))
 
 
 def binary_gripper(command: Float[np.ndarray, "t"]) -> Float32[np.ndarray, "t"]:

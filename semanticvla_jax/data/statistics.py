@@ -1,4 +1,4 @@
-"""Normalisation statistics: compute, check, save, load, normalise, un-normalise.
+"""Normalization statistics: compute, check, save, load; and `normalize`, `unnormalize`, which serve numpy and jax.
 
 Two JSON families are read and written: OpenVLA's `dataset_statistics.json` (also the `norm_stats` of its config.json)
 and openpi's `norm_stats.json`.
@@ -10,7 +10,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
@@ -68,9 +68,9 @@ def compute(
   return Statistics(*(np.asarray(moment, np.float32) for moment in moments), mask)
 
 
-def normalise(
-  values: Float[np.ndarray, "*b d"], statistics: Statistics, *, mode: str = "bounds_q99", eps: float = 1e-8
-) -> Float32[np.ndarray, "*b d"]:
+def normalize(
+  values: Float[Any, "*b d"], statistics: Statistics, *, mode: str = "bounds_q99", eps: float = 1e-8
+) -> Float32[Any, "*b d"]:
   """Maps raw units to [-1, 1]: clip(2 (x - low) / (high - low + eps) - 1, -1, 1) where the mask is True.
 
   Dimensions that never change (min equals max) become 0 whether masked or not. In the release training does so but
@@ -78,7 +78,7 @@ def normalise(
   both call this function. Released code: `data_utils.py:52-92`.
 
   Args:
-    values: raw units.
+    values: raw units; of numpy, or of jax, in jit too (where the statistics may be traced as well).
     statistics: of width d.
     mode: "bounds_q99" takes low and high from the 1 % and 99 % quantiles, "bounds" from the extremes (ALOHA).
     eps: added to the range.
@@ -86,41 +86,44 @@ def normalise(
   Raises:
     ValueError: unknown mode, another width, or statistics that lack the bounds of that mode.
   """
-  low, high = _bounds(values, statistics, mode)
-  scaled = np.clip(2 * (values - low) / (high - low + np.float32(eps)) - 1, -1, 1)
-  scaled = np.where(statistics.mask, scaled, values)
-  return np.where(statistics.min == statistics.max, 0, scaled).astype(np.float32)
+  xp, low, high = _bounds(values, statistics, mode)
+  scaled = xp.clip(2 * (values - low) / (high - low + np.float32(eps)) - 1, -1, 1)
+  scaled = xp.where(statistics.mask, scaled, values)
+  return xp.where(statistics.min == statistics.max, 0, scaled).astype(np.float32)
 
 
-def unnormalise(
-  values: Float[np.ndarray, "*b d"], statistics: Statistics, *, mode: str = "bounds_q99", eps: float = 1e-8
-) -> Float32[np.ndarray, "*b d"]:
+def unnormalize(
+  values: Float[Any, "*b d"], statistics: Statistics, *, mode: str = "bounds_q99", eps: float = 1e-8
+) -> Float32[Any, "*b d"]:
   """Maps [-1, 1] to raw units: 0.5 (x + 1) (high - low + eps) + low where the mask is True, the rest unchanged.
 
-  Nothing is clipped. Original OpenVLA has `eps=0`; its successors, this release among them, 1e-8
-  (`modeling_prismatic.py:901-920`).
+  Of numpy or jax, as `normalize`. Nothing is clipped. Original OpenVLA has `eps=0`; its successors, this release among
+  them, 1e-8 (`modeling_prismatic.py:901-920`).
 
   Raises:
-    ValueError: as in `normalise`.
+    ValueError: as in `normalize`.
   """
-  low, high = _bounds(values, statistics, mode)
+  xp, low, high = _bounds(values, statistics, mode)
   raw = 0.5 * (values + 1) * (high - low + np.float32(eps)) + low
-  return np.where(statistics.mask, raw, values).astype(np.float32)
+  return xp.where(statistics.mask, raw, values).astype(np.float32)
 
 
-def _bounds(values: np.ndarray, statistics: Statistics, mode: str) -> tuple[np.ndarray, np.ndarray]:
-  low, high = (np.asarray(getattr(statistics, name), np.float32) for name in _ends(mode))
+def _bounds(values: Any, statistics: Statistics, mode: str) -> tuple[Any, Any, Any]:
+  """The array module of `values`, and low and high as its arrays of float32."""
+  xp, given = values.__array_namespace__(), [getattr(statistics, name) for name in _ends(mode)]
+  low, high = (xp.asarray(bound, np.float32) for bound in given)
   if values.shape[-1:] != low.shape:
     raise ValueError(
       f"Widths differ: got values of width {values.shape[-1]}; expected {low.shape[0]} as in the statistics; use the "
       "statistics of this dataset."
     )
-  if np.isnan(low).any() or np.isnan(high).any():
+  known = (low, high) if xp is np else given  # traced bounds have no values yet; whoever compiles checks them
+  if any(isinstance(bound, np.ndarray) and np.isnan(bound).any() for bound in known):
     raise ValueError(
       f"Statistics lack {' and '.join(MODES[mode])}: got NaN; expected finite bounds for mode {mode!r}; openpi files "
       "have no extremes, use 'bounds_q99' or recompute."
     )
-  return low, high
+  return xp, low, high
 
 
 def _ends(mode: str) -> tuple[str, str]:

@@ -20,7 +20,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax import cli
-from semanticvla_jax.policy import Policy, centre_crop, gripper_command, normalise_proprio, unnormalise_actions
+from semanticvla_jax.data import statistics
+from semanticvla_jax.data.gripper import to_commands
+from semanticvla_jax.data.images import center_crop
+from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
 from semanticvla_jax.types import Observation, Statistics
 
@@ -170,12 +173,12 @@ def policy_query(model: nn.Module, setup: Setup, inputs: Inputs) -> Query:
 
   def query(states: tasks.State, told: Int[Array, "b"]) -> Float[Array, "b k 7"]:
     images, state = look(states)
-    read = None if proprio is None else normalise_proprio(state, proprio, setup.mode)
+    read = None if proprio is None else statistics.normalize(state, proprio, mode=setup.mode)
     tokens = (None if table is None else table[told] for table in inputs.words)
     images = images[:, : setup.views]
-    images = images if setup.crop_area is None else centre_crop(images, setup.crop_area)
+    images = images if setup.crop_area is None else center_crop(images, setup.crop_area)
     output = model.apply({"params": inputs.params}, Observation(images, read, *tokens))
-    return gripper_command(unnormalise_actions(output.actions, action, setup.mode), action.mask)
+    return to_commands(statistics.unnormalize(output.actions, action, mode=setup.mode), action.mask)
 
   return query
 

@@ -124,7 +124,7 @@ class SemanticVLA(nn.Module):
     self._check(observation)
     prompt, mask = self.llm.embed_tokens(observation.prompt), observation.prompt_mask
     condition = self.pool(prompt, mask) if self.film else None
-    pixels = self.normalise(observation.images) if pixels is None else pixels
+    pixels = self.normalize(observation.images) if pixels is None else pixels
     words = (observation.instruction, observation.instruction_mask)
     visual, seen = self.see(pixels, condition, *words, train, part)
     parts = [prompt[:, :1], visual]
@@ -144,9 +144,9 @@ class SemanticVLA(nn.Module):
     keep = jnp.pad(mask | (self.film_pool == "all"), ((0, 0), (0, 1)), constant_values=True)[..., None]
     return (words * keep).sum(axis=1) / keep.sum(axis=1)
 
-  def normalise(self, images: Array) -> dict[str, Float[Array, "b v h w 3"]]:
+  def normalize(self, images: Array) -> dict[str, Float[Array, "b v h w 3"]]:
     """RGB bytes → each encoder's own pixels."""
-    return {name: vit.normalise(images) for name, vit in self._encoders().items()}
+    return {name: vit.normalize(images) for name, vit in self._encoders().items()}
 
   def see(
     self,

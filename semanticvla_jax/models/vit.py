@@ -275,7 +275,7 @@ class ViT(nn.Module):
       f"ViT: got position_init={self.position_init!r}, expected 'normal' or 'sincos'; set it so in the variant's row."
     )
 
-  def normalise(self, images: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3"]:
+  def normalize(self, images: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3"]:
     """RGB bytes → this encoder's normalised float32."""
     x = images.astype(jnp.float32) / 255
     return (x - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)

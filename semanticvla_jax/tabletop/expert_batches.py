@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from semanticvla_jax.data import statistics
+from semanticvla_jax.data import gripper, statistics
 from semanticvla_jax.data.text import Tokenizers
 from semanticvla_jax.tabletop import auxiliary_losses, expert, physics, render, tasks
-from semanticvla_jax.types import Batch, Observation, Statistics
+from semanticvla_jax.types import Batch, Observation
 
 NOISE = 0.3
 EPISODE = 48  # steps of the noisy expert among which the moment is drawn
@@ -28,7 +28,7 @@ GRIPPER_PASSES = np.array([True] * 6 + [False])
 
 def gripper_to_model(actions: Float[Array, "*b 7"]) -> Float[Array, "*b 7"]:
   """The gripper command −1 open, +1 closed → 1 open, 0 closed (the released LIBERO convention)."""
-  return actions.at[..., 6].set(1 - jnp.clip(actions[..., 6], 0, 1))
+  return actions.at[..., 6].set(gripper.to_opening(actions[..., 6]))
 
 
 def initial_state(
@@ -141,13 +141,6 @@ def measure(split: str = "train", episodes: int = 1024, seed: int = 0) -> statis
   )
 
 
-def scale(x: Float[Array, "*b d"], s: Statistics) -> Float[Array, "*b d"]:
-  """statistics.normalise (quantile bounds) inside jit."""
-  low, high, mask = (jnp.asarray(v) for v in (s.q01, s.q99, s.mask))
-  scaled = jnp.where(mask, jnp.clip(2 * (x - low) / (high - low + 1e-8) - 1, -1, 1), x)
-  return jnp.where(jnp.asarray(s.min == s.max), 0.0, scaled)
-
-
 def make_batches(
   *,
   batch_size: int,
@@ -179,7 +172,8 @@ def make_batches(
     state = sample_state(key, weights, split, initial_fraction, hard_yaw_fraction)
     actions, mask = labels(state, chunk)
     views, proprio = physics.observe(state, image)
-    proprio, actions = scale(proprio, stats.proprio), scale(actions, stats.action)
+    proprio = statistics.normalize(proprio, stats.proprio)
+    actions = statistics.normalize(actions, stats.action)
     return views, proprio, actions, mask, targets(state, image // patch)
 
   @jax.jit

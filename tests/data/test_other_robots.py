@@ -71,7 +71,7 @@ def test_aloha(tmp_path):
   first, dataset = batch(tmp_path, aloha.get_config("@tiny"))
   np.testing.assert_array_equal(dataset.actions, np.concatenate(actions))
   assert dataset.statistics.action.mask.all() and len(dataset.starts(25, "cut")) == 6 + 4
-  extremes = statistics.normalise(dataset.actions, dataset.statistics.action, mode="bounds")
+  extremes = statistics.normalize(dataset.actions, dataset.statistics.action, mode="bounds")
   rows = [np.abs(extremes - row).max(1).min() for row in first.actions.reshape(-1, 14)]
   assert max(rows) < 1e-6
   sheet = command.preview(dataset, count=1, size=32)

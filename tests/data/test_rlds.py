@@ -168,7 +168,7 @@ def test_batches_hold_the_frames_they_claim(dataset, tokenizers):
   source = episodes()
   seen = set()
   for batch in batches([(dataset, 1.0)], tokenizers, 3):
-    state = statistics.unnormalise(batch.observation.proprio, dataset.statistics.proprio)
+    state = statistics.unnormalize(batch.observation.proprio, dataset.statistics.proprio)
     for row in range(8):
       distance = [np.abs(np.clip(one.state, *bounds(dataset)) - state[row]).max(1) for one in source]
       number = int(np.argmin([d.min() for d in distance]))
@@ -179,7 +179,7 @@ def test_batches_hold_the_frames_they_claim(dataset, tokenizers):
       for view, pictures in enumerate((one.image, one.wrist_image)):
         np.testing.assert_array_equal(batch.observation.images[row, view], images.jpeg_round_trip(pictures[t]))
       want = standardise.libero({"action": one.action[t : t + 8], "observation/state": one.state[t : t + 8]}).actions
-      np.testing.assert_allclose(batch.actions[row], statistics.normalise(want, dataset.statistics.action), atol=1e-6)
+      np.testing.assert_allclose(batch.actions[row], statistics.normalize(want, dataset.statistics.action), atol=1e-6)
       prompt, mask = tokenizers.prompt([one.instruction])
       np.testing.assert_array_equal(batch.observation.prompt[row], prompt[0])
       np.testing.assert_array_equal(batch.observation.prompt_mask[row], mask[0])
@@ -211,7 +211,7 @@ def test_pad_masks_what_runs_past_the_end(dataset, tokenizers):
   found = batches([(dataset, 1.0)], tokenizers, 7, trajectory_end="pad")  # 51 frames, 56 examples
   masks = np.concatenate([batch.action_mask for batch in found])
   assert set(masks.sum(1)) == set(range(1, 9))
-  actions = statistics.unnormalise(np.concatenate([b.actions for b in found]), dataset.statistics.action)
+  actions = statistics.unnormalize(np.concatenate([b.actions for b in found]), dataset.statistics.action)
   for mask, action in zip(masks, actions, strict=True):
     assert (np.diff(mask.astype(int)) <= 0).all()
     np.testing.assert_allclose(action[~mask, :6], 0, atol=1e-6)
@@ -245,7 +245,7 @@ def test_resume_and_host_count(kind, dataset, other, tokenizers):
 def test_a_mixture_normalises_each_dataset_by_its_own_statistics(dataset, other, tokenizers):
   found = batches([(dataset, 1.0), (other, 1.0)], tokenizers, 20)
   proprio = np.concatenate([batch.observation.proprio for batch in found])
-  own = [statistics.normalise(one.proprio, one.statistics.proprio) for one in (dataset, other)]
+  own = [statistics.normalize(one.proprio, one.statistics.proprio) for one in (dataset, other)]
   near = np.array([[np.abs(table - row).max(1).min() < 1e-6 for table in own] for row in proprio])
   assert near.any(1).all()
   assert 0.35 < near[:, 0].mean() < 0.65

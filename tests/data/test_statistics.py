@@ -53,23 +53,23 @@ def test_normalise_by_hand():
     mask=np.array([True, True, False, True]),
   )
   x = np.array([[1, 0.25, 0.25, 5], [-9, 2, 2, 5]], np.float32)
-  normalised = statistics.normalise(x, stats)
+  normalised = statistics.normalize(x, stats)
   np.testing.assert_allclose(normalised, [[0, -0.5, 0.25, 0], [-1, 1, 2, 0]], atol=1e-6)
-  np.testing.assert_allclose(statistics.normalise(x, stats, mode="bounds")[:, 0], [0.1, -0.9], atol=1e-6)
-  back = statistics.unnormalise(np.array([0, -0.5, 0.25, 0], np.float32), stats)
+  np.testing.assert_allclose(statistics.normalize(x, stats, mode="bounds")[:, 0], [0.1, -0.9], atol=1e-6)
+  back = statistics.unnormalize(np.array([0, -0.5, 0.25, 0], np.float32), stats)
   np.testing.assert_allclose(back, [1, 0.25, 0.25, 5], atol=1e-6)
-  outside = statistics.unnormalise(np.array([2, 0, 0, 0], np.float32), stats)
+  outside = statistics.unnormalize(np.array([2, 0, 0, 0], np.float32), stats)
   assert outside[0] == 5  # not clipped
   wide = dataclasses.replace(stats, q01=zeros, q99=zeros, min=-np.ones(4, np.float32))
-  assert statistics.unnormalise(np.ones(4, np.float32), wide, eps=2.0)[0] == 2.0
-  assert statistics.unnormalise(np.ones(4, np.float32), wide, eps=0.0)[0] == 0.0
+  assert statistics.unnormalize(np.ones(4, np.float32), wide, eps=2.0)[0] == 2.0
+  assert statistics.unnormalize(np.ones(4, np.float32), wide, eps=0.0)[0] == 0.0
 
 
 def test_unnormalise_inverts_normalise_inside_the_bounds():
   x = values(7)
   stats = statistics.compute(x)
   inside = np.clip(x, stats.q01, stats.q99)
-  round_trip = statistics.unnormalise(statistics.normalise(inside, stats), stats)
+  round_trip = statistics.unnormalize(statistics.normalize(inside, stats), stats)
   np.testing.assert_allclose(round_trip, inside, atol=1e-5)
 
 
@@ -105,9 +105,9 @@ def test_openpi_json_round_trip(tmp_path):
   equal(got.action, want.action, ("mean", "std", "q01", "q99"))
   equal(got.proprio, want.proprio, ("mean", "std", "q01", "q99"))
   assert got.action.mask.all() and got.num_transitions is None
-  statistics.normalise(values(7), got.action)
+  statistics.normalize(values(7), got.action)
   with pytest.raises(ValueError, match="Statistics lack min and max"):
-    statistics.normalise(values(7), got.action, mode="bounds")
+    statistics.normalize(values(7), got.action, mode="bounds")
 
 
 def test_select():
@@ -162,9 +162,9 @@ def test_check_reports_all_problems_at_once():
 
 def test_errors(tmp_path):
   with pytest.raises(ValueError, match="Widths differ: got values of width 6; expected 7"):
-    statistics.normalise(values(6), dataset().action)
+    statistics.normalize(values(6), dataset().action)
   with pytest.raises(ValueError, match="Unknown normalisation"):
-    statistics.normalise(values(7), dataset().action, mode="zscore")
+    statistics.normalize(values(7), dataset().action, mode="zscore")
   with pytest.raises(ValueError, match="Non-finite value: got nan in frame 3, dimension 1"):
     x = values(2)
     x[3, 1] = np.nan

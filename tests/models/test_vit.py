@@ -61,7 +61,7 @@ def test_attention_weights_of_queries_sum_to_one():
 def test_normalise_uses_the_encoders_own_constants():
   model, params, _ = make(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
   white = jnp.full((1, 8, 8, 3), 255, jnp.uint8)
-  x = model.apply({"params": params}, white, method="normalise")
+  x = model.apply({"params": params}, white, method="normalize")
   np.testing.assert_allclose(x[0, 0, 0], [1.0, 3.0, 1.0], rtol=1e-6)
 
 

@@ -34,9 +34,9 @@ def source(data, base=None, **changes):
 @pytest.mark.parametrize("mode", statistics.MODES)
 def test_the_normalisation_of_the_config_is_the_one_trained_on(data, dataset, mode):
   batch, _ = source(data, normalisation=mode)
-  own = statistics.normalise(dataset.proprio, dataset.statistics.proprio, mode=mode)
+  own = statistics.normalize(dataset.proprio, dataset.statistics.proprio, mode=mode)
   other = next(name for name in statistics.MODES if name != mode)
-  wrong = statistics.normalise(dataset.proprio, dataset.statistics.proprio, mode=other)
+  wrong = statistics.normalize(dataset.proprio, dataset.statistics.proprio, mode=other)
   near, far = (
     [np.abs(table - row).max(1).min() for row in batch.observation.proprio] for table in (own, wrong)
   )

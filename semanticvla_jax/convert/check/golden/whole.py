@@ -97,7 +97,7 @@ def unnormalise(actions, config: dict, eps: float) -> Any:
   """Raw actions, with the folder's own statistics and bounds (quantiles, or min and max on ALOHA)."""
   stats = statistics.from_openvla(next(iter(config["norm_stats"].values()))).action
   mode = config.get("constants", {}).get("NORMALIZATION", "bounds_q99")
-  return statistics.unnormalise(np.asarray(actions, np.float32), stats, mode=mode, eps=eps)
+  return statistics.unnormalize(np.asarray(actions, np.float32), stats, mode=mode, eps=eps)
 
 
 def _order(valid: Any) -> Any:
