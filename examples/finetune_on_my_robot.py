@@ -1,6 +1,6 @@
 """Fine-tunes the shipped base on the data of a robot of one's own: `python examples/finetune_on_my_robot.py`.
 
-Episodes are written as RLDS, a recipe says how their columns are read, a config says what to train, and the policy
+Episodes are written as RLDS, a spec says how their columns are read, a config says what to train, and the policy
 that comes out is asked for a chunk of actions. The episodes here are random: put your recordings in their place, and
 raise `steps`.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from semanticvla_jax import Policy, cli
-from semanticvla_jax.data import standardise, writer
+from semanticvla_jax.data import datasets, writer
 from semanticvla_jax.train.__main__ import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,10 +29,10 @@ def episodes(count: int, length: int = 24, size: int = 64):
     yield writer.Episode(image, wrist_image, state, action, "pick up the red cube")
 
 
-def read(columns: standardise.Columns) -> standardise.Trajectory:
+def read(columns: datasets.Columns) -> datasets.Trajectory:
   """Stored columns to the model's convention: displacements and a gripper command with 1 open, 0 closed."""
   action = columns["action"]
-  return standardise.Trajectory(action, columns["observation/state"], np.arange(len(action)))
+  return datasets.Trajectory(action, columns["observation/state"], np.arange(len(action)))
 
 
 def get_config(data_dir: Path, steps: int):
@@ -49,8 +49,8 @@ def get_config(data_dir: Path, steps: int):
 
 def main(steps: int = 2) -> dict:
   """Returns the answer of the fine-tuned policy to the first frame."""
-  standardise.RECIPES[NAME] = standardise.LIBERO._replace(
-    standardise=read, gripper=standardise.Gripper(dimension=6, open=1.0, closed=0.0)
+  datasets.SPECS[NAME] = datasets.LIBERO._replace(
+    standardize=read, gripper=datasets.Gripper(dimension=6, open=1.0, closed=0.0)
   )
   with tempfile.TemporaryDirectory() as folder:
     writer.write(Path(folder) / "data", NAME, episodes(4))

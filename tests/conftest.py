@@ -23,6 +23,6 @@ gc.set_threshold(100_000, 50, 50)  # a traced program is millions of objects, an
 
 install_import_hook("semanticvla_jax", "beartype.beartype")
 
-from semanticvla_jax.data import records  # noqa: E402
+from semanticvla_jax.data import tfrecord_index  # noqa: E402
 
-records.CACHE = f"{CACHE}_data"
+tfrecord_index.CACHE = f"{CACHE}_data"

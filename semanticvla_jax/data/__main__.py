@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from semanticvla_jax import cli, files
-from semanticvla_jax.data import images, mixtures, records, rlds, statistics, trajectories
+from semanticvla_jax.data import images, mixtures, rlds, statistics, tfrecord_index, trajectories
 
 _TEXT_WIDTH, _NUMBER_WIDTH, _MARGIN, _LINE = 640, 40, 8, 12  # pixels
 
@@ -28,14 +28,14 @@ def inspect(datasets: list[rlds.Dataset]) -> str:
   """Describes datasets in plain text: counts, lengths, instructions, and the range of every dimension."""
   lines = []
   for dataset in datasets:
-    lengths, chunk = np.bincount(dataset.episodes), dataset.recipe.chunk
+    lengths, chunk = np.bincount(dataset.episodes), dataset.spec.chunk
     cut = np.maximum(lengths - chunk + 1, 0).sum()
-    image = images.decode(records.Reader(dataset.index).image(int(dataset.frames[0]), 0))
+    image = images.decode(tfrecord_index.Reader(dataset.index).image(int(dataset.frames[0]), 0))
     lines += [
       f"{dataset.name}: {len(lengths)} episodes, {len(dataset.actions)} frames, {len(dataset.index.files)} shards",
       f"  frames an episode: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}",
       f"  examples of {chunk} actions: {cut} when cut at the end, {len(dataset.actions)} when padded",
-      f"  views: {', '.join(dataset.recipe.views)}; first image {image.shape[0]} x {image.shape[1]}",
+      f"  views: {', '.join(dataset.spec.views)}; first image {image.shape[0]} x {image.shape[1]}",
     ]
     said = collections.Counter(map(dataset.instruction, np.flatnonzero(np.diff(dataset.episodes, prepend=-1)).tolist()))
     lines += [f"  {count:5d} x {sentence}" for sentence, count in said.most_common(20)]
@@ -58,11 +58,11 @@ def preview(dataset: rlds.Dataset, *, count: int = 6, size: int = 224, seed: int
   The frames are spread evenly over the dataset. Beside them: instruction, state, and the action before and after
   standardising and normalising.
   """
-  reader = records.Reader(dataset.index)
+  reader = tfrecord_index.Reader(dataset.index)
   rows = []
   for number, frame in enumerate(np.linspace(0, len(dataset.actions) - 1, count).astype(int).tolist()):
     tiles = []
-    for view in range(len(dataset.recipe.views)):
+    for view in range(len(dataset.spec.views)):
       image = images.decode(reader.image(int(dataset.frames[frame]), view))
       resized = images.resize(image, size)
       uniform = images.draws(seed, number, view)[None]
@@ -80,22 +80,22 @@ def preview(dataset: rlds.Dataset, *, count: int = 6, size: int = 224, seed: int
 
 def _caption(dataset: rlds.Dataset, frame: int) -> UInt8[np.ndarray, "h w 3"]:
   """The text next to a frame, as high and wide as its lines need."""
-  recipe, stats = dataset.recipe, dataset.statistics
+  spec, stats = dataset.spec, dataset.statistics
   now = np.array([frame])
-  absolute = np.array(recipe.absolute)
-  chunk, _ = trajectories.windows(dataset.actions, now, dataset.ends[now], recipe.chunk, absolute)
+  absolute = np.array(spec.absolute)
+  chunk, _ = trajectories.windows(dataset.actions, now, dataset.ends[now], spec.chunk, absolute)
   lines = [
     f"{dataset.name}, episode {dataset.episodes[frame]}, frame {frame}: stored | evaluation | training",
     dataset.instruction(frame),
     "stored action  " + _numbers(dataset.index.columns["action"][dataset.frames[frame]]),
     "action         " + _numbers(dataset.actions[frame]),
-    "normalised     " + _numbers(statistics.normalize(chunk, stats.action, mode=recipe.mode)[0, 0]),
+    "normalised     " + _numbers(statistics.normalize(chunk, stats.action, mode=spec.mode)[0, 0]),
     "state          " + _numbers(dataset.proprio[frame]),
-    "normalised     " + _numbers(statistics.normalize(dataset.proprio[now], stats.proprio, mode=recipe.mode)[0]),
-    f"chunk of {recipe.chunk}, normalised:",
-    *(_numbers(action) for action in statistics.normalize(chunk, stats.action, mode=recipe.mode)[0]),
+    "normalised     " + _numbers(statistics.normalize(dataset.proprio[now], stats.proprio, mode=spec.mode)[0]),
+    f"chunk of {spec.chunk}, normalised:",
+    *(_numbers(action) for action in statistics.normalize(chunk, stats.action, mode=spec.mode)[0]),
   ]
-  numbers = max(len(recipe.normalised), recipe.proprio_dim) + 3  # and the word before them
+  numbers = max(len(spec.normalized), spec.proprio_dim) + 3  # and the word before them
   size = max(_TEXT_WIDTH, numbers * _NUMBER_WIDTH), _MARGIN + len(lines) * _LINE
   page = Image.new("RGB", size, "white")
   draw = ImageDraw.Draw(page)
@@ -118,7 +118,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   )
   parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
   parser.add_argument(
-    "--cache-dir", help=f"folder where the dataset's index is kept; '' keeps none (default: {records.CACHE})"
+    "--cache-dir", help=f"folder where the dataset's index is kept; '' keeps none (default: {tfrecord_index.CACHE})"
   )
   parser.add_argument(
     "--out", help="file to write (default: dataset_statistics.json or norm_stats.json, <name>.png for a preview)"

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32, UInt8
 
-from semanticvla_jax.data import images, order, records, standardise, statistics, text, trajectories
+from semanticvla_jax.data import datasets, images, sampler, statistics, text, tfrecord_index, trajectories
 from semanticvla_jax.types import Batch, Observation
 
 _STREAM = 3  # of random numbers of one seed; order.py and images.py have the others
@@ -42,7 +42,7 @@ class Dataset:
 
   Attributes:
     name: of the folder and of the statistics.
-    recipe: how it was read.
+    spec: how it was read.
     index: where its images lie.
     statistics: of actions and proprioception.
     actions, proprio: f32[n a], f32[n p].
@@ -51,8 +51,8 @@ class Dataset:
   """
 
   name: str
-  recipe: standardise.Recipe
-  index: records.Index
+  spec: datasets.DatasetSpec
+  index: tfrecord_index.Index
   statistics: statistics.DatasetStatistics
   actions: Float32[np.ndarray, "n a"]
   proprio: Float32[np.ndarray, "n p"]
@@ -103,7 +103,7 @@ def load(
   data_dir: str,
   name: str,
   *,
-  recipe: standardise.Recipe | None = None,
+  spec: datasets.DatasetSpec | None = None,
   split: str = "train",
   given: statistics.DatasetStatistics | None = None,
   cache_dir: str | None = None,
@@ -114,8 +114,8 @@ def load(
 
   Args:
     data_dir: local or gs://.
-    name: of the dataset; also chooses the recipe if none is passed.
-    recipe: how to read it.
+    name: of the dataset; also chooses the spec if none is passed.
+    spec: how to read it.
     split: tfds notation over episodes, e.g. "train" or "train[:95%]"; the statistics are those of this split.
     given: statistics to use instead, e.g. of a checkpoint.
     cache_dir: local folder in which the index is kept from one run to the next; None for records.CACHE, "" for none.
@@ -126,10 +126,10 @@ def load(
   """
   import tensorflow_datasets as tfds
 
-  recipe = standardise.recipe(name) if recipe is None else recipe
+  spec = datasets.spec(name) if spec is None else spec
   images.hide_accelerators()
   builder = tfds.builder_from_directory(find(data_dir, name))
-  _check_features(builder, recipe, name)
+  _check_features(builder, spec, name)
   if builder.info.file_format.value != "tfrecord":
     raise ValueError(f"Dataset {name!r}: got {builder.info.file_format.value}; expected tfrecord; convert it.")
   try:
@@ -139,8 +139,8 @@ def load(
       f"Dataset {name!r} has no split {split!r}: got {sorted(builder.info.splits)}; expected one of them, or a part "
       "such as 'train[:95%]'."
     ) from error
-  parts = [records.Part(one.filename, one.skip, one.take) for one in instructions]
-  return assemble(name, recipe, records.index(parts, recipe.columns, recipe.views, cache_dir, name), given)
+  parts = [tfrecord_index.Part(one.filename, one.skip, one.take) for one in instructions]
+  return assemble(name, spec, tfrecord_index.index(parts, spec.columns, spec.views, cache_dir, name), given)
 
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -189,31 +189,31 @@ def _warn_once(message: str) -> None:
   logging.warning("%s", message)
 
 
-def _check_features(builder, recipe: standardise.Recipe, name: str) -> None:
+def _check_features(builder, spec: datasets.DatasetSpec, name: str) -> None:
   from tensorflow_datasets.core import utils
 
   have = utils.flatten_nest_dict(builder.info.features.get_serialized_info())
   have = {key.removeprefix("steps/"): info for key, info in have.items() if key.startswith("steps/")}
-  needed = {key: (width,) for key, width in recipe.columns.items()}
-  needed |= {f"observation/{view}": () for view in recipe.views} | {"language_instruction": ()}
+  needed = {key: (width,) for key, width in spec.columns.items()}
+  needed |= {f"observation/{view}": () for view in spec.views} | {"language_instruction": ()}
   for key, shape in needed.items():
     if key not in have:
       close = difflib.get_close_matches(key, have, n=1, cutoff=0.0)
       raise ValueError(
-        f"Dataset {name!r} lacks the feature {key!r}: got {sorted(have)}; expected it below steps/; pass a Recipe for "
-        f"this dataset{f' (nearest: {close[0]!r})' if close else ''}."
+        f"Dataset {name!r} lacks the feature {key!r}: got {sorted(have)}; expected it below steps/; pass a DatasetSpec "
+        f"for this dataset{f' (nearest: {close[0]!r})' if close else ''}."
       )
     if tuple(have[key].shape[1:]) != shape:
       raise ValueError(
         f"Dataset {name!r}, feature {key!r}: got shape {tuple(have[key].shape[1:])} a step; expected {shape}; pass a "
-        "Recipe for this dataset."
+        "DatasetSpec for this dataset."
       )
 
 
 def assemble(
   name: str,
-  recipe: standardise.Recipe,
-  index: records.Index,
+  spec: datasets.DatasetSpec,
+  index: tfrecord_index.Index,
   given: statistics.DatasetStatistics | None = None,
 ) -> Dataset:
   """Standardises the episodes of an index and computes (or takes `given`) and checks their statistics.
@@ -222,7 +222,7 @@ def assemble(
     ValueError: non-finite numbers (naming the shard, episode and frame), gripper commands of another convention, no
       usable episode, unusable statistics.
   """
-  reader = records.Reader(index)
+  reader = tfrecord_index.Reader(index)
   for key, column in index.columns.items():
     if not np.isfinite(column).all():
       frame, dimension = np.argwhere(~np.isfinite(column))[0]
@@ -230,13 +230,13 @@ def assemble(
         f"Dataset {name!r}, {key!r}: got {column[frame, dimension]} in dimension {dimension} of "
         f"{reader.where(int(frame))}; expected finite numbers; repair the episode or write the dataset without it."
       )
-  standardise.check_gripper(name, recipe, index.columns["action"])
+  datasets.check_gripper(name, spec, index.columns["action"])
   found, silent, first = [], 0, 0
   spoken = np.array([bool(instruction) for instruction in index.instructions], bool)
   for length in index.lengths.tolist():
     part = slice(first, first + length)
     if spoken[index.instruction[part]].any():
-      trajectory = recipe.standardise({key: column[part] for key, column in index.columns.items()})
+      trajectory = spec.standardize({key: column[part] for key, column in index.columns.items()})
       found.append(trajectory._replace(frames=first + trajectory.frames))
     else:
       silent += 1
@@ -249,12 +249,12 @@ def assemble(
   lengths = np.array([len(trajectory.actions) for trajectory in found])
   if given is None:
     given = statistics.DatasetStatistics(
-      statistics.compute(actions, recipe.normalised), statistics.compute(proprio), len(actions), len(found)
+      statistics.compute(actions, spec.normalized), statistics.compute(proprio), len(actions), len(found)
     )
-  widths = {"action_dim": len(recipe.normalised), "proprio_dim": recipe.proprio_dim}
-  statistics.check(name, given, mode=recipe.mode, **widths)
+  widths = {"action_dim": len(spec.normalized), "proprio_dim": spec.proprio_dim}
+  statistics.check(name, given, mode=spec.mode, **widths)
   episodes, ends = np.repeat(np.arange(len(found)), lengths), np.repeat(np.cumsum(lengths), lengths)
-  return Dataset(name, recipe, index, given, actions, proprio, frames, episodes, ends)
+  return Dataset(name, spec, index, given, actions, proprio, frames, episodes, ends)
 
 
 class Jitter(NamedTuple):
@@ -276,7 +276,7 @@ class _Source(NamedTuple):
   """A dataset made ready for one chunk length: candidate frames and its instructions as ids."""
 
   dataset: Dataset
-  reader: records.Reader
+  reader: tfrecord_index.Reader
   starts: Int[np.ndarray, "m"]
   prompt: tuple[Int32[np.ndarray, "i t"], Bool[np.ndarray, "i t"]]
   instruction: tuple[Int32[np.ndarray, "i s"], Bool[np.ndarray, "i s"]] | None
@@ -343,14 +343,14 @@ def batches(
   whole = window is not None
   sources = [_source(dataset, tokenizers, chunk, trajectory_end, whole, cache_bytes) for dataset, _ in mixture]
   weights = [weight * len(dataset.actions) for dataset, weight in mixture]
-  sequence = order.Order([one.dataset.episodes[one.starts] for one in sources], weights, seed, window)
+  sequence = sampler.IndexSampler([one.dataset.episodes[one.starts] for one in sources], weights, seed, window)
   prepare = functools.partial(images.prepare, size=image_size, crop_area=crop_area)
   picture = functools.partial(_pictures, sources, seed=seed, dct=dct, prepare=prepare, augmentation=augmentation)
   share = batch_size // process_count
   rows = np.arange(process_index * share, (process_index + 1) * share) if rows is None else np.asarray(rows)
   firsts = (step * batch_size for step in itertools.count(start_step))
   workers = min(os.cpu_count() or 1, 16) if workers is None else workers
-  group = max(1, _PIXELS // (image_size**2 * len(mixture[0][0].recipe.views)))
+  group = max(1, _PIXELS // (image_size**2 * len(mixture[0][0].spec.views)))
   columns = functools.partial(_batch, sources, chunk=chunk, jitter=jitter, seed=seed)
   return _generate(sequence, firsts, rows, picture, columns, group, workers, prefetch)
 
@@ -362,7 +362,7 @@ def _check_jitter(mixture: Sequence[tuple[Dataset, float]], jitter: Jitter) -> N
       "stay as they are; lower config.data.jitter."
     )
   for dataset, _ in mixture if jitter != STILL else ():
-    if any(dataset.recipe.absolute[:6]):
+    if any(dataset.spec.absolute[:6]):
       raise ValueError(
         f"Jitter: got the dataset {dataset.name!r}, whose actions are targets; expected displacements, which can lead "
         "back; set config.data.jitter=(0.0, 0.0)."
@@ -386,10 +386,10 @@ def _check_batches(
     raise ValueError("Empty mixture: got no datasets; expected at least one; name one in the config.")
   shapes = {
     dataset.name: (
-      len(dataset.recipe.views),
+      len(dataset.spec.views),
       dataset.actions.shape[1],
       dataset.proprio.shape[1],
-      dataset.recipe.absolute,
+      dataset.spec.absolute,
     )
     for dataset, _ in mixture
   }
@@ -406,7 +406,7 @@ def _source(
   sentences = dataset.index.instructions
   return _Source(
     dataset,
-    records.Reader(dataset.index, whole_records=whole, cache_bytes=cache_bytes),
+    tfrecord_index.Reader(dataset.index, whole_records=whole, cache_bytes=cache_bytes),
     dataset.starts(chunk, trajectory_end),
     tokenizers.prompt(sentences),
     None if tokenizers.siglip is None else tokenizers.instruction(sentences),
@@ -445,7 +445,7 @@ def _pictures(
   for dataset, candidate, example in drawn:
     source = sources[dataset]
     frame = int(source.dataset.frames[source.starts[candidate]])
-    for view, name in enumerate(source.dataset.recipe.views):
+    for view, name in enumerate(source.dataset.spec.views):
       try:
         found.append(prepare(images.decode(source.reader.image(frame, view), dct)))
       except ValueError as error:
@@ -495,9 +495,9 @@ def _columns(
   source: _Source, candidates: Int[np.ndarray, "b"], chunk: int, shift: Float[np.ndarray, "b 6"] | None
 ) -> tuple[np.ndarray | None, ...]:
   """Everything of some examples of one dataset but the images, displaced, normalised and tokenised."""
-  dataset, recipe = source.dataset, source.dataset.recipe
+  dataset, spec = source.dataset, source.dataset.spec
   frames = source.starts[candidates]
-  absolute = np.array(recipe.absolute)
+  absolute = np.array(spec.absolute)
   actions, inside = trajectories.windows(dataset.actions, frames, dataset.ends[frames], chunk, absolute)
   proprio = dataset.proprio[frames]
   if shift is not None:
@@ -506,8 +506,8 @@ def _columns(
   prompt, prompt_mask = (table[said] for table in source.prompt)
   instruction = (None, None) if source.instruction is None else tuple(table[said] for table in source.instruction)
   return (
-    statistics.normalize(proprio, dataset.statistics.proprio, mode=recipe.mode),
-    statistics.normalize(actions, dataset.statistics.action, mode=recipe.mode),
+    statistics.normalize(proprio, dataset.statistics.proprio, mode=spec.mode),
+    statistics.normalize(actions, dataset.statistics.action, mode=spec.mode),
     inside,
     prompt,
     prompt_mask,

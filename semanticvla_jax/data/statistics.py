@@ -55,7 +55,7 @@ def compute(
   if n == 0:
     raise ValueError(f"No data to compute statistics of: got shape {values.shape}; expected frames; check the split.")
   if mask.shape != (d,):
-    raise ValueError(f"Wrong mask: got {mask.shape[0]} entries; expected {d}, one a dimension; fix the recipe.")
+    raise ValueError(f"Wrong mask: got {mask.shape[0]} entries; expected {d}, one a dimension; fix the spec.")
   if not np.isfinite(values).all():
     frame, dimension = np.argwhere(~np.isfinite(values))[0]
     raise ValueError(

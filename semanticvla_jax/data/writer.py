@@ -14,7 +14,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from semanticvla_jax import files
-from semanticvla_jax.data import standardise, statistics
+from semanticvla_jax.data import datasets, statistics
 
 _VERSION = "1.0.0"
 
@@ -262,10 +262,10 @@ def write_statistics(folder: pathlib.Path, name: str, kept: Sequence[tuple[np.nd
     folder: of the dataset. name: of the dataset, which decides how it is read.
     kept: (action f32[t 7], state f32[t 8]) of each episode, as stored.
   """
-  recipe = standardise.recipe(name)
-  found = [recipe.standardise({"action": action, "observation/state": state}) for action, state in kept]
+  spec = datasets.spec(name)
+  found = [spec.standardize({"action": action, "observation/state": state}) for action, state in kept]
   actions, proprio = (np.concatenate([getattr(one, key) for one in found]) for key in ("actions", "proprio"))
   stats = statistics.DatasetStatistics(
-    statistics.compute(actions, recipe.normalised), statistics.compute(proprio), len(actions), len(found)
+    statistics.compute(actions, spec.normalized), statistics.compute(proprio), len(actions), len(found)
   )
   statistics.save_openvla(folder / "dataset_statistics.json", {name: stats})

@@ -265,10 +265,10 @@ def policy(
 
 def first_frames(data_dir: str, name: str, count: int = 10) -> list[np.ndarray]:
   """First frames of the front camera, of episodes spread over a dataset."""
-  from semanticvla_jax.data import records, rlds
+  from semanticvla_jax.data import rlds, tfrecord_index
 
   dataset = rlds.load(data_dir, name)
-  reader = records.Reader(dataset.index)
+  reader = tfrecord_index.Reader(dataset.index)
   starts = np.flatnonzero(np.diff(dataset.episodes, prepend=-1))
   chosen = starts[np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int)]
   return [images.decode(reader.image(int(dataset.frames[frame]), 0)) for frame in chosen]

@@ -81,10 +81,10 @@ def kept_statistics(base: dict, name: str) -> statistics.DatasetStatistics:
   return base[name] if name in base else next(iter(base.values()))
 
 
-def check_widths(config: Any, bare: Any, name: str, recipe: Any) -> None:
+def check_widths(config: Any, bare: Any, name: str, spec: Any) -> None:
   """Raises ValueError unless a dataset has the views and widths of the model; before anything is read or compiled."""
-  proprio = recipe.proprio_dim if bare.proprio_dim is None else bare.proprio_dim  # None: the model reads none
-  have = (len(recipe.views), recipe.proprio_dim, len(recipe.normalised))
+  proprio = spec.proprio_dim if bare.proprio_dim is None else bare.proprio_dim  # None: the model reads none
+  have = (len(spec.views), spec.proprio_dim, len(spec.normalized))
   want = (bare.num_views, proprio, config.model.action_dim)
   if have != want:
     raise ValueError(
@@ -97,20 +97,20 @@ def rlds_source(
   config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
 ) -> tuple[Iterator, dict, dict]:
   """`rows` of the batches of the RLDS mixture from global step `start` on, its statistics and digests by dataset."""
-  from semanticvla_jax.data import mixtures, rlds, standardise
+  from semanticvla_jax.data import datasets, mixtures, rlds
 
-  def recipe(name):
-    whole = standardise.recipe(name)
+  def spec(name):
+    whole = datasets.spec(name)
     seen = whole.views[: bare.num_views]  # OpenVLA looks through the first camera alone
     return whole._replace(views=seen, mode=config.data.normalisation)
 
   def load(name):
     given = kept_statistics(base, name) if base is not None and config.data.keep_statistics else None
-    return rlds.load(config.data.dir, name, recipe=recipe(name), given=given, cache_dir=config.data.cache_dir)
+    return rlds.load(config.data.dir, name, spec=spec(name), given=given, cache_dir=config.data.cache_dir)
 
   options, chosen = image_options(config.data), mixtures.mixture(config.data.mixture)
   for name, _ in chosen:
-    check_widths(config, bare, name, recipe(name))
+    check_widths(config, bare, name, spec(name))
   mixture = [(load(name), weight) for name, weight in chosen]
   batches = rlds.batches(
     mixture,
@@ -125,8 +125,8 @@ def rlds_source(
     jitter=rlds.Jitter(*config.data.jitter),
     **options,
   )
-  datasets = [dataset for dataset, _ in mixture]
-  return batches, {one.name: one.statistics for one in datasets}, {one.name: one.digest for one in datasets}
+  read = [dataset for dataset, _ in mixture]
+  return batches, {one.name: one.statistics for one in read}, {one.name: one.digest for one in read}
 
 
 def make_source(

@@ -7,7 +7,7 @@ import pytest
 from helpers import random_observation, random_params
 
 from configs import ablations, common
-from semanticvla_jax.data import mixtures, standardise
+from semanticvla_jax.data import datasets, mixtures
 from semanticvla_jax.models.lora import TARGETS, LoRA
 from semanticvla_jax.models.semanticvla import DEFAULTS, VARIANTS, build
 
@@ -82,7 +82,7 @@ def test_patches_agree_with_the_variants():
 def test_normalisation_is_that_of_the_released_data(case):
   config = load(case, "tiny")
   for name, _ in mixtures.mixture(config.data.mixture):
-    assert config.data.normalisation == standardise.recipe(name).mode
+    assert config.data.normalisation == datasets.spec(name).mode
 
 
 def test_bad_arguments():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toy_rlds import NAME
 
-from semanticvla_jax.data import records, rlds
+from semanticvla_jax.data import rlds, tfrecord_index
 
 
 @pytest.fixture
@@ -108,6 +108,6 @@ def test_a_user_without_a_home_goes_without_a_cache(folder, monkeypatch, caplog)
   def homeless(self):
     raise RuntimeError("Could not determine home directory.")
 
-  monkeypatch.setattr(records.pathlib.Path, "expanduser", homeless)
+  monkeypatch.setattr(tfrecord_index.pathlib.Path, "expanduser", homeless)
   assert len(rlds.load(str(folder), NAME).actions) > 0
   assert "not kept for the next run: Could not determine home directory" in caplog.text

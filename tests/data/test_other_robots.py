@@ -7,7 +7,7 @@ import pytest
 
 from configs import aloha, bridge
 from semanticvla_jax.data import __main__ as command
-from semanticvla_jax.data import images, mixtures, rlds, standardise, statistics, text, writer
+from semanticvla_jax.data import datasets, images, mixtures, rlds, statistics, text, writer
 
 
 def write(folder, name, views, state, action, instruction="put the lid on the pot"):
@@ -51,8 +51,8 @@ def random(width, lengths, seed=0):
 def batch(folder, config):
   """The first batch of the config's mixture, as training reads it, and its dataset."""
   ((name, _),) = mixtures.mixture(config.data.mixture)
-  recipe = standardise.recipe(name)
-  dataset = rlds.load(str(folder), name, recipe=recipe._replace(mode=config.data.normalisation))
+  spec = datasets.spec(name)
+  dataset = rlds.load(str(folder), name, spec=spec._replace(mode=config.data.normalisation))
   found = rlds.batches(
     [(dataset, 1.0)], text.load(prompt_length=40, instruction_length=40), batch_size=4, chunk=config.model.chunk,
     image_size=32, augmentation=images.RELEASE, workers=1,
@@ -67,7 +67,7 @@ def batch(folder, config):
 
 def test_aloha(tmp_path):
   states, actions = random(14, (30, 28)), random(14, (30, 28), seed=1)
-  write(tmp_path, "aloha", standardise.ALOHA.views, states, actions)
+  write(tmp_path, "aloha", datasets.ALOHA.views, states, actions)
   first, dataset = batch(tmp_path, aloha.get_config("@tiny"))
   np.testing.assert_array_equal(dataset.actions, np.concatenate(actions))
   assert dataset.statistics.action.mask.all() and len(dataset.starts(25, "cut")) == 6 + 4
@@ -83,7 +83,7 @@ def test_bridge(tmp_path):
   states, actions = random(7, (9, 12)), random(7, (9, 12), seed=1)
   for one in actions:
     one[:, 6] = np.arange(len(one)) % 2  # 1 open, 0 closed
-  write(tmp_path, "bridge_orig", standardise.BRIDGE.views, states, actions)
+  write(tmp_path, "bridge_orig", datasets.BRIDGE.views, states, actions)
   first, dataset = batch(tmp_path, bridge.get_config("@tiny"))
   np.testing.assert_allclose(dataset.actions[:7, :6], np.diff(states[0][1:, :6], axis=0))
   assert dataset.actions[:7, 6].tolist() == actions[0][1:-1, 6].tolist() and len(dataset.actions) == 7 + 10
@@ -93,6 +93,6 @@ def test_bridge(tmp_path):
 def test_bridge_with_commands_of_libero_is_refused(tmp_path):
   actions = random(7, (9,))
   actions[0][:, 6] = np.where(np.arange(9) < 4, -1, 1)
-  write(tmp_path, "bridge_orig", standardise.BRIDGE.views, random(7, (9,)), actions)
+  write(tmp_path, "bridge_orig", datasets.BRIDGE.views, random(7, (9,)), actions)
   with pytest.raises(ValueError, match=r"gripper commands in \[-1, 1\]; expected 1 open … 0 closed"):
     rlds.load(str(tmp_path), "bridge_orig")

@@ -11,7 +11,7 @@ from PIL import Image
 from toy_rlds import LENGTHS, NAME, assert_equal, batches, episode, episodes
 
 from semanticvla_jax.data import __main__ as command
-from semanticvla_jax.data import images, records, rlds, standardise, statistics, writer
+from semanticvla_jax.data import datasets, images, rlds, statistics, tfrecord_index, writer
 
 # The writer.
 
@@ -89,7 +89,8 @@ def test_index_finds_every_column_and_image(dataset, data_dir):
 
   builder = tfds.builder_from_directory(data_dir / NAME / "1.0.0")
   decoders = {"steps": {"observation": {key: tfds.decode.SkipDecoding() for key in ("image", "wrist_image")}}}
-  reader, whole = records.Reader(dataset.index), records.Reader(dataset.index, whole_records=True, cache_bytes=1)
+  reader = tfrecord_index.Reader(dataset.index)
+  whole = tfrecord_index.Reader(dataset.index, whole_records=True, cache_bytes=1)
   frame = 0
   for got in builder.as_dataset(split="train", decoders=decoders, shuffle_files=False):
     steps = next(iter(got["steps"].batch(100)))
@@ -121,17 +122,17 @@ def test_statistics_equal_numpy(dataset):
 def test_index_is_cached_by_content(data_dir, dataset, tmp_path, monkeypatch):
   rlds.load(str(data_dir), NAME, cache_dir=str(tmp_path))
   assert len(list(tmp_path.glob("*.npz"))) == 1
-  monkeypatch.setattr(records, "_build", None)  # the second time nothing may be built
+  monkeypatch.setattr(tfrecord_index, "_build", None)  # the second time nothing may be built
   cached = rlds.load(str(data_dir), NAME, cache_dir=str(tmp_path))
-  for field in records.Index._fields:
+  for field in tfrecord_index.Index._fields:
     assert_equal(getattr(cached.index, field), getattr(dataset.index, field))
   with pytest.raises(TypeError):
     rlds.load(str(data_dir), "tabletop_other", cache_dir=str(tmp_path))
 
 
 def test_a_byte_in_the_middle_is_noticed_and_shards_are_read_once(data_dir, tmp_path, monkeypatch):
-  read, real = [], records._content
-  monkeypatch.setattr(records, "_content", lambda path, stamp: read.append(path) or real(path, stamp))
+  read, real = [], tfrecord_index._content
+  monkeypatch.setattr(tfrecord_index, "_content", lambda path, stamp: read.append(path) or real(path, stamp))
   shards, cache = copy(data_dir, tmp_path), tmp_path / "cache"
   for _ in range(2):
     rlds.load(str(tmp_path), NAME, cache_dir=str(cache))
@@ -145,7 +146,7 @@ def test_a_byte_in_the_middle_is_noticed_and_shards_are_read_once(data_dir, tmp_
 
 
 def test_an_index_is_kept_unless_told_otherwise(data_dir, tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(records, "CACHE", str(tmp_path / "default"))
+  monkeypatch.setattr(tfrecord_index, "CACHE", str(tmp_path / "default"))
   rlds.load(str(data_dir), NAME, cache_dir="")
   assert not (tmp_path / "default").exists()
   rlds.load(str(data_dir), NAME)
@@ -178,7 +179,7 @@ def test_batches_hold_the_frames_they_claim(dataset, tokenizers):
       one = source[number]
       for view, pictures in enumerate((one.image, one.wrist_image)):
         np.testing.assert_array_equal(batch.observation.images[row, view], images.jpeg_round_trip(pictures[t]))
-      want = standardise.libero({"action": one.action[t : t + 8], "observation/state": one.state[t : t + 8]}).actions
+      want = datasets.libero({"action": one.action[t : t + 8], "observation/state": one.state[t : t + 8]}).actions
       np.testing.assert_allclose(batch.actions[row], statistics.normalize(want, dataset.statistics.action), atol=1e-6)
       prompt, mask = tokenizers.prompt([one.instruction])
       np.testing.assert_array_equal(batch.observation.prompt[row], prompt[0])
@@ -265,7 +266,7 @@ def test_short_trajectories_are_counted(dataset, tokenizers, caplog):
 def test_silent_episodes_are_dropped_and_counted(dataset, caplog):
   mute = dataset.index._replace(instructions=("", *dataset.index.instructions[1:]))
   with caplog.at_level(logging.WARNING):
-    left = rlds.assemble(NAME, standardise.TABLETOP, mute)
+    left = rlds.assemble(NAME, datasets.TABLETOP, mute)
   assert "3 of 5 episodes have no instruction and are dropped" in caplog.text
   assert np.bincount(left.episodes).tolist() == [LENGTHS[1], LENGTHS[3]]
   np.testing.assert_array_equal(left.proprio[0], episode(1, LENGTHS[1]).state[0])
@@ -277,10 +278,10 @@ def test_non_finite_numbers_are_named(dataset):
   action[14, 3] = np.nan
   broken = dataset.index._replace(columns=dataset.index.columns | {"action": action})
   with pytest.raises(ValueError, match=r"'tabletop_toy', 'action': got nan in dimension 3 of .*episode 1, frame 2"):
-    rlds.assemble(NAME, standardise.TABLETOP, broken)
+    rlds.assemble(NAME, datasets.TABLETOP, broken)
 
 
-def regripped(index: records.Index, convention) -> records.Index:
+def regripped(index: tfrecord_index.Index, convention) -> tfrecord_index.Index:
   """The same frames with gripper commands (-1 open, +1 closed) stored as `convention` gives them."""
   action = index.columns["action"].copy()
   action[:, 6] = convention(action[:, 6])
@@ -299,13 +300,13 @@ def test_grippers_of_another_convention_are_named(dataset, kind):
   low, high = (f"{value:g}" for value in (wrong.columns["action"][:, 6].min(), wrong.columns["action"][:, 6].max()))
   message = rf"'tabletop_toy', action dimension 6: got gripper commands in \[{low}, {high}\]; expected -1 open … 1 cl"
   with pytest.raises(ValueError, match=message):
-    rlds.assemble(NAME, standardise.TABLETOP, wrong)
+    rlds.assemble(NAME, datasets.TABLETOP, wrong)
 
 
 def test_grippers_that_never_move_are_accepted(dataset):
   for value in (-1.0, 1.0):
     still = regripped(dataset.index, lambda g: np.full_like(g, value))  # noqa: B023
-    assert set(rlds.assemble(NAME, standardise.TABLETOP, still).actions[:, 6]) == {float(value < 0)}
+    assert set(rlds.assemble(NAME, datasets.TABLETOP, still).actions[:, 6]) == {float(value < 0)}
 
 
 def test_the_commands_name_a_gripper_of_another_convention(tmp_path):
@@ -350,14 +351,14 @@ def test_damaged_image(dataset, tokenizers):
 
 
 def test_missing_features(data_dir):
-  wants = standardise.TABLETOP._replace(views=("image", "wrist_camera"))
+  wants = datasets.TABLETOP._replace(views=("image", "wrist_camera"))
   with pytest.raises(
     ValueError, match=r"lacks the feature 'observation/wrist_camera'.*nearest: 'observation/wrist_image"
   ):
-    rlds.load(str(data_dir), NAME, recipe=wants)
-  wants = standardise.TABLETOP._replace(columns={"action": 14, "observation/state": 8})
+    rlds.load(str(data_dir), NAME, spec=wants)
+  wants = datasets.TABLETOP._replace(columns={"action": 14, "observation/state": 8})
   with pytest.raises(ValueError, match=r"feature 'action': got shape \(7,\) a step; expected \(14,\)"):
-    rlds.load(str(data_dir), NAME, recipe=wants)
+    rlds.load(str(data_dir), NAME, spec=wants)
 
 
 def test_values_of_a_record_and_what_is_none():
@@ -370,11 +371,11 @@ def test_values_of_a_record_and_what_is_none():
     "none": tf.train.Feature(float_list=tf.train.FloatList()),
   }
   record = tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
-  found = records.values(record, {"text", "number", "none"})
+  found = tfrecord_index.values(record, {"text", "number", "none"})
   assert [record[a:b] for a, b in found["text"]] == [b"ab", b"", b"cde"]
   assert found["number"].tolist() == [1.5, -2.0] and found["none"].size == 0
   with pytest.raises(IndexError):
-    records.values(record[:-3], {"text"})
+    tfrecord_index.values(record[:-3], {"text"})
 
 
 def test_bad_arguments(data_dir, dataset, tokenizers):
@@ -390,13 +391,13 @@ def test_bad_arguments(data_dir, dataset, tokenizers):
       rlds.batches([(dataset, 1.0)], tokenizers, **({"batch_size": 8, "chunk": 8} | options))
   with pytest.raises(ValueError, match="Empty mixture"):
     rlds.batches([], tokenizers, batch_size=8, chunk=8)
-  absolute = dataclasses.replace(dataset, recipe=standardise.TABLETOP._replace(absolute=(True,) * 7))
+  absolute = dataclasses.replace(dataset, spec=datasets.TABLETOP._replace(absolute=(True,) * 7))
   with pytest.raises(ValueError, match="'tabletop_toy', whose actions are targets"):
     batches([(absolute, 1.0)], tokenizers, jitter=rlds.Jitter(0.01))
   still = dataclasses.replace(dataset, proprio=np.zeros_like(dataset.proprio))
   with pytest.raises(ValueError, match="'tabletop_toy', whose arm moves 0 a unit"):
     batches([(still, 1.0)], tokenizers, jitter=rlds.Jitter(0.01))
-  narrow = dataclasses.replace(dataset, recipe=standardise.TABLETOP._replace(views=("image",)))
+  narrow = dataclasses.replace(dataset, spec=datasets.TABLETOP._replace(views=("image",)))
   with pytest.raises(ValueError, match="Datasets do not fit together"):
     rlds.batches([(dataset, 1.0), (dataclasses.replace(narrow, name="x"), 1.0)], tokenizers, batch_size=8, chunk=8)
   with pytest.raises(ValueError, match="did you mean 'tabletop_toy'"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from semanticvla_jax.data import mixtures, standardise, trajectories
+from semanticvla_jax.data import datasets, mixtures, trajectories
 
 
 def test_starts():
@@ -77,7 +77,7 @@ def test_libero():
     "action": np.array([[1, 2, 3, 4, 5, 6, -1], [0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0.25]], np.float32),
     "observation/state": np.arange(24, dtype=np.float32).reshape(3, 8),
   }
-  out = standardise.libero(columns)
+  out = datasets.libero(columns)
   assert out.actions[:, 6].tolist() == [1, 0, 0.75]
   assert out.actions[0, :6].tolist() == [1, 2, 3, 4, 5, 6]
   np.testing.assert_array_equal(out.proprio, columns["observation/state"])
@@ -88,7 +88,7 @@ def test_libero():
 def test_bridge():
   state = np.array([[0] * 7, [1] * 7, [3] * 7, [6, 6, 6, 6, 6, 6, 0.5]], np.float32)
   action = np.array([[0] * 7, [9] * 6 + [1.0], [9] * 6 + [0.5], [9] * 6 + [0.0]], np.float32)
-  out = standardise.bridge({"action": action, "observation/state": state})
+  out = datasets.bridge({"action": action, "observation/state": state})
   assert out.actions.tolist() == [[2] * 6 + [1], [3] * 6 + [0]]  # 0.5 takes what is reached afterwards: closed
   assert out.proprio.tolist() == [[1] * 7, [3] * 7]
   assert out.frames.tolist() == [1, 2]
@@ -96,26 +96,26 @@ def test_bridge():
 
 def test_binary_gripper():
   command = np.array([0.5, 1.0, 0.6, 0.0, 0.99, 0.3], np.float32)
-  np.testing.assert_allclose(standardise.binary_gripper(command), [1, 1, 0, 0, 1, 0.3])
+  np.testing.assert_allclose(datasets.binary_gripper(command), [1, 1, 0, 0, 1, 0.3])
 
 
 def test_aloha_is_identity():
   columns = {
     key: np.random.default_rng(0).normal(size=(4, 14)).astype(np.float32) for key in ("action", "observation/state")
   }
-  out = standardise.aloha(columns)
+  out = datasets.aloha(columns)
   np.testing.assert_array_equal(out.actions, columns["action"])
   np.testing.assert_array_equal(out.proprio, columns["observation/state"])
-  assert standardise.ALOHA.views == ("image", "left_wrist_image", "right_wrist_image")
+  assert datasets.ALOHA.views == ("image", "left_wrist_image", "right_wrist_image")
 
 
 def test_recipes_by_name():
-  assert standardise.recipe("libero_10_no_noops") is standardise.LIBERO
-  assert standardise.recipe("aloha_scoop") is standardise.ALOHA
-  assert standardise.recipe("bridge_orig").chunk == 5
-  assert standardise.recipe("tabletop_pick").proprio_dim == 8
-  with pytest.raises(ValueError, match="No recipe for dataset 'droid'"):
-    standardise.recipe("droid")
+  assert datasets.spec("libero_10_no_noops") is datasets.LIBERO
+  assert datasets.spec("aloha_scoop") is datasets.ALOHA
+  assert datasets.spec("bridge_orig").chunk == 5
+  assert datasets.spec("tabletop_pick").proprio_dim == 8
+  with pytest.raises(ValueError, match="No spec for dataset 'droid'"):
+    datasets.spec("droid")
 
 
 def test_mixtures():

@@ -8,7 +8,7 @@ import libero_assets
 import numpy as np
 import pytest
 
-from semanticvla_jax.data import images, records, rlds
+from semanticvla_jax.data import images, rlds, tfrecord_index
 from semanticvla_jax.demonstrate.__main__ import main
 from semanticvla_jax.envs.subprocess_env import Moment, Process
 from semanticvla_jax.libero import demonstrations as replays
@@ -53,7 +53,7 @@ def test_the_dataset_of_finished_replays(tmp_path):
   np.testing.assert_array_equal(dataset.actions[11:, :6], rows[2].moving[:, :6].astype(np.float32))
   assert set(dataset.actions[:, 6]) == {0.0, 1.0}
   np.testing.assert_array_equal(dataset.proprio[12], seen(2, 12)[1]["observation/state"])
-  picture = images.decode(records.Reader(dataset.index).image(int(dataset.frames[11]), 1))
+  picture = images.decode(tfrecord_index.Reader(dataset.index).image(int(dataset.frames[11]), 1))
   assert picture.shape == (32, 32, 3) and abs(int(picture.mean()) - 40) <= 1
 
 

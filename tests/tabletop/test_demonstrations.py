@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semanticvla_jax.data import images, records, rlds, statistics
+from semanticvla_jax.data import images, rlds, statistics, tfrecord_index
 from semanticvla_jax.demonstrate.__main__ import main
 from semanticvla_jax.tabletop import demonstrations as demonstrate
 from semanticvla_jax.tabletop import physics, tasks
@@ -36,7 +36,7 @@ def test_the_dataset_reads_back(written):
   np.testing.assert_allclose(dataset.actions[:n, :6], first.action[:, :6], atol=1e-6)
   np.testing.assert_array_equal(dataset.actions[:n, 6], first.action[:, 6] < 0)
   assert dataset.instruction(0) == first.instruction and first.instruction in tasks.instructions("pick")
-  stored = images.decode(records.Reader(dataset.index).image(int(dataset.frames[0]), 0))
+  stored = images.decode(tfrecord_index.Reader(dataset.index).image(int(dataset.frames[0]), 0))
   assert np.abs(stored.astype(int) - first.image[0]).mean() < 6
 
 

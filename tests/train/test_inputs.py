@@ -6,7 +6,7 @@ from small_runs import NAME, make_config, write_data
 
 from configs import aloha, common, pretrain
 from semanticvla_jax import sources
-from semanticvla_jax.data import images, records, rlds, statistics
+from semanticvla_jax.data import images, rlds, statistics, tfrecord_index
 from semanticvla_jax.tabletop import training
 from semanticvla_jax.train import init, inputs, resume, sharding
 
@@ -88,7 +88,7 @@ def test_random_crops_have_the_area_of_the_config(data, monkeypatch):
 
 
 def test_jpegs_are_decoded_as_the_config_says(data, dataset):
-  encoded = records.Reader(dataset.index).image(0, 0)
+  encoded = tfrecord_index.Reader(dataset.index).image(0, 0)
   assert np.any(images.decode(encoded, "fast") != images.decode(encoded, "accurate"))
   shown = [source(data, augment=False, crop_area=None, dct=dct)[0].observation.images for dct in images.DCTS]
   assert 0 < np.abs(shown[0].astype(int) - shown[1]).mean() < 3
@@ -106,7 +106,7 @@ def test_text_of_the_pruner_at_evaluation_leaves_training_alone(data):
 @pytest.mark.parametrize("area", [0.9, None])
 def test_without_augmentation_training_sees_what_evaluation_will(data, dataset, area):
   batch, _ = source(data, augment=False, crop_area=area)
-  reader = records.Reader(dataset.index)
+  reader = tfrecord_index.Reader(dataset.index)
   size = batch.observation.images.shape[2]
   stored = [images.decode(reader.image(frame, 0)) for frame in range(len(dataset.frames))]
   shown = {images.prepare(image, size, crop_area=area).tobytes() for image in stored}

@@ -1,7 +1,7 @@
 """One function per dataset: from the columns stored on disk to actions and proprioception in one convention.
 
 The convention: 7-d actions are displacements of the end effector and a gripper command with 1 open, 0 closed. A
-`Recipe` says the rest: which images, which dimensions are normalised, how.
+`DatasetSpec` says the rest: which images, which dimensions are normalised, how.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Gripper(NamedTuple):
   closed: float
 
 
-class Recipe(NamedTuple):
+class DatasetSpec(NamedTuple):
   """How the columns of one kind of dataset are read.
 
   Attributes:
-    standardise: columns of an episode to a Trajectory.
+    standardize: columns of an episode to a Trajectory.
     columns: the step features it reads, with their widths.
     views: image features below `observation/`, primary camera first, then wrists.
     normalised: per action dimension, False passes it through (a gripper command).
@@ -54,10 +54,10 @@ class Recipe(NamedTuple):
     gripper: how the gripper command is stored; None where there is none (absolute joints).
   """
 
-  standardise: Callable[[Columns], Trajectory]
+  standardize: Callable[[Columns], Trajectory]
   columns: Mapping[str, int]
   views: tuple[str, ...]
-  normalised: tuple[bool, ...]
+  normalized: tuple[bool, ...]
   absolute: tuple[bool, ...]
   proprio_dim: int
   mode: str
@@ -65,33 +65,33 @@ class Recipe(NamedTuple):
   gripper: Gripper | None = None
 
 
-def check_gripper(name: str, recipe: Recipe, action: Float[np.ndarray, "n a"]) -> None:
+def check_gripper(name: str, spec: DatasetSpec, action: Float[np.ndarray, "n a"]) -> None:
   """Refuses stored gripper commands of another convention, which standardising would clip or invert unseen.
 
-  Commands must stay in the range of the recipe's (within a twentieth of it) and, unless they never change, lie on both
+  Commands must stay in the range of the spec's (within a twentieth of it) and, unless they never change, lie on both
   sides of its middle.
 
   Args:
     name: of the dataset.
-    recipe: how it is read.
+    spec: how it is read.
     action: as stored, of all frames.
 
   Raises:
     ValueError: naming dataset, dimension, values and remedy.
   """
-  if recipe.gripper is None or not len(action):
+  if spec.gripper is None or not len(action):
     return
-  column = action[:, recipe.gripper.dimension]
+  column = action[:, spec.gripper.dimension]
   low, high = float(column.min()), float(column.max())
-  ends = sorted((recipe.gripper.open, recipe.gripper.closed))
+  ends = sorted((spec.gripper.open, spec.gripper.closed))
   slack, middle = 0.05 * (ends[1] - ends[0]), sum(ends) / 2
   outside = low < ends[0] - slack or high > ends[1] + slack
   still = low == high and low in ends
   if outside or (not still and (low >= middle or high <= middle)):
     raise ValueError(
-      f"Dataset {name!r}, action dimension {recipe.gripper.dimension}: got gripper commands in [{low:g}, {high:g}]; "
-      f"expected {recipe.gripper.open:g} open … {recipe.gripper.closed:g} closed; write the dataset with that "
-      "convention, or read it with a Recipe whose `gripper` and `standardise` are its own."
+      f"Dataset {name!r}, action dimension {spec.gripper.dimension}: got gripper commands in [{low:g}, {high:g}]; "
+      f"expected {spec.gripper.open:g} open … {spec.gripper.closed:g} closed; write the dataset with that "
+      "convention, or read it with a DatasetSpec whose `gripper` and `standardize` are its own."
     )
 
 
@@ -148,37 +148,37 @@ def binary_gripper(command: Float[np.ndarray, "t"]) -> Float32[np.ndarray, "t"]:
 
 
 _COMMAND, _OPENING = Gripper(6, -1.0, 1.0), Gripper(6, 1.0, 0.0)
-_ARM = {"normalised": (True,) * 6 + (False,), "absolute": (False,) * 6 + (True,), "mode": "bounds_q99"}
+_ARM = {"normalized": (True,) * 6 + (False,), "absolute": (False,) * 6 + (True,), "mode": "bounds_q99"}
 _SEVEN = {"action": 7, "observation/state": 8}
 
-LIBERO = Recipe(libero, _SEVEN, ("image", "wrist_image"), proprio_dim=8, chunk=8, gripper=_COMMAND, **_ARM)
-TABLETOP = LIBERO._replace(standardise=tabletop)
-BRIDGE = Recipe(
+LIBERO = DatasetSpec(libero, _SEVEN, ("image", "wrist_image"), proprio_dim=8, chunk=8, gripper=_COMMAND, **_ARM)
+TABLETOP = LIBERO._replace(standardize=tabletop)
+BRIDGE = DatasetSpec(
   bridge, {"action": 7, "observation/state": 7}, ("image_0",), proprio_dim=7, chunk=5, gripper=_OPENING, **_ARM
 )
-ALOHA = Recipe(
+ALOHA = DatasetSpec(
   aloha,
   {"action": 14, "observation/state": 14},
   ("image", "left_wrist_image", "right_wrist_image"),
-  normalised=(True,) * 14,
+  normalized=(True,) * 14,
   absolute=(True,) * 14,
   proprio_dim=14,
   mode="bounds",
   chunk=25,
 )
 
-RECIPES = {"libero": LIBERO, "tabletop": TABLETOP, "aloha": ALOHA, "bridge": BRIDGE}
+SPECS = {"libero": LIBERO, "tabletop": TABLETOP, "aloha": ALOHA, "bridge": BRIDGE}
 
 
-def recipe(name: str) -> Recipe:
-  """Finds the recipe of a dataset whose name starts with one of RECIPES.
+def spec(name: str) -> DatasetSpec:
+  """Finds the spec of a dataset whose name starts with one of SPECS.
 
   Raises:
-    ValueError: no such recipe.
+    ValueError: no such spec.
   """
-  for prefix, found in RECIPES.items():
+  for prefix, found in SPECS.items():
     if name.startswith(prefix):
       return found
   raise ValueError(
-    f"No recipe for dataset {name!r}: expected a name starting with one of {sorted(RECIPES)}; pass a Recipe for it."
+    f"No spec for dataset {name!r}: expected a name starting with one of {sorted(SPECS)}; pass a DatasetSpec for it."
   )

@@ -241,7 +241,7 @@ def _add(
     if got.shape != (length * width,):
       raise ValueError(
         f"Bad column {key!r} ({where}): got {got.size} numbers of {got.dtype}; expected {length} frames of {width} "
-        "floats; convert the dataset again, or fix the recipe."
+        "floats; convert the dataset again, or fix the spec."
       )
     rows[key].append(got.reshape(length, width))
   ranges = [found.get(key, np.zeros((0, 2), np.int64)) for key in image_keys]

@@ -16,7 +16,7 @@ _PERMUTATION, _CHOICE = 0, 1  # random streams of one seed; images.py and rlds.p
 _BLOCK = 4096  # examples whose datasets are drawn together
 
 
-class Order:
+class IndexSampler:
   """An endless sequence of (dataset, candidate) pairs, addressable at any position.
 
   Each dataset is passed through in epochs, every candidate once an epoch, newly permuted. With several datasets, each

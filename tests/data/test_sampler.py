@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from semanticvla_jax.data import order
+from semanticvla_jax.data import sampler
 
 
 def episodes(*lengths: int) -> np.ndarray:
@@ -11,7 +11,7 @@ def episodes(*lengths: int) -> np.ndarray:
 
 
 def test_each_epoch_holds_every_candidate_once_and_epochs_differ():
-  sequence = order.Order([episodes(3, 4, 3)], [1.0], seed=0)
+  sequence = sampler.IndexSampler([episodes(3, 4, 3)], [1.0], seed=0)
   epochs = sequence.take(0, 30)[1].reshape(3, 10)
   assert (np.sort(epochs) == np.arange(10)).all()
   assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -20,29 +20,29 @@ def test_each_epoch_holds_every_candidate_once_and_epochs_differ():
 @pytest.mark.parametrize("window", [None, 2])
 def test_any_position_can_be_taken_alone(window):
   of = [episodes(30, 40, 50, 20), episodes(5, 6, 7)]
-  whole = np.stack(order.Order(of, [3.0, 1.0], 5, window).take(0, 10_000))
-  fresh = order.Order(of, [3.0, 1.0], 5, window)
+  whole = np.stack(sampler.IndexSampler(of, [3.0, 1.0], 5, window).take(0, 10_000))
+  fresh = sampler.IndexSampler(of, [3.0, 1.0], 5, window)
   for first, count in ((9_000, 1_000), (4_095, 2), (0, 1), (4_096, 4_096)):
     np.testing.assert_array_equal(np.stack(fresh.take(first, count)), whole[:, first : first + count])
 
 
 def test_datasets_are_drawn_by_their_weights_each_in_its_own_epochs():
   of = [episodes(700), episodes(300)]
-  datasets, candidates = order.Order(of, [7.0, 3.0], seed=1).take(0, 20_000)
+  datasets, candidates = sampler.IndexSampler(of, [7.0, 3.0], seed=1).take(0, 20_000)
   assert abs((datasets == 0).mean() - 0.7) < 0.01
   counts = np.bincount(candidates[datasets == 1], minlength=300)
   assert counts.max() - counts.min() <= 1
 
 
 def test_seeds_differ_and_repeat():
-  one, two, again = (order.Order([episodes(50)], [1.0], seed).take(0, 50)[1] for seed in (0, 1, 0))
+  one, two, again = (sampler.IndexSampler([episodes(50)], [1.0], seed).take(0, 50)[1] for seed in (0, 1, 0))
   np.testing.assert_array_equal(one, again)
   assert not np.array_equal(one, two)
 
 
 def test_window_keeps_to_few_episodes_at_a_time():
   of = episodes(*[10] * 12)
-  epoch = order.Order([of], [1.0], seed=0, window=3).take(0, 120)[1]
+  epoch = sampler.IndexSampler([of], [1.0], seed=0, window=3).take(0, 120)[1]
   assert sorted(epoch) == list(range(120))
   groups = of[epoch].reshape(4, 30)
   assert all(len(set(group)) == 3 for group in groups)
@@ -52,17 +52,18 @@ def test_window_keeps_to_few_episodes_at_a_time():
 
 def test_known_sequence():
   """Pins the numbers, so that a resumed run of an older version keeps its order."""
-  assert order.Order([episodes(6)], [1.0], seed=0).take(0, 12)[1].tolist() == [0, 2, 1, 5, 4, 3, 0, 1, 5, 3, 2, 4]
+  drawn = sampler.IndexSampler([episodes(6)], [1.0], seed=0).take(0, 12)[1]
+  assert drawn.tolist() == [0, 2, 1, 5, 4, 3, 0, 1, 5, 3, 2, 4]
 
 
 def test_errors():
   for bad in (
-    lambda: order.Order([episodes(0)], [1.0], 0),
-    lambda: order.Order([], [], 0),
-    lambda: order.Order([episodes(3)], [0.0], 0),
-    lambda: order.Order([episodes(3)], [1.0, 1.0], 0),
-    lambda: order.Order([episodes(3)], [1.0], -1),
-    lambda: order.Order([episodes(3)], [1.0], 0, window=0),
+    lambda: sampler.IndexSampler([episodes(0)], [1.0], 0),
+    lambda: sampler.IndexSampler([], [], 0),
+    lambda: sampler.IndexSampler([episodes(3)], [0.0], 0),
+    lambda: sampler.IndexSampler([episodes(3)], [1.0, 1.0], 0),
+    lambda: sampler.IndexSampler([episodes(3)], [1.0], -1),
+    lambda: sampler.IndexSampler([episodes(3)], [1.0], 0, window=0),
   ):
     with pytest.raises(ValueError, match=r"got .*; expected"):
       bad()
