@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from semanticvla_jax.evaluate.rollout_pool import OnSimulators
+from semanticvla_jax.evaluate.rollout_pool import OnSimulators, stored_as_jpeg
 from semanticvla_jax.libero import simulator, suites
 from semanticvla_jax.libero.replay_policy import ReplayPolicy
 
@@ -27,7 +27,8 @@ def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[i
   policy, first = ReplayPolicy(folder, suite, seeds), None
   for count in workers:
     runner = OnSimulators(
-      policy, lambda: simulator.start(suites.Settings(suite), policy.beginnings), workers=count, jpeg_quality=95
+      policy, lambda: simulator.start(suites.Settings(suite), policy.beginnings), workers=count,
+      prepare=stored_as_jpeg(95),
     )
     try:
       runner.run(seeds[:count])  # starts all of them

@@ -283,11 +283,19 @@ def write_film(path: pathlib.Path, frames: UInt8[np.ndarray, "t h w 3"], fps: in
 
 
 def write_page(out: pathlib.Path, stored: ResultsFile, *, finished: bool = True, **fields: Any) -> bool:
-  """Writes report.html, whole, and notes in results.json whether that is all; returns whether it could."""
+  """Writes report.html and records in results.json whether anything is missing; returns whether it could.
+
+  Args:
+    out: the folder.
+    stored: its rows.
+    finished: whether all rows were measured.
+    **fields: other fields of `report.Page`.
+  """
 
   def work() -> bool:
     page = out / "report.html"
-    report.write(page, rows=stored.all, command=stored.command, seconds=stored.seconds, **fields)
+    shown = report.Page(rows=stored.all, command=stored.command, seconds=stored.seconds, **fields)
+    report.write(page, shown)
     stored.write(finished)
     print(f"report: {page.resolve()}")
     return True

@@ -54,10 +54,10 @@ class LiberoRun(SuiteRun):
     tasks = suites.tasks(suite)
     self.simulators = OnSimulators(
       policy, lambda: simulator.start(self.settings, self._begun, args.timeout), workers=args.workers,
-      replan_steps=self.replan_steps, group=lambda seed: seed // suites.EPISODES,
-      instruction=lambda seed: tasks[seed // suites.EPISODES].instruction,
-      jpeg_quality=self.jpeg, dct=policy.metadata.get("dct", "accurate"),
-    )  # fmt: skip
+      replan_steps=self.replan_steps,
+      task=lambda seed: (seed // suites.EPISODES, tasks[seed // suites.EPISODES].instruction),
+      prepare=rollout_pool.stored_as_jpeg(self.jpeg, policy.metadata.get("dct", "accurate")),
+    )
 
   def runner(self, policy: Any) -> OnSimulators:
     """See `SuiteRun`: the same simulators for every policy."""

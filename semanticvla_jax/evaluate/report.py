@@ -64,33 +64,35 @@ class Scene(NamedTuple):
   cues: list[Tile]
 
 
-def write(
-  path: str | os.PathLike,
-  *,
-  title: str,
-  rows: Sequence[Row],
-  films: Sequence[Film] = (),
-  scenes: Sequence[Scene] = (),
-  metrics: Sequence[Mapping] = (),
-  command: str = "",
-  seconds: Mapping[str, float] | None = None,
-  film_note: str = "at half speed",
-) -> pathlib.Path:
-  """Writes the report.
+class Page(NamedTuple):
+  """What a report shows.
 
-  Args:
-    path: of the file; its folder exists.
+  Attributes:
     title: of the page.
     rows: measured rates, those of kind "policy" first.
-    films, scenes: to show; the first of each stands at the top.
+    films, scenes: the first of each is also shown at the top.
     metrics: lines of the training's metrics.jsonl: dicts with "step", "loss" and others.
     command: how to get this report again.
-    seconds: time spent by stage.
+    seconds: time spent per stage.
     film_note: how fast the films run.
   """
+
+  title: str
+  rows: Sequence[Row]
+  films: Sequence[Film] = ()
+  scenes: Sequence[Scene] = ()
+  metrics: Sequence[Mapping] = ()
+  command: str = ""
+  seconds: Mapping[str, float] = {}
+  film_note: str = "at half speed"
+
+
+def write(path: str | os.PathLike, page: Page) -> pathlib.Path:
+  """Writes a report to a file, whose folder exists; returns its path."""
+  title, rows = page.title, page.rows
   parts = [
     _header(title, rows),
-    _story(films, scenes),
+    _story(page.films, page.scenes),
     _table("Success", "How often the task was done, each bar with its 95 % Wilson interval.",
            [row for row in rows if row.kind != "control"]),
     _table("Controls", "The same parameters on the same episodes, with one thing taken away. A policy that listens "
@@ -98,19 +100,19 @@ def write(
            "must beat patches chosen without looking.",
            [row for row in rows if row.kind == "control"]),
     _tasks(rows),
-    _films(films, film_note),
-    _scenes(scenes),
-    _curves(metrics),
-    _fingerprint(rows, command, seconds or {}),
+    _films(page.films, page.film_note),
+    _scenes(page.scenes),
+    _curves(page.metrics),
+    _fingerprint(rows, page.command, page.seconds),
   ]  # fmt: skip
   body = "\n".join(part for part in parts if part)
   style = importlib.resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
-  page = (
+  text = (
     f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
     f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>'
     f"<body><main>{body}</main></body></html>\n"
   )
-  files.write(path, page)
+  files.write(path, text)
   return pathlib.Path(path)
 
 

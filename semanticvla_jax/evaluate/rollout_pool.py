@@ -27,6 +27,22 @@ from semanticvla_jax.evaluate.rollout import Episodes, check_state
 _PICTURES = ("observation/image", "observation/wrist_image")
 
 
+def stored_as_jpeg(quality: int | None, dct: str = "accurate") -> Callable[[dict], dict]:
+  """A function that passes the frames of an observation through a JPEG, as stored training frames did.
+
+  Args:
+    quality: of the JPEG; None leaves frames as they were rendered.
+    dct: how it is decoded, see `images.decode`.
+  """
+
+  def prepare(observation: dict) -> dict:
+    if quality is None:
+      return observation
+    return observation | {name: images.jpeg_round_trip(observation[name], quality, dct) for name in _PICTURES}
+
+  return prepare
+
+
 class EpisodeResult(NamedTuple):
   """One finished episode.
 
@@ -148,31 +164,30 @@ class OnSimulators:
     make: starts one simulator, which knows `max_steps` itself.
     workers: how many of them. They start at the first `run` and stay until `close`.
     replan_steps: actions executed per policy query; None for the policy's own.
-    group: of an episode number, e.g. its task: a simulator stays in a group while it can.
-    instruction: of an episode number; what a record says of an episode that broke before it could tell itself.
-    jpeg_quality: frames go through a JPEG of this quality before the policy sees them, as stored training frames did;
-      None leaves them as rendered. dct: how that is decoded, see images.decode.
-    retries: how often an episode that breaks is begun again.
-    seen: called when an episode that did not break has ended and been recorded, with its record and the observations
-      that the policy had, and the last one.
+    task: (group, instruction) of an episode number. A simulator stays in a group while it can, because changing it
+      takes time; the instruction is recorded for an episode that broke before it was known.
+    prepare: applied to every observation before the policy gets it, e.g. `stored_as_jpeg`.
+    retries: how often an episode that breaks is started again.
 
   Attributes:
-    broken: episodes with an error, of those that the latest `run` has finished.
+    seen: called when an episode that did not break has ended and was recorded, with its result and the observations
+      that the policy had, and the last one; None for nothing.
+    broken: number of episodes with an error, of those that the latest `run` has finished.
   """
 
   def __init__(
     self, policy: Any, make: Callable[[], Process], *, workers: int = 1, replan_steps: int | None = None,
-    group: Callable[[int], Any] = lambda seed: 0, instruction: Callable[[int], str] = lambda seed: "",
-    jpeg_quality: int | None = None, dct: str = "accurate", retries: int = 2,
-    seen: Callable[[EpisodeResult, list[dict]], None] | None = None,
+    task: Callable[[int], tuple[Any, str]] = lambda seed: (0, ""), prepare: Callable[[dict], dict] = dict,
+    retries: int = 2,
   ):  # fmt: skip
     if workers < 1 or retries < 0:
       raise ValueError(f"Simulators: got workers={workers}, retries={retries}; expected at least 1 and 0.")
-    self.policy, self.workers, self.retries, self.seen = policy, workers, retries, seen
+    self.policy, self.workers, self.retries = policy, workers, retries
+    self.seen: Callable[[EpisodeResult, list[dict]], None] | None = None
     self.replan_steps, self.broken = policy.replay if replan_steps is None else replan_steps, 0
     if self.replan_steps < 1:
       raise ValueError(f"Simulators: got replan_steps={self.replan_steps}; expected at least 1 action; raise it.")
-    self._make, self._group, self._instruction, self._jpeg, self._dct = make, group, instruction, jpeg_quality, dct
+    self._make, self._task, self._prepare = make, task, prepare
     self._pool: list[_Running] = []
 
   def first(self) -> Process:
@@ -240,7 +255,7 @@ class OnSimulators:
         for one in self._pool:
           if one.seed is None and self._waiting:
             seed = self._next(one)
-            one.begin(seed, self._group(seed))
+            one.begin(seed, self._task(seed)[0])
         ended = [record for one in self._arrived() if (record := self._hear(one)) is not None]
         ended += self._ask([one for one in self._pool if one.moment is not None])
         yield from ended
@@ -251,8 +266,8 @@ class OnSimulators:
   def _next(self, one: _Running) -> int:
     """The next episode for a simulator: of its own group, else of one that nobody is in, else any."""
     taken = {other.group for other in self._pool if other is not one and other.seed is not None}
-    own = [i for i, seed in enumerate(self._waiting) if self._group(seed) == one.group]
-    free = [i for i, seed in enumerate(self._waiting) if self._group(seed) not in taken]
+    own = [i for i, seed in enumerate(self._waiting) if self._task(seed)[0] == one.group]
+    free = [i for i, seed in enumerate(self._waiting) if self._task(seed)[0] not in taken]
     return self._waiting.pop((own or free or [0])[0])
 
   def _arrived(self) -> list[_Running]:
@@ -303,10 +318,7 @@ class OnSimulators:
     return ended
 
   def _observation(self, one: _Running) -> dict:
-    observation = one.moment.observations[-1]
-    if self._jpeg is not None:
-      stored = {name: images.jpeg_round_trip(observation[name], self._jpeg, self._dct) for name in _PICTURES}
-      observation = observation | stored
+    observation = self._prepare(one.moment.observations[-1])
     sentence = self._told.get(one.seed, one.moment.instruction)
     return observation | {"prompt": sentence, "episode": one.seed, "step": one.moment.steps}
 
@@ -331,7 +343,7 @@ class OnSimulators:
       self._tries[seed] = tries + 1
       self._waiting.insert(0, seed)
       return None
-    sentence = self._instruction(seed)
+    sentence = self._task(seed)[1]
     return EpisodeResult(seed, False, 0, error, sentence, self._told.get(seed, sentence), tries, seconds), []
 
   def _give_up_if_all_broke(self, done: Mapping[int, EpisodeResult]) -> None:

@@ -37,15 +37,15 @@ def row(kind: str, name: str) -> Row:
 def page(tmp_path):
   (tmp_path / "film.mp4").write_bytes(b"film")
   tile = Tile("kept 8 of 64 patches", np.zeros((8, 8, 3), np.uint8))
-  path = report.write(
-    tmp_path / "report.html", title="A & B",
+  shown = report.Page(
+    title="A & B",
     rows=[row("policy", "this policy"), row("baseline", "before"), row("control", controls.NAMES["shuffled"])],
     films=[report.Film(tmp_path / "film.mp4", "pick up the <b>blue</b> ball", True, 12, 3)],
     scenes=[report.Scene("first step", [("pick up the red cube", "told", [[tile, tile]])], [tile])],
     metrics=[{"step": step, "loss": 1 / step, "lr": 1.0, "success/pick": 0.5} for step in range(1, 100)],
     command="python -m semanticvla_jax.evaluate --policy='a b'", seconds={"evaluate": 12.3},
   )
-  return path.read_text()
+  return report.write(tmp_path / "report.html", shown).read_text()
 
 
 class Reader(html.parser.HTMLParser):
@@ -86,7 +86,7 @@ def test_a_report_needs_no_other_file(page):
 
 
 def test_what_is_missing_is_left_out(tmp_path):
-  page = report.write(tmp_path / "report.html", title="t", rows=[row("policy", "p")]).read_text()
+  page = report.write(tmp_path / "report.html", report.Page("t", [row("policy", "p")])).read_text()
   text = Reader(page).text
   for heading in ("Controls", "Episodes", "Where it looks", "Training", "What it looked at", "before"):
     assert heading not in text.replace("Controls the", ""), heading
@@ -118,7 +118,7 @@ def crowded(tmp_path):
   films = [report.Film(tmp_path / name, "pick", True, 12, 3) for name in ("none.mp4", "empty.mp4")]
   scenes = [report.Scene("first step", [("pick", "told", [])], []), report.Scene("half way", [], [])]
   metrics = [{"step": step, "loss": 1 / step} for step in range(1, 30)]
-  return report.write(tmp_path / "report.html", title="t", rows=rows, films=films, scenes=scenes, metrics=metrics)
+  return report.write(tmp_path / "report.html", report.Page("t", rows, films, scenes, metrics))
 
 
 class Tables(html.parser.HTMLParser):

@@ -11,7 +11,7 @@ from point import FOLDER, Point
 
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process
 from semanticvla_jax.evaluate import results
-from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, EpisodeResult, OnSimulators
+from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, EpisodeResult, OnSimulators, stored_as_jpeg
 
 
 class Half:
@@ -37,10 +37,11 @@ class Half:
 def runner(tmp_path):
   made = []
 
-  def make(trouble=None, policy=None, timeout=60.0, **options):
+  def make(trouble=None, policy=None, timeout=60.0, seen=None, **options):
     start = functools.partial(Process, functools.partial(Point, str(tmp_path / "log"), trouble), {"PYTHONPATH": FOLDER})
-    options = dict(workers=2, group=lambda seed: seed // 10, instruction=lambda seed: f"goal {seed}") | options
+    options = dict(workers=2, task=lambda seed: (seed // 10, f"goal {seed}")) | options
     made.append(OnSimulators(policy or Half(), functools.partial(start, timeout=timeout), **options))
+    made[-1].seen = seen
     return made[-1]
 
   yield make
@@ -68,7 +69,7 @@ def test_simulators_stay_in_their_group(runner, tmp_path):
 
 
 def test_what_is_told_and_shown(runner):
-  one = runner(workers=1, jpeg_quality=50)
+  one = runner(workers=1, prepare=stored_as_jpeg(50))
   result = one.run([0, 2], told=["sit", "stand"])
   assert result.told == ["sit", "stand"] and result.instruction == ["go to goal 0"] * 2
   assert {(episode, prompt) for episode, _, prompt, _ in one.policy.asked} == {(0, "sit"), (2, "stand")}
