@@ -255,7 +255,8 @@ def test_damage_that_another_process_saw_counts_for_all(tmp_path, monkeypatch, c
 TWO = """
 import sys, pathlib, jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from semanticvla_jax import checkpoint
+from semanticvla_jax import policy_folder
+from semanticvla_jax.train import checkpoints
 port, me, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", 2, me)
 mesh = jax.make_mesh((4,), ("fsdp",))

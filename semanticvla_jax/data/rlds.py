@@ -328,7 +328,7 @@ def batches(
     jitter: displaces the arm of each example, for datasets whose actions are displacements.
     window: None shuffles frames; a number shuffles that many episodes at a time (see the module's docstring). Then
       `cache_bytes` should hold `window` episodes of every dataset, or episodes are read more than once.
-    cache_bytes: memory for encoded images of each dataset where they are cached, see records.Reader.
+    cache_bytes: memory for encoded images of each dataset where they are cached, see tfrecord_index.Reader.
     workers: threads that read, decode and augment; None for one a core, at most 16.
     prefetch: batches worked on ahead.
 
