@@ -11,7 +11,6 @@ Evaluation and serving use nothing else; evaluation on the device uses the same 
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import logging
 import numbers
@@ -28,23 +27,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
-from semanticvla_jax import cli, policy_folder
+from semanticvla_jax import observation_dict, policy_folder
 from semanticvla_jax.data import gripper as grippers
 from semanticvla_jax.data import images, statistics, text
 from semanticvla_jax.models import checks, lora
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
+from semanticvla_jax.observation_dict import VIEWS
 from semanticvla_jax.types import Observation
 
-# What a policy reads, and the names under which it finds it: openpi's, then OpenVLA-OFT's, then the bare name.
-ALIASES = {
-  "image": ("observation/image", "full_image", "image"),
-  "wrist_image": ("observation/wrist_image", "wrist_image"),
-  "left_wrist_image": ("observation/left_wrist_image", "left_wrist_image", "left_wrist"),
-  "right_wrist_image": ("observation/right_wrist_image", "right_wrist_image", "right_wrist"),
-  "state": ("observation/state", "state", "proprio"),
-  "instruction": ("prompt", "task_description", "instruction"),
-}
-VIEWS = {1: ("image",), 2: ("image", "wrist_image"), 3: ("image", "left_wrist_image", "right_wrist_image")}
 NORMALIZATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bounds"}
 GRIPPERS = ("command", "raw")
 ADAPTERS = ("merge", "keep")
@@ -169,9 +159,9 @@ class Policy:
     )
 
   def blind(self) -> Policy:
-    """The same policy before whose eyes all frames are grey: each encoder's mean colour, whatever the camera shows.
+    """A copy of the policy that ignores images: every pixel maps to each encoder's mean color.
 
-    Done in the parameters (no pixel reaches a patch's embedding), so that it runs in what was compiled for this one.
+    Done in the parameters (the patch embedding's kernel is zero), so that it runs in the program compiled for this one.
     """
     grey = flatten_dict(self.params, sep="/")
     grey |= {name: jnp.zeros_like(grey[name]) for name in grey if _PIXELS.fullmatch(name)}
@@ -210,8 +200,8 @@ class Policy:
     """One observation → {"actions": f32[k a], "policy_timing": …}.
 
     Args:
-      observation: a dict of u8[h w 3] images, f32[p] state in raw units and the instruction, under any name in ALIASES;
-        other entries are ignored.
+      observation: a dict of u8[h w 3] images, f32[p] state in raw units and the instruction, under any name of
+        observation_dict.ALIASES; other entries are ignored.
 
     Raises:
       ValueError: something is missing, ambiguous or of the wrong kind.
@@ -234,7 +224,8 @@ class Policy:
 
   def observe(self, observations: Sequence[Any]) -> Observation:
     """Observation dicts → what the model reads, numpy arrays of batch len(observations)."""
-    found = [_read(observation, VIEWS[self.bare.num_views], self.bare.proprio_dim) for observation in observations]
+    views, width = VIEWS[self.bare.num_views], self.bare.proprio_dim
+    found = [observation_dict.read(observation, views, width) for observation in observations]
     views = [[images.prepare(image, **self._picture) for image in one["views"]] for one in found]
     proprio = None
     if self.bare.proprio_dim is not None:
@@ -391,94 +382,3 @@ def _batch_sizes(sizes: Any) -> list[int]:
       "compile none; choose others."
     )
   return sorted({int(size) for size in found})
-
-
-def _read(observation: Any, views: Sequence[str], proprio_dim: int | None) -> dict:
-  """One observation dict, checked: {"views": [u8[h w 3], …], "state": f32[p] or None, "instruction": str}."""
-  if not isinstance(observation, Mapping):
-    raise ValueError(
-      f"Observation: got {type(observation).__name__}; expected a dict of images, state and instruction; see "
-      "policy.ALIASES for their names."
-    )
-  pictures = [_image(name, _find(observation, name)) for name in views]
-  state = None if proprio_dim is None else _state(_find(observation, "state"), proprio_dim)
-  return {"views": pictures, "state": state, "instruction": _instruction(_find(observation, "instruction"))}
-
-
-def _instruction(sentence: Any) -> str:
-  """The instruction, tidy: str, bytes of UTF-8, or an array of one of them."""
-  given = sentence
-  try:
-    sentence = sentence.item() if isinstance(sentence, np.ndarray | np.generic) and sentence.size == 1 else sentence
-    sentence = sentence.decode() if isinstance(sentence, bytes) else sentence
-    if isinstance(sentence, str):
-      sentence.encode()  # half of a surrogate pair cannot be
-      sentence = text.tidy(sentence)
-  except UnicodeError as error:
-    raise ValueError(
-      f"Observation, instruction: got {_described(given)}, which is not Unicode text ({error.reason}); expected a "
-      "sentence; decode it where it comes from."
-    ) from error
-  if not isinstance(sentence, str) or not sentence:
-    raise ValueError(f"Observation, instruction: got {_described(given)}; expected a sentence; say what to do.")
-  return sentence
-
-
-def _described(value: Any) -> str:
-  """What was got instead of something else, in a few words."""
-  if isinstance(value, str):
-    return text.short(value)
-  if isinstance(value, np.ndarray):
-    return f"{value.dtype}{[*value.shape]}"
-  return f"{type(value).__name__} {text.short(str(value))}"
-
-
-def _find(observation: Mapping[str, Any], name: str) -> Any:
-  there = [alias for alias in ALIASES[name] if observation.get(alias) is not None]
-  if len(there) == 1:
-    return observation[there[0]]
-  if there:
-    raise ValueError(f"Observation is ambiguous: got {there}, which all mean {name!r}; expected one; drop the others.")
-  have = sorted(map(str, observation))
-  taken = {alias for aliases in ALIASES.values() for alias in aliases}  # a camera is never proposed as another one
-  near = difflib.get_close_matches(ALIASES[name][0], [key for key in have if key not in taken], 1, 0.75)
-  listing = ", ".join(text.short(key) for key in have[:20]) + (f" and {len(have) - 20} more" if len(have) > 20 else "")
-  raise ValueError(
-    f"Observation lacks {name!r}: got {listing or 'nothing'}; expected one of {[*ALIASES[name]]}"
-    + (f"; did you mean to rename {near[0]!r}?" if near else "; add it.")
-  )
-
-
-def _array(name: str, value: Any) -> np.ndarray:
-  """Anything that is an array, as numpy's. Raises ValueError for what is none."""
-  try:
-    return np.asarray(value)
-  except Exception as error:  # lists of unequal rows, tensors with gradients or on a device: each raises its own
-    raise ValueError(
-      f"Observation, {name}: got {type(value).__name__}, which numpy cannot read ({cli.first_line(error)}); expected "
-      "an array; convert it (a tensor: x.detach().cpu().numpy())."
-    ) from error
-
-
-def _image(name: str, image: Any) -> np.ndarray:
-  image = _array(name, image)
-  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-    raise ValueError(
-      f"Observation, {name}: got {image.dtype}{[*image.shape]}; expected uint8[h w 3], RGB 0..255, upright; convert it "
-      "(channels last, times 255 if it is in [0, 1])."
-    )
-  return image
-
-
-def _state(state: Any, width: int) -> np.ndarray:
-  state = _array("state", state)
-  numeric = state.dtype.kind in "fiu"
-  with np.errstate(over="ignore"):
-    small = state.astype(np.float32) if numeric else state
-  if not numeric or small.shape != (width,) or not np.isfinite(small).all():
-    values = f" {small.reshape(-1)[:16]}" if numeric else ""
-    raise ValueError(
-      f"Observation, state: got {state.dtype}{[*state.shape]}{values}; expected {width} finite numbers in raw units; "
-      "pass the robot's state as in the training data."
-    )
-  return small

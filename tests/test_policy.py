@@ -10,7 +10,7 @@ import policies
 import pytest
 from helpers import jit_apply, random_params, tiny
 
-from semanticvla_jax import policy, policy_folder
+from semanticvla_jax import observation_dict, policy, policy_folder
 from semanticvla_jax.data import gripper, images, statistics, text
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.types import Observation
@@ -62,14 +62,14 @@ def test_every_name_of_a_part_means_the_same(ready):
   seen = policies.observation()
   expected = ready.infer(seen)["actions"]
   values = dict(zip(("image", "wrist_image", "state", "instruction"), seen.values()))
-  for part, aliases in policy.ALIASES.items():
+  for part, aliases in observation_dict.ALIASES.items():
     if part in values:
       for alias in aliases:
-        renamed = {policy.ALIASES[other][0]: value for other, value in values.items() if other != part}
+        renamed = {observation_dict.ALIASES[other][0]: value for other, value in values.items() if other != part}
         np.testing.assert_array_equal(ready.infer(renamed | {alias: values[part]})["actions"], expected)
   oft = dict(zip(("full_image", "wrist_image", "state", "task_description"), seen.values()))
   np.testing.assert_array_equal(ready.infer(oft | {"unnorm_key": "other"})["actions"], expected)
-  flat = [alias for aliases in policy.ALIASES.values() for alias in aliases]
+  flat = [alias for aliases in observation_dict.ALIASES.values() for alias in aliases]
   assert len(flat) == len(set(flat)), "an alias means one thing"
 
 

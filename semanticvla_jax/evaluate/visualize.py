@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from semanticvla_jax.policy import VIEWS, Policy
+from semanticvla_jax.observation_dict import VIEWS
+from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, render, tasks
 
 FRAMES_A_SECOND = 10  # half the speed of the tabletop's 20 Hz

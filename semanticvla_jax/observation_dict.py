@@ -1,0 +1,125 @@
+"""What a policy reads from the dict that a robot, a simulator or a client sends, and under which names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from semanticvla_jax import cli
+from semanticvla_jax.data import text
+
+# What a policy reads, and the names under which it finds it: openpi's, then OpenVLA-OFT's, then the bare name.
+ALIASES = {
+  "image": ("observation/image", "full_image", "image"),
+  "wrist_image": ("observation/wrist_image", "wrist_image"),
+  "left_wrist_image": ("observation/left_wrist_image", "left_wrist_image", "left_wrist"),
+  "right_wrist_image": ("observation/right_wrist_image", "right_wrist_image", "right_wrist"),
+  "state": ("observation/state", "state", "proprio"),
+  "instruction": ("prompt", "task_description", "instruction"),
+}
+VIEWS = {1: ("image",), 2: ("image", "wrist_image"), 3: ("image", "left_wrist_image", "right_wrist_image")}
+
+
+def read(observation: Any, views: Sequence[str], proprio_dim: int | None) -> dict:
+  """One observation dict, checked: {"views": [u8[h w 3], …], "state": f32[p] or None, "instruction": str}.
+
+  Args:
+    observation: a mapping from any of ALIASES to u8[h w 3] images, f32[p] state in raw units and the instruction.
+    views: names of the images to read, in the order of the model.
+    proprio_dim: p; None reads no state.
+
+  Raises:
+    ValueError: something is missing, ambiguous, of another type or shape, or not finite.
+  """
+  if not isinstance(observation, Mapping):
+    raise ValueError(
+      f"Observation: got {type(observation).__name__}; expected a dict of images, state and instruction; see "
+      "observation_dict.ALIASES for their names."
+    )
+  pictures = [_image(name, _find(observation, name)) for name in views]
+  state = None if proprio_dim is None else _state(_find(observation, "state"), proprio_dim)
+  return {"views": pictures, "state": state, "instruction": _instruction(_find(observation, "instruction"))}
+
+
+def _instruction(sentence: Any) -> str:
+  """The instruction, tidy: str, bytes of UTF-8, or an array of one of them."""
+  given = sentence
+  try:
+    sentence = sentence.item() if isinstance(sentence, np.ndarray | np.generic) and sentence.size == 1 else sentence
+    sentence = sentence.decode() if isinstance(sentence, bytes) else sentence
+    if isinstance(sentence, str):
+      sentence.encode()  # half of a surrogate pair cannot be
+      sentence = text.tidy(sentence)
+  except UnicodeError as error:
+    raise ValueError(
+      f"Observation, instruction: got {_described(given)}, which is not Unicode text ({error.reason}); expected a "
+      "sentence; decode it where it comes from."
+    ) from error
+  if not isinstance(sentence, str) or not sentence:
+    raise ValueError(
+      f"Observation, instruction: got {_described(given)}; expected a sentence that is not empty; pass what to do."
+    )
+  return sentence
+
+
+def _described(value: Any) -> str:
+  """A value in a few words, for a message."""
+  if isinstance(value, str):
+    return text.short(value)
+  if isinstance(value, np.ndarray):
+    return f"{value.dtype}{[*value.shape]}"
+  return f"{type(value).__name__} {text.short(str(value))}"
+
+
+def _find(observation: Mapping[str, Any], name: str) -> Any:
+  there = [alias for alias in ALIASES[name] if observation.get(alias) is not None]
+  if len(there) == 1:
+    return observation[there[0]]
+  if there:
+    raise ValueError(f"Observation is ambiguous: got {there}, which all mean {name!r}; expected one; drop the others.")
+  have = sorted(map(str, observation))
+  taken = {alias for aliases in ALIASES.values() for alias in aliases}  # a camera is never proposed as another one
+  near = difflib.get_close_matches(ALIASES[name][0], [key for key in have if key not in taken], 1, 0.75)
+  listing = ", ".join(text.short(key) for key in have[:20]) + (f" and {len(have) - 20} more" if len(have) > 20 else "")
+  raise ValueError(
+    f"Observation lacks {name!r}: got {listing or 'nothing'}; expected one of {[*ALIASES[name]]}"
+    + (f"; did you mean to rename {near[0]!r}?" if near else "; add it.")
+  )
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+  """Anything that is an array, as numpy's. Raises ValueError for anything else."""
+  try:
+    return np.asarray(value)
+  except Exception as error:  # lists of unequal rows, tensors with gradients or on a device: each raises its own
+    raise ValueError(
+      f"Observation, {name}: got {type(value).__name__}, which numpy cannot read ({cli.first_line(error)}); expected "
+      "an array; convert it (a tensor: x.detach().cpu().numpy())."
+    ) from error
+
+
+def _image(name: str, image: Any) -> np.ndarray:
+  image = _array(name, image)
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+    raise ValueError(
+      f"Observation, {name}: got {image.dtype}{[*image.shape]}; expected uint8[h w 3], RGB 0..255, upright; convert it "
+      "(channels last, times 255 if it is in [0, 1])."
+    )
+  return image
+
+
+def _state(state: Any, width: int) -> np.ndarray:
+  state = _array("state", state)
+  numeric = state.dtype.kind in "fiu"
+  with np.errstate(over="ignore"):
+    small = state.astype(np.float32) if numeric else state
+  if not numeric or small.shape != (width,) or not np.isfinite(small).all():
+    values = f" {small.reshape(-1)[:16]}" if numeric else ""
+    raise ValueError(
+      f"Observation, state: got {state.dtype}{[*state.shape]}{values}; expected {width} finite numbers in raw units; "
+      "pass the robot's state as in the training data."
+    )
+  return small
