@@ -1,9 +1,10 @@
-"""python -m semanticvla_jax.convert VERB …: PyTorch checkpoints and what can be asked of them."""
+"""python -m semanticvla_jax.convert VERB …: converts, inspects and compares PyTorch checkpoints and policy folders."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -46,14 +47,16 @@ def to_orbax_verb(args: argparse.Namespace) -> int:
     args.source,
     args.target,
     load_config(args.config, args.set),
-    dtype=args.dtype,
-    lora=args.lora,
-    tokenizers=args.tokenizers,
-    need_statistics=not args.no_statistics,
-    merged=MERGED[args.merged],
-    only=args.only,
-    resample=args.resample,
-    pad_vocabulary=args.pad_vocabulary,
+    to_orbax.Options(
+      dtype=args.dtype,
+      lora=args.lora,
+      tokenizers=args.tokenizers,
+      need_statistics=not args.no_statistics,
+      merged=MERGED[args.merged],
+      only=args.only,
+      resample=args.resample,
+      pad_vocabulary=args.pad_vocabulary,
+    ),
     say=lambda line: print(line, flush=True),
   )
   print("\n".join(to_orbax.table(report)))
@@ -64,12 +67,12 @@ def to_torch_verb(args: argparse.Namespace) -> int:
   """python -m semanticvla_jax.convert to-torch --policy policy --target checkpoint --base openvla-7b
 
   Writes a policy in OpenVLA's layout: safetensors shards and index, config.json with norm_stats, companions. Adapters
-  are folded in, or written apart with --lora=keep; config.json says which. What the model does not have (last blocks,
+  are folded in, or written apart with --lora=keep, as config.json records. What the model does not have (last blocks,
   lm_head) comes from --base. With --companions=pt the release's own loaders read the result.
   """
   say = lambda line: print(line, flush=True)  # noqa: E731
-  options = dict(base=args.base, companions=args.companions, lora=args.lora, check=not args.no_check)
-  report = to_torch.to_torch(args.policy, args.target, **options, say=say)
+  options = to_torch.Options(companions=args.companions, lora=args.lora, check=not args.no_check)
+  report = to_torch.to_torch(args.policy, args.target, options, base=args.base, say=say)
   print("\n".join(to_torch.lines(report)))
   return 0
 
@@ -140,7 +143,7 @@ def load_config(name: str, changes: list[str]) -> dict:
   for change in changes:
     key, equals, value = change.partition("=")
     if not equals:
-      raise ValueError(f"--set: got {change!r}; expected KEY=VALUE, e.g. lora.rank=32; write it so.")
+      raise ValueError(f"--set: got {change!r}; expected KEY=VALUE, e.g. lora.rank=32; write it that way.")
     try:
       config.update_from_flattened_dict({key: _value(value)})
     except (KeyError, TypeError) as error:
@@ -158,10 +161,12 @@ def _config_module(file: Path) -> ModuleType:
     spec.loader.exec_module(module)
   except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
     raise ValueError(
-      f"{file} cannot be run: got {type(error).__name__}: {error}; expected a Python file with get_config; mend it."
+      f"{file} cannot be run: got {type(error).__name__}: {error}; expected a Python file with get_config; correct it."
     ) from error
   if not hasattr(module, "get_config"):
-    raise ValueError(f"{file} is no config: got no get_config; expected that function, as in configs/; name another.")
+    raise ValueError(
+      f"{file} is not a config: got no get_config; expected that function, as in configs/; pass another file."
+    )
   return module
 
 
@@ -178,25 +183,26 @@ def _golden_arguments(verb: argparse.ArgumentParser) -> None:
 
 def _to_orbax_arguments(verb: argparse.ArgumentParser) -> None:
   verb.add_argument("--source", nargs="+", required=True, metavar="PATH", help="folders or files, a base first")
-  verb.add_argument("--target", required=True, metavar="DIR", help="the policy folder; must not exist")
-  verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="e.g. configs/openvla_oft.py:film")
+  verb.add_argument("--target", required=True, metavar="DIR", help="policy folder to make; must not exist")
+  verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="such as configs/openvla_oft.py:film")
   verb.add_argument(
     "--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the config, e.g. lora.rank=32"
   )
   verb.add_argument(
-    "--dtype", choices=tuple(to_orbax.DTYPES), default="keep", help="of every parameter; keep: as stored"
+    "--dtype", choices=tuple(to_orbax.DTYPES), default="keep", help="type of every parameter (default: as stored)"
   )
-  verb.add_argument("--lora", choices=("keep", "merge"), default="keep", help="adapters apart, or folded in")
+  verb.add_argument("--lora", choices=("keep", "merge"), default="keep", help="keep adapters (default) or fold them in")
   _merged_argument(verb)
-  verb.add_argument("--tokenizers", metavar="DIR", help="of tokenizer.model or spiece.model, beside the source's")
-  verb.add_argument("--only", choices=("siglip", "text"), help="one tower of a source that has both")
-  verb.add_argument("--resample", action="store_true", help="position embeddings of an encoder of another image size")
-  verb.add_argument("--pad-vocabulary", action="store_true", help="zeros behind the rows of a Llama that has fewer")
+  verb.add_argument("--tokenizers", metavar="DIR", help="folder of tokenizers (default: the source's)")
+  verb.add_argument("--only", choices=("siglip", "text"), help="convert one tower of a source that has both")
+  verb.add_argument("--resample", action="store_true", help="resample position embeddings of another image size")
+  verb.add_argument("--pad-vocabulary", action="store_true", help="append rows of zeros to a smaller vocabulary")
   verb.add_argument("--no-statistics", action="store_true", help="convert a model that has no action statistics")
 
 
 def _merged_argument(verb: argparse.ArgumentParser) -> None:
-  verb.add_argument("--merged", choices=tuple(MERGED), default="auto", help="is lora_adapter/ in the shards?")
+  help_text = "whether lora_adapter/ is folded into the shards already (default: %(default)s)"
+  verb.add_argument("--merged", choices=tuple(MERGED), default="auto", help=help_text)
 
 
 def _to_torch_arguments(verb: argparse.ArgumentParser) -> None:
@@ -215,14 +221,14 @@ def _to_torch_arguments(verb: argparse.ArgumentParser) -> None:
     "--lora",
     choices=("merge", "keep"),
     default="merge",
-    help="fold adapters in, or write lora_adapter/ (peft's) beside the weights they were trained on",
+    help="fold adapters in, or write them as peft's lora_adapter/ next to the weights they were trained on",
   )
-  verb.add_argument("--no-check", action="store_true", help="do not read and hash the parameters beside")
+  verb.add_argument("--no-check", action="store_true", help="skip comparing the parameters' hash with metadata.json")
 
 
 def _fold_arguments(verb: argparse.ArgumentParser) -> None:
   verb.add_argument("--policy", required=True, metavar="DIR", help="a policy folder with adapters")
-  verb.add_argument("--target", metavar="DIR", help="the folder to make, which must not exist; left out: in place")
+  verb.add_argument("--target", metavar="DIR", help="the folder to make; must not exist (default: in place)")
 
 
 def _inspect_arguments(verb: argparse.ArgumentParser) -> None:
@@ -238,8 +244,9 @@ def _diff_arguments(verb: argparse.ArgumentParser) -> None:
 def _verify_arguments(verb: argparse.ArgumentParser) -> None:
   verb.add_argument("--source", nargs="+", required=True, metavar="PATH", help="folders or files, as in to-orbax")
   verb.add_argument("--policy", required=True, metavar="DIR", help="the policy folder made from them")
-  verb.add_argument("--seed", type=int, default=0, help="of the inputs")
-  verb.add_argument("--tolerance", type=float, default=against_torch.TOLERANCE, help="default %(default)s")
+  verb.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: %(default)s)")
+  tolerance = dict(default=against_torch.TOLERANCE, help="largest accepted error (default: %(default)s)")
+  verb.add_argument("--tolerance", type=float, **tolerance)
   _merged_argument(verb)
 
 
@@ -255,14 +262,15 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m semanticvla_jax.convert", description=__doc__.split(": ", 1)[1])
+  description = "Converts, inspects and compares PyTorch checkpoints and policy folders."
+  parser = argparse.ArgumentParser(prog="python -m semanticvla_jax.convert", description=description)
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
   for name, (function, arguments) in VERBS.items():
     first, rest = function.__doc__.split("\n\n", 1)
     verb = verbs.add_parser(
       name,
       help=" ".join(rest.split(". ")[0].split()),
-      description=f"Example: {first}\n\n{rest}",
+      description=f"Example: {first}\n\n{inspect.cleandoc(rest)}",
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments(verb)

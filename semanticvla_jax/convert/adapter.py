@@ -8,7 +8,7 @@ from typing import Any
 from semanticvla_jax.convert.detect import Source
 from semanticvla_jax.convert.rules import semanticvla
 
-# Where adapters are (the tensors say it), how they were trained, where they came from: no weight depends on these.
+# Where adapters are (the tensors show it), how they were trained, where they came from: no weight depends on these.
 HARMLESS = frozenset({
   "r", "lora_alpha",  # read
   "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -67,7 +67,7 @@ def check(source: Source) -> None:
 
 
 def problems_of(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """(what an adapter_config.json says, what plain LoRA has) of every field that makes it something else."""
+  """Returns (value in adapter_config.json, value of plain LoRA) of every field in which the two differ."""
   problems = []
   for name, value in stored.items():
     if name in PLAIN:

@@ -16,7 +16,7 @@ from semanticvla_jax.convert.io.orbax_writer import ArraySpec, Piece
 from semanticvla_jax.convert.io.progress import Progress
 from semanticvla_jax.convert.io.target import check_target, whole
 
-_WRITTEN = ("params", "config.json", "metadata.json")  # anew; the rest is copied
+_WRITTEN = ("params", "config.json", "metadata.json")  # the rest is copied
 _STACK = "llm/layers/"
 
 
@@ -91,14 +91,14 @@ def _check_still_there(folder: PolicyFolder) -> None:
 
 
 def _bring_back(place: Path, say: Callable[[str], None]) -> None:
-  """Gives a policy its name again that a run which was killed had put aside."""
+  """Restores the name of a policy that a killed run had moved aside."""
   if not place.exists() and swap.aside(place).exists():
-    say(f"{place} comes back from {swap.aside(place)}, where a run that did not finish had put it")
+    say(f"{place} is restored from {swap.aside(place)}, where a run that did not finish had moved it")
     swap.aside(place).rename(place)
 
 
 def _copy_rest(place: Path, partial: Path) -> None:
-  """Statistics, tokenisers, the conversion's report and whatever else lies there."""
+  """Copies statistics, tokenizers, the conversion's report and all other files."""
   for path in sorted(place.iterdir()):
     if path.name in _WRITTEN or path.name == ".lock":
       continue

@@ -1,8 +1,9 @@
-"""The files beside the shards as the release's loaders want them: torch.save, and names for strict loading.
+"""The layout of OpenVLA's checkpoint folders: tensor names in the files next to the shards, and the small files.
 
-Before it loads `vision_backbone--N_checkpoint.pt`, the release wraps every linear layer of the backbone in LoRA anew,
-so the file must have `base_layer`, `lora_A.default` and `lora_B.default`. Where the adapters are folded in already,
-those that are written are zeros, which the loader's own merge adds to the weights.
+The release loads the companion files with torch.load and strict names. Before it loads
+`vision_backbone--N_checkpoint.pt`, it wraps every linear layer of the backbone in LoRA, so the file must have
+`base_layer`, `lora_A.default` and `lora_B.default`. Where the adapters are folded in already, zeros are written, which
+the loader's own merge adds to the weights.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ Shape = tuple[int, ...]
 _LINEAR = r"(fused_)?featurizer\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])|attn_pool\.(q|kv|proj|mlp\.fc[12])"
 _LAYER = {
   "release": re.compile(_LINEAR + r")\.(weight|bias)"),
-  "all_linear": re.compile(_LINEAR + r"|patch_embed\.proj)\.(weight|bias)"),  # peft's word; convolutions too
+  "all_linear": re.compile(_LINEAR + r"|patch_embed\.proj)\.(weight|bias)"),  # peft's name; convolutions too
 }
 _SEMANTICVLA = re.compile(r"vision_queries.*|cross_vit_model\..*|fused_featurizer_mm_sampler\..*")
 DEFAULTS = {  # of the released recipes
   "release": {"rank": 64, "alpha": 128, "targets": "release"},
   "all_linear": {"rank": 32, "alpha": 16, "targets": "all_linear"},
 }
-# What Hugging Face's AutoProcessor and AutoModel read beside config.json, which is written anew.
+# What Hugging Face's AutoProcessor and AutoModel read apart from config.json, which is written by to_torch.
 _PROCESSOR = re.compile(
   r"(tokenizer|tokenizer_config|preprocessor_config|processor_config|added_tokens|special_tokens_map|"
   r"generation_config)\.json|\w+\.py"
@@ -86,7 +87,7 @@ def is_adapter(key: str) -> bool:
 
 
 def backbone_name(key: str) -> str:
-  """The wrapper's name of a canonical key: FiLM stands beside the block that it wraps."""
+  """The wrapper's name of a canonical key: FiLM is a sibling of the block that it wraps."""
   name = re.sub(r"(\.blocks\.\d+)\.(?!scale\.|shift\.)", r"\1.block.", hub_name(key))
   return re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name)
 
@@ -225,8 +226,8 @@ def tokenizers(given: str | Path | None, sources: Sequence[str | Path]) -> list[
   return list((models | {path.name: path for path in own}).values())
 
 
-def lacking(models: Iterable[Path], source: Source, model: SemanticVLA) -> list[str]:
-  """Why the policy of a whole model will not load with these tokenisers, one line each."""
+def missing_tokenizers(models: Iterable[Path], source: Source, model: SemanticVLA) -> list[str]:
+  """Returns why the policy of a whole model will not load with these tokenizers, one line each."""
   wanted = {"tokenizer.model": "the prompt"} if source.layout.whole else {}
   if wanted and model.text is not None:
     wanted["spiece.model"] = "the ID-Pruner's instruction"
@@ -245,7 +246,7 @@ def processor_files(folders: Sequence[str | Path]) -> list[Path]:
   return list(found.values())
 
 
-def copy(paths: Iterable[Path], folder: Path) -> None:
+def copy_missing(paths: Iterable[Path], folder: Path) -> None:
   """Copies files into a folder, which is made where there are any; what is there under a name stays."""
   for path in paths:
     folder.mkdir(exist_ok=True)

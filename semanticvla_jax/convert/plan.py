@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -23,6 +24,33 @@ from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, bui
 Shapes = dict[str, tuple[int, ...]]
 _NOT_IN_A_TOWER = re.compile(r".*/film/.*")  # made by fine-tuning
 _WEIGHTS = ("float32", "bfloat16", "float16", "float64")  # types that a model computes with
+
+
+class Options(NamedTuple):
+  """How a checkpoint is converted to a policy.
+
+  Attributes:
+    dtype: "keep" stores every parameter as it was; "bfloat16" or "float32" casts it.
+    lora: "keep" leaves adapters apart from their kernels, "merge" folds them in.
+    tokenizers: folder of tokenizer.model, spiece.model or both; they replace those of the source.
+    need_statistics: whether a whole model without action statistics, or a fine-tune with none of its own, is an error.
+    merged: see detect.recognize.
+    only: the one tower that is wanted of a source with several, "siglip" or "text"; None for all.
+    resample: whether position embeddings of an encoder of another image size are resampled (see rules/resize.py).
+    pad_vocabulary: whether a Llama of fewer embedding rows than the model's gets rows of zeros behind them.
+  """
+
+  dtype: str = "keep"
+  lora: str = "keep"
+  tokenizers: str | Path | None = None
+  need_statistics: bool = True
+  merged: bool | None = None
+  only: str | None = None
+  resample: bool = False
+  pad_vocabulary: bool = False
+
+
+DEFAULTS = Options()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +136,7 @@ def parameter_shapes(model: SemanticVLA | lora.LoRA, bare: SemanticVLA) -> Shape
 
 
 def make_plan(
-  source: Source,
-  model_config: Any,
-  lora_config: Mapping | None,
-  keep: bool,
-  only: str | None = None,
-  resample_positions: bool = False,
-  pad_vocabulary: bool = False,
+  source: Source, model_config: Any, lora_config: Mapping | None, options: Options = DEFAULTS
 ) -> Plan:
   """Matches a source with the model of a config.
 
@@ -122,9 +144,7 @@ def make_plan(
     source: recognized files.
     model_config: fields of semanticvla.DEFAULTS.
     lora_config: {"rank", "alpha", "targets"} of the config; read where the source has adapters.
-    keep: whether adapters stay apart from the kernels.
-    only: the one tower that is wanted of a source with several, "siglip" or "text"; None for all.
-    resample_positions, pad_vocabulary: whether a single tower of another size may be made to fit (see rules/resize.py).
+    options: `lora`, `only`, `resample` and `pad_vocabulary` are read.
 
   Raises:
     Mismatch: source and model do not cover each other.
@@ -132,12 +152,11 @@ def make_plan(
       that the source does not have.
   """
   bare = build(model_config)
-  if only is not None:
-    check_only(source, only)
-  may = dict(resample_positions=resample_positions, pad_vocabulary=pad_vocabulary)
+  if options.only is not None:
+    check_only(source, options.only)
   if not source.layout.whole:
-    return _tower_plan(source, bare, source.prefixes if only is None else (f"{only}/",), may)
-  if any(may.values()):
+    return _tower_plan(source, bare, options)
+  if options.resample or options.pad_vocabulary:
     raise ValueError(
       f"--resample, --pad-vocabulary: got {source.kind}; expected a single tower; a whole model is converted as it is."
     )
@@ -145,6 +164,7 @@ def make_plan(
     entries, skipped = _match(source, bare, parameter_shapes(bare, bare), adapted=False)
     return Plan(entries, {}, None, skipped)
   settings = _adapter(source, lora_config)
+  keep = options.lora == "keep"
   if keep and source.folded:
     raise ValueError(
       f"Adapters cannot be kept: got shards with the language adapters folded in ({source.paths[0].name}), beside "
@@ -217,7 +237,8 @@ def check_only(source: Source, only: str) -> None:
     )
 
 
-def _tower_plan(source: Source, bare: SemanticVLA, prefixes: tuple[str, ...], may: Mapping[str, bool]) -> Plan:
+def _tower_plan(source: Source, bare: SemanticVLA, options: Options) -> Plan:
+  prefixes = source.prefixes if options.only is None else (f"{options.only}/",)
   target = {
     path: shape
     for path, shape in parameter_shapes(bare, bare).items()
@@ -225,7 +246,9 @@ def _tower_plan(source: Source, bare: SemanticVLA, prefixes: tuple[str, ...], ma
   }
   layout = source.layout
   rules = [rule for rule in layout.tower_rules(target) if rule.target.startswith(prefixes)]
-  rules, fitted = resize.fitted(rules, source.shapes, target, **may)
+  rules, fitted = resize.fitted(
+    rules, source.shapes, target, resample_positions=options.resample, pad_vocabulary=options.pad_vocabulary
+  )
   others = [tower for tower in layout.towers if tower.ours in source.prefixes and tower.ours not in prefixes]
   spare = {tower.keys: "another tower than was asked for (--only)" for tower in others} | layout.tower_unused(target)
   entries, skipped = engine.plan(rules, spare | _last_blocks(source, bare), source.shapes, target)

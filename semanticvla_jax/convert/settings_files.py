@@ -1,4 +1,4 @@
-"""What a source's own files state about how its model computes, a tower at a time."""
+"""Reads the settings in a source's own files, tower by tower."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from semanticvla_jax.convert.detect import SETTINGS, Source, read_object
+from semanticvla_jax.convert.detect import Source
+from semanticvla_jax.convert.io.source_files import SETTINGS, read_object
 from semanticvla_jax.convert.rules.settings_fields import (
   DINO,
   IMAGES,
@@ -23,17 +24,17 @@ TABLES = {"dino": DINO, "siglip": SIGLIP, "text": TEXT, "llm": LLAMA}
 
 
 class Section(NamedTuple):
-  """The part of a file that is about one part of the model: what it says (name, value, where) and the raw fields."""
+  """The part of a file about one part of the model: its settings (name, value, where) and the raw fields."""
 
   part: str
   table: Mapping[str, Field]
-  said: tuple[tuple[str, Any, str], ...]
+  stated: tuple[tuple[str, Any, str], ...]
   fields: dict
   where: str
 
 
 def sections(source: Source, say: Callable[[str], None] = lambda line: None) -> Iterator[Section]:
-  """What the source's files say, a tower at a time."""
+  """Yields the settings of the source's files, tower by tower."""
   for part, fixed in source.layout.fixed.items():
     yield make_section(part, {name: TABLES[part][name] for name in fixed}, fixed, f"the class of {source.kind}")
   if not source.layout.config:
@@ -56,13 +57,13 @@ def read_files(
     if path.name != name:
       continue
     if path in source.beside and path.parent in others:
-      say(f"{path} is not read: it belongs to another model than the files that were named")
+      say(f"{path} is not read: it belongs to another model than the named files")
       continue
     if name == "config.json" and not _fits(path, classes):
       raise ValueError(
-        f"{path} is of another model: got model_type {read_object(path)['model_type']!r} beside weights of "
+        f"{path} is of another model: got model_type {read_object(path)['model_type']!r} next to weights of "
         f"{source.kind}; expected {' or '.join(classes) or 'none'}; name the files of the weights instead of their "
-        "folder where it does not describe them."
+        "folder if it does not describe them."
       )
     try:
       content = read_object(path)
@@ -79,8 +80,8 @@ def _fits(path: Path, classes: Sequence[str]) -> bool:
 
 
 def make_section(part: str, table: Mapping[str, Field], fields: Mapping[str, Any], where: str) -> Section:
-  said = stated_by_llama(fields, where) if table is LLAMA else _stated(table, fields, where)
-  return Section(part, table, (*said,), dict(fields), where)
+  stated = stated_by_llama(fields, where) if table is LLAMA else _stated(table, fields, where)
+  return Section(part, table, (*stated,), dict(fields), where)
 
 
 def _stated(table: Mapping[str, Field], fields: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any, str]]:
@@ -138,8 +139,8 @@ def _overrides(content: Mapping[str, Any], path: Path) -> Iterator[Section]:
   acts = [None, None] if acts is None else acts
   if not isinstance(acts, list) or len(acts) != 2:
     raise ValueError(
-      f"{path} is of another model: got timm_override_act_layers={acts!r}; expected one for each of two encoders; mend "
-      "the file where it does not describe these weights."
+      f"{path} is of another model: got timm_override_act_layers={acts!r}; expected one for each of two encoders; "
+      "correct the file if it does not describe these weights."
     )
   for part, act, table in zip(("dino", "siglip"), acts, (DINO, SIGLIP)):
     fields = {"hidden_act": "gelu" if act is None else act}
@@ -183,8 +184,8 @@ def _of_processor(source: Source, where: str, content: Mapping[str, Any]) -> Ite
       pairs = [(part, {n: f(x) for n, f in fields.items()}) for part, x in zip(IMAGES, several, strict=True)]
     except (ValueError, TypeError, AttributeError) as error:
       raise ValueError(
-        f"{where} is of another model: got {name}={str(several)[:120]}; expected one for each of two encoders; mend "
-        "the file where it does not describe these weights."
+        f"{where} is of another model: got {name}={str(several)[:120]}; expected one for each of two encoders; "
+        "correct the file if it does not describe these weights."
       ) from error
     for part, values in pairs:
       yield make_section(part, IMAGES[part], values, f"{name} of {where}")

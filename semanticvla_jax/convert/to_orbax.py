@@ -1,8 +1,7 @@
 """PyTorch checkpoint → policy folder, parameter by parameter.
 
-Everything that can be wrong with names, shapes and statistics is found before a byte is written. The folder is written
-beside its place and renamed when complete; a run that was killed leaves a `.<name>.partial`, which the next one removes
-before it starts again.
+Wrong names, shapes and statistics are found before a byte is written. The folder is written as `.<name>.partial` and
+renamed when it is complete; what a killed run leaves is removed by the next one.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from semanticvla_jax.convert.io import orbax_writer
 from semanticvla_jax.convert.io.orbax_writer import ArraySpec
 from semanticvla_jax.convert.io.progress import Progress
 from semanticvla_jax.convert.io.target import check_target, peak_rss, sha256, whole
-from semanticvla_jax.convert.plan import Plan, make_plan
+from semanticvla_jax.convert.plan import DEFAULTS, Options, Plan, make_plan
 from semanticvla_jax.data import statistics
 from semanticvla_jax.models.semanticvla import build
 
@@ -42,15 +41,8 @@ def to_orbax(
   sources: Sequence[str | Path],
   target: str | Path,
   config: Mapping,
+  options: Options = DEFAULTS,
   *,
-  dtype: str = "keep",
-  lora: str = "keep",
-  tokenizers: str | Path | None = None,
-  need_statistics: bool = True,
-  merged: bool | None = None,
-  only: str | None = None,
-  resample: bool = False,
-  pad_vocabulary: bool = False,
   say: Callable[[str], None] = logging.info,
 ) -> dict:
   """Converts a checkpoint and returns the report that is written as conversion.json.
@@ -59,44 +51,36 @@ def to_orbax(
     sources: folders and files, a base before its fine-tune (see detect.recognize).
     target: the policy folder; must not exist.
     config: {"model": …, "lora": …, "data": …}; `model` may have explicit sizes as its variant.
-    dtype: "keep" stores every parameter as it was; "bfloat16" or "float32" cast it.
-    lora: "keep" leaves adapters beside their kernels, "merge" folds them in.
-    tokenizers: folder of tokenizer.model or spiece.model or both, beside and before those of the source.
-    need_statistics: whether a whole model without action statistics, or a fine-tune with others than its own, is an
-      error.
-    merged: see detect.recognize.
-    only: "siglip" or "text": one tower of a source that has both.
-    resample: whether position embeddings of an encoder of another image size are resampled.
-    pad_vocabulary: whether a Llama of fewer embedding rows than the model's gets rows of zeros behind them.
+    options: see plan.Options.
     say: is given lines of progress.
 
   Raises:
-    ValueError: the target exists, the source is damaged, incomplete, does not fit the config, or says in its own files
-      that its model computes what ours does not. Nothing is written.
+    ValueError: the target exists, or the source is damaged, incomplete, does not fit the config, or has settings that
+      the model cannot compute. Nothing is written.
   """
   began = time.monotonic()
   target = Path(target).expanduser().absolute()
-  _check_arguments(target, dtype, lora)
-  source = recognize(sources, merged)
+  _check_arguments(target, options)
+  dtype = DTYPES[options.dtype]
+  source = recognize(sources, options.merged)
   for line in describe(source):
     say(line)
   _refuse_second_adapter(source)
   _say_of_folded(source, say)
-  config, changed = settings.carry(source, config, only, say)
+  config, changed = settings.carry(source, config, options.only, say)
   hashes = _hashes(source.paths)
-  may = dict(resample_positions=resample, pad_vocabulary=pad_vocabulary)
-  plan = make_plan(source, config["model"], config.get("lora"), keep=lora == "keep", only=only, **may)
-  stats = _statistics(source, config, need_statistics, say)
-  arrays = plan.arrays(source, DTYPES[dtype])
-  models = openvla_layout.tokenizers(tokenizers, sources)
-  warnings = openvla_layout.lacking(models, source, build(config["model"]))
+  plan = make_plan(source, config["model"], config.get("lora"), options)
+  stats = _statistics(source, config, options.need_statistics, say)
+  arrays = plan.arrays(source, dtype)
+  models = openvla_layout.tokenizers(options.tokenizers, sources)
+  warnings = openvla_layout.missing_tokenizers(models, source, build(config["model"]))
   for warning in warnings:
     say(f"WARNING: {warning}")
   watch = _Watch(sum(x.nbytes for x in arrays.values()), say)
   with whole(target, watch.progress.total, say) as partial:
-    params_sha256 = orbax_writer.write(partial / "params", arrays, plan.pieces(source, DTYPES[dtype]), watch.seen)
-    report = _report(source, plan, arrays, watch) | {"sources": hashes.result(), "lora": lora, "dtype": dtype}
-    report |= {"carried": changed, "warnings": warnings}
+    params_sha256 = orbax_writer.write(partial / "params", arrays, plan.pieces(source, dtype), watch.seen)
+    report = _report(source, plan, arrays, watch) | {"sources": hashes.result()}
+    report |= {"lora": options.lora, "dtype": options.dtype, "carried": changed, "warnings": warnings}
     seconds = round(time.monotonic() - began, 2)
     report |= {"params_sha256": params_sha256, "seconds": seconds, "peak_rss_bytes": peak_rss()}
     contents = {
@@ -107,42 +91,41 @@ def to_orbax(
     }
     for name, content in contents.items():
       files.write_json(partial / name, content)
-    openvla_layout.copy(models, partial / "tokenizers")
-    openvla_layout.copy(openvla_layout.processor_files(sources), partial / "source_files")
+    openvla_layout.copy_missing(models, partial / "tokenizers")
+    openvla_layout.copy_missing(openvla_layout.processor_files(sources), partial / "source_files")
   return report
 
 
-def _check_arguments(target: Path, dtype: str, lora: str) -> None:
-  if dtype not in DTYPES:
-    raise ValueError(f"dtype: got {dtype!r}, expected one of {tuple(DTYPES)}; name one of them.")
-  if lora not in ("keep", "merge"):
-    raise ValueError(f"lora: got {lora!r}, expected 'keep' or 'merge'; name one of them.")
+def _check_arguments(target: Path, options: Options) -> None:
+  if options.dtype not in DTYPES:
+    raise ValueError(f"dtype: got {options.dtype!r}; expected one of {tuple(DTYPES)}; name one of them.")
+  if options.lora not in ("keep", "merge"):
+    raise ValueError(f"lora: got {options.lora!r}; expected 'keep' or 'merge'; name one of them.")
   check_target(target)
 
 
 def _refuse_second_adapter(source: Source) -> None:
-  """Raises ValueError where adapters would be added to shards that say that some were folded into them."""
+  """Raises ValueError where adapters would be added to shards into which others were folded, as their mark records."""
   mark = source.mark
   if mark.get("merged") and mark.get("lora") and (source.adapter is not None or source.has_adapters):
     raise ValueError(
       f"Adapter on a merged base: got {source.paths[0].parent}, into which adapters {mark['lora']} were folded, and an "
-      "adapter beside it; expected the base that the adapter was trained on; pass that base, or leave the adapter out."
+      "adapter; expected the base that the adapter was trained on; pass that base, or leave the adapter out."
     )
 
 
 def _say_of_folded(source: Source, say: Callable[[str], None]) -> None:
-  """Warns that an adapter other than plain LoRA must already have been merged, where its tensors are not read here."""
+  """Reports an adapter other than plain LoRA whose tensors are not read, since the shards must hold it already."""
   if source.adapter is not None and not source.has_adapters:
     for got, expected in adapter.problems_of(source.adapter):
-      say(f"adapter: {got}, not {expected}; it is in the shards already, and nothing of it is read")
+      say(f"adapter: {got}, not {expected}; it is in the shards already and is not read")
 
 
 def _statistics(source: Source, config: Mapping, need: bool, say: Callable[[str], None]) -> dict:
-  """The entries as they were; of a fine-tune one at least must fit the model, and what does not is said.
+  """Returns the source's entries unchanged; warns about those of a fine-tune that do not fit the model.
 
   Raises:
-    ValueError: there are none, they cannot be read, or none of a fine-tune's can be used; the first and the last only
-      where they are needed.
+    ValueError: they cannot be read; or, if `need`, there are none, or none of a fine-tune's fits the model.
   """
   if source.statistics is None:
     if need and source.layout.whole:
@@ -165,13 +148,13 @@ def _no_statistics(source: Source) -> ValueError:
   wanted = "dataset_statistics.json" if source.layout.fine_tune else "that or norm_stats in config.json"
   others = " (the norm_stats in its config.json are its base's)" if source.config.get("norm_stats") else ""
   return ValueError(
-    f"No statistics: got {source.kind} without dataset_statistics.json{others}; expected {wanted}, for actions cannot "
-    "be un-normalised without; copy it beside the weights, or pass --no-statistics."
+    f"No statistics: got {source.kind} without dataset_statistics.json{others}; expected {wanted}, without which "
+    "actions cannot be un-normalized; copy it next to the weights, or pass --no-statistics."
   )
 
 
 def _unusable(entries: Mapping[str, statistics.DatasetStatistics], config: Mapping) -> list[str]:
-  """Why datasets' statistics do not fit the model, one text each."""
+  """Returns why datasets' statistics do not fit the model, one text each."""
   model, mode = build(config["model"]), (config.get("data") or {}).get("normalisation", "bounds_q99")
   mode = {"q99": "bounds_q99"}.get(mode, mode)
   problems = []
@@ -185,7 +168,7 @@ def _unusable(entries: Mapping[str, statistics.DatasetStatistics], config: Mappi
 
 
 class _Watch:
-  """Follows what is written: progress, and how many NaN and Inf each array has."""
+  """Follows what is written: reports progress, counts NaN and Inf in each array."""
 
   def __init__(self, total: int, say: Callable[[str], None]):
     self.progress, self.bad = Progress(total, say), Counter()
@@ -197,7 +180,7 @@ class _Watch:
 
 
 def not_finite(x: np.ndarray) -> int:
-  """How many NaN and Inf an array has."""
+  """Counts NaN and Inf in an array."""
   flat = x.reshape(-1)
   if flat.dtype.kind in "iub":
     return 0
@@ -239,7 +222,7 @@ def _report(source: Source, plan: Plan, arrays: Mapping[str, ArraySpec], watch: 
 
 
 def _keys(plan: Plan, path: str) -> list[str]:
-  """Of everything that a parameter is made from, adapters that are folded in included."""
+  """Returns the keys that a parameter is made from, those of adapters that are folded in included."""
   entries = (plan.entries[path], *plan.adapters.get(path, ()))
   return [key for entry in entries for keys in entry.keys for key in keys]
 
@@ -285,7 +268,7 @@ def _hashes(paths: Sequence[Path]) -> concurrent.futures.Future:
   def hash_all() -> None:
     try:
       future.set_result({str(path): sha256(path) for path in paths})
-    except BaseException as error:  # whatever it is: whoever waits for the result must hear of it
+    except BaseException as error:  # any kind, or the caller would wait for ever
       future.set_exception(error)
 
   threading.Thread(target=hash_all, daemon=True).start()
@@ -293,7 +276,7 @@ def _hashes(paths: Sequence[Path]) -> concurrent.futures.Future:
 
 
 def table(report: Mapping, most: int = 8) -> list[str]:
-  """The report as lines for the screen."""
+  """Formats the report for the screen."""
   reasons = Counter(report["unused"].values())
   lines = [
     f"{report['kind']}: {report['arrays']} arrays, {report['parameters']:,} parameters, {report['bytes']:,} bytes",

@@ -1,19 +1,16 @@
 """Policy folder → the layout of OpenVLA on Hugging Face: shards with an index, config.json, companions.
 
-The rules are those of the way in, read backwards: the einops pattern reversed, the parts of a fused matrix stacked
-again. Adapters are folded in on the way, or written apart as peft does; config.json says which. Tensor by tensor: a
-safetensors header is written first, for every size is known, then the numbers of one tensor after another.
+The conversion rules are applied in reverse: einops patterns are turned around and the parts of a fused matrix stacked.
+Adapters are folded in, or written apart as peft does; config.json records which. Tensors are streamed: the safetensors
+header is written first, since all sizes are known, then one tensor after another.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
 import json
 import logging
-import math
 import re
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +24,11 @@ import semanticvla_jax
 from semanticvla_jax.convert import openvla_layout as release
 from semanticvla_jax.convert import settings
 from semanticvla_jax.convert.detect import Source, recognize
-from semanticvla_jax.convert.io import direct_io, prefetch, torch_files, transpose
+from semanticvla_jax.convert.io import transpose
 from semanticvla_jax.convert.io.orbax_reader import PolicyFolder
 from semanticvla_jax.convert.io.progress import Progress
 from semanticvla_jax.convert.io.target import check_target, peak_rss, sha256, whole
+from semanticvla_jax.convert.io.torch_writer import Out, save
 from semanticvla_jax.convert.plan import unused
 from semanticvla_jax.convert.rules import engine, semanticvla
 from semanticvla_jax.files import write_json
@@ -38,34 +36,39 @@ from semanticvla_jax.models.semanticvla import SemanticVLA, build
 
 SHARD = 5 * 10**9  # bytes, Hugging Face's "5GB"
 ADAPTER = "lora_adapter/adapter_model.safetensors"
-_NAMES = {dtype: name for name, dtype in torch_files.DTYPES.items()}
 _WRAPPED = re.compile(
   r"vision_queries.*|cross_vit_model\..*|fused_featurizer_mm_sampler\..*|.*blocks\.\d+\.(scale|shift)\..*"
 )
 _VISION = ("featurizer.", "fused_featurizer.")
 
 
-class Out(NamedTuple):
-  """One tensor to be written."""
+class Options(NamedTuple):
+  """How a policy is written.
 
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  make: Callable[[], np.ndarray]
+  Attributes:
+    companions: "safetensors", or "pt" for files that the release's own loaders read (see openvla_layout.py); "pt" needs
+      torch, and a base where there is a vision_backbone file.
+    lora: "merge" folds adapters in; "keep" writes them as lora_adapter/ next to the weights that they were trained on,
+      and into the vision_backbone file where there is one.
+    shard: largest shard in bytes; a single larger tensor gets its own shard.
+    check: whether the parameters are read once more, and refused where their hash is not that of metadata.json.
+  """
 
-  @property
-  def nbytes(self) -> int:
-    return math.prod(self.shape) * self.dtype.itemsize
+  companions: str = "safetensors"
+  lora: str = "merge"
+  shard: int = SHARD
+  check: bool = True
+
+
+DEFAULTS = Options()
 
 
 def to_torch(
   policy: str | Path,
   target: str | Path,
+  options: Options = DEFAULTS,
   *,
   base: str | Path | Sequence[str | Path] = (),
-  companions: str = "safetensors",
-  lora: str = "merge",
-  shard: int = SHARD,
-  check: bool = True,
   say: Callable[[str], None] = logging.info,
 ) -> dict:
   """Writes a policy as PyTorch files; returns the report that is written as conversion.json.
@@ -73,76 +76,108 @@ def to_torch(
   Args:
     policy: a policy folder of a whole model.
     target: folder to make; must not exist.
+    options: see `Options`.
     base: checkpoint that the policy came from, folders and files; what our model does not have (last blocks, pooling
       head, lm_head) and the processor files are taken from it. None or empty: they are left out.
-    companions: "safetensors", or "pt" for files that the release's own loaders read (see openvla_layout.py); needs
-      torch, and `base` where there is a vision_backbone file.
-    lora: "merge" folds adapters in; "keep" writes them as lora_adapter/ beside the weights they were trained on, and
-      into the vision_backbone file where there is one.
-    shard: largest shard in bytes; a single larger tensor gets a shard of its own.
-    check: reads the parameters once more, and refuses them where their hash is not that of metadata.json; nothing is
-      left then.
     say: is given lines of progress.
 
   Raises:
-    ValueError: the target exists, the folder is damaged or no policy of a whole model, the base is of another model,
+    ValueError: the target exists, the folder is damaged or not a policy of a whole model, the base is of another model,
       something is missing for `companions`, or adapters cannot be kept: there are none, or the parts of a fused matrix
-      have adapters of their own.
+      have separate adapters. Nothing is left then.
   """
   began = time.monotonic()
   base = [] if base is None else [base] if isinstance(base, (str, Path)) else list(base)
   target = Path(target).expanduser().absolute()
-  _check_arguments(target, companions, lora)
+  _check_arguments(target, options)
   folder = PolicyFolder(policy)
-  _check_policy(folder, lora)
+  _check_policy(folder, options.lora)
   origin = recognize(base) if base else None
-  tensors = outputs(folder, keep=lora == "keep")
-  from_base = _from_base(origin, tensors, build(folder.config["model"]))
-  added = {key: x for key, (x, _) in from_base.items()}
-  groups = _groups(tensors | added, folder.metadata.get("step"), shard)
-  lora_settings = release.loader_lora(folder.config.get("lora") or folder.metadata.get("lora"), tensors)
-  vision = next((name for name in groups if name.startswith("vision_backbone")), None)
-  wrapped = vision is not None and companions == "pt"
-  if wrapped:
-    groups[vision] = _wrapped(tensors | added, lora_settings)
-  progress = Progress(sum(x.nbytes for content in groups.values() for x in content.values()), say)
-  with whole(target, progress.total, say) as partial, concurrent.futures.ThreadPoolExecutor(1) as pool:
-    if check:
-      say("comparing the parameters' hash with metadata.json meanwhile (--no-check leaves this out)")
-    checked = pool.submit(folder.check_hash if check else lambda: None)
-    hashes = {}
-    for name, content in groups.items():
-      say(f"{name}: {len(content)} tensors, {sum(x.nbytes for x in content.values()):,} bytes")
-      hashes |= _write(partial / name, content, companions, progress.add)
-      if checked.done():
-        checked.result()  # no need to write the rest of what is damaged
-    checked.result()
-    if lora == "keep" or (wrapped and lora_settings["targets"] == "release"):
-      (partial / ADAPTER).parent.mkdir(exist_ok=True)
-      config = release.adapter_config(tensors | added, lora_settings)
-      write_json((partial / ADAPTER).with_name("adapter_config.json"), config)
-    _write_index(partial, groups)
-    report = _facts(folder, groups, companions) | {
-      "lora": lora,
-      "merged_adapters": sum(path.endswith("/lora_a") for path in folder.leaves) if lora == "merge" else 0,
+  content = _content(folder, origin, options)
+  with whole(target, content.nbytes, say) as partial:
+    progress, hashes = _write_tensors(partial, content, folder, options, say)
+    _write_index(partial, content.groups)
+    report = _facts(folder, content.groups, options.companions) | {
+      "lora": options.lora,
+      "merged_adapters": sum(path.endswith("/lora_a") for path in folder.leaves) if options.lora == "merge" else 0,
       "sha256": hashes,
-      "from_base": {key: why for key, (_, why) in sorted(from_base.items())},
+      "from_base": content.from_base,
       "bytes": progress.done,
       "bytes_per_second": round(progress.rate),
       "seconds": round(time.monotonic() - began, 2),
       "peak_rss_bytes": peak_rss(),
     }
-    _write_json(partial, folder, origin, report, placeholders=wrapped and lora == "merge")
+    _write_json(partial, folder, origin, report, placeholders=content.wrapped and options.lora == "merge")
     _copy_small_files(partial, folder, base)
   return report
 
 
-def _check_arguments(target: Path, companions: str, lora: str) -> None:
-  if companions not in ("safetensors", "pt"):
-    raise ValueError(f"companions: got {companions!r}, expected 'safetensors' or 'pt'; name one of them.")
-  if lora not in ("keep", "merge"):
-    raise ValueError(f"lora: got {lora!r}, expected 'keep' or 'merge'; name one of them.")
-  if companions == "pt":
+class _Content(NamedTuple):
+  """Everything that is to be written.
+
+  Attributes:
+    groups: {file: {real name: tensor}}.
+    from_base: {canonical key: reason why the policy lacks it} of what the base gives.
+    adapter_config: of lora_adapter/, or None without one.
+    wrapped: whether the vision_backbone file has the names of the release's wrapper.
+  """
+
+  groups: dict[str, dict[str, Out]]
+  from_base: dict[str, str]
+  adapter_config: dict | None
+  wrapped: bool
+
+  @property
+  def nbytes(self) -> int:
+    return sum(x.nbytes for tensors in self.groups.values() for x in tensors.values())
+
+
+def _content(folder: PolicyFolder, origin: Source | None, options: Options) -> _Content:
+  tensors = outputs(folder, keep=options.lora == "keep")
+  from_base = _from_base(origin, tensors, build(folder.config["model"]))
+  complete = tensors | {key: x for key, (x, _) in from_base.items()}
+  groups = _groups(complete, folder.metadata.get("step"), options.shard)
+  lora = release.loader_lora(folder.config.get("lora") or folder.metadata.get("lora"), tensors)
+  vision = next((name for name in groups if name.startswith("vision_backbone")), None)
+  wrapped = vision is not None and options.companions == "pt"
+  if wrapped:
+    groups[vision] = _wrapped(complete, lora)
+  has_adapter = options.lora == "keep" or (wrapped and lora["targets"] == "release")
+  adapter_config = release.adapter_config(complete, lora) if has_adapter else None
+  return _Content(groups, {key: why for key, (_, why) in sorted(from_base.items())}, adapter_config, wrapped)
+
+
+def _write_tensors(
+  partial: Path, content: _Content, folder: PolicyFolder, options: Options, say: Callable[[str], None]
+) -> tuple[Progress, dict[str, str]]:
+  """Writes every file of tensors, and adapter_config.json, while the policy's hash is checked in a thread.
+
+  Returns:
+    (how much was written, {file: SHA-256}).
+  """
+  progress, hashes = Progress(content.nbytes, say), {}
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    if options.check:
+      say("comparing the parameters' hash with metadata.json meanwhile (--no-check leaves this out)")
+    checked = pool.submit(folder.check_hash if options.check else lambda: None)
+    for name, tensors in content.groups.items():
+      say(f"{name}: {len(tensors)} tensors, {sum(x.nbytes for x in tensors.values()):,} bytes")
+      hashes |= _write(partial / name, tensors, options.companions, progress.add)
+      if checked.done():
+        checked.result()  # no need to write the rest of what is damaged
+    checked.result()
+  if content.adapter_config is not None:
+    (partial / ADAPTER).parent.mkdir(exist_ok=True)
+    write_json((partial / ADAPTER).with_name("adapter_config.json"), content.adapter_config)
+  return progress, hashes
+
+
+def _check_arguments(target: Path, options: Options) -> None:
+  if options.companions not in ("safetensors", "pt"):
+    raise ValueError(f"companions: got {options.companions!r}; expected 'safetensors' or 'pt'; name one of them.")
+  if options.lora not in ("keep", "merge"):
+    raise ValueError(f"lora: got {options.lora!r}; expected 'keep' or 'merge'; name one of them.")
+  if options.companions == "pt":
     release.need_torch()
   check_target(target)
 
@@ -160,7 +195,7 @@ def _check_policy(folder: PolicyFolder, lora: str) -> None:
 
 
 def _facts(folder: PolicyFolder, groups: Mapping[str, Mapping[str, Out]], companions: str) -> dict:
-  """What conversion.json says of the policy and of what was made of it."""
+  """Returns what conversion.json records of the policy and of the files."""
   return {
     "converter_version": semanticvla_jax.__version__,
     "policy_sha256": folder.metadata["params_sha256"],
@@ -171,7 +206,7 @@ def _facts(folder: PolicyFolder, groups: Mapping[str, Mapping[str, Out]], compan
 
 
 def outputs(folder: PolicyFolder, keep: bool = False) -> dict[str, Out]:
-  """{canonical key: tensor} that a policy makes, adapters folded in, or tensors of their own if `keep`.
+  """Returns {canonical key: tensor} of a policy, with adapters folded in, or as separate tensors if `keep`.
 
   Raises:
     ValueError: a parameter that no rule reads, or adapters that cannot be kept.
@@ -194,7 +229,7 @@ def outputs(folder: PolicyFolder, keep: bool = False) -> dict[str, Out]:
 
 
 def _check_shared(folder: PolicyFolder, key: str, entries: list[engine.Entry]) -> None:
-  """Raises ValueError where one tensor of the release stands for parameters that are not equal."""
+  """Raises ValueError where parameters that share one tensor of the release differ."""
   if len(entries) > 1 and entries[0].rule.shared:
     first, *others = (folder.read(entry.target) for entry in entries)
     if any(other.tobytes() != first.tobytes() for other in others):
@@ -218,7 +253,7 @@ def _output(folder: PolicyFolder, parts: list[tuple[engine.Entry, int | None]], 
     if not rule.pattern:
       return next(values)
     left, right = (re.sub(r"[()]", "", side) for side in rule.pattern.split("->"))
-    lead = "t " if rule.part else ""  # the parts of a fused matrix, which lie one after the other in it
+    lead = "t " if rule.part else ""  # the parts of a fused matrix, one after the other
     axes = right.strip().removeprefix(lead), left.strip().removeprefix(lead)
     arrays = [transpose.contiguous(rearrange(value, " -> ".join(axes))) for value in values]
     return (np.concatenate(arrays) if rule.part else arrays[0]).reshape(shape)
@@ -251,8 +286,9 @@ def _from_base(origin: Source | None, tensors: Mapping[str, Out], model: Semanti
   ]
   if problems:
     raise engine.Mismatch(
-      f"--base is no checkpoint that this policy came from ({engine.counts(problems)}; + missing in the base, - not of "
-      "the policy's model, ! wrong). Nothing was written. Name the base that it was converted or trained from.\n"
+      f"--base is not the checkpoint that this policy came from ({engine.counts(problems)}; + missing in the base, "
+      "- not of the policy's model, ! wrong). Nothing was written. Name the base that it was converted or trained "
+      "from.\n"
       + "\n".join(engine.shown(problems))
     )
   return {key: (Out(x.shape, x.dtype, x.read), why) for key, (x, why) in rest.items()}
@@ -311,38 +347,6 @@ def _wrapped(tensors: Mapping[str, Out], lora_config: Mapping) -> dict[str, Out]
   return {name: zeros(x.shape) if isinstance(x, release.Zeros) else own[x] for name, x in sorted(names.items())}
 
 
-def save(path: Path, tensors: Mapping[str, Out], written: Callable[[int, str], None]) -> str:
-  """Writes a safetensors file, a few tensors in memory at a time; tells `written` the bytes and name of each.
-
-  Returns:
-    SHA-256 of the file.
-  """
-  header, at = {"__metadata__": {"format": "pt"}}, 0
-  for name, x in tensors.items():
-    header[name] = {"dtype": _NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + x.nbytes]}
-    at += x.nbytes
-  text = json.dumps(header).encode()
-  text += b" " * (-len(text) % 8)
-  digest = hashlib.sha256()
-  with path.open("wb") as file, concurrent.futures.ThreadPoolExecutor(1) as hasher:
-    writer = direct_io.Writer(file)
-
-    def write(data: np.ndarray | bytes) -> None:
-      hashed = hasher.submit(digest.update, data)
-      writer.write(data)
-      hashed.result()
-
-    write(struct.pack("<Q", len(text)) + text)
-    made = prefetch.in_turn(x.make for x in tensors.values())
-    for (name, x), value in zip(tensors.items(), made, strict=True):
-      value = np.asarray(value, order="C")
-      if (value.shape, value.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"{name}: got {value.dtype}{list(value.shape)}, expected {x.dtype}{list(x.shape)}.")
-      write(value.reshape(-1).view(np.uint8))
-      written(x.nbytes, name)
-  return digest.hexdigest()
-
-
 def _write_index(partial: Path, groups: Mapping[str, Mapping[str, Out]]) -> None:
   shards = {name: content for name, content in groups.items() if name.startswith("model-")}
   size = sum(x.nbytes for content in shards.values() for x in content.values())
@@ -357,7 +361,7 @@ def _write_json(partial: Path, folder: PolicyFolder, origin: Source | None, repo
   known = json.loads(path.read_text(encoding="utf-8")).get("source_config") if path.exists() else None
   config = (origin.config if origin is not None else None) or known
   config = dict(config or {"model_type": "openvla", "architectures": ["OpenVLAForActionPrediction"]})
-  config = settings.stated(config, build(folder.config["model"]))
+  config = settings.written(config, build(folder.config["model"]))
   adapters = folder.config["lora"] if folder.adapted else folder.metadata.get("lora")
   config["norm_stats"] = folder.statistics
   merged = report["lora"] == "merge"
@@ -375,7 +379,7 @@ def _copy_small_files(partial: Path, folder: PolicyFolder, base: Sequence[str | 
   for path in map(Path, reversed(base)):
     files_there = sorted(path.iterdir()) if path.is_dir() else []
     small += [p for p in files_there if p.suffix in (".json", ".py", ".model", ".txt") and "index" not in p.name]
-  release.copy(small, partial)
+  release.copy_missing(small, partial)
 
 
 def lines(report: Mapping) -> list[str]:

@@ -3,7 +3,7 @@
 import checkpoints
 import pytest
 
-from semanticvla_jax.convert.to_orbax import to_orbax
+from semanticvla_jax.convert.to_orbax import Options, to_orbax
 
 RELEASE = {"rank": 4, "alpha": 8, "targets": "release"}
 
@@ -30,5 +30,5 @@ def adapted(tmp_path_factory):
   """((base, fine-tune), {"keep": policy, "merge": policy}, report of the merge)."""
   root = tmp_path_factory.mktemp("adapted")
   sources, config = checkpoints.adapted(root), checkpoints.config("lora_checkpoint", RELEASE)
-  reports = {lora: to_orbax(sources, root / lora, config, lora=lora) for lora in ("keep", "merge")}
+  reports = {lora: to_orbax(sources, root / lora, config, Options(lora=lora)) for lora in ("keep", "merge")}
   return sources, {lora: root / lora for lora in reports}, reports["merge"]

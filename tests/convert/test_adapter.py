@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from semanticvla_jax.convert import adapter
 from semanticvla_jax.convert.check import against_torch
 from semanticvla_jax.convert.detect import recognize
-from semanticvla_jax.convert.plan import make_plan
+from semanticvla_jax.convert.plan import Options, make_plan
 from semanticvla_jax.convert.to_orbax import to_orbax
 
 CONFIG = checkpoints.config("lora_checkpoint", RELEASE)
@@ -149,12 +149,12 @@ def test_a_file_without_rank_or_alpha_means_pefts_defaults(source):
   base, tuned = source()
   path = tuned / "lora_adapter" / "adapter_config.json"
   path.write_text(json.dumps({"peft_type": "LORA", "r": 4}))
-  plan = make_plan(recognize([base, tuned]), CONFIG["model"], RELEASE, keep=False)
+  plan = make_plan(recognize([base, tuned]), CONFIG["model"], RELEASE, Options(lora="merge"))
   assert plan.adapter.alpha == 8
   with pytest.raises(ValueError, match="got lora_alpha=8 in adapter_config.json; expected 16"):
-    make_plan(recognize([base, tuned]), CONFIG["model"], RELEASE | {"alpha": 16}, keep=False)
+    make_plan(recognize([base, tuned]), CONFIG["model"], RELEASE | {"alpha": 16}, Options(lora="merge"))
   path.unlink()
-  with pytest.raises(ValueError, match="without adapter_config.json beside it"):
+  with pytest.raises(ValueError, match="without adapter_config.json; expected that file"):
     recognize([base, tuned])
 
 

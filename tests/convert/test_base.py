@@ -9,7 +9,7 @@ from configs import common, openvla
 from semanticvla_jax import policy_folder
 from semanticvla_jax.convert.plan import parameter_shapes
 from semanticvla_jax.convert.rules.layouts import LAYOUTS
-from semanticvla_jax.convert.to_orbax import to_orbax
+from semanticvla_jax.convert.to_orbax import Options, to_orbax
 from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_observation
 from semanticvla_jax.train import init
 
@@ -39,7 +39,7 @@ def test_the_base_of_the_config_keeps_the_last_blocks():
 
 def test_two_sources_make_a_whole_base(tmp_path):
   to_orbax([checkpoints.openvla(tmp_path / "openvla")], tmp_path / "base", BASE)
-  report = to_orbax([siglip(tmp_path / "siglip")], tmp_path / "text", {"model": MODEL}, only="text")
+  report = to_orbax([siglip(tmp_path / "siglip")], tmp_path / "text", {"model": MODEL}, Options(only="text"))
   assert report["unused"]["vision_model.embeddings.position_embedding.weight"].startswith("another tower")
   assert policy_folder.read_policy_json(tmp_path / "text").metadata["parts"] == ["text"]
   found = {name: policy_folder.load_policy(tmp_path / name).params for name in ("base", "text")}
@@ -64,4 +64,4 @@ def test_a_base_without_the_text_tower_is_refused(tmp_path):
 
 def test_only_names_a_tower_of_the_source(tmp_path):
   with pytest.raises(ValueError, match=r"--only: got 'text' of openvla.*; expected a source of single towers"):
-    to_orbax([checkpoints.openvla(tmp_path / "openvla")], tmp_path / "policy", BASE, only="text")
+    to_orbax([checkpoints.openvla(tmp_path / "openvla")], tmp_path / "policy", BASE, Options(only="text"))

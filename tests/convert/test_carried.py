@@ -6,7 +6,7 @@ import checkpoints
 import pytest
 
 from semanticvla_jax.convert import to_torch
-from semanticvla_jax.convert.to_orbax import table, to_orbax
+from semanticvla_jax.convert.to_orbax import Options, table, to_orbax
 
 PROCESSOR = ("preprocessor_config.json", "tokenizer_config.json", "added_tokens.json", "processing_prismatic.py")
 
@@ -21,7 +21,7 @@ def test_tokenisers_of_the_source_and_of_a_folder_come_together(tmp_path):
   (source / "tokenizer.model").write_bytes(b"of the source")
   folder.mkdir()
   (folder / "spiece.model").write_bytes(b"given")
-  report = to_orbax([source], tmp_path / "both", checkpoints.config("full"), tokenizers=folder)
+  report = to_orbax([source], tmp_path / "both", checkpoints.config("full"), Options(tokenizers=folder))
   inside = {path.name: path.read_bytes() for path in (tmp_path / "both" / "tokenizers").iterdir()}
   assert inside == {"tokenizer.model": b"of the source", "spiece.model": b"given"} and not report["warnings"]
 
@@ -40,10 +40,9 @@ def test_processor_files_come_back_without_a_base(tmp_path):
 
 
 def test_a_folder_without_tokenisers_is_refused(tmp_path):
+  config = checkpoints.config("openvla")
   with pytest.raises(ValueError, match="No tokenisers"):
-    to_orbax(
-      [checkpoints.openvla(tmp_path / "s")], tmp_path / "p", checkpoints.config("openvla"), tokenizers=tmp_path
-    )
+    to_orbax([checkpoints.openvla(tmp_path / "s")], tmp_path / "p", config, Options(tokenizers=tmp_path))
 
 
 def test_folded_adapters_are_in_the_report(adapted):

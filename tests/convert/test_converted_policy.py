@@ -4,7 +4,7 @@ import checkpoints
 import numpy as np
 import pytest
 
-from semanticvla_jax.convert.to_orbax import to_orbax
+from semanticvla_jax.convert.to_orbax import Options, to_orbax
 from semanticvla_jax.data import text
 from semanticvla_jax.policy import Policy
 
@@ -13,7 +13,7 @@ from semanticvla_jax.policy import Policy
 def test_a_converted_policy_acts(name, tmp_path):
   folder = checkpoints.openvla(tmp_path / "s") if name == "openvla" else checkpoints.oft(tmp_path / "s", name)
   config = checkpoints.config(name)
-  to_orbax([folder], tmp_path / "policy", config, tokenizers=text.EMBEDDED)
+  to_orbax([folder], tmp_path / "policy", config, Options(tokenizers=text.EMBEDDED))
   policy = Policy.load(tmp_path / "policy")
   picture = np.zeros((64, 64, 3), np.uint8)
   state = {} if name == "openvla" else {"wrist_image": picture, "state": np.zeros(8, np.float32)}

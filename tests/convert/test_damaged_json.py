@@ -27,7 +27,7 @@ def test_another_kind_of_json(name, tmp_path):
 @pytest.mark.parametrize("stats", [[1], {"tiny": 3}, {"tiny": {"action": [1]}}, {"tiny": {"action": {"q01": 3}}}])
 def test_norm_stats_of_another_kind(stats, tmp_path):
   folder = checkpoints.openvla(tmp_path / "source", norm_stats=stats)
-  with pytest.raises(ValueError, match=r"config.json: (got norm_stats of list|tiny holds no statistics)"):
+  with pytest.raises(ValueError, match=r"config.json: (got norm_stats of list|tiny does not hold statistics)"):
     recognize([folder])
 
 
@@ -35,7 +35,7 @@ def test_norm_stats_of_another_kind(stats, tmp_path):
   ("name", "text", "message"),
   [
     ("x.json", "{}", "No config"),
-    ("x.py", "def f(): pass", "is no config: got no get_config"),
+    ("x.py", "def f(): pass", "is not a config: got no get_config"),
     ("x.py", "def f(:", "cannot be run: got SyntaxError"),
     ("x.py", "import nowhere_at_all", "cannot be run: got ModuleNotFoundError"),
   ],

@@ -103,13 +103,13 @@ def test_shards_without_an_index_are_enough(tmp_path):
   assert recognize([folder]).kind == "openvla-7b"
 
 
-def test_an_index_that_lies(tmp_path):
+def test_an_index_that_does_not_match_its_shards(tmp_path):
   folder = checkpoints.openvla(tmp_path / "openvla")
   path = folder / "model.safetensors.index.json"
   content = json.loads(path.read_text())
   content["weight_map"]["nowhere.weight"] = "model-00001-of-00002.safetensors"
   path.write_text(json.dumps(content))
-  with pytest.raises(ValueError, match="lies: got no nowhere.weight"):
+  with pytest.raises(ValueError, match="does not match its shards: got no nowhere.weight"):
     recognize([folder])
 
 
@@ -130,15 +130,15 @@ def write_header(path, header, data=b"\0" * 16):
 @pytest.mark.parametrize(
   "header, message",
   [
-    ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, "lies.*expected 16 bytes"),
-    ({"x": {"dtype": "F32", "shape": [-4], "data_offsets": [0, -16]}}, "lies"),
+    ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, "inconsistent header.*expected 16 bytes"),
+    ({"x": {"dtype": "F32", "shape": [-4], "data_offsets": [0, -16]}}, "inconsistent header"),
     ({"x": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}, "truncated"),
     (
       {
         "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
         "y": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
       },
-      "lies.*inside the one before",
+      "inconsistent header.*inside the tensor before",
     ),
     ({"x": {"dtype": "F7", "shape": [2], "data_offsets": [0, 8]}}, "damaged header"),
     ({"x": {"shape": [2]}}, "damaged header"),
@@ -146,7 +146,7 @@ def write_header(path, header, data=b"\0" * 16):
     (b"not json", "damaged header"),
   ],
 )
-def test_a_header_that_lies(header, message, tmp_path):
+def test_a_header_that_is_inconsistent_or_damaged(header, message, tmp_path):
   write_header(tmp_path / "x.safetensors", header)
   with pytest.raises(ValueError, match=message):
     torch_files.open_file(tmp_path / "x.safetensors")

@@ -13,7 +13,7 @@ from semanticvla_jax.convert import openvla_layout, to_torch
 from semanticvla_jax.convert.check import against_torch
 from semanticvla_jax.convert.detect import recognize
 from semanticvla_jax.convert.rules import semanticvla
-from semanticvla_jax.convert.to_orbax import to_orbax
+from semanticvla_jax.convert.to_orbax import Options, to_orbax
 
 RANK, SCALE = 4, 0.5
 LORA = {"rank": RANK, "alpha": 2, "targets": "all_linear"}
@@ -50,7 +50,7 @@ def test_film_and_the_convolutions_adapters(tuned, tmp_path):
   folder, vision = tuned
   source = recognize([folder])
   assert source.kind == "OpenVLA-OFT" and source.folded and source.adapter is None
-  report = to_orbax([folder], tmp_path / "policy", CONFIG, lora="merge")
+  report = to_orbax([folder], tmp_path / "policy", CONFIG, Options(lora="merge"))
   files = policy_folder.load_policy(tmp_path / "policy")
   got = flatten_dict(files.params, sep="/")
   assert report["merged_adapters"] > 0 and not any(path.endswith("/lora_a") for path in got)
@@ -73,7 +73,7 @@ def test_adapters_of_half_a_model_cannot_be_kept(tuned, tmp_path):
     to_orbax([tuned[0]], tmp_path / "policy", CONFIG)
   other = CONFIG | {"lora": LORA | {"rank": 8}}
   with pytest.raises(ValueError, match=r"Adapters of rank \[4\]: expected 8"):
-    to_orbax([tuned[0]], tmp_path / "policy", other, lora="merge")
+    to_orbax([tuned[0]], tmp_path / "policy", other, Options(lora="merge"))
 
 
 @pytest.mark.parity
@@ -81,11 +81,11 @@ def test_both_sides_agree_and_the_pt_file_has_every_key(tuned, tmp_path):
   torch = pytest.importorskip("torch", reason="needs torch: run `make parity`")
   pytest.importorskip("transformers", reason="needs transformers: run `make parity`")
   folder, vision = tuned
-  to_orbax([folder], tmp_path / "policy", CONFIG, lora="merge")
+  to_orbax([folder], tmp_path / "policy", CONFIG, Options(lora="merge"))
   rows, _ = against_torch.verify([folder], tmp_path / "policy")
   assert {"dino", "siglip", "coupler/all"} <= {row.stage for row in rows}
   assert max(row.error for row in rows) < against_torch.TOLERANCE
-  to_torch.to_torch(tmp_path / "policy", tmp_path / "back", base=folder, companions="pt")
+  to_torch.to_torch(tmp_path / "policy", tmp_path / "back", to_torch.Options(companions="pt"), base=folder)
   state = torch.load(tmp_path / "back" / "vision_backbone--10_checkpoint.pt", weights_only=True)
   assert {key: tuple(x.shape) for key, x in state.items()} == {key: x.shape for key, x in vision.items()}
   assert not (tmp_path / "back" / "lora_adapter").exists()

@@ -78,9 +78,9 @@ def rename_an_output(folder):
   [
     ("id_pruner", remove("outputs.safetensors"), "outputs.safetensors, which cannot be read.*copy the folder whole"),
     ("id_pruner", write("weights.safetensors", "no"), "weights.safetensors, which cannot be read.*expected a safetens"),
-    ("id_pruner", write("config.json", "{"), "config.json, which is no JSON.*expected an object"),
+    ("id_pruner", write("config.json", "{"), "config.json, which is not JSON.*expected an object"),
     ("id_pruner", write("config.json", "[]"), "got a list in .*expected an object"),
-    ("id_pruner", write("config.json", "{}"), "got config.json with keys .*expected one that says what the folder is"),
+    ("id_pruner", write("config.json", "{}"), "got config.json with keys .*expected one that identifies the folder"),
     ("id_pruner", change(["cases", "low_temp", "temp"], None), "got no 'temp' in .*kind 'id_pruner'.*complete config"),
     ("id_pruner", rename_an_output, "stored outputs .* nothing was compared with .*likeness.*rename them"),
     ("full", change(["config", "dino"], None), "got no 'dino' in .*complete config.json"),

@@ -12,7 +12,7 @@ from semanticvla_jax.convert.check import against_torch
 from semanticvla_jax.convert.detect import recognize
 from semanticvla_jax.convert.rules import layouts, vit
 from semanticvla_jax.convert.rules.layouts import LAST, LAYOUTS, Layout, Tower
-from semanticvla_jax.convert.to_orbax import to_orbax
+from semanticvla_jax.convert.to_orbax import Options, to_orbax
 
 HUGGING_FACE = "SigLIP, Hugging Face"
 RENAMED = Layout(  # a tower that nobody publishes: other beginnings of keys, one weight under another name
@@ -39,7 +39,7 @@ def made_up(tmp_path, monkeypatch):
   (tmp_path / "made_up").mkdir()
   path, stored = towers.write(tmp_path / "known", HUGGING_FACE)
   save_file(renamed(stored), tmp_path / "made_up" / "model.safetensors")
-  to_orbax([path], tmp_path / "policy", towers.CONFIG, only="siglip")
+  to_orbax([path], tmp_path / "policy", towers.CONFIG, Options(only="siglip"))
   return tmp_path / "made_up", tmp_path / "policy"
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from semanticvla_jax import policy_folder
 from semanticvla_jax.convert import openvla_layout, to_torch
 from semanticvla_jax.convert.rules import semanticvla
-from semanticvla_jax.convert.to_orbax import to_orbax
+from semanticvla_jax.convert.to_orbax import Options, to_orbax
 
 RELEASE = {"rank": 4, "alpha": 8, "targets": "release"}
 MANIFESTS = {
@@ -64,9 +64,9 @@ def test_the_layers_that_the_loader_wraps():
 def test_without_torch_the_error_says_so(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, "torch", None)
   with pytest.raises(ValueError, match="--companions=pt needs PyTorch"):
-    to_torch.to_torch(tmp_path, tmp_path / "back", companions="pt")
-  with pytest.raises(ValueError, match="got 'onnx', expected"):
-    to_torch.to_torch(tmp_path, tmp_path / "back", companions="onnx")
+    to_torch.to_torch(tmp_path, tmp_path / "back", to_torch.Options(companions="pt"))
+  with pytest.raises(ValueError, match="got 'onnx'; expected"):
+    to_torch.to_torch(tmp_path, tmp_path / "back", to_torch.Options(companions="onnx"))
 
 
 @pytest.mark.parity
@@ -74,9 +74,9 @@ def test_pt_files_have_the_keys_of_the_releases_own_and_come_back(adapted, tmp_p
   torch = pytest.importorskip("torch", reason="needs torch: run `make parity`")
   (base, tuned), policies, _ = adapted
   with pytest.raises(ValueError, match="whole vision backbone"):
-    to_torch.to_torch(policies["merge"], tmp_path / "none", companions="pt")
+    to_torch.to_torch(policies["merge"], tmp_path / "none", to_torch.Options(companions="pt"))
   back = tmp_path / "back"
-  to_torch.to_torch(policies["merge"], back, base=[base, tuned], companions="pt")
+  to_torch.to_torch(policies["merge"], back, to_torch.Options(companions="pt"), base=[base, tuned])
   states = {path.name: torch.load(path, weights_only=True) for path in back.glob("*.pt")}
   parts = ("vision_backbone", "action_head", "proprio_projector")
   assert set(states) == {f"{part}--10_checkpoint.pt" for part in parts}
@@ -104,14 +104,14 @@ def test_pt_files_with_the_adapters_apart(adapted, tmp_path):
   torch = pytest.importorskip("torch", reason="needs torch: run `make parity`")
   (base, tuned), policies, _ = adapted
   back = tmp_path / "back"
-  to_torch.to_torch(policies["keep"], back, base=[base, tuned], companions="pt", lora="keep")
+  to_torch.to_torch(policies["keep"], back, to_torch.Options(companions="pt", lora="keep"), base=[base, tuned])
   vision = torch.load(back / "vision_backbone--10_checkpoint.pt", weights_only=True)
   stored = load_file(tuned / "vision_backbone--10_checkpoint.safetensors")
   assert {key: tuple(x.shape) for key, x in vision.items()} == {key: x.shape for key, x in stored.items()}
   dead = "attn_pool"  # SigLIP's pooling head, which this model does not run: its adapters are zeros here
   assert all(np.array_equal(vision[key].numpy(), x) for key, x in stored.items() if "lora" in key and dead not in key)
   assert (back / to_torch.ADAPTER).exists()
-  to_orbax([back], tmp_path / "again", checkpoints.config("lora_checkpoint", RELEASE), lora="keep")
+  to_orbax([back], tmp_path / "again", checkpoints.config("lora_checkpoint", RELEASE), Options(lora="keep"))
   folders = policies["keep"], tmp_path / "again"
   hashes = [policy_folder.read_policy_json(folder).metadata["params_sha256"] for folder in folders]
   assert hashes[0] == hashes[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from semanticvla_jax import policy_folder
-from semanticvla_jax.convert.to_orbax import to_orbax
+from semanticvla_jax.convert.to_orbax import Options, to_orbax
 
 
 def rewritten(folder, change):
@@ -26,7 +26,7 @@ def test_norm_stats_of_the_base_are_not_those_of_a_fine_tune(tmp_path):
   (folder / "config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match=r"No statistics: got OpenVLA-OFT without.*are its base's.*--no-statistics"):
     to_orbax([folder], tmp_path / "policy", checkpoints.config("oft"))
-  to_orbax([folder], tmp_path / "policy", checkpoints.config("oft"), need_statistics=False)
+  to_orbax([folder], tmp_path / "policy", checkpoints.config("oft"), Options(need_statistics=False))
   assert policy_folder.read_policy_json(tmp_path / "policy").statistics == {}
 
 

@@ -12,7 +12,7 @@ from semanticvla_jax.convert import openvla_layout, to_torch
 from semanticvla_jax.convert.detect import recognize
 from semanticvla_jax.convert.plan import parameter_shapes
 from semanticvla_jax.convert.rules import semanticvla
-from semanticvla_jax.convert.to_orbax import not_finite, to_orbax
+from semanticvla_jax.convert.to_orbax import Options, not_finite, to_orbax
 from semanticvla_jax.models.semanticvla import build
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
@@ -73,9 +73,9 @@ def test_there_and_back_is_bit_equal(seed, tmp_path):
   model, dtype = random_model(rng), DTYPES[seed % 3]
   arrays = random_source(rng, tmp_path / "source", model, dtype)
   config = {"model": model, "lora": None, "data": {}}
-  report = to_orbax([tmp_path / "source"], tmp_path / "policy", config, need_statistics=False)
+  report = to_orbax([tmp_path / "source"], tmp_path / "policy", config, Options(need_statistics=False))
   assert not report["not_finite"] and not report["dtype_changes"]
-  to_torch.to_torch(tmp_path / "policy", tmp_path / "back", shard=int(rng.integers(1, 200_000)))
+  to_torch.to_torch(tmp_path / "policy", tmp_path / "back", to_torch.Options(shard=int(rng.integers(1, 200_000))))
   back = recognize([tmp_path / "back"]).tensors
   assert set(back) == set(arrays)
   for key, x in arrays.items():

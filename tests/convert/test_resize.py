@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from semanticvla_jax import policy_folder
 from semanticvla_jax.convert.rules import engine, resize
-from semanticvla_jax.convert.to_orbax import to_orbax
+from semanticvla_jax.convert.to_orbax import Options, to_orbax
 
 POSITIONS = {"DINOv2, Hugging Face": "embeddings.position_embeddings", "DINOv2, timm": "pos_embed"}
 
@@ -36,7 +36,7 @@ def test_an_encoder_of_another_image_size(kind, tmp_path):
   save_file(stored, tmp_path / "model.safetensors")
   with pytest.raises(engine.Mismatch, match=key):
     to_orbax([tmp_path / "model.safetensors"], tmp_path / "policy", towers.CONFIG)
-  report = to_orbax([tmp_path / "model.safetensors"], tmp_path / "policy", towers.CONFIG, resample=True)
+  report = to_orbax([tmp_path / "model.safetensors"], tmp_path / "policy", towers.CONFIG, Options(resample=True))
   got = flatten_dict(policy_folder.load_policy(tmp_path / "policy").params, sep="/")["dino/pos_embedding"]
   wanted = pillow(stored[key][0, first:], int(np.sqrt(towers.MODEL.dino.num_patches)))
   np.testing.assert_allclose(got[0], wanted, atol=2e-6)
@@ -52,7 +52,7 @@ def test_a_llama_of_fewer_rows(tmp_path):
   save_file(stored, tmp_path / "model.safetensors")
   with pytest.raises(engine.Mismatch, match=key):
     to_orbax([tmp_path / "model.safetensors"], tmp_path / "policy", towers.CONFIG)
-  report = to_orbax([tmp_path / "model.safetensors"], tmp_path / "policy", towers.CONFIG, pad_vocabulary=True)
+  report = to_orbax([tmp_path / "model.safetensors"], tmp_path / "policy", towers.CONFIG, Options(pad_vocabulary=True))
   got = flatten_dict(policy_folder.load_policy(tmp_path / "policy").params, sep="/")["llm/embed/embedding"]
   np.testing.assert_array_equal(got[:rows], stored[key])
   assert not got[rows:].any() and report["fitted"] == {"llm/embed/embedding": f"64 rows of zeros behind {rows}"}
@@ -60,4 +60,4 @@ def test_a_llama_of_fewer_rows(tmp_path):
 
 def test_a_whole_model_is_not_made_to_fit(made, tmp_path):
   with pytest.raises(ValueError, match="expected a single tower"):
-    to_orbax([made("openvla")[0]], tmp_path / "policy", towers.CONFIG, resample=True)
+    to_orbax([made("openvla")[0]], tmp_path / "policy", towers.CONFIG, Options(resample=True))

@@ -21,7 +21,7 @@ from semanticvla_jax.convert import to_orbax as module
 from semanticvla_jax.convert.detect import recognize
 from semanticvla_jax.convert.plan import make_plan, parameter_shapes, unused
 from semanticvla_jax.convert.rules import engine, semanticvla
-from semanticvla_jax.convert.to_orbax import to_orbax
+from semanticvla_jax.convert.to_orbax import Options, to_orbax
 from semanticvla_jax.models import lora
 from semanticvla_jax.models.semanticvla import build
 
@@ -79,7 +79,7 @@ def test_shards_with_the_adapter_inside_are_not_merged_twice(tmp_path):
   config = checkpoints.config("lora_checkpoint", RELEASE)
   with pytest.raises(ValueError, match="Adapters cannot be kept"):
     to_orbax([tuned], tmp_path / "policy", config)
-  report = to_orbax([tuned], tmp_path / "policy", config, lora="merge")
+  report = to_orbax([tuned], tmp_path / "policy", config, Options(lora="merge"))
   files = policy_folder.load_policy(tmp_path / "policy")
   assert report["merged_adapters"] == 66 and "lora_adapter/*" in report["unused"]
   stored = load_file(checkpoints.GOLDEN / "lora_checkpoint" / "base_hf.safetensors")
@@ -93,14 +93,14 @@ def test_an_adapter_on_a_merged_base_is_refused(tmp_path):
   (base / "config.json").write_text(json.dumps(mark))
   config = checkpoints.config("lora_checkpoint", RELEASE)
   with pytest.raises(ValueError, match="Adapter on a merged base"):
-    to_orbax([base, tuned], tmp_path / "policy", config, lora="merge")
+    to_orbax([base, tuned], tmp_path / "policy", config, Options(lora="merge"))
   (tuned / "config.json").write_text(json.dumps({"model_type": "openvla"}))  # a newer one without a mark
   with pytest.raises(ValueError, match="Adapter on a merged base"):
-    to_orbax([base, tuned], tmp_path / "policy", config, lora="merge")
+    to_orbax([base, tuned], tmp_path / "policy", config, Options(lora="merge"))
   shutil.rmtree(tuned / "lora_adapter")  # the vision file has adapters still
   for sources in ([base, tuned], [*sorted(base.glob("model-*")), tuned]):
     with pytest.raises(ValueError, match="Adapter on a merged base"):
-      to_orbax(sources, tmp_path / "policy", config, lora="merge")
+      to_orbax(sources, tmp_path / "policy", config, Options(lora="merge"))
 
 
 @pytest.mark.parametrize("change", [{"rank": 8}, {"alpha": 16}])
@@ -115,7 +115,7 @@ def test_dtypes(dtype, tmp_path):
   as_half = lambda tensors: {k: x.astype(ml_dtypes.bfloat16) for k, x in tensors.items()}  # noqa: E731
   folder = checkpoints.openvla(tmp_path / "source", as_half if dtype == "float32" else lambda tensors: tensors)
   config = checkpoints.config("openvla")
-  report = to_orbax([folder], tmp_path / "policy", config, dtype=dtype)
+  report = to_orbax([folder], tmp_path / "policy", config, Options(dtype=dtype))
   assert len(report["dtype_changes"]) == 1
   wanted = {k: x.astype(ml_dtypes.bfloat16).astype(dtype) for k, x in expected([folder], config["model"]).items()}
   assert_holds(policy_folder.load_policy(tmp_path / "policy"), wanted)
@@ -140,7 +140,7 @@ def test_quantised_weights_are_refused_unless_cast(dtype, tmp_path):
   folder = checkpoints.openvla(tmp_path / "source", lambda tensors: tensors | {key: tensors[key].astype(dtype)})
   with pytest.raises(ValueError, match=r"Dense_0/kernel is quantised: got (int8|float8_e4m3fn).*--dtype"):
     to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"))
-  to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"), dtype="bfloat16")
+  to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"), Options(dtype="bfloat16"))
 
 
 def test_nan_and_inf_are_reported(tmp_path):
@@ -180,7 +180,7 @@ def test_statistics_are_required(tmp_path):
   folder = checkpoints.openvla(tmp_path / "source", norm_stats={})
   with pytest.raises(ValueError, match=r"No statistics.*--no-statistics"):
     to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"))
-  to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"), need_statistics=False)
+  to_orbax([folder], tmp_path / "policy", checkpoints.config("openvla"), Options(need_statistics=False))
   assert policy_folder.read_policy_json(tmp_path / "policy").statistics == {}
 
 

@@ -16,7 +16,7 @@ from semanticvla_jax import policy_folder
 from semanticvla_jax.convert import __main__, to_torch
 from semanticvla_jax.convert.check import diff
 from semanticvla_jax.convert.detect import recognize
-from semanticvla_jax.convert.to_orbax import to_orbax
+from semanticvla_jax.convert.to_orbax import Options, to_orbax
 
 RELEASE = {"rank": 4, "alpha": 8, "targets": "release"}
 
@@ -24,7 +24,7 @@ RELEASE = {"rank": 4, "alpha": 8, "targets": "release"}
 @pytest.mark.parametrize("name", ["openvla", "oft", "full"])
 def test_round_trip(name, made, tmp_path):
   folder, policy = made(name)
-  report = to_torch.to_torch(policy, tmp_path / "back", shard=1_000_000)
+  report = to_torch.to_torch(policy, tmp_path / "back", to_torch.Options(shard=1_000_000))
   before, after = recognize([folder]), recognize([tmp_path / "back"])
   conversion = json.loads((policy / "conversion.json").read_text())
   assert set(before.tensors) - set(after.tensors) == set(conversion["unused"])
@@ -97,19 +97,19 @@ def test_adapters_are_folded_in_and_marked(adapted, tmp_path):
   mark = json.loads((tmp_path / "keep" / "config.json").read_text())["semanticvla_jax"]
   assert mark["merged"] and mark["lora"] == RELEASE
   with pytest.raises(ValueError, match="Adapter on a merged base"):
-    to_orbax([tmp_path / "keep", sources[1] / "lora_adapter"], tmp_path / "twice", config, lora="merge")
+    to_orbax([tmp_path / "keep", sources[1] / "lora_adapter"], tmp_path / "twice", config, Options(lora="merge"))
 
 
 def test_adapters_kept_apart_come_back_bit_for_bit(adapted, tmp_path):
   sources, policies, _ = adapted
-  report = to_torch.to_torch(policies["keep"], tmp_path / "back", lora="keep")
+  report = to_torch.to_torch(policies["keep"], tmp_path / "back", to_torch.Options(lora="keep"))
   before, after = recognize(sources), recognize([tmp_path / "back"])
   assert after.kind == "SemanticVLA" and not after.folded and after.adapter["r"] == RELEASE["rank"]
   for key, tensor in after.tensors.items():
     assert tensor.read().tobytes() == before.tensors[key].read().tobytes(), key
   config = checkpoints.config("lora_checkpoint", RELEASE)
   for lora in ("keep", "merge"):
-    to_orbax([tmp_path / "back"], tmp_path / lora, config, lora=lora)
+    to_orbax([tmp_path / "back"], tmp_path / lora, config, Options(lora=lora))
     hashes = [policy_folder.read_policy_json(p).metadata["params_sha256"] for p in (policies[lora], tmp_path / lora)]
     assert hashes[0] == hashes[1]
   assert report["merged_adapters"] == 0 and set(report["sha256"]) == set(report["files"])
@@ -126,7 +126,7 @@ def test_adapters_kept_apart_come_back_bit_for_bit(adapted, tmp_path):
 
 def test_adapters_that_cannot_be_kept(made, adapted, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="without any .* expected a policy with adapters"):
-    to_torch.to_torch(made("full")[1], tmp_path / "back", lora="keep")
+    to_torch.to_torch(made("full")[1], tmp_path / "back", to_torch.Options(lora="keep"))
   read = to_torch.PolicyFolder.read
 
   def trained_apart(self, path, layer=None):
@@ -134,7 +134,7 @@ def test_adapters_that_cannot_be_kept(made, adapted, tmp_path, monkeypatch):
 
   monkeypatch.setattr(to_torch.PolicyFolder, "read", trained_apart)
   with pytest.raises(ValueError, match="which differ .* fold them in with --lora merge"):
-    to_torch.to_torch(adapted[1]["keep"], tmp_path / "back", lora="keep", check=False)
+    to_torch.to_torch(adapted[1]["keep"], tmp_path / "back", to_torch.Options(lora="keep", check=False))
   assert not list(tmp_path.iterdir())
 
 

@@ -66,7 +66,7 @@ def run(folder, tmp_path, monkeypatch):
     return Process(make, {"PYTHONPATH": FOLDER}, 60.0)
 
   command.trouble, command.policy, command.started, command.out = {}, Half(), [], tmp_path / "out"
-  monkeypatch.setattr(libero.checkpoint, "policy_hash", lambda folder: "h")
+  monkeypatch.setattr(libero.policy_folder, "policy_hash", lambda folder: "h")
   monkeypatch.setattr(libero, "load", lambda args, suite: command.policy)
   monkeypatch.setattr(libero.simulator, "start", start)
   monkeypatch.setattr(libero.suites, "find_assets", lambda given=None: Path("assets"))
@@ -252,7 +252,7 @@ def test_a_second_suite_that_was_measured_otherwise_is_refused_before_the_first_
     with pytest.raises(SystemExit, match=line):
       run(*words, suite="libero_spatial,libero_goal")
     assert not run.started
-  monkeypatch.setattr(libero.checkpoint, "policy_hash", lambda folder: "another")
+  monkeypatch.setattr(libero.policy_folder, "policy_hash", lambda folder: "another")
   with pytest.raises(SystemExit, match="policy_hash: h against another"):
     run(suite="libero_spatial,libero_goal")
   assert not run.started

@@ -81,8 +81,8 @@ def verify(
     say: is given each row as soon as it is known.
 
   Returns:
-    (rows, paths of parameters that no stage ran). Where the source's own files say what the policy's model does not do,
-    PyTorch's side does what they say, and each such field has its own row, with an error of inf.
+    (rows, paths of parameters that no stage ran). PyTorch's side follows the settings of the source's own files; each
+    setting in which the policy's model differs is a row with an error of inf.
 
   Raises:
     ValueError: torch or transformers is missing, or the source lacks tensors of a stage.
@@ -125,7 +125,7 @@ class _Sides:
     self.ran: list[str] = []
 
   def differences(self) -> list[settings.Difference]:
-    """What the source's own files say and the policy's model does not do, of the towers that the policy has."""
+    """The settings in which the source's own files and the policy's model differ, for the towers of the policy."""
     prefixes = self.source.prefixes
     if prefixes != ("",):
       prefixes = tuple(p for p in prefixes if any(path.startswith(p) for path in self.policy.leaves))

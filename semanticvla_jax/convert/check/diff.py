@@ -12,7 +12,7 @@ import numpy as np
 
 from semanticvla_jax.convert.detect import Source, describe, recognize
 from semanticvla_jax.convert.io.orbax_reader import PolicyFolder, is_policy
-from semanticvla_jax.convert.plan import make_plan
+from semanticvla_jax.convert.plan import Options, make_plan
 
 Paths = str | Path | Sequence[str | Path]
 Reader = Callable[[], Iterator[np.ndarray]]  # the pieces of one tensor
@@ -24,7 +24,7 @@ class Difference(NamedTuple):
 
   Attributes:
     name: path in our tree, or canonical key where both sides are PyTorch's.
-    maximum: max |a - b|, in float32; inf where NaN or Inf stand in one side alone.
+    maximum: max |a - b|, in float32; inf where only one side has NaN or Inf.
     relative: maximum / max |a|.
     note: what else differs (shape, dtype, missing on one side), "" for nothing.
   """
@@ -104,7 +104,7 @@ def _source_readers(source: Source, policy: PolicyFolder | None) -> dict[str, Re
   if policy is None:
     return {key: lambda tensor=tensor: iter([tensor.read()]) for key, tensor in source.tensors.items()}
   lora = policy.config.get("lora") or policy.metadata.get("lora")
-  plan = make_plan(source, policy.config["model"], lora, keep=policy.adapted)
+  plan = make_plan(source, policy.config["model"], lora, Options(lora="keep" if policy.adapted else "merge"))
 
   def pieces(path: str) -> Iterator[np.ndarray]:
     return (plan.piece(source, path, layer) for layer in plan.entries[path].layers)

@@ -24,7 +24,7 @@ Report = tuple[str, int, dict[str, str]]  # what was checked, parameters made, {
 
 
 def verify(path: str | Path) -> list[str]:
-  """Lines that say what was mapped. Raises table.Mismatch, or ValueError when the file is of neither known layout."""
+  """Returns lines about what was mapped. Raises engine.Mismatch, or ValueError for a file of neither known layout."""
   keys = read_json(path)
   try:
     if "base_hf_state_dict" in keys:
@@ -114,7 +114,7 @@ def _oft(keys: dict) -> Iterator[Report]:
 
 
 def _check_targets(targets: list[str], adapted: LoRA) -> None:
-  """Raises table.Mismatch unless our adapters sit on exactly the listed layers that this model has."""
+  """Raises engine.Mismatch unless our adapters sit on exactly the listed layers that this model has."""
   wanted = {semanticvla.canonical(f"{name}.weight") for name in targets}
   unused = semanticvla.unused(adapted.model)
   wanted = {key for key in wanted if not engine.reason(unused, key)}

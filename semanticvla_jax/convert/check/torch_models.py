@@ -60,18 +60,18 @@ def llama_config(sizes: llama.Llama, depth: int, vocab: int) -> Any:
 
 
 def built(cls: Any, config: Any, fields: Mapping[str, Any] | None) -> Any:
-  """PyTorch's class in our sizes, with what the source's own files (None: there are none) say beside them.
+  """Returns PyTorch's class in our sizes, with the settings of the source's own files (None: it has none).
 
   Raises:
-    ValueError: the class does not take what they say.
+    ValueError: the class does not accept them.
   """
   try:
     return cls(config if fields is None else _own(config, fields)).eval()
   except (ValueError, TypeError, KeyError) as error:
-    said = (str(error).strip().splitlines() or [""])[-1][:160]
+    text = (str(error).strip().splitlines() or [""])[-1][:160]
     raise ValueError(
-      f"{cls.__name__} refuses the source's own configuration: got {type(error).__name__}: {said}; expected a "
-      "config.json that transformers reads; mend it."
+      f"{cls.__name__} refuses the source's own configuration: got {type(error).__name__}: {text}; expected a "
+      "config.json that transformers reads; correct it."
     ) from error
 
 

@@ -63,7 +63,7 @@ class PolicyFolder:
 
   @property
   def adapted(self) -> bool:
-    """Whether adapters stand beside their kernels."""
+    """Whether it has adapters that are not folded in."""
     return any(path.endswith("/lora_a") for path in self.leaves)
 
   def read(self, path: str, layer: int | None = None) -> np.ndarray:
@@ -71,7 +71,7 @@ class PolicyFolder:
     if (path, layer) in self._plain:
       file, offset, nbytes = self._plain[path, layer]
       values, leaf = direct_io.read(file, offset, nbytes), self.leaves[path]
-      if len(values) == nbytes:  # else the store says what is wrong
+      if len(values) == nbytes:  # else let the store report what is wrong
         return values.view(leaf.dtype).reshape(leaf.shape if layer is None else leaf.shape[1:])
     if path not in self._stores:
       kvstore = {"driver": "ocdbt", "base": f"file://{self.folder}/params", "path": path.replace("/", ".") + "/"}

@@ -25,8 +25,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax.traverse_util import unflatten_dict
-from orbax.checkpoint._src.serialization import tensorstore_utils
-from orbax.checkpoint._src.serialization import type_handlers as handlers
 
 from semanticvla_jax.convert.io import prefetch
 
@@ -85,7 +83,7 @@ class _Window:
       await self._oldest()
 
   async def settle(self) -> None:
-    """Waits until nothing is under way any more, whatever became of it."""
+    """Waits for all pending work, failed or not."""
     await asyncio.gather(*(future for futures, _ in self._pending for future in futures), return_exceptions=True)
 
   async def _oldest(self) -> None:
@@ -96,7 +94,7 @@ class _Window:
     self._bytes -= nbytes
 
 
-class _Handler(handlers.NumpyHandler):
+class _Handler(ocp.type_handlers.NumpyHandler):
   """Writes `ArraySpec` leaves piece by piece, in the order of their paths; hashes what it writes."""
 
   def __init__(self, pieces: Iterable[Piece], seen: Callable[[str, np.ndarray], None]):
@@ -134,15 +132,15 @@ class _Handler(handlers.NumpyHandler):
     self._seen(path, piece)
 
   async def _open(self, value: ArraySpec, info: Any, arg: Any, context: ts.Context) -> ts.TensorStore:
-    spec = tensorstore_utils.build_array_write_spec(
-      info=info,
-      arg=arg,
+    spec = ocp.type_handlers.get_json_tspec_write(
+      info,
+      use_ocdbt=info.is_ocdbt_checkpoint,
       global_shape=value.shape,
       local_shape=value.shape,
       dtype=value.dtype,
-      use_ocdbt=info.is_ocdbt_checkpoint,
       process_index=0,
-    ).json
+      arg=arg,
+    )
     if value.stacked:
       spec["metadata"]["chunks"] = [1, *value.shape[1:]]  # a layer is written at once, and never read back
     return await ts.open(ts.Spec(spec), create=True, open=True, context=context)

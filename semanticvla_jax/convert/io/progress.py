@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 class Progress:
-  """Says how far a conversion is, about every ten seconds: share, bytes a second, seconds left.
+  """Reports a conversion's progress about every ten seconds: share, bytes per second, seconds left.
 
   Args:
-    total: bytes there will be. say: is given the lines. every: seconds between them.
+    total: bytes to be written. say: is called with the lines. every: seconds between them.
   """
 
   def __init__(self, total: int, say: Callable[[str], None], every: float = 10.0):
@@ -19,7 +19,7 @@ class Progress:
 
   @property
   def rate(self) -> float:
-    """Bytes a second so far."""
+    """Bytes per second so far."""
     return self.done / max(time.monotonic() - self.begin, 1e-9)
 
   def add(self, nbytes: int, what: str) -> None:

@@ -28,11 +28,19 @@ def check_target(target: Path) -> None:
 
 @contextlib.contextmanager
 def whole(target: Path, nbytes: int, say: Callable[[str], None], replace: bool = False) -> Iterator[Path]:
-  """An empty `.<name>.partial` beside `target` that becomes it when the block ends well, and is removed when not.
+  """Yields an empty folder `.<name>.partial` that is renamed to `target` if the block succeeds, and removed if not.
 
-  It is on the disk before it has its name: what a power cut leaves is whole or not there. What a killed run left is
-  removed first. With `replace`, `target` is a folder, which stays as it is until then and is removed. Raises ValueError
-  where another run is writing there, the folder cannot be made, or the disk is full.
+  It is flushed to the disk before the renaming, so that a power cut leaves a complete target or none. The leftovers of
+  a killed run are removed first.
+
+  Args:
+    target: the folder to make.
+    nbytes: what will be written, to check the room on the disk.
+    say: is called with lines for the user.
+    replace: whether `target` exists and is replaced.
+
+  Raises:
+    ValueError: another run is writing there, the folder cannot be made, or the disk is full.
   """
   with contextlib.ExitStack() as stack:
     try:

@@ -49,7 +49,7 @@ class Tensor(NamedTuple):
     name: its key in that file.
     shape, dtype: of the stored numbers (bfloat16 is ml_dtypes').
     read: reads the numbers into a new array.
-    offset: byte of the file where they begin; None where they do not lie there as they are.
+    offset: byte of the file where they begin; None where the file does not hold them as plain bytes.
   """
 
   file: Path
@@ -86,10 +86,10 @@ def _safetensors(path: Path) -> list[Tensor]:
     lead = file.read(8)
     length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else None
     if length is None or length > min(_MOST_HEADER, size - 8):
-      said = f"a header of {length:,} bytes" if length is not None else "no header"
+      found = f"a header of {length:,} bytes" if length is not None else "no header"
       raise ValueError(
-        f"{path} is truncated or no safetensors file: got {said} in {size:,} bytes; expected header and data; download "
-        "it again."
+        f"{path} is truncated or not a safetensors file: got {found} in {size:,} bytes; expected header and data; "
+        "download it again."
       )
     text = file.read(length)
   try:
@@ -149,13 +149,13 @@ def _check_header(path: Path, fields: list[tuple], room: int) -> None:
     wanted = math.prod(shape) * dtype.itemsize
     if min((0, *shape)) < 0 or end - begin != wanted:
       raise ValueError(
-        f"{path} lies about a tensor: got {name} {dtype}{list(shape)} in bytes {begin} to {end} ({end - begin:,}); "
-        f"expected {wanted:,} bytes; the file is damaged, download it again."
+        f"{path} has an inconsistent header: got {name} {dtype}{list(shape)} in bytes {begin} to {end} "
+        f"({end - begin:,}); expected {wanted:,} bytes; the file is damaged, download it again."
       )
     if begin < at:
       raise ValueError(
-        f"{path} lies about a tensor: got {name} from byte {begin}, inside the one before it; expected {at} or more; "
-        "the file is damaged, download it again."
+        f"{path} has an inconsistent header: got {name} from byte {begin}, inside the tensor before it; expected {at} "
+        "or more; the file is damaged, download it again."
       )
     if end > room:
       raise ValueError(
@@ -198,7 +198,9 @@ def _pickled(path: Path) -> list[Tensor]:
     ) from error
   if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
     inside = sorted(f"{k}: {type(x).__name__}" for k, x in state.items())[:8] if isinstance(state, dict) else state
-    raise ValueError(f"{path} is no state dict: got {inside}; expected names and tensors; save `model.state_dict()`.")
+    raise ValueError(
+      f"{path} is not a state dict: got {inside}; expected names and tensors; save `model.state_dict()`."
+    )
   return [_torch_tensor(path, name, x) for name, x in state.items()]
 
 
@@ -249,7 +251,7 @@ def _npz(path: Path) -> list[Tensor]:
 def big_vision(npz: dict[str, np.ndarray], tower: str) -> dict[str, np.ndarray]:
   """One tower ('img' or 'txt') of a released SigLIP `.npz`: the names are ours already.
 
-  Undoes the two storage habits of those files: paths may stand under `params/`, bfloat16 is stored as two-byte voids,
+  Undoes the two storage habits of those files: paths may be under `params/`, bfloat16 is stored as two-byte voids,
   and a scanned encoder has one `encoderblock` with a leading depth axis.
   """
   out: dict[str, np.ndarray] = {}

@@ -1,8 +1,8 @@
-"""The conversion engine: rules match a target tree with a source's tensors, exactly, or say what is left over.
+"""The conversion engine: rules match a target tree with a source's tensors exactly, or list what is left over.
 
 A rule is one line: `Rule("attn/q_proj/kernel", "self_attn.q_proj.weight", "(h c) d -> d h c")`. Sizes are never written
 down: they come from the target tree (`jax.eval_shape` of the model) and are checked against every source tensor before
-anything is read. `{i}` in a source stands for the block number; a target without it is a stack over the blocks.
+anything is read. `{i}` in a source is the block number; a target without it is a stack over the blocks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One parameter of the target and the source keys of each of its layers (one element where it is no stack)."""
+  """One parameter of the target and the source keys of each of its layers (one element if it is not a stack)."""
 
   target: str
   shape: Shape

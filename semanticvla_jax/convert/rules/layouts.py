@@ -90,14 +90,14 @@ class Layout:
     return bool(self.mark) and any(re.fullmatch(self.mark, key) for key in keys)
 
   def prefixes(self, keys: Iterable[str]) -> tuple[str, ...]:
-    """Beginnings of our paths that a source with these keys fills; ("",) for a whole model."""
+    """Returns the beginnings of our paths that a source with these keys fills; ("",) for a whole model."""
     if self.whole:
       return ("",)
     keys = [*keys]
     return tuple(tower.ours for tower in self.towers if any(key.startswith(tower.theirs) for key in keys))
 
   def tower_rules(self, target: Iterable[str]) -> list[Rule]:
-    """The rules of all its towers, both sides whole; `target`: our paths, for layouts that use the same names."""
+    """Returns the rules of all towers with whole paths and keys; `target`: our paths, for layouts that share them."""
     return [
       rule
       for tower in self.towers
@@ -109,7 +109,7 @@ class Layout:
     ]
 
   def tower_unused(self, target: Iterable[str]) -> dict[str, str]:
-    """{regular expression over whole keys: reason} of all that a model with the paths `target` does not read."""
+    """Returns {regular expression over whole keys: reason} of what a model with the paths `target` does not read."""
     out = dict(self.unused)
     for tower in self.towers:
       out |= {f"{re.escape(tower.theirs)}(?:{pattern})": why for pattern, why in tower.unused.items()}
@@ -117,7 +117,7 @@ class Layout:
     return out | {tower.keys: f"{tower.name} tower: this model has none" for tower in absent}
 
   def last_blocks(self, depths: Mapping[str, int]) -> dict[str, str]:
-    """`tower_unused` of the last blocks, for a model that stops before them; `depths`: {tower's name: its blocks}."""
+    """Returns the same of the last blocks, for a model that stops before them; `depths`: {tower's name: blocks}."""
     return {
       re.escape(tower.theirs + tower.block.replace("{i}", str(depths[tower.name] - 1))) + ".*": (
         "last block: states come before it"
@@ -216,13 +216,18 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def whole_model(keys: Iterable[str], fine_tuned: bool) -> Layout:
-  """The layout of a whole model; `fine_tuned`: what the files next to it say, for openvla-7b's own names do not."""
+  """Returns the layout of a whole model.
+
+  Args:
+    keys: of its tensors.
+    fine_tuned: whether other files show a fine-tune; tensor names do not distinguish one from openvla-7b.
+  """
   keys = [*keys]
   found = next(layout for layout in LAYOUTS.values() if layout.whole and layout.recognizes(keys))
   return OPENVLA_FINE_TUNE if found is OPENVLA and fine_tuned else found
 
 
 def single_towers(keys: Iterable[str]) -> list[Layout]:
-  """Every layout of single towers that the keys have."""
+  """Returns every layout of single towers that matches the keys."""
   keys = [*keys]
   return [layout for layout in LAYOUTS.values() if not layout.whole and layout.recognizes(keys)]

@@ -26,13 +26,14 @@ class Field(NamedTuple):
   """A field of a file that changes numbers.
 
   Attributes:
-    ours: what our model does, in our words; UNKNOWN where it does nothing with it.
-    default: what the field's class takes where the file leaves it out; UNKNOWN to compare nothing then.
-    read: a value of the file in our words; raises ValueError, TypeError or KeyError at another kind of value.
-    carry: where the model's config holds it, () where nothing does.
+    ours: returns the model's value, in this package's terms; UNKNOWN if the model does not use it.
+    default: the value that the class in transformers takes if the file lacks the field; UNKNOWN: compare nothing then.
+    read: converts a value of the file to this package's terms; raises ValueError, TypeError or KeyError for a value of
+      another kind.
+    carry: the place of the setting in the model's config, () if it has none.
     may: the values that can be carried, () for all.
-    alike: whether (theirs, ours) come to the same.
-    words: how what is expected is said.
+    alike: whether (theirs, ours) are equivalent.
+    words: format of the expected value in messages.
   """
 
   ours: Callable[[SemanticVLA], Any]
@@ -45,7 +46,7 @@ class Field(NamedTuple):
 
 
 class Sized(NamedTuple):
-  """A default that holds where the width is that of the class, or of a file which says it."""
+  """A default that holds only for the class's default width."""
 
   value: int
   width: int

@@ -44,7 +44,7 @@ ATTENTION = "MultiHeadDotProductAttention_0"
 
 
 def timm() -> list[Rule]:
-  """timm's VisionTransformer; FiLM beside each block as the released wrapper adds it; LayerScale as `ls{1,2}.gamma`."""
+  """timm's VisionTransformer; FiLM next to each block as in the released wrapper; LayerScale as `ls{1,2}.gamma`."""
   block, ours = "blocks.{i}", "Transformer/encoderblock_{i}"
   return [
     Rule("embedding/kernel", "patch_embed.proj.weight", "d c p q -> p q c d"),

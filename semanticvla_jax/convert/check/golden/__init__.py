@@ -35,7 +35,7 @@ def verify(folder: str | Path) -> list[Row]:
 
   Raises:
     ValueError: no such folder or an unknown kind of folder; a file or an entry of config.json that is missing; an
-      output that no comparison covers; or table.Mismatch when the weights do not fit the model that config.json
+      output that no comparison covers; or engine.Mismatch when the weights do not fit the model that config.json
       describes.
   """
   folder = Path(folder)
@@ -77,7 +77,7 @@ def _kind(config: dict) -> str:
   if "constants" in config:
     return "full"
   raise ValueError(
-    f"verify-golden: got config.json with keys {sorted(config)}, expected one that says what the folder is (parts, "
+    f"verify-golden: got config.json with keys {sorted(config)}, expected one that identifies the folder (parts, "
     "adapter_keys, sources, cases or constants); compare a folder of the reference's."
   )
 

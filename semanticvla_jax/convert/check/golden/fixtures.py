@@ -32,7 +32,7 @@ class Ids(NamedTuple):
 
   Attributes:
     empty: the token that ends a prompt. pad: of the language model. text_pad: of the text tower.
-    first_action: the lowest id that stands for an action.
+    first_action: the lowest id of an action.
   """
 
   empty: int = 29871
@@ -47,7 +47,7 @@ def ids_of(config: dict) -> Ids:
   expect("STOP_INDEX", constants.get("STOP_INDEX", STOP), STOP)
   named = {"empty": "empty_token", "pad": "pad_token_llm", "text_pad": "pad_token_text"}
   found = {field: constants[key] for field, key in named.items() if key in constants}
-  if "ACTION_TOKEN_BEGIN_IDX" in constants:  # the last id that stands for no action
+  if "ACTION_TOKEN_BEGIN_IDX" in constants:  # the last id that is not an action
     found["first_action"] = constants["ACTION_TOKEN_BEGIN_IDX"] + 1
   return Ids(**found)
 
@@ -70,10 +70,10 @@ def read_json(path: str | Path) -> dict:
     raise ValueError(f"verify-golden: got {path} ({error.strerror}), expected a JSON file; check the path.") from None
   except ValueError as error:
     raise ValueError(
-      f"verify-golden: got {path}, which is no JSON ({error}); expected an object; copy it anew."
+      f"verify-golden: got {path}, which is not JSON ({error}); expected an object; copy it again."
     ) from None
   if not isinstance(found, dict):
-    raise ValueError(f"verify-golden: got a {type(found).__name__} in {path}, expected an object; copy it anew.")
+    raise ValueError(f"verify-golden: got a {type(found).__name__} in {path}, expected an object; copy it again.")
   return found
 
 
@@ -136,7 +136,7 @@ def text_sizes(c: dict) -> dict:
 
 
 def llama_sizes(c: dict, more: dict) -> dict:
-  """Sizes of the decoder, from transformers' names; `more` holds epsilon and rotary base where they stand apart."""
+  """Sizes of the decoder, from transformers' names; `more` holds epsilon and rotary base if given apart."""
   expect("num_key_value_heads", c.get("num_key_value_heads", c["num_attention_heads"]), c["num_attention_heads"])
   both = c | more
   return dict(
@@ -170,7 +170,7 @@ def pairs_of(c: dict) -> tuple[tuple[int, int], ...]:
 
 
 def encoder_fields(switches: dict, sizes: dict, fuses: bool) -> dict:
-  """Model fields that the release's switches of each encoder stand for: FiLM, pruners, tokens kept, which layer.
+  """Model fields for the release's switches of each encoder: FiLM, pruners, tokens kept, which layer.
 
   Args:
     switches: holds `featurizer_cfg` and `fused_featurizer_cfg`; where one is missing, RELEASED.

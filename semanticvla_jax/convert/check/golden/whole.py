@@ -206,7 +206,7 @@ def full(folder: Path, config: dict) -> Iterator[Pair]:
 
 
 def _whole_source(folder: Path, *more: str) -> dict[str, Any]:
-  """Weights of the model and of its companions, as far as there are any (a missing one is a table.Mismatch later)."""
+  """Weights of the model and of its companions, as far as there are any (a missing one is a engine.Mismatch later)."""
   source = load(folder, "weights.safetensors", *more)
   for part in ("action_head", "proprio_projector"):
     if (folder / f"{part}.safetensors").exists():
@@ -304,7 +304,7 @@ class Bins(NamedTuple):
   """How a folder of OpenVLA turns actions into tokens.
 
   Attributes:
-    tokens: spoken for one action. vocab: of the tokeniser, the last 256 of it stand for actions.
+    tokens: spoken for one action. vocab: of the tokeniser, the last 256 of it are actions.
     ids: the stored columns of logits: the ids of actions and the one behind them.
   """
 
