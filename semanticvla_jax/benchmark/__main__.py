@@ -20,22 +20,22 @@ from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog="python -m semanticvla_jax.benchmark", description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = cli.ArgumentParser("python -m semanticvla_jax.benchmark", __doc__)
   verbs = parser.add_subparsers(dest="verb", required=True)
   verb = verbs.add_parser("evaluation", help="episodes a second on the device and in a Python loop")
-  verb.add_argument("--policy", type=Path, default=Path("checkpoints/tabletop_small"), help="policy folder")
-  verb.add_argument("--suite", default="place", help="of the tabletop (default: place)")
-  verb.add_argument("--batch", type=int, default=64, help="episodes together on the device (default: 64)")
-  verb.add_argument("--host-episodes", type=int, default=16, help="episodes in the Python loop (default: 16)")
+  verb.add_argument(
+    "--policy", type=Path, default=Path("checkpoints/tabletop_small"),
+    help="policy folder (default: checkpoints/tabletop_small)",
+  )
+  verb.add_argument("--suite", default="place", help="suite of the tabletop (default: place)")
+  verb.add_argument("--batch", type=int, default=64, help="number of episodes per batch on the device (default: 64)")
+  verb.add_argument("--host-episodes", type=int, default=16, help="number of episodes in the Python loop (default: 16)")
   verb = verbs.add_parser("simulators", help="LIBERO episodes a second with several simulators and with one")
-  verb.add_argument("--recorded", required=True, metavar="DIR", help="HDF5 demonstrations, whose actions are sent")
-  verb.add_argument("--suite", default="libero_object", help="of LIBERO (default: libero_object)")
-  verb.add_argument("--task", type=int, default=0, help="its number (default: 0)")
-  verb.add_argument("--trials", type=int, default=8, help="episodes (default: 8)")
-  verb.add_argument("--workers", type=int, default=2, help="simulators at once, against one (default: 2)")
+  verb.add_argument("--recorded", required=True, metavar="DIR", help="folder of HDF5 demonstrations to replay")
+  verb.add_argument("--suite", default="libero_object", help="suite of LIBERO (default: libero_object)")
+  verb.add_argument("--task", type=int, default=0, help="number of the task (default: 0)")
+  verb.add_argument("--trials", type=int, default=8, help="number of episodes (default: 8)")
+  verb.add_argument("--workers", type=int, default=2, help="number of simulators at once (default: 2)")
   return parser.parse_args(argv)
 
 
