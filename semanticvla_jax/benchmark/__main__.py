@@ -23,17 +23,19 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   parser = cli.ArgumentParser("python -m semanticvla_jax.benchmark", __doc__)
   verbs = parser.add_subparsers(dest="verb", required=True)
   verb = verbs.add_parser("evaluation", help="episodes a second on the device and in a Python loop")
-  policy = cli.in_repository("checkpoints/tabletop_small")
-  verb.add_argument("--policy", type=Path, default=policy, help="policy folder (default: checkpoints/tabletop_small)")
+  verb.add_argument(
+    "--policy", type=Path, default=cli.in_repository("checkpoints/tabletop_small"),
+    help="policy folder (default: checkpoints/tabletop_small)",
+  )
   verb.add_argument("--suite", default="place", help="suite of the tabletop (default: place)")
-  verb.add_argument("--batch", type=int, default=64, help="number of episodes together on the device (default: 64)")
-  verb.add_argument("--host-episodes", type=int, default=16, help="number of episodes of the Python loop (default: 16)")
+  verb.add_argument("--batch", type=int, default=64, help="number of episodes per batch on the device (default: 64)")
+  verb.add_argument("--host-episodes", type=int, default=16, help="number of episodes in the Python loop (default: 16)")
   verb = verbs.add_parser("simulators", help="LIBERO episodes a second with several simulators and with one")
   verb.add_argument("--recorded", required=True, metavar="DIR", help="folder of HDF5 demonstrations to replay")
   verb.add_argument("--suite", default="libero_object", help="suite of LIBERO (default: libero_object)")
   verb.add_argument("--task", type=int, default=0, help="number of the task (default: 0)")
   verb.add_argument("--trials", type=int, default=8, help="number of episodes (default: 8)")
-  verb.add_argument("--workers", type=int, default=2, help="number of simulators, compared with one (default: 2)")
+  verb.add_argument("--workers", type=int, default=2, help="number of simulators at once (default: 2)")
   return parser.parse_args(argv)
 
 

@@ -1,8 +1,8 @@
-"""Controls: what is left of a success rate without the instruction, without sight, and without learned pruning.
+"""Controls: the success rate that remains without the instruction, without images, and without learned pruning.
 
-A policy that does as well when told something else does not follow instructions; one that does as well blind runs a
-trajectory by heart; one that does as well with random patches gets nothing from its pruner. All are the same parameters
-on the same episodes.
+A policy that does as well under another instruction does not follow instructions; one that does as well without images
+has memorized a trajectory; one that does as well with random patches does not use its pruner. All controls run the same
+parameters on the same episodes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.policy import Policy
 
+# Names of the rows in results.json files of all versions.
 NAMES = {
   "shuffled": "told another episode's instruction",
   "blind": "sees grey frames",
@@ -57,7 +58,7 @@ def shuffle(instructions: Sequence[str], seed: int = 0, before: Mapping[int, str
 
 
 def _arrange(own: Sequence[str], pool: Sequence[str], seed: int) -> list[str]:
-  """As many sentences in an order in which none is an episode's own; there is one."""
+  """The sentences of `pool` in an order in which none is an episode's own; such an order has to exist."""
   rng = np.random.default_rng(seed)
   order = rng.permutation(len(own))
   while stuck := [i for i, j in enumerate(order) if own[i] == pool[j]]:
@@ -69,7 +70,7 @@ def _arrange(own: Sequence[str], pool: Sequence[str], seed: int) -> list[str]:
 
 
 def check(names: Sequence[str]) -> None:
-  """Raises ValueError for a control that there is not, or one named twice, before anything is measured for it."""
+  """Raises ValueError for a control that does not exist, or is named twice."""
   unknown = sorted(set(names) - set(NAMES))
   if unknown:
     raise ValueError(f"Controls: got {unknown}; expected some of {[*NAMES]}; choose among them.")

@@ -72,7 +72,7 @@ class SuiteRun(abc.ABC):
       ValueError: those were measured differently.
     """
     found = self.stored.found.get(self.key(row))
-    return {**mark} if found is None else folder.gone_on(found.fingerprint, mark, self.stored.out)
+    return {**mark} if found is None else folder.merged(found.fingerprint, mark, self.stored.out)
 
   def told_before(self) -> dict[int, str]:
     """{seed: instruction} of the episodes that an earlier command finished under the shuffled control."""

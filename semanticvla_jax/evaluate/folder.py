@@ -1,7 +1,7 @@
-"""The folder of a report: checked before anything is measured, written by one run at a time, gone on with by the next.
+"""The folder of a report: checked before anything is measured, written by one run at a time, resumed by the next.
 
-What is measured is recorded first, in results.json, whole after every row. Films, pictures and the page come
-afterwards, and that one of them fails is a warning.
+What is measured is written first, to results.json after every row. Films, pictures and the page follow; if one of them
+fails, that is a warning.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def warn_without_ffmpeg() -> None:
   try:
     program = imageio_ffmpeg.get_ffmpeg_exe()
     subprocess.run([program, "-version"], check=True, capture_output=True, stdin=subprocess.DEVNULL)
-  except Exception as error:  # whatever it is, only films depend on it
+  except Exception as error:  # of any kind: only films depend on it
     logging.warning("No ffmpeg that works (%s): there will be results, but no films (--films=0)", cli.first_line(error))
 
 
@@ -94,31 +94,31 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
   return path.rename(next(free for name in names if not (free := path.with_name(name)).exists()))
 
 
-def read_json(path: pathlib.Path, read: Callable[[Any], T], otherwise: T, consequence: str) -> T:
-  """What `read` makes of a JSON file; of none, or of a damaged one, which is set aside and reported, `otherwise`."""
+def read_json(path: pathlib.Path, read: Callable[[Any], T], default: T, consequence: str) -> T:
+  """What `read` makes of a JSON file; `default` if it is missing, or damaged: then it is renamed and reported."""
   if not path.exists():
-    return otherwise
+    return default
   try:
     return read(json.loads(path.read_text(encoding="utf-8")))
   except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
     aside = set_aside(path)
     logging.warning("%s is damaged (%s): kept as %s; %s", path, cli.first_line(error), aside.name, consequence)
-    return otherwise
+    return default
 
 
-def gone_on(before: Mapping, now: Mapping, out: pathlib.Path) -> dict:
+def merged(before: Mapping, now: Mapping, out: pathlib.Path) -> dict:
   """The fingerprint of an earlier run's episodes together with this one's.
 
-  More or fewer episodes are no difference, nor is where the policy lies; sources that differ are all named.
+  The number of episodes and the policy's path may differ; if the sources differ, all are listed.
 
   Raises:
-    ValueError: they were measured otherwise; names the fields.
+    ValueError: they were measured differently; names the fields.
   """
   now = json.loads(json.dumps(now))
   if lines := fingerprint.unlike(before, now, _MAY_DIFFER):
     listing = "\n  ".join(lines)
     raise ValueError(
-      f"{out} holds episodes that were measured otherwise: got\n  {listing}\nexpected the same; choose another --out."
+      f"{out} holds episodes that were measured differently: got\n  {listing}\nexpected the same; choose another --out."
     )
   parts = [part for each in (before, now) for part in each.get("sources", "").split()]
   return now | {"sources": " ".join(dict.fromkeys(parts))}
@@ -154,7 +154,7 @@ class ResultsFile:
     """
     for key, mark in marks.items():
       if key in self.found:
-        gone_on(self.found[key].fingerprint, mark, self.out)
+        merged(self.found[key].fingerprint, mark, self.out)
         if lost := sorted({*self.found[key].episodes.seeds.tolist()} - {*seeds}):
           raise ValueError(
             f"{self.out} holds other episodes: got seed {lost[0]} and {len(lost) - 1} more of {key[0]}, {key[2]!r}, "
@@ -218,12 +218,12 @@ def _has(episodes: Episodes, seeds: Sequence[int]) -> bool:
 
 
 class Resumed:
-  """A runner that runs only what an earlier run lacks: kept is an episode that did not break and was told the same.
+  """A runner that runs only missing episodes: it keeps those that did not break and had the same instruction.
 
   Args:
     runner: an OnDevice or OnHost.
     before: the earlier run's episodes, where there was one.
-    name: of the row, for what is said.
+    name: of the row, for messages.
   """
 
   def __init__(self, runner: Any, before: Episodes | None, name: str):
@@ -253,21 +253,21 @@ class Resumed:
     return one is not None and not one["error"] and told in (None, one["told"])
 
 
-def afterwards(what: str, work: Callable[[], T], otherwise: T) -> T:
-  """What `work` returns, or `otherwise` and a warning where it fails: what was measured is on disk."""
+def afterwards(what: str, work: Callable[[], T], default: T) -> T:
+  """What `work` returns, or `default` and a warning if it fails; what was measured is already on disk."""
   try:
     return work()
-  except Exception as error:  # whatever it is, it costs no result
-    logging.warning("%s failed: %s; what was measured is kept all the same", what, cli.first_line(error))
-    return otherwise
+  except Exception as error:  # of any kind: it must not cost a result
+    logging.warning("%s failed: %s; the measured results are kept", what, cli.first_line(error))
+    return default
 
 
 def write_film(path: pathlib.Path, frames: UInt8[np.ndarray, "t h w 3"], fps: int = visualize.FRAMES_A_SECOND) -> None:
   """Writes an mp4 under a temporary name and renames it.
 
   Raises:
-    OSError: ffmpeg failed, or there is no room.
-    RuntimeError: there is no ffmpeg.
+    OSError: ffmpeg failed, or the disk is full.
+    RuntimeError: ffmpeg is not installed.
   """
   partial = path.with_name(f".{path.stem}.partial{path.suffix}")
   try:

@@ -115,7 +115,7 @@ class LiberoRun(SuiteRun):
     if row != "policy":
       return {**mark}
     path = self._out / f"{self.suite}_fingerprint.json"
-    now = folder.gone_on(self._noted(path) or json.loads(json.dumps(mark)), mark, self._out)
+    now = folder.merged(self._noted(path) or json.loads(json.dumps(mark)), mark, self._out)
     files.write_json(path, now)
     return now
 

@@ -134,7 +134,7 @@ def check_found(args: argparse.Namespace, out: pathlib.Path) -> None:
       "policy_hash": policy_folder.policy_hash(args.policy) if args.policy else hashed,
     }  # fmt: skip
     noted = {name: before.get(name) for name in now} | {"policy_hash": hashed}
-    folder.gone_on(noted, now, out / f"{suite}_fingerprint.json")
+    folder.merged(noted, now, out / f"{suite}_fingerprint.json")
 
 
 def _report_skipped(policy: str, names: Sequence[str]) -> None:

@@ -95,9 +95,9 @@ def write(path: str | os.PathLike, page: Page) -> pathlib.Path:
     _story(page.films, page.scenes),
     _table("Success", "How often the task was done, each bar with its 95 % Wilson interval.",
            [row for row in rows if row.kind != "control"]),
-    _table("Controls", "The same parameters on the same episodes, with one thing taken away. A policy that listens "
-           "must fall when it is told something else, one that looks when its frames are grey; a pruner that matters "
-           "must beat patches chosen without looking.",
+    _table("Controls", "The same parameters on the same episodes, with one thing taken away. A policy that follows "
+           "instructions must fail under another instruction, and one that uses images must fail on gray frames; a "
+           "useful pruner must do better than patches chosen without looking at the image.",
            [row for row in rows if row.kind == "control"]),
     _tasks(rows),
     _films(page.films, page.film_note),
@@ -120,7 +120,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
   """The lines of a metrics.jsonl; a last line that a running or killed training left unfinished is dropped.
 
   Raises:
-    ValueError: there is no such file, or another line is no JSON object.
+    ValueError: the file does not exist, or another line is not a JSON object.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -240,7 +240,7 @@ def _percent(summary: Mapping) -> str:
 
 
 def _bar(summary: Mapping, kind: str) -> str:
-  """A bar from 0 to 1 with its interval, as SVG that takes the width it is given; empty where there is no rate."""
+  """A bar from 0 to 1 with its interval, as SVG of variable width; empty if there is no rate."""
   low, high = (200 * x for x in summary["interval"])
   rate = 200 * (summary["rate"] or 0)
   drawn = (
@@ -267,7 +267,7 @@ def _dots(episodes: Episodes) -> str:
 
 
 def _tasks(rows: Sequence[Row]) -> str:
-  """Success by task, with what went before where there is something."""
+  """Success by task, next to that of the baseline if there is one."""
   blocks = []
   for row in (row for row in rows if row.kind == "policy" and row.summary.get("tasks")):
     before = next((x for x in rows if x.kind == "baseline" and x.suite == row.suite), None)
@@ -321,9 +321,9 @@ def _scenes(scenes: Sequence[Scene]) -> str:
     return ""
   return (
     "<section><h2>Where it looks</h2><p><b>Kept</b>: the patches most like the words; of the others only sums reach "
-    "the language model. <b>Cues</b>: where the most telling words look. <b>Aggregation tokens</b>: where the learned "
-    "tokens that sum up the scene look. Colours are scaled to each picture, from violet (least) to yellow (most); "
-    "<i>peak</i> says how many times an even share the brightest patch gets.</p>"
+    "the language model. <b>Cues</b>: where the most informative words look. <b>Aggregation tokens</b>: where the "
+    "learned tokens that sum up the scene look. Colors are scaled to each picture, from violet (least) to "
+    "yellow (most); <i>peak</i> is the weight of the brightest patch, in multiples of an even share.</p>"
     f"{''.join(map(_scene, scenes))}</section>"
   )
 
@@ -339,7 +339,7 @@ def _scene(scene: Scene) -> str:
   if scene.cues:
     tiles = "".join(_tile(tile) for tile in scene.cues)
     cues = f"<div class=tiles style='--columns:5'>{tiles}</div>"
-    blocks.append(f"<details><summary>Each cue of the first on its own</summary>{cues}</details>")
+    blocks.append(f"<details><summary>Each cue under the first instruction</summary>{cues}</details>")
   return f"<h2 class=moment>{html.escape(scene.moment)}</h2>{''.join(blocks)}"
 
 
@@ -361,7 +361,7 @@ def _curves(metrics: Sequence[Mapping]) -> str:
 
 
 def _panel(kind: str, series: Mapping[str, Sequence[tuple]]) -> str:
-  """The curves of one kind, "loss" or "success", as SVG; one each, so that they can stand one below the other."""
+  """The curves of one kind, "loss" or "success", as SVG; one each, so that they can be placed below each other."""
   with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
     figure = Figure(figsize=(4.8, 3.2), layout="constrained")
     axis = figure.subplots()
@@ -403,12 +403,12 @@ def _fingerprint(rows: Sequence[Row], command: str, seconds: Mapping[str, float]
     opened, name = " open" if row is rows[0] else "", html.escape(f"{row.suite} · {row.name}")
     table = f"<table class=facts><tbody>{lines}</tbody></table>"
     blocks.append(f"<details{opened}><summary>{name}</summary>{table}</details>")
-  again = f"<h3>The same again</h3><pre>{html.escape(command)}</pre>" if command else ""
+  again = f"<h3>Command</h3><pre>{html.escape(command)}</pre>" if command else ""
   spent = " · ".join(f"{html.escape(name)} {value:.0f} s" for name, value in seconds.items())
   return (
     "<section><h2>How it was measured</h2><p>Numbers may be compared only where these agree. An episode counts as done "
-    "if the task is fulfilled within the allowed steps. An action that is not finite is the policy's failure; an "
-    "episode whose simulator breaks every time says nothing of the policy and is in no rate.</p>"
+    "if the task is fulfilled within the allowed steps. An action that is not finite is a failure of the policy; an "
+    "episode whose simulator breaks every time is not counted.</p>"
     f"{''.join(blocks)}{again}{f'<p class=soft>{spent}</p>' if spent else ''}</section>"
   )
 

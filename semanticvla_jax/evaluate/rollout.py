@@ -40,9 +40,9 @@ class Episodes(NamedTuple):
     steps: i32[n], actions taken, those that led to success included.
     error: bool[n], True where the simulator broke: such an episode says nothing of the policy.
     instruction: n sentences, what success means.
-    told: n sentences, what the policy was told.
+    told: n sentences, the instructions that the policy got.
     states: every state before an action and the last one, State with leading axes [t + 1, n]; None unless asked for.
-    retries, seconds: i64[n], how often each broke and was begun again; f64[n], its duration. None without simulators.
+    retries, seconds: i64[n], how often each broke and was started again; f64[n], its duration. None without simulators.
     nonfinite: bool[n], True where the policy gave an action that is not finite, a failure; None for nowhere.
   """
 
@@ -92,7 +92,7 @@ def simulate(
   """Runs b episodes as one `lax.scan` over queries, each with an inner scan over `replan_steps` actions; pure, for jit.
 
   Args:
-    query: states and what they were told → actions; asked for all b at once, until the last episode has ended.
+    query: states and their instructions → actions; called for all b at once, until the last episode has ended.
     states: first states, batched.
     told: indices of sentences, passed to `query`.
     max_steps, replan_steps: static.
@@ -279,7 +279,7 @@ class OnDevice:
 
 
 def check_state(observation: Mapping[str, Any]) -> None:
-  """Raises ArithmeticError where an environment's state is not finite: its physics broke, whatever the policy does."""
+  """Raises ArithmeticError if an environment's state is not finite: its physics broke, not the policy."""
   state = observation.get("observation/state")
   if state is not None and not np.isfinite(np.asarray(state, np.float64)).all():
     raise ArithmeticError(f"the environment's state is not finite: {np.asarray(state)}")
@@ -307,7 +307,7 @@ class OnHost:
     policy: anything with infer, reset and replay. No actions at all end the episode.
     environment: an `envs.environment.Environment`. Whatever it raises makes an error of that episode alone.
     replan_steps: actions executed per policy query; None for the policy's own.
-    instruction: of a seed; what is said of an episode that broke before it could tell itself.
+    instruction: of a seed; recorded for an episode that broke before its instruction was known.
 
   Attributes:
     broken: episodes with an error, of those that the latest `run` has finished.
@@ -329,7 +329,7 @@ class OnHost:
   def run(
     self, seeds: Sequence[int] | np.ndarray, told: Sequence[str] | None = None, progress: Progress | None = None
   ) -> Episodes:
-    """As `OnDevice.run`; any sentence may be told."""
+    """As `OnDevice.run`; any instruction may be given."""
     rows, self.broken = [], 0
     for i, seed in enumerate(seeds):
       rows.append(self._episode(int(seed), None if told is None else told[i]))
@@ -377,10 +377,10 @@ class OnHost:
 
   @staticmethod
   def _ask(work: Callable[[], Any]) -> Any:
-    """What the environment answers; whatever it raises is distinguished from what the policy raises."""
+    """What the environment answers; its exceptions are told apart from those of the policy."""
     try:
       return work()
-    except Exception as error:  # a simulator raises what it likes
+    except Exception as error:  # a simulator may raise anything
       raise _Broken from error
 
 
@@ -389,7 +389,7 @@ def check_robot(policy: Policy, replan_steps: int) -> None:
   views, width, actions = policy.bare.num_views, policy.bare.proprio_dim, policy.metadata["action_dim"]
   if views > 2 or width not in (None, 8) or actions != 7 or policy.gripper != "command":
     raise ValueError(
-      f"Policy is of another robot: got {views} views, proprioception of width {width}, {actions} action dimensions, "
+      f"Policy is for another robot: got {views} views, proprioception of width {width}, {actions} action dimensions, "
       f"gripper={policy.gripper!r}; expected 1 or 2, 8, 7 and 'command'; evaluate a policy trained on the tabletop."
     )
   if not 1 <= replan_steps <= policy.chunk:

@@ -1,9 +1,9 @@
-"""Runs a policy in simulators that live in processes of their own: several at once, one batched policy.
+"""Runs a policy in several simulators at once, each in a separate process; one policy answers all in batches.
 
-Each simulator executes a chunk on its own while the policy answers another, and renders only what the policy is going
-to see. A simulator that breaks costs the retry of its episode; an episode that breaks every time is an error with a
-traceback, which is no failure of the task. An action that is not finite is one, the policy's. What is finished is saved
-at once, before anybody looks at it, so that an interrupted evaluation goes on at the next episode.
+A simulator executes a chunk while the policy answers another simulator, and renders only what the policy will see. If a
+simulator breaks, its episode is repeated; an episode that breaks every time is an error with a traceback and not
+counted. An action that is not finite is a failure of the policy and counted. Every episode is saved when it ends, so an
+interrupted evaluation resumes at the next one.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class EpisodeResult(NamedTuple):
     success: whether the task was done at any step.
     steps: actions taken.
     error: the traceback of an episode that broke each time it was tried; None for all others.
-    instruction, told: what success means, what the policy was told.
-    retries: how often it broke and was begun again.
+    instruction, told: what success refers to, and the instruction that the policy got.
+    retries: how often it broke and was started again.
     seconds: from its (last) beginning to its end.
     nonfinite: whether it failed by an action that is not finite.
   """
@@ -69,11 +69,11 @@ class EpisodeResult(NamedTuple):
 
 
 class EpisodeLog:
-  """Finished episodes as lines of JSON, each on disk before the next is begun.
+  """Finished episodes as lines of JSON, each on disk before the next starts.
 
   Args:
     path: of the file; its folder exists. Lines that are there already are read, the last of each episode counts; a
-      last one that was cut off is dropped, which is said, and its episode run again.
+      last one that was cut off is dropped with a warning, and its episode run again.
     repair: damaged lines are moved into `<name>.damaged`, which is logged, and their episodes run again.
 
   Raises:
@@ -86,24 +86,24 @@ class EpisodeLog:
     good, bad = [], []
     for line in lines:
       try:
-        record = self._read(line)
+        result = self._read(line)
       except ValueError:
         if not repair:
           raise
         bad.append(line)
       else:
         good.append(line)
-        self.found[record.seed] = record
+        self.found[result.seed] = result
     if bad or last:
       self._put_right(good, bad, last)
 
-  def add(self, record: EpisodeResult) -> None:
+  def add(self, result: EpisodeResult) -> None:
     """Appends one episode."""
     with self.path.open("a", encoding="utf-8") as file:
-      file.write(json.dumps(record._asdict()) + "\n")
+      file.write(json.dumps(result._asdict()) + "\n")
       file.flush()
       os.fsync(file.fileno())
-    self.found[record.seed] = record
+    self.found[result.seed] = result
 
   def _put_right(self, good: Sequence[bytes], bad: Sequence[bytes], last: bytes) -> None:
     """Keeps the good lines in the file, moves the damaged ones out of it, and logs that."""
@@ -121,18 +121,18 @@ class EpisodeLog:
 
   def _read(self, line: bytes) -> EpisodeResult:
     try:
-      record = EpisodeResult(**json.loads(line))
-      numbers = [int(value) for value in (record.seed, record.steps, record.retries)]
-      if [record.seed, record.steps, record.retries] != numbers or not isinstance(record.success, bool):
+      result = EpisodeResult(**json.loads(line))
+      numbers = [int(value) for value in (result.seed, result.steps, result.retries)]
+      if [result.seed, result.steps, result.retries] != numbers or not isinstance(result.success, bool):
         raise TypeError
-      if not (isinstance(record.instruction, str) and isinstance(record.told, str)) or float(record.seconds) < 0:
+      if not (isinstance(result.instruction, str) and isinstance(result.told, str)) or float(result.seconds) < 0:
         raise TypeError
     except (ValueError, TypeError) as error:
       raise ValueError(
         f"{self.path}: got the line {line[:80].decode(errors='replace')!r}; expected an episode; remove the line, and "
         "it is run again."
       ) from error
-    return record
+    return result
 
 
 class _Running:
@@ -228,35 +228,35 @@ class OnSimulators:
     self.broken = 0
     if self._waiting:
       self._start(min(self.workers, len(self._waiting)))
-      for record, seen in self._episodes():
-        done[record.seed] = record
-        self.broken += record.error is not None
+      for result, seen in self._episodes():
+        done[result.seed] = result
+        self.broken += result.error is not None
         if records is not None:
-          records.add(record)
-        if self.seen is not None and record.error is None:
-          self.seen(record, seen)
+          records.add(result)
+        if self.seen is not None and result.error is None:
+          self.seen(result, seen)
         self._give_up_if_all_broke(done)
         if progress is not None:
           progress(len(done), sum(one.success for one in done.values()))
     return episodes([done[seed] for seed in seeds])
 
-  def _is_this(self, record: EpisodeResult) -> bool:
+  def _is_this(self, result: EpisodeResult) -> bool:
     """Whether a finished episode did not break and had the instruction that it would have now."""
-    return record.error is None and self._told.get(record.seed, record.told) == record.told
+    return result.error is None and self._told.get(result.seed, result.told) == result.told
 
   def _start(self, count: int) -> None:
     while len(self._pool) < count:
       self._pool.append(_Running(self._make()))
 
   def _episodes(self):
-    """Yields a record, and what was observed, whenever an episode ends."""
+    """Yields a result, and what was observed, whenever an episode ends."""
     try:
       while self._waiting or any(one.seed is not None for one in self._pool):
         for one in self._pool:
           if one.seed is None and self._waiting:
             seed = self._next(one)
             one.begin(seed, self._task(seed)[0])
-        ended = [record for one in self._arrived() if (record := self._hear(one)) is not None]
+        ended = [result for one in self._arrived() if (result := self._hear(one)) is not None]
         ended += self._ask([one for one in self._pool if one.moment is not None])
         yield from ended
     except BaseException:  # an interruption leaves no simulator in the middle of an episode
@@ -264,7 +264,7 @@ class OnSimulators:
       raise
 
   def _next(self, one: _Running) -> int:
-    """The next episode for a simulator: of its own group, else of one that nobody is in, else any."""
+    """The next episode for a simulator: of its own group, else of a group without a simulator, else any."""
     taken = {other.group for other in self._pool if other is not one and other.seed is not None}
     own = [i for i, seed in enumerate(self._waiting) if self._task(seed)[0] == one.group]
     free = [i for i, seed in enumerate(self._waiting) if self._task(seed)[0] not in taken]
@@ -325,12 +325,12 @@ class OnSimulators:
   def _end(self, one: _Running, nonfinite: bool = False) -> tuple[EpisodeResult, list[dict]]:
     moment, told, seen = one.moment, self._told.get(one.seed, one.moment.instruction), one.seen
     seconds = round(time.monotonic() - one.began, 3)
-    record = EpisodeResult(
+    result = EpisodeResult(
       one.seed, moment.success and not nonfinite, moment.steps, None, moment.instruction, told,
       self._tries.get(one.seed, 0), seconds, nonfinite,
     )  # fmt: skip
     one.idle()
-    return record, seen
+    return result, seen
 
   def _broke(self, one: _Running, error: str) -> tuple[EpisodeResult, list[dict]] | None:
     """Starts the simulator again; the episode waits for another try, unless it had enough of them."""
@@ -347,7 +347,7 @@ class OnSimulators:
     return EpisodeResult(seed, False, 0, error, sentence, self._told.get(seed, sentence), tries, seconds), []
 
   def _give_up_if_all_broke(self, done: Mapping[int, EpisodeResult]) -> None:
-    errors = [record.error for record in done.values() if record.error is not None]
+    errors = [result.error for result in done.values() if result.error is not None]
     if len(errors) == len(done) and len(errors) > self.workers:
       raise BrokenEnvironment(f"All of the first {len(errors)} episodes broke. The last one:\n{errors[-1]}")
 

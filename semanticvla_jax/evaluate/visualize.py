@@ -95,12 +95,12 @@ def kept_overlay(image: UInt8[np.ndarray, "s s 3"], kept: Bool[np.ndarray, "n"])
 
 
 def heat_overlay(image: UInt8[np.ndarray, "s s 3"], weights: Float[np.ndarray, "n"]) -> UInt8[np.ndarray, "s s 3"]:
-  """Weights as colours from dark violet (least) to yellow (most), each picture on its own scale, over a grey image."""
+  """Weights as colors from dark violet (least) to yellow (most), each picture on its own scale, over a gray image."""
   span = float(np.ptp(weights))
   heat = (weights - weights.min()) / (span if span > 0 else 1.0)
-  colours = matplotlib.colormaps["inferno"](_spread(heat, image.shape[0]))[..., :3] * 255
-  grey = image.mean(axis=2, keepdims=True)
-  return np.clip(0.38 * grey + 0.62 * colours, 0, 255).astype(np.uint8)
+  colors = matplotlib.colormaps["inferno"](_spread(heat, image.shape[0]))[..., :3] * 255
+  gray = image.mean(axis=2, keepdims=True)
+  return np.clip(0.38 * gray + 0.62 * colors, 0, 255).astype(np.uint8)
 
 
 def _spread(values: np.ndarray, size: int) -> np.ndarray:
@@ -136,12 +136,12 @@ def tiles(pictures: Sequence[UInt8[np.ndarray, "s s 3"]], look: Look) -> list[li
 
 
 def _peak(weights: Float[np.ndarray, "n"]) -> str:
-  """How much more the brightest patch gets than an even share: colours are scaled to each picture, this is not."""
+  """How much more the brightest patch gets than an even share: colors are scaled to each picture, this is not."""
   return f"(peak {weights.max() / weights.mean():.1f}x)"
 
 
 def cue_tiles(picture: UInt8[np.ndarray, "s s 3"], look: Look, view: int = 0) -> list[Tile]:
-  """Where each cue looks, one picture a word."""
+  """Where each cue looks, one picture per word."""
   if look.cues is None:
     return []
   return [
@@ -191,14 +191,14 @@ def film(
   frames: UInt8[np.ndarray, "t 2 s s 3"], told: str, success: bool, asked: str | None = None,
   steps: Sequence[int] | None = None,
 ) -> UInt8[np.ndarray, "u h w 3"]:
-  """Both views side by side over a caption: what the robot was told, the step, and in the end whether it succeeded.
+  """Both views side by side over a caption: the instruction, the step, and at the end whether it succeeded.
 
   Args:
     frames: of one episode, up to its last state.
-    told: what the policy was told.
+    told: the instruction that the policy got.
     success: whether the last state is one.
-    asked: the instruction that success refers to, where it is another one.
-    steps: actions taken before each frame, where that is not one a frame.
+    asked: the instruction that success refers to, if it is another one.
+    steps: actions taken before each frame, if that is not one per frame.
   """
   steps = range(len(frames)) if steps is None else steps
   t, _, s = frames.shape[:3]
@@ -213,8 +213,8 @@ def film(
     draw, y = ImageDraw.Draw(page), s + _MARGIN + 6
     draw.text((_MARGIN, y), _fit(draw, f"“{told}”", width - 2 * _MARGIN, large), fill=_INK, font=large)
     state = f"step {steps[i]}" + ("" if i < t - 1 else ": done" if success else ": not done")
-    colour = _INK if i < t - 1 else _GOOD if success else _BAD
-    draw.text((_MARGIN, y + 22), state, fill=colour, font=small)
+    color = _INK if i < t - 1 else _GOOD if success else _BAD
+    draw.text((_MARGIN, y + 22), state, fill=color, font=small)
     if asked is not None and asked != told:
       task = _fit(draw, f"(the task was: {asked})", width - s // 2 - _MARGIN, small)
       draw.text((s // 2, y + 22), task, fill=_INK, font=small)

@@ -3,7 +3,7 @@
 By the rules of the release's `regenerate_libero_dataset.py`: reset, the demonstration's first state, ten steps of
 waiting (without them the controller starts from a stale goal), then its actions without no-ops; what is seen before
 each action is recorded, and a demonstration whose last step does not fulfil the task is dropped and counted. Where a
-file says what its reset was seeded with (LIBERO's own do not), fixtures stand where they stood.
+file says what its reset was seeded with (LIBERO's own do not), fixtures are placed as they were.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Report(NamedTuple):
 def write(
   recipe: Recipe, out: str | pathlib.Path, name: str, progress: Callable[[int, int, int], None] | None = None
 ) -> Report:
-  """Writes `<out>/<name>/1.0.0`, its statistics and demonstrations.json; goes on where an earlier call was interrupted.
+  """Writes `<out>/<name>/1.0.0`, its statistics and demonstrations.json; resumes where an earlier call was interrupted.
 
   Args:
     recipe: see there.
@@ -138,15 +138,15 @@ def _claim(parts: pathlib.Path, facts: dict) -> dict:
   except ValueError as error:
     raise ValueError(
       f"{path} is damaged: got {cli.first_line(error)}; expected what the replays in {parts} were made with; remove "
-      "that folder to begin anew."
+      "that folder to start again."
     ) from error
   known = before.get("files", {})
   unlike = [(key, before.get(key), facts[key]) for key in facts if key != "files" and before.get(key) != facts[key]]
   unlike += [(name, known[name], found) for name, found in facts["files"].items() if known.get(name, found) != found]
   if unlike:
     raise ValueError(
-      f"Replays in {parts} were made otherwise: got (what, then, now) {unlike}; expected the same; remove that folder "
-      "to begin anew."
+      f"Replays in {parts} were made differently: got (what, then, now) {unlike}; expected the same; remove that "
+      "folder to start again."
     )
   facts = facts | {"files": known | facts["files"]}
   files.write_json(path, facts)

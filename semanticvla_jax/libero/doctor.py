@@ -33,7 +33,7 @@ _MARKS = {True: "APPLIES", False: "ok     ", None: "unknown"}
 
 
 class Finding(NamedTuple):
-  """One trap: whether it applies (None: cannot be told), what was seen, its known effect, what to do."""
+  """One trap: whether it applies (None: unknown), what was seen, its known effect, what to do."""
 
   trap: str
   applies: bool | None
@@ -63,7 +63,7 @@ def crop(config: Mapping) -> Finding:
   if "diagonal_crop" in data:  # trained since training crops what the config says; before, it was the released area
     applies = bool(augmented) and area is None
   remedy = f"set data.crop_area of the policy's config.json to {trained} if it was trained on crops, else to null"
-  return Finding("centre crop", applies, seen, "a missing crop cost about 3 points", remedy)
+  return Finding("center crop", applies, seen, "a missing crop cost about 3 points", remedy)
 
 
 def bounds(config: Mapping, action: Statistics) -> Finding:
@@ -101,7 +101,7 @@ def image_path(config: Mapping, quality: int | None) -> Finding:
 
   Args:
     config: of the policy.
-    quality: of the protocol's round trip, where the policy has none of its own.
+    quality: of the protocol's round trip, if the policy has none.
   """
   data = config.get("data") or {}
   own = data.get("jpeg_quality")
@@ -125,7 +125,7 @@ def pruner_text(config: Mapping) -> Finding:
 
 def seeding(where: str) -> Finding:
   """Whether what an episode looks like depends on those that ran before it."""
-  effect = "fixtures stand a centimetre elsewhere; JPEG, Lanczos, crop and seeds together: 71.0 to 76.2 points"
+  effect = "fixtures are a centimeter off; JPEG, Lanczos, crop and seeds together: 71.0 to 76.2 points"
   seen = {"episode": "before every reset, by (seed, task, trial)", "environment": "once, when an environment is made"}
   return Finding("seeding", where == "environment", seen[where], effect, "evaluate with --seeding=episode")
 
@@ -168,7 +168,7 @@ def simulator_versions(versions: Mapping[str, str | None]) -> list[Finding]:
 
 
 def looks(digest: str, published: str | None) -> Finding:
-  """Whether objects look otherwise than the benchmark's: stand-ins for some of its assets.
+  """Whether objects look different from the benchmark's: stand-ins for some of its assets.
 
   Args:
     digest: of the assets there are, see suites.assets_hash.
@@ -213,7 +213,7 @@ def _other_way(renderer: str) -> str:
 
 
 def rotation(stored: Sequence[UInt8[np.ndarray, "h w 3"]], rendered: UInt8[np.ndarray, "h w 3"]) -> Finding:
-  """Whether the simulator's first frame stands otherwise than the data's.
+  """Whether the simulator's first frame is oriented differently from the data's.
 
   Args:
     stored: first frames of episodes, of the front camera.
@@ -249,7 +249,7 @@ def policy(
   """All that a policy folder tells.
 
   Raises:
-    ValueError: it is no policy folder.
+    ValueError: it is not a policy folder.
   """
   config, entries, _ = policy_folder.read_policy_json(folder)
   names = [dataset] if dataset else [*entries]

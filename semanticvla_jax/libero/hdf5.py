@@ -21,7 +21,7 @@ class Demonstration(NamedTuple):
     actions: of all steps, 3 translation, 3 rotation, gripper -1 open, +1 close.
     first: the simulator's state before the first action: time, positions, velocities.
     path: of the file.
-    seed: of the reset that it was recorded after, which decides where fixtures stand; None where the file says none
+    seed: of the reset that it was recorded after, which decides where fixtures are; None if the file has none
       (LIBERO's own do not).
   """
 
@@ -91,7 +91,7 @@ def _demonstration(name: str, group, path: pathlib.Path) -> Demonstration:
 
 
 def _seed(name: str, group, path: pathlib.Path) -> int | None:
-  """The recorded seed, one that numpy takes; None where there is none."""
+  """The recorded seed, one that numpy takes; None if there is none."""
   seed = group.attrs.get("seed")
   if seed is None:
     return None

@@ -1,8 +1,8 @@
-"""Which OpenGL device draws a simulator's frames, found out by drawing with it.
+"""Which OpenGL device renders a simulator's frames, found by rendering with it.
 
 MuJoCo and robosuite read CUDA_VISIBLE_DEVICES, MUJOCO_EGL_DEVICE_ID, MUJOCO_GL and PYOPENGL_PLATFORM, each in its own
-way, and end in tracebacks for values that CUDA is fine with. So a process that draws has its own environment variables,
-whatever the shell's are, and the device is one that has drawn before.
+way, and fail for values that CUDA accepts. So a rendering process gets its own environment variables, not those of
+the shell, and the device is one that has rendered before.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def variables(renderer: str, device: int | None = None) -> dict[str, str | None]
 
   Args:
     renderer: "egl" or "osmesa".
-    device: EGL's own number of the device, whatever CUDA calls it.
+    device: EGL's own number of the device, which may differ from CUDA's.
   """
   return {
     "MUJOCO_GL": renderer, "PYOPENGL_PLATFORM": renderer, "CUDA_VISIBLE_DEVICES": None,
@@ -66,7 +66,7 @@ def choose(renderer: str, device: int | None = None) -> int | None:
   Raises:
     ValueError: there is no such device, or it cannot draw, or none can.
   """
-  with _LOCK:  # simulators are started by several threads, and what is said is said once
+  with _LOCK:  # simulators are started by several threads, and a message is printed once
     if renderer == "egl" and device is None:
       return _first(os.environ.get("MUJOCO_EGL_DEVICE_ID"), os.environ.get("CUDA_VISIBLE_DEVICES"))
     found = draw(renderer, device)
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> None:
     if found["devices"] == 0:
       raise RuntimeError("EGL knows no device: neither a GPU's driver nor Mesa is installed")
     found["renderer"] = _picture()
-  except Exception as error:  # libraries that are missing or broken raise whatever they like
+  except Exception as error:  # missing or broken libraries may raise anything
     found["missing"] = isinstance(error, ModuleNotFoundError)
     found["error"] = next(iter(f"{type(error).__name__}: {error}".splitlines()))[:300]
   print(json.dumps(found), flush=True)

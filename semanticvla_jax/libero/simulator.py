@@ -1,7 +1,6 @@
-"""LIBERO's real simulator, with the interface of `envs.base.Environment`.
+"""LIBERO's simulator, with the interface of `envs.environment.Environment`.
 
-It loads OpenGL, so it belongs in a process of its own (`start` puts it there) where nobody imports TensorFlow: both in
-one process crash.
+It loads OpenGL, which crashes in one process with TensorFlow; `start` runs it in a separate process.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _CAMERAS = {"observation/image": "agentview_image", "observation/wrist_image": "
 def start(
   settings: suites.Settings, beginnings: Mapping[int, suites.Beginning] | None = None, timeout: float = 900.0
 ) -> Process:
-  """A simulator in a process of its own.
+  """A simulator in a separate process.
 
   Args:
     settings: see there.
@@ -47,7 +46,7 @@ def start(
 
 
 class Simulator:
-  """One LIBERO episode at a time, with the `Environment` protocol; `reset(seed)` takes episode numbers.
+  """One LIBERO episode at a time, with the `Environment` protocol; `reset` takes an episode number.
 
   Number 50 i + t is the t-th first state of task i. The task's environment is made when its first episode begins and
   kept until another task's does. Cameras render only what is returned: they are closed inside robosuite's own
@@ -56,7 +55,7 @@ class Simulator:
   Args:
     settings: with `assets` resolved.
     beginnings: by episode number, instead of the benchmark's first states; such episodes alone exist then. With seeding
-      by "episode" a known seed of numpy comes before that of the settings, and fixtures stand where they stood.
+      by "episode" a known seed of numpy comes before that of the settings, and fixtures are placed as they were.
 
   Raises:
     RuntimeError: TensorFlow is in this process.
@@ -90,14 +89,14 @@ class Simulator:
     self._current()
     return self._done
 
-  def reset(self, seed: int) -> dict:
-    """Starts an episode by its number; the first observation is after `wait_steps`.
+  def reset(self, episode: int) -> dict:
+    """Starts an episode by its number, which is not a random seed; the first observation is after `wait_steps`.
 
     Raises:
       ValueError: there is no such episode.
     """
-    task, trial = divmod(seed, suites.EPISODES)
-    state = self._first_state(seed, task, trial)
+    task, trial = divmod(episode, suites.EPISODES)
+    state = self._first_state(episode, task, trial)
     self._open = False
     self._fresh(task, trial)
     self._last = self._environment.set_init_state(state)
@@ -127,23 +126,24 @@ class Simulator:
     self._last = self._environment.env._get_observations()
     return self._observation()
 
-  def facts(self, seed: int) -> dict[str, str]:
-    """What draws the frames; makes the environment of episode `seed` if there is none."""
+  def facts(self, episode: int) -> dict[str, str]:
+    """The renderer; makes the environment of an episode if there is none."""
     if self._task is None:
-      self._create(seed // suites.EPISODES)
+      self._create(episode // suites.EPISODES)
     from OpenGL import GL
 
     drawn = GL.glGetString(GL.GL_RENDERER)
     return {"renderer": f"{self.settings.renderer}: {'unknown' if drawn is None else drawn.decode()}"}
 
-  def _first_state(self, seed: int, task: int, trial: int) -> np.ndarray:
+  def _first_state(self, episode: int, task: int, trial: int) -> np.ndarray:
     if self._beginnings is not None:
-      if seed not in self._beginnings:
-        raise ValueError(f"LIBERO: got episode {seed}; expected one of the {len(self._beginnings)} given ones.")
-      return self._beginnings[seed].state
+      if episode not in self._beginnings:
+        raise ValueError(f"LIBERO: got episode {episode}; expected one of the {len(self._beginnings)} given ones.")
+      return self._beginnings[episode].state
     if not 0 <= task < len(self._tasks):
       raise ValueError(
-        f"LIBERO: got episode {seed}; expected 0 to {suites.EPISODES * len(self._tasks) - 1} in {self.settings.suite}."
+        f"LIBERO: got episode {episode}; expected 0 to {suites.EPISODES * len(self._tasks) - 1} in "
+        f"{self.settings.suite}."
       )
     found = suites.first_states(self._tasks[task])
     if trial >= len(found):
@@ -184,7 +184,7 @@ class Simulator:
     self._ahead = None
     LOGGER.warning(
       "Episode %d: its recorded seed %d leads to another first state than the recorded one, whichever of 1 to %d resets"
-      " came before; drawers of this task stand elsewhere than they did; replay with the versions of the recording.",
+      " came before; drawers of this task are not where they were; replay with the versions of the recording.",
       task * suites.EPISODES + trial, begun.seed, _EARLIER - 1,
     )  # fmt: skip
     return 0
@@ -215,7 +215,7 @@ class Simulator:
     self._samplers = [*self._environment.env.object_property_initializers]
 
   def _reset(self, earlier: int = 0) -> None:
-    """Resets; with seeding by "episode" as if `earlier` resets had come before, whatever did.
+    """Resets; with seeding by "episode" as if `earlier` resets had come before.
 
     Each adds its drawers' and knobs' samplers to those of all before, and every one of them draws random numbers.
     """
@@ -228,7 +228,7 @@ class Simulator:
       camera._sensor = self._gate(camera._sensor)
 
   def _gate(self, sensor: Callable) -> Callable:
-    """A camera that draws only while `_open`: whatever reads it, at the moment at which robosuite would."""
+    """A camera that draws only while `_open`: and at the moment when robosuite would."""
     dark = np.zeros((self.settings.size, self.settings.size, 3), np.uint8)
 
     def gated(cache: dict) -> np.ndarray:
@@ -250,12 +250,12 @@ class Simulator:
 
   def _current(self) -> int:
     if self._task is None:
-      raise ValueError("No episode is running; expected reset(seed) before anything else: call reset first.")
+      raise ValueError("No episode is running; expected a call of reset first; call reset.")
     return self._task
 
 
 def _import(assets: str) -> Callable[..., Any]:
-  """Imports the benchmark with a configuration of its own, and points it at the assets."""
+  """Imports the benchmark with a separate configuration, and points it at the assets."""
   root = suites.package()
   folder = tempfile.mkdtemp(prefix="libero_config_")
   paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files",
@@ -269,5 +269,5 @@ def _import(assets: str) -> Callable[..., Any]:
   from libero.libero.envs import OffScreenRenderEnv
 
   if "tensorflow" in sys.modules:
-    raise RuntimeError("The benchmark imported TensorFlow, which crashes beside OpenGL; install what make sim does.")
+    raise RuntimeError("The benchmark imported TensorFlow, which crashes next to OpenGL; install what make sim does.")
   return OffScreenRenderEnv

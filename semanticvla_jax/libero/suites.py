@@ -33,7 +33,7 @@ QUATERNIONS = ("robosuite", "positive_w")
 PACKAGES = ("hf-libero", "robosuite", "bddl", "mujoco")
 ASSETS_VARIABLE = "LIBERO_ASSETS"
 _PARTS = ("articulated_objects", "stable_scanned_objects", "turbosquid_objects", "stable_hope_objects", "scenes")
-_LOOKS = (*_PARTS, "textures")  # and the .xml beside them: all that the simulator reads
+_LOOKS = (*_PARTS, "textures")  # and the .xml files next to them: all that the simulator reads
 
 
 class Task(NamedTuple):
@@ -50,7 +50,7 @@ class Beginning(NamedTuple):
 
   Attributes:
     state: f64[s], of the simulator: time, positions, velocities.
-    seed: of numpy before its reset, which with the resets before decides where fixtures stand; None where unknown.
+    seed: of numpy before its reset, which with the resets before it decides where fixtures are; None if unknown.
   """
 
   state: np.ndarray
@@ -212,7 +212,7 @@ def first_states(task: Task) -> Float[np.ndarray, "n s"]:
 
 
 def find_assets(given: str | os.PathLike | None = None) -> pathlib.Path:
-  """The folder of meshes and textures: `given`, $LIBERO_ASSETS, beside the package, or ~/.cache/libero/assets.
+  """The folder of meshes and textures: `given`, $LIBERO_ASSETS, next to the package, or ~/.cache/libero/assets.
 
   Raises:
     ValueError: it is in none of these; says how to get it.
@@ -238,7 +238,7 @@ def _usual_places() -> list[pathlib.Path]:
 def assets_hash(folder: str) -> str:
   """SHA-256 of names and contents of what the simulator reads, 16 hexadecimal digits: other looks give another hash.
 
-  What else lies in the folder (a download's cache, a licence) counts for nothing.
+  Other files in the folder (a download's cache, a license) do not count.
   """
   digest, root = hashlib.sha256(), pathlib.Path(folder)
   found = [*root.glob("*.xml"), *(path for part in _LOOKS for path in (root / part).rglob("*"))]

@@ -194,7 +194,7 @@ def test_every_planted_trap_of_a_folder_is_found_by_the_command(folder, capsys, 
     main(["doctor", f"--policy={path}", "--suite=libero_goal"])
   lines = capsys.readouterr().out.splitlines()
   applies = {line.split("  ", 1)[1].split(":")[0] for line in lines if line.startswith("APPLIES")}
-  wanted = {"statistics key", "centre crop", "mask of the action block", "quaternion convention", "statistics"}
+  wanted = {"statistics key", "center crop", "mask of the action block", "quaternion convention", "statistics"}
   assert ended.value.code == 1 and wanted <= applies and "gripper" not in applies
   assert any(line.startswith("unknown  rotation") for line in lines)
 

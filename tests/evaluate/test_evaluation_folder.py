@@ -146,11 +146,11 @@ def test_what_was_measured_otherwise_is_refused_with_its_fields(tmp_path):
   results(tmp_path).add(row())
   for change, line in (({"replay": 4}, "replay: 8 against 4"), ({"split": "unseen"}, "split: heldout against unseen"),
                        ({"policy": {"policy_hash": "q"}}, "policy.policy_hash: p against q")):  # fmt: skip
-    with pytest.raises(ValueError, match=f"(?s)measured otherwise.*{line}.*choose another --out"):
+    with pytest.raises(ValueError, match=f"(?s)measured differently.*{line}.*choose another --out"):
       results(tmp_path).check({KEY: MARK | change}, range(4))
   elsewhere = {"policy": {"policy_hash": "p", "folder": "there"}, "sources": "b", "seeds": "0..9", "episodes": 10}
   results(tmp_path).check({KEY: MARK | elsewhere}, range(10))
-  assert folder.gone_on(MARK, MARK | elsewhere, tmp_path)["sources"] == "a b"
+  assert folder.merged(MARK, MARK | elsewhere, tmp_path)["sources"] == "a b"
 
 
 def test_a_report_that_holds_more_than_is_asked_for_is_not_made_smaller(tmp_path):
@@ -199,7 +199,7 @@ def test_what_fails_afterwards_is_a_warning(caplog):
     raise OSError("No space left on device")
 
   assert folder.afterwards("pictures", work, []) == []
-  assert "pictures failed: OSError: No space left on device; what was measured is kept" in caplog.text
+  assert "pictures failed: OSError: No space left on device; the measured results are kept" in caplog.text
   with pytest.raises(KeyboardInterrupt):
     folder.afterwards("pictures", lambda: (_ for _ in ()).throw(KeyboardInterrupt), [])
 

@@ -71,7 +71,7 @@ def test_a_report_says_it_in_the_first_lines(page):
   assert "3 of 4 episodes of pick end with the task done" in first and "(30–95 %" in first
   assert "before fine-tuning 1 of 4" in first and "told another episode's instruction, 0 of 4" in first
   for heading in ("What the robot was told", "What it looked at", "What it did: It did.", "Success", "Controls",
-                  "By task", "Episodes", "Where it looks", "Training", "How it was measured", "The same again"):
+                  "By task", "Episodes", "Where it looks", "Training", "How it was measured", "Command"):
     assert heading in found.text, heading
   assert "pick up the <b>blue</b> ball" in found.text, "escaped"
   assert "75 %" in found.text and "evaluate 12 s" in found.text

@@ -172,7 +172,7 @@ def test_only_what_was_measured_otherwise_is_refused(folders, made_up, tmp_path)
   for change, line in (("--replay=4", "replay: 8 against 4"), ("--split=train", "split: heldout against train"),
                        (f"--policy={folders / 'b'}", "policy.policy_hash"), ("--dtype=bfloat16", "dtype")):  # fmt: skip
     made_up.runs = []
-    with pytest.raises(SystemExit, match=f"(?s)measured otherwise: got.*{line}.*choose another --out"):
+    with pytest.raises(SystemExit, match=f"(?s)measured differently: got.*{line}.*choose another --out"):
       command.main([*flags(folders, tmp_path), change])
     assert not made_up.runs and (tmp_path / "results.json").read_bytes() == before
 
@@ -233,7 +233,7 @@ def test_what_fails_after_the_measurement_is_a_warning_and_is_made_by_the_next_r
     patch.setattr(*where, full)
     command.main(words)
   name = {"report": "report.html"}.get(what, what)
-  assert f"{name} failed: OSError: No space left on device; what was measured is kept" in caplog.text
+  assert f"{name} failed: OSError: No space left on device; the measured results are kept" in caplog.text
   assert rows(tmp_path)["pick", "this policy"]["episodes"] == 2
   assert len([*tmp_path.glob("*.mp4")]) == (what != "films") and not [*tmp_path.glob(".*")]
   if what == "films":
