@@ -36,7 +36,7 @@ _HORIZON = 1000  # the simulator's own: a demonstration is replayed to its end
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-  default = demonstrations.Recipe("place")
+  default = demonstrations.Options("place")
   parser = cli.ArgumentParser(f"{_PROGRAM} tabletop", "Writes demonstrations of the tabletop's scripted expert.")
   add = parser.add_argument
   add("--suite", required=True, help=f"suite of the tabletop: one of {', '.join(tasks.SUITES)}")
@@ -72,7 +72,7 @@ def _replay_arguments(argv: list[str]) -> argparse.Namespace:
   add("--egl-device", type=int, help="number of the EGL device that renders (default: the first that works)")
   add(
     "--check", action="store_true",
-    help="render and write nothing, report which replays succeed, in a quarter of the time",
+    help="render and write nothing, summary which replays succeed, in a quarter of the time",
   )
   add("--out", default="data", help="folder of datasets (default: data)")
   add("--name", help="name of the dataset (default: <suite>_no_noops)")
@@ -94,18 +94,18 @@ def replay(argv: list[str]) -> None:
     )  # fmt: skip
     suites.check(settings)
     tasks = tuple(suites.task_numbers(args.tasks, args.suite))
-    recipe = replays.Recipe(args.from_hdf5, args.suite, settings, tasks, args.episodes, args.workers)
+    options = replays.ReplayOptions(args.from_hdf5, args.suite, settings, tasks, args.episodes, args.workers)
     if args.check:
-      report = replays.check(recipe, progress)
+      summary = replays.check(options, progress)
     else:
-      report = replays.write(recipe, args.out, args.name or f"{args.suite}_no_noops", progress)
+      summary = replays.write(options, args.out, args.name or f"{args.suite}_no_noops", progress)
   except (ValueError, BrokenEnvironment) as error:
-    sys.exit(str(error))
+    sys.exit(f"error: {error}")
   print(
-    f"{report.folder or args.suite}: {report.kept} of {report.tried} replays succeeded, {report.frames} frames, "
+    f"{summary.folder or args.suite}: {summary.kept} of {summary.tried} replays succeeded, {summary.frames} frames, "
     f"{time.perf_counter() - start:.0f} s"
   )
-  for task, names in report.dropped.items():
+  for task, names in summary.dropped.items():
     print(f"  dropped of {task}: {', '.join(names)}")
 
 
@@ -118,23 +118,23 @@ def expert(argv: list[str]) -> None:
       f"demonstrations, because the expert knows only {', '.join(tasks.SUITES)}; add --from-hdf5=DIR."
     )
   name = args.name or f"tabletop_{args.suite}"
-  recipe = demonstrations.Recipe(
+  options = demonstrations.Options(
     args.suite, args.split, args.episodes, args.seed, args.size, args.noise, args.label, args.perturbed
   )
   start = time.perf_counter()
 
   def progress(done: int) -> None:
-    if done % 25 == 0 or done == recipe.episodes:
-      print(f"{done}/{recipe.episodes} episodes, {time.perf_counter() - start:.0f} s", flush=True)
+    if done % 25 == 0 or done == options.episodes:
+      print(f"{done}/{options.episodes} episodes, {time.perf_counter() - start:.0f} s", flush=True)
 
   try:
-    report = demonstrations.write(recipe, args.out, name, progress)
+    summary = demonstrations.write(options, args.out, name, progress)
   except ValueError as error:
-    sys.exit(str(error))
-  size = sum(path.stat().st_size for path in report.folder.iterdir()) / 1e6
+    sys.exit(f"error: {error}")
+  size = sum(path.stat().st_size for path in summary.folder.iterdir()) / 1e6
   print(
-    f"{report.folder}: {report.kept} episodes, {report.frames} frames, {size:.1f} MB; {len(report.dropped)} of "
-    f"{report.tried} tries failed and were dropped; {time.perf_counter() - start:.0f} s"
+    f"{summary.folder}: {summary.kept} episodes, {summary.frames} frames, {size:.1f} MB; {len(summary.dropped)} of "
+    f"{summary.tried} tries failed and were dropped; {time.perf_counter() - start:.0f} s"
   )
 
 

@@ -38,7 +38,7 @@ def environment(changes: Mapping[str, str | None]) -> dict[str, str]:
   return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
 
 
-class Moment(NamedTuple):
+class StepResult(NamedTuple):
   """The state of an episode.
 
   Attributes:
@@ -61,13 +61,13 @@ class Host:
   def __init__(self, environment: Any):
     self.environment, self.steps = environment, 0
 
-  def reset(self, seed: int) -> Moment:
+  def reset(self, seed: int) -> StepResult:
     """Begins episode `seed`."""
     observation = self.environment.reset(seed)
     self.steps = 0
     return self._moment([observation], False)
 
-  def act(self, actions: Float[np.ndarray, "n a"], every: bool, on: bool, look: bool = True) -> Moment:
+  def act(self, actions: Float[np.ndarray, "n a"], every: bool, on: bool, look: bool = True) -> StepResult:
     """Executes actions until they are used up or, without `on`, the episode is over.
 
     Renders all (`every`), one (`look`), or none.
@@ -88,8 +88,8 @@ class Host:
     """Any other method of the environment."""
     return getattr(self.environment, name)(*args)
 
-  def _moment(self, seen: list[dict], done: bool) -> Moment:
-    return Moment(seen, self.steps, bool(self.environment.success), bool(done), self.environment.instruction)
+  def _moment(self, seen: list[dict], done: bool) -> StepResult:
+    return StepResult(seen, self.steps, bool(self.environment.success), bool(done), self.environment.instruction)
 
 
 class Process:
@@ -110,7 +110,7 @@ class Process:
   ):
     self._make, self._variables, self.timeout = make, dict(variables or {}), timeout
     self._log = tempfile.TemporaryFile(prefix="environment_")  # noqa: SIM115, closed with the process
-    self._moment: Moment | None = None
+    self._moment: StepResult | None = None
     self.connection, self._process = self._start()
 
   @property
@@ -179,7 +179,7 @@ class Process:
       LOGGER.log(level, message)
     if kind == "error":
       raise BrokenEnvironment(answer)
-    if isinstance(answer, Moment):
+    if isinstance(answer, StepResult):
       self._moment = answer
     return answer
 
@@ -227,7 +227,7 @@ class Process:
     text = self._log.read().decode(errors="replace").strip()[-_TAIL:]
     return f" It printed last:\n{text}" if text else " It printed nothing."
 
-  def _current(self) -> Moment:
+  def _current(self) -> StepResult:
     if self._moment is None:
       raise ValueError("No episode is running; expected reset(seed) before anything else: call reset first.")
     return self._moment

@@ -21,7 +21,7 @@ import numpy as np
 
 from semanticvla_jax import files
 from semanticvla_jax.data import images
-from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Moment, Process
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process, StepResult
 from semanticvla_jax.evaluate.rollout import Episodes, check_state
 
 _PICTURES = ("observation/image", "observation/wrist_image")
@@ -145,7 +145,7 @@ class _Running:
 
   def idle(self) -> None:
     self.seed: int | None = None
-    self.moment: Moment | None = None
+    self.moment: StepResult | None = None
     self.seen: list[dict] = []
     self.spoilt = False  # whether what follows the actions sent is not finite
 

@@ -160,6 +160,6 @@ def main(argv: Sequence[str]) -> None:
     with folder.alone(pathlib.Path(args.out)):
       missing = evaluate(benchmark, args, f"{_PROGRAM} {shlex.join(argv)}", metrics)
   except ValueError as error:
-    sys.exit(str(error))
+    sys.exit(f"error: {error}")
   if missing:
     sys.exit("\n".join(missing))

@@ -24,14 +24,14 @@ import numpy as np
 
 from semanticvla_jax import cli, files
 from semanticvla_jax.data import writer
-from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Moment, Process
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process, StepResult
 from semanticvla_jax.libero import hdf5, simulator, suites
 
 _TRIES = 3
 _VIEWS = ("observation/image", "observation/wrist_image")
 
 
-class Recipe(NamedTuple):
+class ReplayOptions(NamedTuple):
   """What is replayed, and how.
 
   Attributes:
@@ -51,7 +51,7 @@ class Recipe(NamedTuple):
   workers: int = 2
 
 
-class Report(NamedTuple):
+class ReplaySummary(NamedTuple):
   """What came of it: demonstrations tried, kept, names of those dropped by task, frames, the folder (None: none)."""
 
   tried: int
@@ -62,12 +62,12 @@ class Report(NamedTuple):
 
 
 def write(
-  recipe: Recipe, out: str | pathlib.Path, name: str, progress: Callable[[int, int, int], None] | None = None
-) -> Report:
+  options: ReplayOptions, out: str | pathlib.Path, name: str, progress: Callable[[int, int, int], None] | None = None
+) -> ReplaySummary:
   """Writes `<out>/<name>/1.0.0`, its statistics and demonstrations.json; resumes where an earlier call was interrupted.
 
   Args:
-    recipe: see there.
+    options: see there.
     out: folder of datasets; replays that are done wait in `<out>/.<name>.parts`.
     name: of the dataset; `libero_object_no_noops` is what configs expect.
     progress: called with (done, kept, of how many).
@@ -80,50 +80,52 @@ def write(
   if folder.exists():
     raise ValueError(f"Dataset exists: got {folder}; expected a new folder; remove it or choose another name.")
   if not name.startswith("libero"):
-    raise ValueError(f"Dataset name {name!r} would be read by another recipe; expected one that starts with 'libero'.")
-  demonstrations = collect(recipe)
-  facts = _facts(recipe, demonstrations)
+    raise ValueError(f"Dataset name {name!r} would be read as another dataset; expected one that starts with 'libero'.")
+  demonstrations = collect(options)
+  facts = _facts(options, demonstrations)
   with files.alone(parts):
     _claim(parts, facts)
-    _Replays(recipe, demonstrations, parts, progress).run()
-    return _assemble(recipe, demonstrations, parts, folder, name, facts)
+    _Replays(options, demonstrations, parts, progress).run()
+    return _assemble(options, demonstrations, parts, folder, name, facts)
 
 
-def check(recipe: Recipe, progress: Callable[[int, int, int], None] | None = None) -> Report:
+def check(options: ReplayOptions, progress: Callable[[int, int, int], None] | None = None) -> ReplaySummary:
   """Replays without drawing and writes nothing: which demonstrations would be kept, in a fraction of the time.
 
   Raises:
     ValueError, BrokenEnvironment: see `write`.
   """
-  demonstrations = collect(recipe)
-  replays = _Replays(recipe, demonstrations, None, progress)
+  demonstrations = collect(options)
+  replays = _Replays(options, demonstrations, None, progress)
   replays.run()
   dropped = collections.defaultdict(list)
   for seed in (seed for seed in demonstrations if not replays.ended[seed]):
-    dropped[suites.tasks(recipe.suite)[seed // suites.EPISODES].name].append(demonstrations[seed].name)
+    dropped[suites.tasks(options.suite)[seed // suites.EPISODES].name].append(demonstrations[seed].name)
   frames = sum(len(one.moving) for seed, one in demonstrations.items() if replays.ended[seed])
-  return Report(len(demonstrations), sum(replays.ended.values()), dict(dropped), frames, None)
+  return ReplaySummary(len(demonstrations), sum(replays.ended.values()), dict(dropped), frames, None)
 
 
-def collect(recipe: Recipe) -> dict[int, hdf5.Demonstration]:
+def collect(options: ReplayOptions) -> dict[int, hdf5.Demonstration]:
   """The demonstrations by episode number: the i-th of task k is number 50 k + i, as first states are."""
-  folder, every = hdf5.folder(recipe.folder, recipe.suite), suites.tasks(recipe.suite)
-  chosen = range(len(every)) if recipe.tasks is None else recipe.tasks
+  folder, every = hdf5.folder(options.folder, options.suite), suites.tasks(options.suite)
+  chosen = range(len(every)) if options.tasks is None else options.tasks
   found = {}
   for task in chosen:
-    rows = hdf5.read(folder / f"{every[task].name}_demo.hdf5")[: recipe.episodes]
+    rows = hdf5.read(folder / f"{every[task].name}_demo.hdf5")[: options.episodes]
     found |= {suites.EPISODES * task + i: row for i, row in enumerate(rows[: suites.EPISODES])}
   return found
 
 
-def _facts(recipe: Recipe, demonstrations: dict[int, hdf5.Demonstration]) -> dict:
+def _facts(options: ReplayOptions, demonstrations: dict[int, hdf5.Demonstration]) -> dict:
   """What the frames depend on, as JSON values: the simulator, and a hash of each file of demonstrations."""
-  settings = recipe.settings._asdict() | {"assets": suites.assets_hash(str(suites.find_assets(recipe.settings.assets)))}
+  assets = suites.assets_hash(str(suites.find_assets(options.settings.assets)))
+  settings = options.settings._asdict() | {"assets": assets}
   settings.pop("egl_device")  # another of the same kind draws the same
   paths = sorted({one.path for one in demonstrations.values()})
   hashes = {path.name: hdf5.digest(path) for path in paths}
   seeds = "as recorded" if any(one.seed is not None for one in demonstrations.values()) else "settings"
-  return {"suite": recipe.suite, "simulator": settings, "resets": seeds, "versions": suites.versions(), "files": hashes}
+  versions = suites.versions()
+  return {"suite": options.suite, "simulator": settings, "resets": seeds, "versions": versions, "files": hashes}
 
 
 def _claim(parts: pathlib.Path, facts: dict) -> dict:
@@ -161,16 +163,16 @@ class _Replays:
   """
 
   def __init__(
-    self, recipe: Recipe, demonstrations: dict[int, hdf5.Demonstration], parts: pathlib.Path | None, progress
+    self, options: ReplayOptions, demonstrations: dict[int, hdf5.Demonstration], parts: pathlib.Path | None, progress
   ):
-    self.recipe, self.demonstrations, self.parts, self.progress = recipe, demonstrations, parts, progress
+    self.options, self.demonstrations, self.parts, self.progress = options, demonstrations, parts, progress
     stored = [] if parts is None else [seed for seed in demonstrations if _is_sound(_part(parts, seed))]
     self.ended = {seed: _read(_part(parts, seed)) is not None for seed in stored}
     self.waiting = collections.deque(seed for seed in demonstrations if seed not in self.ended)
     self.lock, self.error = threading.Lock(), None
 
   def run(self) -> None:
-    count = min(self.recipe.workers, len(self.waiting))
+    count = min(self.options.workers, len(self.waiting))
     threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
     for thread in threads:
       thread.start()
@@ -183,7 +185,7 @@ class _Replays:
     process = None
     try:
       begun = {seed: suites.Beginning(one.first, one.seed) for seed, one in self.demonstrations.items()}
-      process = simulator.start(self.recipe.settings, begun)
+      process = simulator.start(self.options.settings, begun)
       task = None
       while (seed := self._next(task)) is not None and self.error is None:
         task = seed // suites.EPISODES
@@ -208,7 +210,7 @@ class _Replays:
       self.waiting.remove(seed)
       return seed
 
-  def _replay(self, process: Process, seed: int) -> tuple[list[dict], Moment]:
+  def _replay(self, process: Process, seed: int) -> tuple[list[dict], StepResult]:
     """What was seen in one replay, everything if it is to be stored, and how it ended."""
     for left in reversed(range(_TRIES)):
       try:
@@ -235,7 +237,7 @@ def _part(parts: pathlib.Path, seed: int) -> pathlib.Path:
   return parts / f"{seed:05d}.npz"
 
 
-def _store(path: pathlib.Path, demonstration: hdf5.Demonstration, seen: list[dict], end: Moment) -> None:
+def _store(path: pathlib.Path, demonstration: hdf5.Demonstration, seen: list[dict], end: StepResult) -> None:
   """One replay on disk, frames as JPEG; an empty one where it did not end in success."""
   arrays = {}
   if end.success:
@@ -277,11 +279,11 @@ def _frames(part: dict[str, np.ndarray], name: str) -> writer.Encoded:
 
 
 def _assemble(
-  recipe: Recipe, demonstrations: dict[int, hdf5.Demonstration], parts: pathlib.Path, folder: pathlib.Path, name: str,
-  facts: dict,
-) -> Report:
+  options: ReplayOptions, demonstrations: dict[int, hdf5.Demonstration], parts: pathlib.Path, folder: pathlib.Path,
+  name: str, facts: dict,
+) -> ReplaySummary:
   """Writes the dataset from the finished replays, in the order of tasks and demonstrations, and removes them."""
-  every = suites.tasks(recipe.suite)
+  every = suites.tasks(options.suite)
   kept, dropped = [], collections.defaultdict(list)
 
   def episodes() -> Iterator[writer.Episode]:
@@ -293,17 +295,17 @@ def _assemble(
       kept.append((part["action"], part["state"]))
       yield writer.Episode(
         _frames(part, "image"), _frames(part, "wrist_image"), part["state"], part["action"], task.instruction,
-        part["joint_state"], f"{recipe.suite}/{demonstration.path.name}/{demonstration.name}",
+        part["joint_state"], f"{options.suite}/{demonstration.path.name}/{demonstration.name}",
       )  # fmt: skip
 
-  def report() -> Report:
-    return Report(len(demonstrations), len(kept), dict(dropped), sum(len(action) for action, _ in kept), folder)
+  def summary() -> ReplaySummary:
+    return ReplaySummary(len(demonstrations), len(kept), dict(dropped), sum(len(action) for action, _ in kept), folder)
 
   def finish(partial: pathlib.Path) -> None:
     writer.write_statistics(partial, name, kept)
-    counts = {key: getattr(report(), key) for key in ("tried", "kept", "dropped", "frames")}
+    counts = {key: getattr(summary(), key) for key in ("tried", "kept", "dropped", "frames")}
     files.write_json(partial / "demonstrations.json", facts | counts)
 
   writer.write(folder.parent.parent, name, episodes(), finish=finish)
   shutil.rmtree(parts)
-  return report()
+  return summary()

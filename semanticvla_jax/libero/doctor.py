@@ -363,7 +363,7 @@ def main(argv: Sequence[str]) -> None:
     findings += simulator_versions(suites.versions()) + libraries(args.assets, args.renderer, args.egl_device)
     findings += _data(args)
   except (ValueError, BrokenEnvironment) as error:
-    sys.exit(str(error))
+    sys.exit(f"error: {error}")
   print(show(findings))
   if any(one.applies for one in findings):
     sys.exit(1)

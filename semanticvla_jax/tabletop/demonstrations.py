@@ -23,7 +23,7 @@ _FRAMES = 64  # frames rendered together
 LABELS = ("intended", "executed")
 
 
-class Recipe(NamedTuple):
+class Options(NamedTuple):
   """What is demonstrated.
 
   Attributes:
@@ -48,7 +48,7 @@ class Recipe(NamedTuple):
   perturbed: float = 0.0
 
 
-class Report(NamedTuple):
+class Summary(NamedTuple):
   """What came of it: episodes tried and kept, the seeds of those dropped, frames written, and the folder."""
 
   tried: int
@@ -58,54 +58,56 @@ class Report(NamedTuple):
   folder: pathlib.Path
 
 
-def write(recipe: Recipe, out: str | pathlib.Path, name: str, progress: Callable[[int], None] | None = None) -> Report:
+def write(
+  options: Options, out: str | pathlib.Path, name: str, progress: Callable[[int], None] | None = None
+) -> Summary:
   """Writes `<out>/<name>/1.0.0` in the layout of `libero_*_no_noops`, and dataset_statistics.json next to the shards.
 
-  The same recipe gives the same bytes. Failed episodes are dropped and counted, and their places taken by the next
+  The same options give the same bytes. Failed episodes are dropped and counted, and their places taken by the next
   seeds. `<name>` decides how the data is read, so it starts with "tabletop".
 
   Raises:
     ValueError: the dataset exists, a name is unknown, seeds leave the split, or the expert fails too often.
   """
-  _check(recipe, name)
+  _check(options, name)
   dropped, lengths, kept = [], [], []
 
   def episodes() -> Iterator[writer.Episode]:
-    for seed, episode in demonstrations(recipe):
+    for seed, episode in demonstrations(options):
       if episode is None:
         dropped.append(seed)
-        _check_failures(recipe, len(dropped), len(lengths))
+        _check_failures(options, len(dropped), len(lengths))
         continue
       kept.append((episode.action, episode.state))
       lengths.append(len(episode.action))
       yield episode
       if progress is not None:
         progress(len(lengths))
-      if len(lengths) == recipe.episodes:
+      if len(lengths) == options.episodes:
         return
 
   def finish(folder: pathlib.Path) -> None:
     writer.write_statistics(folder, name, kept)
     facts = {"tried": len(lengths) + len(dropped), "dropped_seeds": dropped, "frames": sum(lengths)}
-    files.write_json(folder / "demonstrations.json", recipe._asdict() | facts)
+    files.write_json(folder / "demonstrations.json", options._asdict() | facts)
 
   folder = writer.write(out, name, episodes(), finish=finish)
   logging.info("%s: %d episodes kept, %d dropped (seeds %s)", name, len(lengths), len(dropped), dropped[:10])
-  return Report(len(lengths) + len(dropped), len(lengths), dropped, sum(lengths), folder)
+  return Summary(len(lengths) + len(dropped), len(lengths), dropped, sum(lengths), folder)
 
 
-def demonstrations(recipe: Recipe) -> Iterator[tuple[int, writer.Episode | None]]:
+def demonstrations(options: Options) -> Iterator[tuple[int, writer.Episode | None]]:
   """Yields (seed, episode) without end, in the order of the seeds; None for an episode without success."""
-  steps = tasks.max_steps(recipe.suite)
-  first = recipe.seed
+  steps = tasks.max_steps(options.suite)
+  first = options.seed
   while True:
     seeds = np.arange(first, first + _CHUNK)
-    shares = (recipe.noise, recipe.perturbed)
-    rollouts = _rollouts(jnp.asarray(seeds), *shares, recipe.suite, recipe.split, steps)
+    shares = (options.noise, options.perturbed)
+    rollouts = _rollouts(jnp.asarray(seeds), *shares, options.suite, options.split, steps)
     rollouts = jax.tree.map(np.asarray, rollouts)
     for i, seed in enumerate(seeds.tolist()):
-      tasks.check_seeds([seed], recipe.split)  # episodes that were dropped push the last seed on
-      yield seed, _episode(recipe, seed, jax.tree.map(lambda x: x[i], rollouts), steps)  # noqa: B023
+      tasks.check_seeds([seed], options.split)  # episodes that were dropped push the last seed on
+      yield seed, _episode(options, seed, jax.tree.map(lambda x: x[i], rollouts), steps)  # noqa: B023
     first += _CHUNK
 
 
@@ -130,7 +132,7 @@ def _observe(states: tasks.State, size: int) -> tuple[Array, Array]:
   return jax.vmap(lambda state: physics.observe(state, size))(states)
 
 
-def _episode(recipe: Recipe, seed: int, rollout: expert.Rollout, steps: int) -> writer.Episode | None:
+def _episode(options: Options, seed: int, rollout: expert.Rollout, steps: int) -> writer.Episode | None:
   """One episode cut at success (its last action is the one that succeeds), rendered; None if it never succeeds."""
   length = int(rollout.first) + 1
   if length > steps:
@@ -138,7 +140,7 @@ def _episode(recipe: Recipe, seed: int, rollout: expert.Rollout, steps: int) -> 
   images, states = [], []
   for begin in range(0, length, _FRAMES):
     index = np.minimum(np.arange(begin, begin + _FRAMES), length - 1)  # one compiled size; the rest is cut off
-    pictures, state = _observe(jax.tree.map(lambda x: x[index], rollout.states), recipe.size)  # noqa: B023
+    pictures, state = _observe(jax.tree.map(lambda x: x[index], rollout.states), options.size)  # noqa: B023
     images.append(np.asarray(pictures)[: length - begin])
     states.append(np.asarray(state)[: length - begin])
   views = np.concatenate(images)
@@ -146,32 +148,32 @@ def _episode(recipe: Recipe, seed: int, rollout: expert.Rollout, steps: int) -> 
     image=np.ascontiguousarray(views[:, 0]),
     wrist_image=np.ascontiguousarray(views[:, 1]),
     state=np.concatenate(states).astype(np.float32),
-    action=(rollout.actions if recipe.label == "intended" else rollout.executed)[:length].astype(np.float32),
+    action=(rollout.actions if options.label == "intended" else rollout.executed)[:length].astype(np.float32),
     instruction=tasks.INSTRUCTIONS[int(rollout.states.instruction[0])],
-    file_path=f"tabletop/{recipe.suite}/{recipe.split}/{seed}",
+    file_path=f"tabletop/{options.suite}/{options.split}/{seed}",
   )
 
 
-def _check(recipe: Recipe, name: str) -> None:
-  tasks.suite_index(recipe.suite)
-  tasks.check_seeds([recipe.seed, recipe.seed + max(recipe.episodes, 1) - 1], recipe.split)
+def _check(options: Options, name: str) -> None:
+  tasks.suite_index(options.suite)
+  tasks.check_seeds([options.seed, options.seed + max(options.episodes, 1) - 1], options.split)
   if not name.startswith("tabletop"):
     raise ValueError(
-      f"Dataset name {name!r} would be read by another recipe; expected one that starts with 'tabletop'; "
-      f"call it tabletop_{recipe.suite}."
+      f"Dataset name {name!r} would be read as another dataset; expected one that starts with 'tabletop'; "
+      f"call it tabletop_{options.suite}."
     )
-  if recipe.episodes < 1 or recipe.size < 8 or not (0 <= recipe.noise <= 1 and 0 <= recipe.perturbed <= 1):
+  if options.episodes < 1 or options.size < 8 or not (0 <= options.noise <= 1 and 0 <= options.perturbed <= 1):
     raise ValueError(
-      f"Demonstrations: got episodes={recipe.episodes}, size={recipe.size}, noise={recipe.noise}, "
-      f"perturbed={recipe.perturbed}; expected at least 1 episode, 8 pixels, noise and perturbed from 0 to 1."
+      f"Demonstrations: got episodes={options.episodes}, size={options.size}, noise={options.noise}, "
+      f"perturbed={options.perturbed}; expected at least 1 episode, 8 pixels, noise and perturbed from 0 to 1."
     )
-  if recipe.label not in LABELS:
-    raise ValueError(f"Demonstrations: got label={recipe.label!r}; expected one of {LABELS}; choose one of them.")
+  if options.label not in LABELS:
+    raise ValueError(f"Demonstrations: got label={options.label!r}; expected one of {LABELS}; choose one of them.")
 
 
-def _check_failures(recipe: Recipe, dropped: int, kept: int) -> None:
+def _check_failures(options: Options, dropped: int, kept: int) -> None:
   if dropped >= 16 and dropped > kept:
     raise ValueError(
-      f"The expert fails: got {dropped} failures and {kept} successes in suite {recipe.suite!r} at noise "
-      f"{recipe.noise}; expected mostly successes; lower the noise."
+      f"The expert fails: got {dropped} failures and {kept} successes in suite {options.suite!r} at noise "
+      f"{options.noise}; expected mostly successes; lower the noise."
     )

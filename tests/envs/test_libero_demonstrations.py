@@ -10,7 +10,7 @@ import pytest
 
 from semanticvla_jax.data import images, rlds, tfrecord_index
 from semanticvla_jax.demonstrate.__main__ import main
-from semanticvla_jax.envs.subprocess_env import Moment, Process
+from semanticvla_jax.envs.subprocess_env import Process, StepResult
 from semanticvla_jax.libero import demonstrations as replays
 from semanticvla_jax.libero import hdf5, simulator, suites
 
@@ -36,13 +36,13 @@ def seen(seed, count):
 
 @libero_assets.installed
 def test_the_dataset_of_finished_replays(tmp_path):
-  recipe = replays.Recipe("unused", "libero_object", suites.Settings("libero_object"))
+  options = replays.ReplayOptions("unused", "libero_object", suites.Settings("libero_object"))
   rows, parts = {seed: demonstration(seed) for seed in (0, 1, 2)}, tmp_path / "parts"
   replays._claim(parts, {"size": 32, "files": {}})
   for seed, row in rows.items():
     success = seed != 1
-    replays._store(replays._part(parts, seed), row, seen(seed, 12), Moment([], 11, success, success, "lift"))
-  report = replays._assemble(recipe, rows, parts, tmp_path / NAME / "1.0.0", NAME, {"size": 32})
+    replays._store(replays._part(parts, seed), row, seen(seed, 12), StepResult([], 11, success, success, "lift"))
+  report = replays._assemble(options, rows, parts, tmp_path / NAME / "1.0.0", NAME, {"size": 32})
   task = suites.tasks("libero_object")[0]
   assert (report.tried, report.kept, report.frames, report.dropped) == (3, 2, 22, {task.name: ["demo_1"]})
   assert not parts.exists()
@@ -78,11 +78,11 @@ def test_other_tasks_go_on_in_the_same_folder(tmp_path):
 
 def test_the_facts_tell_sources_apart(tmp_path, monkeypatch):
   monkeypatch.setattr(suites, "find_assets", lambda given: tmp_path / "assets")
-  recipe = replays.Recipe("unused", "libero_object", suites.Settings("libero_object"))
+  options = replays.ReplayOptions("unused", "libero_object", suites.Settings("libero_object"))
   path, found = tmp_path / "lift_demo.hdf5", []
   for content, seeds in (("one", (0, 1)), ("one", (0,)), ("two", (0,))):
     path.write_text(content)
-    found.append(replays._facts(recipe, {seed: demonstration(seed)._replace(path=path) for seed in seeds}))
+    found.append(replays._facts(options, {seed: demonstration(seed)._replace(path=path) for seed in seeds}))
   assert found[0] == found[1] and found[1]["files"].keys() == {"lift_demo.hdf5"}
   assert found[1]["files"] != found[2]["files"]
 
@@ -104,7 +104,7 @@ class Remembering(Process):
 
   def receive(self):
     success = self.acted and self.seed % 2 == 0
-    return Moment([{}], 11 if self.acted else 0, success, success, "lift")
+    return StepResult([{}], 11 if self.acted else 0, success, success, "lift")
 
   def close(self):
     pass
@@ -113,7 +113,7 @@ class Remembering(Process):
 def test_a_check_draws_and_writes_nothing(tmp_path, monkeypatch, capsys):
   rows = {seed: demonstration(seed) for seed in (0, 1, 2)}
   task = suites.Task("lift", "lift", tmp_path, tmp_path)
-  monkeypatch.setattr(replays, "collect", lambda recipe: rows)
+  monkeypatch.setattr(replays, "collect", lambda options: rows)
   monkeypatch.setattr(simulator, "start", lambda settings, beginnings: Remembering())
   monkeypatch.setattr(suites, "tasks", lambda suite: [task])
   main(["--from-hdf5=x", "--suite=libero_object", "--check", f"--out={tmp_path / 'out'}"])
@@ -124,12 +124,12 @@ def test_a_check_draws_and_writes_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_names_that_would_be_read_otherwise_and_finished_datasets_are_refused(tmp_path):
-  recipe = replays.Recipe("unused", "libero_object", suites.Settings("libero_object"))
+  options = replays.ReplayOptions("unused", "libero_object", suites.Settings("libero_object"))
   with pytest.raises(ValueError, match="starts with 'libero'"):
-    replays.write(recipe, tmp_path, "tabletop_place")
+    replays.write(options, tmp_path, "tabletop_place")
   (tmp_path / NAME / "1.0.0").mkdir(parents=True)
   with pytest.raises(ValueError, match="Dataset exists"):
-    replays.write(recipe, tmp_path, NAME)
+    replays.write(options, tmp_path, NAME)
   for words in (["--from-hdf5=x"], ["--from_hdf5", "x"], ["libero", "--from-hdf5=x"]):
     with pytest.raises(SystemExit, match="suite='pick'"):
       main([*words, "--suite=pick", f"--out={tmp_path}"])
@@ -163,7 +163,7 @@ def test_a_recorded_episode_is_replayed_and_goes_on_where_it_was_interrupted(tmp
   monkeypatch.setenv("LIBERO_ASSETS", libero_assets.assets())
   folder, told = libero_assets.demonstrations(), []
   settings = suites.Settings("libero_object", size=64, max_steps=1000)
-  recipe = replays.Recipe(str(folder), "libero_object", settings, tasks=(4,), episodes=2, workers=1)
+  options = replays.ReplayOptions(str(folder), "libero_object", settings, tasks=(4,), episodes=2, workers=1)
 
   def stop(done, kept, total):
     told.append((done, kept, total))
@@ -171,11 +171,11 @@ def test_a_recorded_episode_is_replayed_and_goes_on_where_it_was_interrupted(tmp
       raise InterruptedError
 
   with pytest.raises(InterruptedError):
-    replays.write(recipe, tmp_path, NAME, stop)
+    replays.write(options, tmp_path, NAME, stop)
   assert [path.name for path in (tmp_path / f".{NAME}.parts").glob("*.npz")] == ["00200.npz"]
-  report = replays.write(recipe, tmp_path, NAME, stop)
+  report = replays.write(options, tmp_path, NAME, stop)
   assert told == [(1, 1, 2), (2, 2, 2)] and (report.tried, report.kept) == (2, 2)
-  rows = replays.collect(recipe)
+  rows = replays.collect(options)
   dataset = rlds.load(str(tmp_path), NAME)
   assert np.bincount(dataset.episodes).tolist() == [len(row.moving) for row in rows.values()]
   assert dataset.instruction(0) == suites.tasks("libero_object")[4].instruction
@@ -188,8 +188,8 @@ def test_a_recorded_episode_is_replayed_and_goes_on_where_it_was_interrupted(tmp
 def test_a_recorded_drawer_stands_where_it_stood():
   """Both fail where the cabinet stands as the recorded seed alone would have it, without what resets before it left."""
   settings = suites.Settings("libero_spatial", libero_assets.assets(), size=16, max_steps=1000)
-  recipe = replays.Recipe(str(libero_assets.demonstrations()), "libero_spatial", settings, tasks=(4,))
-  rows = {seed: row for seed, row in replays.collect(recipe).items() if row.name in ("demo_8", "demo_10")}
+  options = replays.ReplayOptions(str(libero_assets.demonstrations()), "libero_spatial", settings, tasks=(4,))
+  rows = {seed: row for seed, row in replays.collect(options).items() if row.name in ("demo_8", "demo_10")}
   begun = {seed: suites.Beginning(row.first, row.seed) for seed, row in rows.items()}
   process = simulator.start(settings, begun)
   try:

@@ -13,17 +13,17 @@ from semanticvla_jax.demonstrate.__main__ import main
 from semanticvla_jax.tabletop import demonstrations as demonstrate
 from semanticvla_jax.tabletop import physics, tasks
 
-RECIPE = demonstrate.Recipe("pick", episodes=5, seed=3, size=32, noise=0.4)
+OPTIONS = demonstrate.Options("pick", episodes=5, seed=3, size=32, noise=0.4)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-  """The dataset of RECIPE, its report, and its episodes."""
+  """The dataset of OPTIONS, its report, and its episodes."""
   out = tmp_path_factory.mktemp("data")
   done = []
-  report = demonstrate.write(RECIPE, out, "tabletop_pick", done.append)
+  report = demonstrate.write(OPTIONS, out, "tabletop_pick", done.append)
   assert done == [1, 2, 3, 4, 5]
-  found = dict(itertools.islice(demonstrate.demonstrations(RECIPE), report.tried))
+  found = dict(itertools.islice(demonstrate.demonstrations(OPTIONS), report.tried))
   return out, report, found
 
 
@@ -51,19 +51,19 @@ def test_statistics_lie_beside_it(written):
 
 def test_equal_recipes_give_equal_bytes(written, tmp_path):
   _, report, _ = written
-  again = demonstrate.write(RECIPE, tmp_path, "tabletop_pick")
+  again = demonstrate.write(OPTIONS, tmp_path, "tabletop_pick")
   files = sorted(path.name for path in report.folder.iterdir())
   assert files == sorted(path.name for path in again.folder.iterdir()) and len(files) == 5
   for name in files:
     assert (report.folder / name).read_bytes() == (again.folder / name).read_bytes(), name
-  other = next(episode for _, episode in demonstrate.demonstrations(RECIPE._replace(seed=4)) if episode)
+  other = next(episode for _, episode in demonstrate.demonstrations(OPTIONS._replace(seed=4)) if episode)
   assert other.file_path == "tabletop/pick/train/4"
 
 
 def test_an_episode_is_what_happened_and_ends_with_success():
-  recipe = RECIPE._replace(label="executed")
-  seed, episode = next((s, e) for s, e in demonstrate.demonstrations(recipe) if e)
-  intended = dict(itertools.islice(demonstrate.demonstrations(RECIPE), seed - recipe.seed + 1))[seed]
+  options = OPTIONS._replace(label="executed")
+  seed, episode = next((s, e) for s, e in demonstrate.demonstrations(options) if e)
+  intended = dict(itertools.islice(demonstrate.demonstrations(OPTIONS), seed - options.seed + 1))[seed]
   step, success = jax.jit(physics.step), jax.jit(physics.success)
   state = jax.jit(tasks.reset, static_argnums=(1, 2))(jax.random.split(tasks.seed_key(seed))[0], "pick", "train")
   for t, action in enumerate(episode.action):
@@ -80,11 +80,11 @@ def test_failures_are_dropped_and_counted(tmp_path, monkeypatch):
   real = demonstrate._episode
   lost = {4, 6}
   monkeypatch.setattr(demonstrate, "_episode", lambda r, seed, *rest: None if seed in lost else real(r, seed, *rest))
-  report = demonstrate.write(RECIPE._replace(episodes=3), tmp_path, "tabletop_pick")
+  report = demonstrate.write(OPTIONS._replace(episodes=3), tmp_path, "tabletop_pick")
   assert (report.kept, report.tried, report.dropped) == (3, 5, [4, 6])
   monkeypatch.setattr(demonstrate, "_episode", lambda *_: None)
   with pytest.raises(ValueError, match="The expert fails: got 16 failures and 0 successes"):
-    demonstrate.write(RECIPE, tmp_path, "tabletop_never")
+    demonstrate.write(OPTIONS, tmp_path, "tabletop_never")
   assert not (tmp_path / "tabletop_never" / "1.0.0").exists()
 
 
@@ -107,11 +107,9 @@ def test_the_command_writes_one_and_says_what_is_wrong(written, tmp_path, capsys
 
 
 def test_perturbed_episodes_begin_anywhere():
-  recipe = RECIPE._replace(episodes=8, noise=0.0)
-  usual, other, half = (
-    np.stack([e.state[0, :3] for _, e in itertools.islice(demonstrate.demonstrations(recipe._replace(perturbed=p)), 8)])
-    for p in (0.0, 1.0, 0.5)
-  )
+  options = OPTIONS._replace(episodes=8, noise=0.0)
+  drawn = (demonstrate.demonstrations(options._replace(perturbed=p)) for p in (0.0, 1.0, 0.5))
+  usual, other, half = (np.stack([e.state[0, :3] for _, e in itertools.islice(each, 8)]) for each in drawn)
   assert np.ptp(usual, axis=0).max() < 0.2 < np.ptp(other, axis=0).max()
   as_usual = (half == usual).all(axis=1)
   assert as_usual.any() and not as_usual.all() and ((half == other).all(axis=1) | as_usual).all()
