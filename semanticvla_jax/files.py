@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from semanticvla_jax.errors import refuse
+
 _SPARE = 16 * 1024 * 1024  # bytes, for indices and the small files
 _MOST_WAITS = 100  # for a lock file that another run is just removing
 
@@ -102,9 +104,11 @@ def _locked(path: Path, target: Path, say: Callable[[str], None]) -> int:
     except BlockingIOError as error:
       owner = os.read(descriptor, 20).decode() or "unknown"
       os.close(descriptor)
-      raise ValueError(
-        f"{target} is being written: got process {owner} at work on it; expected one run at a time; wait for that "
-        "run, or choose another folder."
+      raise refuse(
+        f"{target} is being written",
+        f"process {owner} at work on it",
+        "one run at a time",
+        "wait for that run, or choose another folder",
       ) from error
     except OSError as error:
       say(f"{path.parent} has no locks ({error}): no other run may write {target.name} at the same time")
@@ -112,7 +116,7 @@ def _locked(path: Path, target: Path, say: Callable[[str], None]) -> int:
     if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
       return descriptor
     os.close(descriptor)  # it was removed by the run that held it
-  raise ValueError(f"{target} is being written: got no lock on {path}; expected one run at a time; try again.")
+  raise refuse(f"{target} is being written", f"no lock on {path}", "one run at a time", "try again")
 
 
 def check_room(target: Path, nbytes: int) -> None:
@@ -120,7 +124,9 @@ def check_room(target: Path, nbytes: int) -> None:
   there = next(folder for folder in target.parents if folder.exists())
   free = shutil.disk_usage(there).free
   if free < nbytes + _SPARE:
-    raise ValueError(
-      f"Disk too small: got {free:,} bytes free in {there}; expected {nbytes + _SPARE:,}; make room or choose another "
-      "--target. Nothing was written."
+    raise refuse(
+      "Disk too small",
+      f"{free:,} bytes free in {there}",
+      f"{nbytes + _SPARE:,}",
+      "make room or choose another --target. Nothing was written",
     )

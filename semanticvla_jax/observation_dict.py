@@ -10,6 +10,7 @@ import numpy as np
 
 from semanticvla_jax import cli
 from semanticvla_jax.data import text
+from semanticvla_jax.errors import refuse
 
 # What a policy reads, and the names under which it finds it: openpi's, then OpenVLA-OFT's, then the bare name.
 ALIASES = {
@@ -35,9 +36,11 @@ def read(observation: Any, views: Sequence[str], proprio_dim: int | None) -> dic
     ValueError: something is missing, ambiguous, of another type or shape, or not finite.
   """
   if not isinstance(observation, Mapping):
-    raise ValueError(
-      f"Observation: got {type(observation).__name__}; expected a dict of images, state and instruction; see "
-      "observation_dict.ALIASES for their names."
+    raise refuse(
+      "Observation",
+      f"{type(observation).__name__}",
+      "a dict of images, state and instruction",
+      "see observation_dict.ALIASES for their names",
     )
   pictures = [_image(name, _find(observation, name)) for name in views]
   state = None if proprio_dim is None else _state(_find(observation, "state"), proprio_dim)
@@ -54,14 +57,14 @@ def _instruction(sentence: Any) -> str:
       sentence.encode()  # half of a surrogate pair cannot be
       sentence = text.tidy(sentence)
   except UnicodeError as error:
-    raise ValueError(
-      f"Observation, instruction: got {_described(given)}, which is not Unicode text ({error.reason}); expected a "
-      "sentence; decode it where it comes from."
+    raise refuse(
+      "Observation, instruction",
+      f"{_described(given)}, which is not Unicode text ({error.reason})",
+      "a sentence",
+      "decode it where it comes from",
     ) from error
   if not isinstance(sentence, str) or not sentence:
-    raise ValueError(
-      f"Observation, instruction: got {_described(given)}; expected a sentence that is not empty; pass what to do."
-    )
+    raise refuse("Observation, instruction", f"{_described(given)}", "a sentence that is not empty", "pass what to do")
   return sentence
 
 
@@ -79,7 +82,7 @@ def _find(observation: Mapping[str, Any], name: str) -> Any:
   if len(there) == 1:
     return observation[there[0]]
   if there:
-    raise ValueError(f"Observation is ambiguous: got {there}, which all mean {name!r}; expected one; drop the others.")
+    raise refuse("Observation is ambiguous", f"{there}, which all mean {name!r}", "one", "drop the others")
   have = sorted(map(str, observation))
   taken = {alias for aliases in ALIASES.values() for alias in aliases}  # a camera is never proposed as another one
   near = difflib.get_close_matches(ALIASES[name][0], [key for key in have if key not in taken], 1, 0.75)
@@ -95,18 +98,22 @@ def _array(name: str, value: Any) -> np.ndarray:
   try:
     return np.asarray(value)
   except Exception as error:  # lists of unequal rows, tensors with gradients or on a device: each raises its own
-    raise ValueError(
-      f"Observation, {name}: got {type(value).__name__}, which numpy cannot read ({cli.first_line(error)}); expected "
-      "an array; convert it (a tensor: x.detach().cpu().numpy())."
+    raise refuse(
+      f"Observation, {name}",
+      f"{type(value).__name__}, which numpy cannot read ({cli.first_line(error)})",
+      "an array",
+      "convert it (a tensor: x.detach().cpu().numpy())",
     ) from error
 
 
 def _image(name: str, image: Any) -> np.ndarray:
   image = _array(name, image)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-    raise ValueError(
-      f"Observation, {name}: got {image.dtype}{[*image.shape]}; expected uint8[h w 3], RGB 0..255, upright; convert it "
-      "(channels last, times 255 if it is in [0, 1])."
+    raise refuse(
+      f"Observation, {name}",
+      f"{image.dtype}{[*image.shape]}",
+      "uint8[h w 3], RGB 0..255, upright",
+      "convert it (channels last, times 255 if it is in [0, 1])",
     )
   return image
 
@@ -118,8 +125,10 @@ def _state(state: Any, width: int) -> np.ndarray:
     small = state.astype(np.float32) if numeric else state
   if not numeric or small.shape != (width,) or not np.isfinite(small).all():
     values = f" {small.reshape(-1)[:16]}" if numeric else ""
-    raise ValueError(
-      f"Observation, state: got {state.dtype}{[*state.shape]}{values}; expected {width} finite numbers in raw units; "
-      "pass the robot's state as in the training data."
+    raise refuse(
+      "Observation, state",
+      f"{state.dtype}{[*state.shape]}{values}",
+      f"{width} finite numbers in raw units",
+      "pass the robot's state as in the training data",
     )
   return small

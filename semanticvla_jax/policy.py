@@ -30,6 +30,7 @@ from jaxtyping import Float
 from semanticvla_jax import observation_dict, policy_folder
 from semanticvla_jax.data import gripper as grippers
 from semanticvla_jax.data import images, statistics, text
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import checks, lora
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
 from semanticvla_jax.observation_dict import VIEWS
@@ -122,7 +123,7 @@ class Policy:
         does not exist.
     """
     if dtype not in (None, *checks.CHOICES["dtype"]):
-      raise ValueError(f"Policy: got dtype={dtype!r}; expected one of {checks.CHOICES['dtype']}; choose one, or None.")
+      raise refuse("Policy", f"dtype={dtype!r}", f"one of {checks.CHOICES['dtype']}", "choose one, or None")
     files = policy_folder.load_policy(folder, sharding=sharding, dtype=dtype, verify=verify)
     run = {"scan_encoders": False}  # compiled once: the loop would stack the encoders' weights at every call
     run |= {} if dtype is None else {"dtype": dtype}
@@ -130,15 +131,19 @@ class Policy:
     bare = build(config["model"])
     model, params = _adapted(bare, files.params, config, _choice("adapters", adapters, ADAPTERS))
     if files.tokenizers is None:
-      raise ValueError(
-        f"Policy {files.folder} has no tokenisers: got no folder tokenizers/; expected tokenizer.model in it; copy it "
-        "from the base checkpoint (save_policy(tokenizers=…) does so)."
+      raise refuse(
+        f"Policy {files.folder} has no tokenisers",
+        "no folder tokenizers/",
+        "tokenizer.model in it",
+        "copy it from the base checkpoint (save_policy(tokenizers=…) does so)",
       )
     names = [*files.statistics]
     if dataset is None and len(names) != 1:
-      raise ValueError(
-        f"Policy {files.folder} knows several datasets: got {names}, no choice; expected one of them as `dataset`; "
-        "actions are in its units."
+      raise refuse(
+        f"Policy {files.folder} knows several datasets",
+        f"{names}, no choice",
+        "one of them as `dataset`",
+        "actions are in its units",
       )
     key = names[0] if dataset is None else dataset
     entries = {name: statistics.from_openvla(one, f"statistics.json: {name}") for name, one in files.statistics.items()}
@@ -211,12 +216,14 @@ class Policy:
   def infer_batch(self, observations: Any) -> list[dict]:
     """A list of observations at once, padded to a compiled size, in parts where there are more than the largest."""
     if isinstance(observations, Mapping | str) or not isinstance(observations, Sequence):
-      raise ValueError(
-        f"Observations: got {type(observations).__name__}; expected a list of observation dicts; pass [observation], "
-        "or call infer."
+      raise refuse(
+        "Observations",
+        f"{type(observations).__name__}",
+        "a list of observation dicts",
+        "pass [observation], or call infer",
       )
     if not self._compiled:
-      raise ValueError("Policy is not compiled: got batch_sizes=(); expected a size to infer with; pass (1,).")
+      raise refuse("Policy is not compiled", "batch_sizes=()", "a size to infer with", "pass (1,)")
     largest, results = max(self._compiled), []
     for first in range(0, len(observations), largest):
       results += self._infer(observations[first : first + largest])
@@ -296,24 +303,30 @@ class Policy:
       mode=self.mode,
     )
     if self.bare.num_views not in VIEWS:
-      raise ValueError(f"Policy: got {self.bare.num_views} views; expected {sorted(VIEWS)}; add their names to VIEWS.")
+      raise refuse("Policy", f"{self.bare.num_views} views", f"{sorted(VIEWS)}", "add their names to VIEWS")
     if not _is_whole(self.replay) or not 1 <= self.replay <= self.chunk:
-      raise ValueError(f"Policy: got replay={self.replay!r}; expected 1 to {self.chunk}, the chunk; choose another.")
+      raise refuse("Policy", f"replay={self.replay!r}", f"1 to {self.chunk}, the chunk", "choose another")
     need, have = self.tokenizers.pad_id + 1, self.bare.llm.vocab
     if need > have:
-      raise ValueError(
-        f"Policy: got a tokeniser of {need} ids with padding; expected at most {have}, the rows of the model's "
-        "embedding; use the tokeniser it was trained with."
+      raise refuse(
+        "Policy",
+        f"a tokeniser of {need} ids with padding",
+        f"at most {have}, the rows of the model's embedding",
+        "use the tokeniser it was trained with",
       )
     if self.bare.text is not None and self.tokenizers.instruction_length > self.bare.text.positions:
-      raise ValueError(
-        f"Policy: got instructions of {self.tokenizers.instruction_length} tokens; expected at most "
-        f"{self.bare.text.positions}, the positions of the text tower; lower instruction_length."
+      raise refuse(
+        "Policy",
+        f"instructions of {self.tokenizers.instruction_length} tokens",
+        f"at most {self.bare.text.positions}, the positions of the text tower",
+        "lower instruction_length",
       )
     if self.bare.text is not None and self.tokenizers.siglip is None:
-      raise ValueError(
-        "Policy: got no SigLIP tokeniser; expected spiece.model, for this model prunes by the instruction; copy it "
-        "beside tokenizer.model."
+      raise refuse(
+        "Policy",
+        "no SigLIP tokeniser",
+        "spiece.model, for this model prunes by the instruction",
+        "copy it beside tokenizer.model",
       )
 
 
@@ -342,9 +355,11 @@ def _adapted(model: SemanticVLA, params: dict, config: Mapping, adapters: str) -
     return model, params
   settings = config.get("lora")
   if not settings:
-    raise ValueError(
-      "Policy holds LoRA adapters: got no `lora` in its config; expected rank and alpha; save it with the config of "
-      "its training."
+    raise refuse(
+      "Policy holds LoRA adapters",
+      "no `lora` in its config",
+      "rank and alpha",
+      "save it with the config of its training",
     )
   if adapters == "merge":
     return model, jax.jit(lambda p: lora.merge(p, settings["rank"], settings["alpha"]))(params)
@@ -365,7 +380,7 @@ def _tokenizers(folder: Any, config: Mapping, model: SemanticVLA) -> text.Tokeni
 
 def _choice(name: str, value: Any, allowed: Sequence | Mapping) -> Any:
   if value not in allowed:
-    raise ValueError(f"Policy: got {name}={value!r}; expected one of {(*allowed,)}; choose one of them.")
+    raise refuse("Policy", f"{name}={value!r}", f"one of {(*allowed,)}", "choose one of them")
   return value
 
 
@@ -377,8 +392,10 @@ def _batch_sizes(sizes: Any) -> list[int]:
   """The sizes to compile for, ascending. Raises ValueError for anything else than a positive integer."""
   found = [*sizes] if isinstance(sizes, Sequence | set | frozenset | range) and not isinstance(sizes, str) else [None]
   if not all(_is_whole(size) and size >= 1 for size in found):
-    raise ValueError(
-      f"Policy: got batch_sizes={sizes!r}; expected a tuple of positive integers, such as (1, 8), or () to "
-      "compile none; choose others."
+    raise refuse(
+      "Policy",
+      f"batch_sizes={sizes!r}",
+      "a tuple of positive integers, such as (1, 8), or () to compile none",
+      "choose others",
     )
   return sorted({int(size) for size in found})

@@ -32,6 +32,7 @@ from jax.experimental import multihost_utils
 
 import semanticvla_jax
 from semanticvla_jax import cli
+from semanticvla_jax.errors import refuse
 
 FILES = ("config.json", "statistics.json", "metadata.json")
 Path = str | os.PathLike
@@ -92,7 +93,7 @@ def save_policy(
   """
   folder = absolute(folder)
   if folder.exists() and not replace:
-    raise ValueError(f"Policy folder exists: got {folder}; expected a new one; remove it or choose another name.")
+    raise refuse("Policy folder exists", f"{folder}", "a new one", "remove it or choose another name")
   flat = flatten_dict(params, sep="/")
   facts = {
     "package_version": semanticvla_jax.__version__,
@@ -119,9 +120,11 @@ def save_policy(
   except Exception as error:  # Orbax may raise a bare Exception
     with contextlib.suppress(OSError):
       partial.rmtree(missing_ok=True)
-    raise ValueError(
-      f"Policy {folder} cannot be written: got {cause(error)}; expected room and access in {folder.parent}; make room "
-      "or choose another place, and run again."
+    raise refuse(
+      f"Policy {folder} cannot be written",
+      f"{cause(error)}",
+      f"room and access in {folder.parent}",
+      "make room or choose another place, and run again",
     ) from error
   barrier(f"end {folder}")
   logging.info("wrote %s: %s parameters", folder, f"{facts['parameters']:,}")
@@ -186,9 +189,11 @@ def read_policystored_shapes(folder: Path) -> dict:
 
 
 def _unreadable(folder: epath.Path, error: Exception) -> ValueError:
-  return ValueError(
-    f"Policy {folder} cannot be read: got {cli.first_line(error)}; expected Orbax parameters in params/; copy the "
-    "folder again from where it was made."
+  return refuse(
+    f"Policy {folder} cannot be read",
+    f"{cli.first_line(error)}",
+    "Orbax parameters in params/",
+    "copy the folder again from where it was made",
   )
 
 
@@ -222,9 +227,11 @@ def read_policy_json(folder: Path) -> PolicyJson:
     try:
       contents.append(json.loads((folder / name).read_bytes()))
     except ValueError as error:  # no JSON, or no text at all
-      raise ValueError(
-        f"Policy file {folder / name} is corrupt: got {cli.first_line(error)}; expected JSON; copy the folder again "
-        "from where it was made."
+      raise refuse(
+        f"Policy file {folder / name} is corrupt",
+        f"{cli.first_line(error)}",
+        "JSON",
+        "copy the folder again from where it was made",
       ) from error
   if "params_sha256" not in contents[-1]:
     raise ValueError(f"{folder / 'metadata.json'} lacks params_sha256: got {sorted(contents[-1])}; save it again.")
@@ -273,8 +280,11 @@ def to_json(name: str, value: Any) -> str:
   try:
     return json.dumps(value, indent=2) + "\n"
   except (TypeError, ValueError) as error:
-    raise ValueError(
-      f"{name} is not JSON: got {error}; expected dicts, lists, strings and numbers; convert it (ConfigDict.to_dict)."
+    raise refuse(
+      f"{name} is not JSON",
+      f"{error}",
+      "dicts, lists, strings and numbers",
+      "convert it (ConfigDict.to_dict)",
     ) from error
 
 

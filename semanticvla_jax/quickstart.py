@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from semanticvla_jax import cli, files
+from semanticvla_jax.errors import refuse
 
 BASE, CONFIG = "checkpoints/tabletop_small", "configs/quickstart.py"  # of the repository
 # States are varied by where episodes begin: under the noise of `demonstrate`'s default the later actions of a chunk
@@ -174,7 +175,7 @@ def _read(path: Path, remedy: str) -> dict:
       raise ValueError(f"a {type(found).__name__}")
     return found
   except ValueError as error:
-    raise ValueError(f"{path} is damaged: got {cli.first_line(error)}; expected a JSON object; {remedy}.") from error
+    raise refuse(f"{path} is damaged", f"{cli.first_line(error)}", "a JSON object", f"{remedy}") from error
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -197,7 +198,7 @@ def _check_folders(out: Path) -> None:
   """Raises ValueError where a folder that stages write is a file."""
   for folder in (out, *out.parents, out / "data", out / "report", out / "policy"):
     if folder.exists() and not folder.is_dir():
-      raise ValueError(f"Folder: got {folder}, which is a file; expected a folder; choose another --out.")
+      raise refuse("Folder", f"{folder}, which is a file", "a folder", "choose another --out")
 
 
 def _clock(seconds: float) -> str:

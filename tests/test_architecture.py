@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 from configs import common
 
 ROOT = Path(__file__).parent.parent / "semanticvla_jax"
-ANYWHERE = {"types", "files", "cli"}
+ANYWHERE = {"types", "errors", "files", "cli"}
 MAY_IMPORT = {
   **{part: set() for part in ANYWHERE},
   "models": set(),

@@ -13,6 +13,7 @@ from types import ModuleType
 from semanticvla_jax import cli
 from semanticvla_jax.convert import fold, to_orbax, to_torch
 from semanticvla_jax.convert.check import against_torch, diff, golden, key_coverage
+from semanticvla_jax.errors import refuse
 
 MERGED = {"auto": None, "yes": True, "no": False}  # --merged
 
@@ -112,9 +113,11 @@ def _sides(args: argparse.Namespace) -> tuple[str | list[str], str | list[str]]:
   """The two checkpoints of `diff`, given by place or by name."""
   sides = [*args.path, *(named for named in (args.a, args.b) if named)]
   if len(sides) != 2 or (args.path and args.b is None and args.a is not None):
-    raise ValueError(
-      f"diff: got {len(args.path)} paths, --a {args.a or 'none'} and --b {args.b or 'none'}; expected two checkpoints; "
-      "pass A B, or A --b PATH…, or --a PATH… --b PATH…."
+    raise refuse(
+      "diff",
+      f"{len(args.path)} paths, --a {args.a or 'none'} and --b {args.b or 'none'}",
+      "two checkpoints",
+      "pass A B, or A --b PATH…, or --a PATH… --b PATH…",
     )
   return tuple(side[0] if isinstance(side, list) and len(side) == 1 else side for side in sides)
 
@@ -143,30 +146,31 @@ def load_config(name: str, changes: list[str]) -> dict:
   for change in changes:
     key, equals, value = change.partition("=")
     if not equals:
-      raise ValueError(f"--set: got {change!r}; expected KEY=VALUE, e.g. lora.rank=32; write it that way.")
+      raise refuse("--set", f"{change!r}", "KEY=VALUE, e.g. lora.rank=32", "write it that way")
     try:
       config.update_from_flattened_dict({key: _value(value)})
     except (KeyError, TypeError) as error:
-      raise ValueError(f"--set {change}: got {error}; expected a field of {path}; check its name and type.") from error
+      raise refuse(f"--set {change}", f"{error}", f"a field of {path}", "check its name and type") from error
   return json.loads(config.to_json_best_effort())
 
 
 def _config_module(file: Path) -> ModuleType:
   if not file.is_file() or file.suffix != ".py":
-    raise ValueError(f"No config: got {file}; expected a file such as configs/openvla_oft.py; check the path.")
+    raise refuse("No config", f"{file}", "a file such as configs/openvla_oft.py", "check the path")
   cli.make_importable(str(file))
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
   except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
-    raise ValueError(
-      f"{file} cannot be run: got {type(error).__name__}: {error}; expected a Python file with get_config; correct it."
+    raise refuse(
+      f"{file} cannot be run",
+      f"{type(error).__name__}: {error}",
+      "a Python file with get_config",
+      "correct it",
     ) from error
   if not hasattr(module, "get_config"):
-    raise ValueError(
-      f"{file} is not a config: got no get_config; expected that function, as in configs/; pass another file."
-    )
+    raise refuse(f"{file} is not a config", "no get_config", "that function, as in configs/", "pass another file")
   return module
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from semanticvla_jax.convert.detect import Source
 from semanticvla_jax.convert.rules import semanticvla
+from semanticvla_jax.errors import refuse
 
 # Where adapters are (the tensors show it), how they were trained, where they came from: no weight depends on these.
 HARMLESS = frozenset({
@@ -60,9 +61,11 @@ def check(source: Source) -> None:
   problems = problems_of(source.adapter) + _lost(source)
   if problems:
     got, expected = zip(*problems)
-    raise ValueError(
-      f"Adapter of another kind: got {', '.join(got)} in {source.adapter_file}; expected {', '.join(expected)} (plain "
-      "LoRA); fold it into its base with peft's merge_and_unload, and convert the result."
+    raise refuse(
+      "Adapter of another kind",
+      f"{', '.join(got)} in {source.adapter_file}",
+      f"{', '.join(expected)} (plain LoRA)",
+      "fold it into its base with peft's merge_and_unload, and convert the result",
     )
 
 

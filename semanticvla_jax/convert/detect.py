@@ -17,6 +17,7 @@ from semanticvla_jax.convert.io.source_files import SETTINGS, Found, read_object
 from semanticvla_jax.convert.io.torch_files import Tensor
 from semanticvla_jax.convert.rules import layouts, semanticvla
 from semanticvla_jax.convert.rules.layouts import LAYOUTS, Layout
+from semanticvla_jax.errors import refuse
 
 _MOMENTS = ("mean", "std", "min", "max", "q01", "q99", "mask")
 
@@ -93,25 +94,32 @@ def recognize(paths: Sequence[str | Path], merged: bool | None = None) -> Source
   try:
     return _recognize([Path(path).expanduser() for path in paths], merged)
   except PermissionError as error:
-    raise ValueError(
-      f"Source cannot be read: got {error}; expected files that this user may read; change their permissions."
+    raise refuse(
+      "Source cannot be read",
+      f"{error}",
+      "files that this user may read",
+      "change their permissions",
     ) from error
 
 
 def _recognize(paths: list[Path], merged: bool | None) -> Source:
   found = source_files.find(paths)
   if len(found.adapters) > 1:
-    raise ValueError(
-      f"Ambiguous source: got {len(found.adapters)} adapters ({', '.join(map(str, found.adapters))}); expected one; "
-      "name the folders of one checkpoint."
+    raise refuse(
+      "Ambiguous source",
+      f"{len(found.adapters)} adapters ({', '.join(map(str, found.adapters))})",
+      "one",
+      "name the folders of one checkpoint",
     )
   folded = source_files.is_folded(found, merged)
   groups = source_files.reading_order(found, folded)
   tensors, superseded = _tensors(groups, found.placeholders)
   if not tensors:
-    raise ValueError(
-      f"Empty source: got no tensor in {', '.join(map(str, paths))}; expected weights "
-      f"({', '.join(torch_files.SUFFIXES)}); name the folder that holds them."
+    raise refuse(
+      "Empty source",
+      f"no tensor in {', '.join(map(str, paths))}",
+      f"weights ({', '.join(torch_files.SUFFIXES)})",
+      "name the folder that holds them",
     )
   if not found.adapters and any(".lora_" in key for key in tensors):
     folded = True  # FiLM's vision file alone has adapters: the merge left those out
@@ -139,9 +147,11 @@ def _adapter_file(found: Found, tensors: Mapping[str, Tensor]) -> Path | None:
   if found.adapters:
     path = found.adapters[0].parent / "adapter_config.json"
     if not path.exists():
-      raise ValueError(
-        f"Incomplete source: got {found.adapters[0]} without adapter_config.json; expected that file, which "
-        "has its rank, alpha and kind; fetch it too."
+      raise refuse(
+        "Incomplete source",
+        f"{found.adapters[0]} without adapter_config.json",
+        "that file, which has its rank, alpha and kind",
+        "fetch it too",
       )
     return path
   folders = dict.fromkeys(x.file.parent for key, x in tensors.items() if ".lora_" in key)
@@ -166,8 +176,11 @@ def _tensors(groups: list[tuple[Path, str]], placeholders: set[Path]) -> tuple[d
         continue
       before = tensors.get(key)
       if before is not None and before.file == path:
-        raise ValueError(
-          f"{path} has a weight twice: got {before.name} and {tensor.name}, both {key}; expected one; remove the other."
+        raise refuse(
+          f"{path} has a weight twice",
+          f"{before.name} and {tensor.name}, both {key}",
+          "one",
+          "remove the other",
         )
       if before is not None:
         superseded[f"{before.file.name}: {before.name}"] = path.name
@@ -185,10 +198,11 @@ def _layout(tensors: Mapping[str, Tensor], found: Found, statistics_file: Path |
     return towers[0]
   what = "Incomplete" if parts and not towers else "Ambiguous" if len(towers) + bool(parts) > 1 else "Unknown"
   seen = [*(f"{part}*" for part in parts), *(layout.name for layout in towers)]
-  raise ValueError(
-    f"{what} source: got {found.listing()} with {', '.join(seen) or f'keys such as {sorted(tensors)[:4]}'}; expected "
-    f"{', '.join(layouts.PARTS)} together (a whole model), or one tower; name the files of one checkpoint, a "
-    "base first."
+  raise refuse(
+    f"{what} source",
+    f"{found.listing()} with {', '.join(seen) or f'keys such as {sorted(tensors)[:4]}'}",
+    f"{', '.join(layouts.PARTS)} together (a whole model), or one tower",
+    "name the files of one checkpoint, a base first",
   )
 
 
@@ -200,7 +214,7 @@ def _statistics(found: Found, config: dict) -> tuple[dict | None, Path | None]:
     return None, None
   where = found.jsons[name][-1]
   if not isinstance(content, dict):
-    raise ValueError(f"{where}: got norm_stats of {type(content).__name__}; expected an object per dataset; fix it.")
+    raise refuse(f"{where}", f"norm_stats of {type(content).__name__}", "an object per dataset", "fix it")
   for dataset, entry in content.items():
     _check_entry(f"{where}: {dataset}", entry)
   return content, where
@@ -212,9 +226,11 @@ def _check_entry(where: str, entry: Any) -> None:
   wrong = [x for x in parts if not isinstance(x, dict)]
   wrong += [x for part in parts if isinstance(part, dict) for x in map(part.get, _MOMENTS) if not _is_list(x)]
   if wrong:
-    raise ValueError(
-      f"{where} does not hold statistics: got {str(wrong[0])[:60]}; expected action and proprio with lists "
-      f"{', '.join(_MOMENTS)}; copy the file again."
+    raise refuse(
+      f"{where} does not hold statistics",
+      f"{str(wrong[0])[:60]}",
+      f"action and proprio with lists {', '.join(_MOMENTS)}",
+      "copy the file again",
     )
 
 

@@ -15,6 +15,7 @@ from semanticvla_jax.convert.io.orbax_reader import PolicyFolder
 from semanticvla_jax.convert.io.orbax_writer import ArraySpec, Piece
 from semanticvla_jax.convert.io.progress import Progress
 from semanticvla_jax.convert.io.target import check_target, whole
+from semanticvla_jax.errors import refuse
 
 _WRITTEN = ("params", "config.json", "metadata.json")  # the rest is copied
 _STACK = "llm/layers/"
@@ -84,9 +85,11 @@ def _pieces(folder: PolicyFolder, arrays: Mapping[str, ArraySpec]) -> Iterator[P
 def _check_still_there(folder: PolicyFolder) -> None:
   """Raises ValueError where another run replaced the policy before this one was alone with it."""
   if policy_folder.read_policy_json(folder.folder).metadata != folder.metadata:
-    raise ValueError(
-      f"Policy {folder.folder} changed meanwhile: got another metadata.json than at first; expected one run at a time; "
-      "run it again."
+    raise refuse(
+      f"Policy {folder.folder} changed meanwhile",
+      "another metadata.json than at first",
+      "one run at a time",
+      "run it again",
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from semanticvla_jax.convert.detect import Source
 from semanticvla_jax.convert.io import torch_files
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.semanticvla import SemanticVLA
 
 Shape = tuple[int, ...]
@@ -121,9 +122,11 @@ def hub_name(key: str) -> str:
 def _check(shapes: Mapping[str, Shape]) -> None:
   missing = [key for tower in ("featurizer.", "fused_featurizer.") for key in _missing(shapes, tower)]
   if missing:
-    raise ValueError(
-      f"The release loads a whole vision backbone: got none of {', '.join(missing[:4])}; expected every block, the "
-      "final norm and the pooling head, which this model does not run; pass the checkpoint it came from as --base."
+    raise refuse(
+      "The release loads a whole vision backbone",
+      f"none of {', '.join(missing[:4])}",
+      "every block, the final norm and the pooling head, which this model does not run",
+      "pass the checkpoint it came from as --base",
     )
 
 
@@ -206,9 +209,11 @@ def need_torch() -> Any:
   try:
     import torch
   except ImportError as error:
-    raise ValueError(
-      "--companions=pt needs PyTorch: got no module torch; expected it for .pt files; `pip install torch` (the CPU "
-      "build will do), or leave the companions as safetensors."
+    raise refuse(
+      "--companions=pt needs PyTorch",
+      "no module torch",
+      "it for .pt files",
+      "`pip install torch` (the CPU build will do), or leave the companions as safetensors",
     ) from error
   return torch
 
@@ -221,7 +226,7 @@ def tokenizers(given: str | Path | None, sources: Sequence[str | Path]) -> list[
   """
   own = [] if given is None else sorted(Path(given).expanduser().glob("*.model"))
   if given is not None and not own:
-    raise ValueError(f"No tokenisers: got {given} without a .model file; expected tokenizer.model; name its folder.")
+    raise refuse("No tokenisers", f"{given} without a .model file", "tokenizer.model", "name its folder")
   models = {path.name: path for folder in _folders(sources) for path in sorted(folder.glob("*.model"))}
   return list((models | {path.name: path for path in own}).values())
 

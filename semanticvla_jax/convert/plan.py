@@ -18,6 +18,7 @@ from semanticvla_jax.convert.io import transpose
 from semanticvla_jax.convert.io.orbax_writer import ArraySpec, Piece
 from semanticvla_jax.convert.rules import engine, resize, semanticvla
 from semanticvla_jax.convert.rules.engine import Entry, Mismatch
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import lora
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
 
@@ -121,9 +122,11 @@ class Plan:
       )
     dtype = dtypes.pop()
     if str(dtype) not in _WEIGHTS:
-      raise ValueError(
-        f"{path} is quantised: got {dtype} ({entry.keys[0][0]}); expected {', '.join(_WEIGHTS)}; pass the original "
-        "weights, or --dtype bfloat16 or float32 where the numbers are the weights as they are."
+      raise refuse(
+        f"{path} is quantised",
+        f"{dtype} ({entry.keys[0][0]})",
+        f"{', '.join(_WEIGHTS)}",
+        "pass the original weights, or --dtype bfloat16 or float32 where the numbers are the weights as they are",
       )
     return dtype
 
@@ -157,8 +160,11 @@ def make_plan(
   if not source.layout.whole:
     return _tower_plan(source, bare, options)
   if options.resample or options.pad_vocabulary:
-    raise ValueError(
-      f"--resample, --pad-vocabulary: got {source.kind}; expected a single tower; a whole model is converted as it is."
+    raise refuse(
+      "--resample, --pad-vocabulary",
+      f"{source.kind}",
+      "a single tower",
+      "a whole model is converted as it is",
     )
   if not source.has_adapters:
     entries, skipped = _match(source, bare, parameter_shapes(bare, bare), adapted=False)
@@ -166,9 +172,11 @@ def make_plan(
   settings = _adapter(source, lora_config)
   keep = options.lora == "keep"
   if keep and source.folded:
-    raise ValueError(
-      f"Adapters cannot be kept: got shards with the language adapters folded in ({source.paths[0].name}), beside "
-      "vision adapters; expected all of them apart; use --lora merge, or the unmerged base as the first --source."
+    raise refuse(
+      "Adapters cannot be kept",
+      f"shards with the language adapters folded in ({source.paths[0].name}), beside vision adapters",
+      "all of them apart",
+      "use --lora merge, or the unmerged base as the first --source",
     )
   targets = lora.TARGETS.get(settings.targets, settings.targets)
   wrapped = lora.LoRA(bare.clone(), settings.rank, settings.alpha, targets)
@@ -207,17 +215,21 @@ def _adapter(source: Source, config: Mapping | None) -> Adapter:
   """Rank and alpha: of adapter_config.json, which the config must agree with, else of the config."""
   adapter.check(source)
   if not config:
-    raise ValueError(
-      "Source has LoRA adapters: got no `lora` in the config; expected rank, alpha and targets; use the config of its "
-      "training."
+    raise refuse(
+      "Source has LoRA adapters",
+      "no `lora` in the config",
+      "rank, alpha and targets",
+      "use the config of its training",
     )
   ranks = {x.shape[0] for key, x in source.tensors.items() if ".lora_A." in key}
   stored = {} if source.adapter is None else adapter.DEFAULTS | source.adapter
   for field, key in (("rank", "r"), ("alpha", "lora_alpha")):
     if key in stored and stored[key] != config[field]:
-      raise ValueError(
-        f"Adapter and config differ: got {key}={stored[key]} in adapter_config.json; expected {config[field]} "
-        f"(lora.{field} of the config); pass --set lora.{field}={stored[key]}, or the config of its training."
+      raise refuse(
+        "Adapter and config differ",
+        f"{key}={stored[key]} in adapter_config.json",
+        f"{config[field]} (lora.{field} of the config)",
+        f"pass --set lora.{field}={stored[key]}, or the config of its training",
       )
   if ranks != {config["rank"]}:
     raise ValueError(
@@ -232,9 +244,7 @@ def check_only(source: Source, only: str) -> None:
   towers = [] if source.layout.whole else [prefix.rstrip("/") for prefix in source.prefixes]
   if only not in towers:
     expected = f"one of {towers}" if towers else "a source of single towers"
-    raise ValueError(
-      f"--only: got {only!r} of {source.kind}; expected {expected}; leave --only out, or name another source."
-    )
+    raise refuse("--only", f"{only!r} of {source.kind}", f"{expected}", "leave --only out, or name another source")
 
 
 def _tower_plan(source: Source, bare: SemanticVLA, options: Options) -> Plan:

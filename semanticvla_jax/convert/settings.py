@@ -22,6 +22,7 @@ from semanticvla_jax.convert.rules.settings_fields import (
   activation,
 )
 from semanticvla_jax.convert.settings_files import Section, make_section, read_files, sections, stated_by_llama
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.semanticvla import SemanticVLA, build, resolve
 
 
@@ -70,9 +71,11 @@ def carry(
   found = differences(source, build(model), prefixes, say)
   if refused := [d for d in found if not _carried(d)]:
     expected = ", ".join(d.expected for d in refused)
-    raise ValueError(
-      f"The source's settings do not match the model: got {', '.join(d.text for d in refused)}; expected {expected}; "
-      "use the config of that model or another checkpoint, or correct the file if it does not describe these weights."
+    raise refuse(
+      "The source's settings do not match the model",
+      f"{', '.join(d.text for d in refused)}",
+      f"{expected}",
+      "use the config of that model or another checkpoint, or correct the file if it does not describe these weights",
     )
   for d in found:
     _set(model, d.field.carry, d.theirs.value)
@@ -150,16 +153,20 @@ def _read(name: str, field: Field, raw: Any, where: str) -> Stated:
   try:
     return Stated(raw, field.read(raw), where)
   except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-    raise ValueError(
-      f"{where} is damaged: got {name}={repr(raw)[:80]}; expected a value as transformers writes it ({error}); "
-      "correct the file, or download it again."
+    raise refuse(
+      f"{where} is damaged",
+      f"{name}={repr(raw)[:80]}",
+      f"a value as transformers writes it ({error})",
+      "correct the file, or download it again",
     ) from error
 
 
 def _contradiction(name: str, first: Stated, second: Stated) -> ValueError:
-  return ValueError(
-    f"The source's own files disagree: got {name}={first.raw!r} ({first.where}) and {second.raw!r} ({second.where}); "
-    "expected one value; correct the file that does not describe these weights."
+  return refuse(
+    "The source's own files disagree",
+    f"{name}={first.raw!r} ({first.where}) and {second.raw!r} ({second.where})",
+    "one value",
+    "correct the file that does not describe these weights",
   )
 
 

@@ -19,6 +19,7 @@ from semanticvla_jax.convert.rules.settings_fields import (
   TIMM,
   Field,
 )
+from semanticvla_jax.errors import refuse
 
 TABLES = {"dino": DINO, "siglip": SIGLIP, "text": TEXT, "llm": LLAMA}
 
@@ -60,10 +61,11 @@ def read_files(
       say(f"{path} is not read: it belongs to another model than the named files")
       continue
     if name == "config.json" and not _fits(path, classes):
-      raise ValueError(
-        f"{path} is of another model: got model_type {read_object(path)['model_type']!r} next to weights of "
-        f"{source.kind}; expected {' or '.join(classes) or 'none'}; name the files of the weights instead of their "
-        "folder if it does not describe them."
+      raise refuse(
+        f"{path} is of another model",
+        f"model_type {read_object(path)['model_type']!r} next to weights of {source.kind}",
+        f"{' or '.join(classes) or 'none'}",
+        "name the files of the weights instead of their folder if it does not describe them",
       )
     try:
       content = read_object(path)
@@ -105,7 +107,7 @@ def stated_by_llama(fields: Mapping[str, Any], where: str) -> Iterator[tuple[str
 def _nested(content: Mapping[str, Any], name: str, path: Path) -> dict:
   inside = content.get(name)
   if not isinstance(inside, (dict, type(None))):
-    raise ValueError(f"{path} is damaged: got {name}={str(inside)[:60]!r}; expected an object; download it again.")
+    raise refuse(f"{path} is damaged", f"{name}={str(inside)[:60]!r}", "an object", "download it again")
   return inside or {}
 
 
@@ -138,9 +140,11 @@ def _overrides(content: Mapping[str, Any], path: Path) -> Iterator[Section]:
   acts = content.get("timm_override_act_layers")
   acts = [None, None] if acts is None else acts
   if not isinstance(acts, list) or len(acts) != 2:
-    raise ValueError(
-      f"{path} is of another model: got timm_override_act_layers={acts!r}; expected one for each of two encoders; "
-      "correct the file if it does not describe these weights."
+    raise refuse(
+      f"{path} is of another model",
+      f"timm_override_act_layers={acts!r}",
+      "one for each of two encoders",
+      "correct the file if it does not describe these weights",
     )
   for part, act, table in zip(("dino", "siglip"), acts, (DINO, SIGLIP)):
     fields = {"hidden_act": "gelu" if act is None else act}
@@ -183,9 +187,11 @@ def _of_processor(source: Source, where: str, content: Mapping[str, Any]) -> Ite
     try:
       pairs = [(part, {n: f(x) for n, f in fields.items()}) for part, x in zip(IMAGES, several, strict=True)]
     except (ValueError, TypeError, AttributeError) as error:
-      raise ValueError(
-        f"{where} is of another model: got {name}={str(several)[:120]}; expected one for each of two encoders; "
-        "correct the file if it does not describe these weights."
+      raise refuse(
+        f"{where} is of another model",
+        f"{name}={str(several)[:120]}",
+        "one for each of two encoders",
+        "correct the file if it does not describe these weights",
       ) from error
     for part, values in pairs:
       yield make_section(part, IMAGES[part], values, f"{name} of {where}")

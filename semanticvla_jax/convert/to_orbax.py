@@ -30,6 +30,7 @@ from semanticvla_jax.convert.io.progress import Progress
 from semanticvla_jax.convert.io.target import check_target, peak_rss, sha256, whole
 from semanticvla_jax.convert.plan import DEFAULTS, Options, Plan, make_plan
 from semanticvla_jax.data import statistics
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.semanticvla import build
 
 DTYPES = {"keep": None, "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
@@ -98,9 +99,9 @@ def to_orbax(
 
 def _check_arguments(target: Path, options: Options) -> None:
   if options.dtype not in DTYPES:
-    raise ValueError(f"dtype: got {options.dtype!r}; expected one of {tuple(DTYPES)}; name one of them.")
+    raise refuse("dtype", f"{options.dtype!r}", f"one of {tuple(DTYPES)}", "name one of them")
   if options.lora not in ("keep", "merge"):
-    raise ValueError(f"lora: got {options.lora!r}; expected 'keep' or 'merge'; name one of them.")
+    raise refuse("lora", f"{options.lora!r}", "'keep' or 'merge'", "name one of them")
   check_target(target)
 
 
@@ -108,9 +109,11 @@ def _refuse_second_adapter(source: Source) -> None:
   """Raises ValueError where adapters would be added to shards into which others were folded, as their mark records."""
   mark = source.mark
   if mark.get("merged") and mark.get("lora") and (source.adapter is not None or source.has_adapters):
-    raise ValueError(
-      f"Adapter on a merged base: got {source.paths[0].parent}, into which adapters {mark['lora']} were folded, and an "
-      "adapter; expected the base that the adapter was trained on; pass that base, or leave the adapter out."
+    raise refuse(
+      "Adapter on a merged base",
+      f"{source.paths[0].parent}, into which adapters {mark['lora']} were folded, and an adapter",
+      "the base that the adapter was trained on",
+      "pass that base, or leave the adapter out",
     )
 
 
@@ -147,9 +150,11 @@ def _statistics(source: Source, config: Mapping, need: bool, say: Callable[[str]
 def _no_statistics(source: Source) -> ValueError:
   wanted = "dataset_statistics.json" if source.layout.fine_tune else "that or norm_stats in config.json"
   others = " (the norm_stats in its config.json are its base's)" if source.config.get("norm_stats") else ""
-  return ValueError(
-    f"No statistics: got {source.kind} without dataset_statistics.json{others}; expected {wanted}, without which "
-    "actions cannot be un-normalized; copy it next to the weights, or pass --no-statistics."
+  return refuse(
+    "No statistics",
+    f"{source.kind} without dataset_statistics.json{others}",
+    f"{wanted}, without which actions cannot be un-normalized",
+    "copy it next to the weights, or pass --no-statistics",
   )
 
 

@@ -31,6 +31,7 @@ from semanticvla_jax.convert.io.target import check_target, peak_rss, sha256, wh
 from semanticvla_jax.convert.io.torch_writer import Out, save
 from semanticvla_jax.convert.plan import unused
 from semanticvla_jax.convert.rules import engine, semanticvla
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.files import write_json
 from semanticvla_jax.models.semanticvla import SemanticVLA, build
 
@@ -174,9 +175,9 @@ def _write_tensors(
 
 def _check_arguments(target: Path, options: Options) -> None:
   if options.companions not in ("safetensors", "pt"):
-    raise ValueError(f"companions: got {options.companions!r}; expected 'safetensors' or 'pt'; name one of them.")
+    raise refuse("companions", f"{options.companions!r}", "'safetensors' or 'pt'", "name one of them")
   if options.lora not in ("keep", "merge"):
-    raise ValueError(f"lora: got {options.lora!r}; expected 'keep' or 'merge'; name one of them.")
+    raise refuse("lora", f"{options.lora!r}", "'keep' or 'merge'", "name one of them")
   if options.companions == "pt":
     release.need_torch()
   check_target(target)
@@ -184,13 +185,18 @@ def _check_arguments(target: Path, options: Options) -> None:
 
 def _check_policy(folder: PolicyFolder, lora: str) -> None:
   if folder.metadata.get("parts"):
-    raise ValueError(
-      f"Policy {folder.folder} is a single tower: got {folder.metadata['parts']}; expected a whole model; convert one."
+    raise refuse(
+      f"Policy {folder.folder} is a single tower",
+      f"{folder.metadata['parts']}",
+      "a whole model",
+      "convert one",
     )
   if lora == "keep" and not folder.adapted:
-    raise ValueError(
-      f"Adapters cannot be kept: got {folder.folder} without any (none were trained, or they are folded in); expected "
-      "a policy with adapters; leave --lora out."
+    raise refuse(
+      "Adapters cannot be kept",
+      f"{folder.folder} without any (none were trained, or they are folded in)",
+      "a policy with adapters",
+      "leave --lora out",
     )
 
 
@@ -215,9 +221,11 @@ def outputs(folder: PolicyFolder, keep: bool = False) -> dict[str, Out]:
   shapes = {path: shape for path, shape in folder.shapes.items() if keep or not path.endswith(("/lora_a", "/lora_b"))}
   entries = [entry for rule in rules for entry in engine.expand(rule, shapes)]
   if lost := sorted(set(shapes) - {entry.target for entry in entries}):
-    raise ValueError(
-      f"Policy has parameters without a rule: got {lost[:6]}; expected those of its config; use the config it was "
-      "trained with."
+    raise refuse(
+      "Policy has parameters without a rule",
+      f"{lost[:6]}",
+      "those of its config",
+      "use the config it was trained with",
     )
   readers: dict[str, list[tuple[engine.Entry, int | None]]] = {}
   for entry in entries:
@@ -233,10 +241,11 @@ def _check_shared(folder: PolicyFolder, key: str, entries: list[engine.Entry]) -
   if len(entries) > 1 and entries[0].rule.shared:
     first, *others = (folder.read(entry.target) for entry in entries)
     if any(other.tobytes() != first.tobytes() for other in others):
-      raise ValueError(
-        f"Adapters cannot be kept: got {', '.join(entry.target for entry in entries)}, which differ (they were trained "
-        f"apart here); expected one matrix for all, for the release adapts the fused layer with one ({key}); fold them "
-        "in with --lora merge."
+      raise refuse(
+        "Adapters cannot be kept",
+        f"{', '.join(entry.target for entry in entries)}, which differ (they were trained apart here)",
+        f"one matrix for all, for the release adapts the fused layer with one ({key})",
+        "fold them in with --lora merge",
       )
 
 

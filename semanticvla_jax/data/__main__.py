@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from semanticvla_jax import cli, files
 from semanticvla_jax.data import images, mixtures, rlds, statistics, tfrecord_index, trajectories
+from semanticvla_jax.errors import refuse
 
 _TEXT_WIDTH, _NUMBER_WIDTH, _MARGIN, _LINE = 640, 40, 8, 12  # pixels
 
@@ -155,7 +156,7 @@ def main(argv: list[str]) -> None:
 
 def _write_statistics(datasets: list[rlds.Dataset], out: str | None, kind: str) -> None:
   if kind == "openpi" and len(datasets) > 1:
-    raise ValueError(f"norm_stats.json holds one dataset: got {len(datasets)}; expected 1; name a single dataset.")
+    raise refuse("norm_stats.json holds one dataset", f"{len(datasets)}", "1", "name a single dataset")
   if kind == "openpi":
     path = pathlib.Path(out or "norm_stats.json")
     statistics.save_openpi(path, datasets[0].statistics)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from semanticvla_jax.data import gripper
+from semanticvla_jax.errors import refuse
 
 Columns = Mapping[str, np.ndarray]
 
@@ -88,10 +89,12 @@ def check_gripper(name: str, spec: DatasetSpec, action: Float[np.ndarray, "n a"]
   outside = low < ends[0] - slack or high > ends[1] + slack
   still = low == high and low in ends
   if outside or (not still and (low >= middle or high <= middle)):
-    raise ValueError(
-      f"Dataset {name!r}, action dimension {spec.gripper.dimension}: got gripper commands in [{low:g}, {high:g}]; "
-      f"expected {spec.gripper.open:g} open … {spec.gripper.closed:g} closed; write the dataset with that "
-      "convention, or read it with a DatasetSpec whose `gripper` and `standardize` are its own."
+    raise refuse(
+      f"Dataset {name!r}, action dimension {spec.gripper.dimension}",
+      f"gripper commands in [{low:g}, {high:g}]",
+      f"{spec.gripper.open:g} open … {spec.gripper.closed:g} closed",
+      "write the dataset with that convention, or read it with a DatasetSpec whose `gripper` and `standardize` are "
+      "its own",
     )
 
 

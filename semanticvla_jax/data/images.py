@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 
+from semanticvla_jax.errors import refuse
+
 _BLOCK = 16  # output rows per matrix product: the band of a block is a few times narrower than the image
 _STREAM = 2  # separates the augmentation draws from the other random streams of the same seed
 
@@ -71,7 +73,7 @@ def decode(encoded: bytes, dct: str = "accurate") -> UInt8[np.ndarray, "h w 3"]:
     except tf.errors.InvalidArgumentError as error:
       raise _undecodable(encoded, error) from error
   if dct != "accurate":
-    raise ValueError(f"Unknown JPEG transform: got dct={dct!r}; expected 'accurate' or 'fast'; fix the config.")
+    raise refuse("Unknown JPEG transform", f"dct={dct!r}", "'accurate' or 'fast'", "fix the config")
   try:
     with Image.open(io.BytesIO(encoded)) as image:
       return _rgb(image)
@@ -85,9 +87,11 @@ def _rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     return np.array(image.convert("RGB"))
   values = np.asarray(image)
   if image.mode not in _SIXTEEN_BITS or values.min() < 0 or values.max() > 0xFFFF:
-    raise ValueError(
-      f"Image cannot be read: got Pillow's mode {image.mode!r} with values from {values.min()} to {values.max()}; "
-      "expected colours of 8 or 16 bits; store it as an 8-bit RGB JPEG or PNG."
+    raise refuse(
+      "Image cannot be read",
+      f"Pillow's mode {image.mode!r} with values from {values.min()} to {values.max()}",
+      "colours of 8 or 16 bits",
+      "store it as an 8-bit RGB JPEG or PNG",
     )
   return np.repeat((values.astype(np.uint32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
 
@@ -105,9 +109,11 @@ def hide_accelerators() -> None:
 
 
 def _undecodable(encoded: bytes, error: Exception) -> ValueError:
-  return ValueError(
-    f"Image cannot be decoded: got {len(encoded)} bytes starting with {encoded[:4]!r} ({error}); expected a whole JPEG "
-    "or PNG; fetch or write the file again."
+  return refuse(
+    "Image cannot be decoded",
+    f"{len(encoded)} bytes starting with {encoded[:4]!r} ({error})",
+    "a whole JPEG or PNG",
+    "fetch or write the file again",
   )
 
 
@@ -168,9 +174,11 @@ def prepare(
     ValueError: a side of less than SMALLEST pixels.
   """
   if min(image.shape[:2]) < SMALLEST:
-    raise ValueError(
-      f"Image is too small: got {image.shape[0]} x {image.shape[1]} pixels; expected at least {SMALLEST} x {SMALLEST}; "
-      "pass the camera's frame (an empty one is a camera that gave none)."
+    raise refuse(
+      "Image is too small",
+      f"{image.shape[0]} x {image.shape[1]} pixels",
+      f"at least {SMALLEST} x {SMALLEST}",
+      "pass the camera's frame (an empty one is a camera that gave none)",
     )
   if jpeg_quality is not None:
     image = jpeg_round_trip(image, jpeg_quality, dct)

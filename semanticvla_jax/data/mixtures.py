@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 
+from semanticvla_jax.errors import refuse
+
 _SUITES = ("libero_spatial_no_noops", "libero_object_no_noops", "libero_goal_no_noops", "libero_10_no_noops")
 
 MIXTURES = {"libero_4_task_suites_no_noops": tuple((name, 1.0) for name in _SUITES)}
@@ -21,7 +23,5 @@ def mixture(name: str) -> tuple[tuple[str, float], ...]:
   if name in MIXTURES:
     return MIXTURES[name]
   if close := difflib.get_close_matches(name, MIXTURES, n=1, cutoff=0.9):
-    raise ValueError(
-      f"Unknown mixture: got {name!r}; expected a dataset or one of {sorted(MIXTURES)}; use {close[0]!r}."
-    )
+    raise refuse("Unknown mixture", f"{name!r}", f"a dataset or one of {sorted(MIXTURES)}", f"use {close[0]!r}")
   return ((name, 1.0),)

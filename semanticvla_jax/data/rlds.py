@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32, UInt8
 
 from semanticvla_jax.data import datasets, images, sampler, statistics, text, tfrecord_index, trajectories
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.types import Batch, Observation
 
 _STREAM = 3  # of random numbers of one seed; order.py and images.py have the others
@@ -92,9 +93,11 @@ class Dataset:
         "%s: %d of %d episodes are shorter than the chunk of %d and are skipped", self.name, short, len(parts), chunk
       )
     if short == len(parts):
-      raise ValueError(
-        f"Dataset {self.name!r} has no examples: got episodes of at most {max(lengths, default=0)} frames; expected "
-        f"{chunk} or more; use a shorter chunk or trajectory_end='pad'."
+      raise refuse(
+        f"Dataset {self.name!r} has no examples",
+        f"episodes of at most {max(lengths, default=0)} frames",
+        f"{chunk} or more",
+        "use a shorter chunk or trajectory_end='pad'",
       )
     return np.concatenate(parts)
 
@@ -131,7 +134,7 @@ def load(
   builder = tfds.builder_from_directory(find(data_dir, name))
   _check_features(builder, spec, name)
   if builder.info.file_format.value != "tfrecord":
-    raise ValueError(f"Dataset {name!r}: got {builder.info.file_format.value}; expected tfrecord; convert it.")
+    raise refuse(f"Dataset {name!r}", f"{builder.info.file_format.value}", "tfrecord", "convert it")
   try:
     instructions = builder.info.splits[split].file_instructions
   except (KeyError, ValueError) as error:
@@ -162,15 +165,19 @@ def find(data_dir: str, name: str) -> str:
     versions = [path for path in inside if _VERSION.fullmatch(path.name) and (path / "features.json").exists()]
     have = [] if inside or not folder.exists() else sorted(path.name for path in folder.iterdir())
   except (OSError, tf.errors.OpError) as error:
-    raise ValueError(
-      f"Data cannot be reached: got {type(error).__name__}: {error} from {data_dir}; expected a folder or bucket that "
-      "can be read; check its address, the network, and credentials (gcloud auth application-default login)."
+    raise refuse(
+      "Data cannot be reached",
+      f"{type(error).__name__}: {error} from {data_dir}",
+      "a folder or bucket that can be read",
+      "check its address, the network, and credentials (gcloud auth application-default login)",
     ) from error
   others = [path.name for path in inside if path not in versions and not path.name.startswith(".")]
   if inside and not versions:
-    raise ValueError(
-      f"No dataset {name!r}: got {others[:20] or 'no version'} in {root}; expected a folder x.y.z with features.json, "
-      "such as 1.0.0; rename the one that is meant."
+    raise refuse(
+      f"No dataset {name!r}",
+      f"{others[:20] or 'no version'} in {root}",
+      "a folder x.y.z with features.json, such as 1.0.0",
+      "rename the one that is meant",
     )
   if not versions:
     close = difflib.get_close_matches(name, have, n=1, cutoff=0.0)
@@ -199,14 +206,18 @@ def _check_features(builder, spec: datasets.DatasetSpec, name: str) -> None:
   for key, shape in needed.items():
     if key not in have:
       close = difflib.get_close_matches(key, have, n=1, cutoff=0.0)
-      raise ValueError(
-        f"Dataset {name!r} lacks the feature {key!r}: got {sorted(have)}; expected it below steps/; pass a DatasetSpec "
-        f"for this dataset{f' (nearest: {close[0]!r})' if close else ''}."
+      raise refuse(
+        f"Dataset {name!r} lacks the feature {key!r}",
+        f"{sorted(have)}",
+        "it below steps/",
+        f"pass a DatasetSpec for this dataset{f' (nearest: {close[0]!r})' if close else ''}",
       )
     if tuple(have[key].shape[1:]) != shape:
-      raise ValueError(
-        f"Dataset {name!r}, feature {key!r}: got shape {tuple(have[key].shape[1:])} a step; expected {shape}; pass a "
-        "DatasetSpec for this dataset."
+      raise refuse(
+        f"Dataset {name!r}, feature {key!r}",
+        f"shape {tuple(have[key].shape[1:])} a step",
+        f"{shape}",
+        "pass a DatasetSpec for this dataset",
       )
 
 
@@ -226,9 +237,11 @@ def assemble(
   for key, column in index.columns.items():
     if not np.isfinite(column).all():
       frame, dimension = np.argwhere(~np.isfinite(column))[0]
-      raise ValueError(
-        f"Dataset {name!r}, {key!r}: got {column[frame, dimension]} in dimension {dimension} of "
-        f"{reader.where(int(frame))}; expected finite numbers; repair the episode or write the dataset without it."
+      raise refuse(
+        f"Dataset {name!r}, {key!r}",
+        f"{column[frame, dimension]} in dimension {dimension} of {reader.where(int(frame))}",
+        "finite numbers",
+        "repair the episode or write the dataset without it",
       )
   datasets.check_gripper(name, spec, index.columns["action"])
   found, silent, first = [], 0, 0
@@ -357,20 +370,26 @@ def batches(
 
 def _check_jitter(mixture: Sequence[tuple[Dataset, float]], jitter: Jitter) -> None:
   if not (0 <= jitter.metres < 0.1 and 0 <= jitter.radians < 0.5):
-    raise ValueError(
-      f"Jitter: got {jitter.metres} metres and {jitter.radians} radians; expected 0 to 0.1 and 0 to 0.5, for images "
-      "stay as they are; lower config.data.jitter."
+    raise refuse(
+      "Jitter",
+      f"{jitter.metres} metres and {jitter.radians} radians",
+      "0 to 0.1 and 0 to 0.5, for images stay as they are",
+      "lower config.data.jitter",
     )
   for dataset, _ in mixture if jitter != STILL else ():
     if any(dataset.spec.absolute[:6]):
-      raise ValueError(
-        f"Jitter: got the dataset {dataset.name!r}, whose actions are targets; expected displacements, which can lead "
-        "back; set config.data.jitter=(0.0, 0.0)."
+      raise refuse(
+        "Jitter",
+        f"the dataset {dataset.name!r}, whose actions are targets",
+        "displacements, which can lead back",
+        "set config.data.jitter=(0.0, 0.0)",
       )
     if dataset.stride < 1e-5:
-      raise ValueError(
-        f"Jitter: got the dataset {dataset.name!r}, whose arm moves {dataset.stride:.2g} a unit of its commands; "
-        "expected more than 1e-5, for them to lead back; set config.data.jitter=(0.0, 0.0)."
+      raise refuse(
+        "Jitter",
+        f"the dataset {dataset.name!r}, whose arm moves {dataset.stride:.2g} a unit of its commands",
+        "more than 1e-5, for them to lead back",
+        "set config.data.jitter=(0.0, 0.0)",
       )
 
 
@@ -378,12 +397,14 @@ def _check_batches(
   mixture: Sequence[tuple[Dataset, float]], batch_size: int, process_index: int, process_count: int, start_step: int
 ) -> None:
   if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count or start_step < 0:
-    raise ValueError(
-      f"Bad sharding: got batch_size={batch_size}, process {process_index} of {process_count}, start_step "
-      f"{start_step}; expected a batch that divides by the processes; change the batch size."
+    raise refuse(
+      "Bad sharding",
+      f"batch_size={batch_size}, process {process_index} of {process_count}, start_step {start_step}",
+      "a batch that divides by the processes",
+      "change the batch size",
     )
   if not mixture:
-    raise ValueError("Empty mixture: got no datasets; expected at least one; name one in the config.")
+    raise refuse("Empty mixture", "no datasets", "at least one", "name one in the config")
   shapes = {
     dataset.name: (
       len(dataset.spec.views),
@@ -394,9 +415,11 @@ def _check_batches(
     for dataset, _ in mixture
   }
   if len(set(shapes.values())) > 1:
-    raise ValueError(
-      f"Datasets do not fit together: got (views, action dims, proprio dims, absolute dims) {shapes}; expected the "
-      "same for all; train on them apart."
+    raise refuse(
+      "Datasets do not fit together",
+      f"(views, action dims, proprio dims, absolute dims) {shapes}",
+      "the same for all",
+      "train on them apart",
     )
 
 

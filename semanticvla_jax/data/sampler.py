@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from semanticvla_jax.errors import refuse
+
 _PERMUTATION, _CHOICE = 0, 1  # random streams of one seed; images.py and rlds.py have the next two
 _BLOCK = 4096  # examples whose datasets are drawn together
 
@@ -46,12 +48,14 @@ class IndexSampler:
         below 1.
     """
     if not episodes or any(len(of) == 0 for of in episodes):
-      raise ValueError(
-        f"Nothing to order: got {[len(of) for of in episodes]} candidates; expected some in every dataset; leave the "
-        "empty one out."
+      raise refuse(
+        "Nothing to order",
+        f"{[len(of) for of in episodes]} candidates",
+        "some in every dataset",
+        "leave the empty one out",
       )
     if len(probabilities) != len(episodes) or not all(p > 0 for p in probabilities):
-      raise ValueError(f"Bad weights: got {list(probabilities)}; expected {len(episodes)} positive numbers; fix them.")
+      raise refuse("Bad weights", f"{list(probabilities)}", f"{len(episodes)} positive numbers", "fix them")
     if seed < 0 or (window is not None and window < 1):
       raise ValueError(f"Bad order: got seed={seed}, window={window}; expected seed >= 0 and window >= 1 or None.")
     self._episodes, self._seed, self._window = tuple(episodes), seed, window

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32
 
 from semanticvla_jax import files
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.types import Statistics
 
 MODES = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}
@@ -53,14 +54,16 @@ def compute(
   n, d = values.shape
   mask = np.ones(d, bool) if mask is None else np.asarray(mask, bool)
   if n == 0:
-    raise ValueError(f"No data to compute statistics of: got shape {values.shape}; expected frames; check the split.")
+    raise refuse("No data to compute statistics of", f"shape {values.shape}", "frames", "check the split")
   if mask.shape != (d,):
-    raise ValueError(f"Wrong mask: got {mask.shape[0]} entries; expected {d}, one a dimension; fix the spec.")
+    raise refuse("Wrong mask", f"{mask.shape[0]} entries", f"{d}, one a dimension", "fix the spec")
   if not np.isfinite(values).all():
     frame, dimension = np.argwhere(~np.isfinite(values))[0]
-    raise ValueError(
-      f"Non-finite value: got {values[frame, dimension]} in frame {frame}, dimension {dimension}; expected finite "
-      "numbers; repair or drop the episode."
+    raise refuse(
+      "Non-finite value",
+      f"{values[frame, dimension]} in frame {frame}, dimension {dimension}",
+      "finite numbers",
+      "repair or drop the episode",
     )
   exact = values.astype(np.float64)
   q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
@@ -113,22 +116,26 @@ def _bounds(values: Any, statistics: Statistics, mode: str) -> tuple[Any, Any, A
   xp, given = values.__array_namespace__(), [getattr(statistics, name) for name in _ends(mode)]
   low, high = (xp.asarray(bound, np.float32) for bound in given)
   if values.shape[-1:] != low.shape:
-    raise ValueError(
-      f"Widths differ: got values of width {values.shape[-1]}; expected {low.shape[0]} as in the statistics; use the "
-      "statistics of this dataset."
+    raise refuse(
+      "Widths differ",
+      f"values of width {values.shape[-1]}",
+      f"{low.shape[0]} as in the statistics",
+      "use the statistics of this dataset",
     )
   known = (low, high) if xp is np else given  # traced bounds have no values yet; whoever compiles checks them
   if any(isinstance(bound, np.ndarray) and np.isnan(bound).any() for bound in known):
-    raise ValueError(
-      f"Statistics lack {' and '.join(MODES[mode])}: got NaN; expected finite bounds for mode {mode!r}; openpi files "
-      "have no extremes, use 'bounds_q99' or recompute."
+    raise refuse(
+      f"Statistics lack {' and '.join(MODES[mode])}",
+      "NaN",
+      f"finite bounds for mode {mode!r}",
+      "openpi files have no extremes, use 'bounds_q99' or recompute",
     )
   return xp, low, high
 
 
 def _ends(mode: str) -> tuple[str, str]:
   if mode not in MODES:
-    raise ValueError(f"Unknown normalisation: got {mode!r}; expected one of {tuple(MODES)}; fix the config.")
+    raise refuse("Unknown normalisation", f"{mode!r}", f"one of {tuple(MODES)}", "fix the config")
   return MODES[mode]
 
 
@@ -241,7 +248,7 @@ def load(path: str | pathlib.Path) -> dict[str, DatasetStatistics]:
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is not JSON: got {error}; expected statistics; write the file again.") from error
+    raise refuse(f"{path} is not JSON", f"{error}", "statistics", "write the file again") from error
   if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
     raise ValueError(f"{path} holds no statistics: got {type(content).__name__}; expected one object a dataset.")
   norm_stats = content.get("norm_stats", {})
@@ -265,9 +272,11 @@ def select(statistics: Mapping[str, DatasetStatistics], name: str) -> DatasetSta
   for key in (name, f"{name}_no_noops"):
     if key in statistics:
       return statistics[key]
-  raise ValueError(
-    f"No statistics of {name!r}: got entries {sorted(statistics)}; expected {name!r} or '{name}_no_noops'; name one of "
-    "them."
+  raise refuse(
+    f"No statistics of {name!r}",
+    f"entries {sorted(statistics)}",
+    f"{name!r} or '{name}_no_noops'",
+    "name one of them",
   )
 
 
@@ -277,7 +286,7 @@ def _lists(statistics: Statistics, fields: Sequence[str]) -> dict[str, list[floa
 
 def _field(entry: Mapping, key: str, where: str):
   if entry.get(key) is None:
-    raise ValueError(f"{where} lacks {key!r}: got {sorted(entry)}; expected it; recompute the statistics.")
+    raise refuse(f"{where} lacks {key!r}", f"{sorted(entry)}", "it", "recompute the statistics")
   return entry[key]
 
 
@@ -293,8 +302,11 @@ def _read(entry: Mapping, where: str, extremes: bool = True) -> Statistics:
   arrays["mask"] = np.asarray(entry.get("mask", [True] * width), bool)
   for field, array in arrays.items():
     if array.shape != (width,):
-      raise ValueError(
-        f"{where} is inconsistent: got {field} of shape {array.shape}; expected ({width},) like q01; recompute it."
+      raise refuse(
+        f"{where} is inconsistent",
+        f"{field} of shape {array.shape}",
+        f"({width},) like q01",
+        "recompute it",
       )
   return Statistics(**arrays)
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from semanticvla_jax.errors import refuse
+
 PRUNER_TEXTS = ("question", "prompt")
 EMBEDDED = pathlib.Path(__file__).parent / "tokenizers"  # small models for the tabletop environment, no download
 
@@ -93,9 +95,11 @@ class Tokenizers(NamedTuple):
       ValueError: a sentence does not fit, or this policy has no SigLIP tokeniser.
     """
     if self.siglip is None:
-      raise ValueError(
-        "No SigLIP tokeniser: got an instruction for the ID-Pruner; expected spiece.model in the checkpoint folder; "
-        "copy it there from google/siglip-so400m-patch14-384."
+      raise refuse(
+        "No SigLIP tokeniser",
+        "an instruction for the ID-Pruner",
+        "spiece.model in the checkpoint folder",
+        "copy it there from google/siglip-so400m-patch14-384",
       )
     write = question if self.pruner_text == "question" else prompt
     end = self.siglip.eos_id()
@@ -119,18 +123,22 @@ def load(
   """
   folder = pathlib.Path(folder)
   if pruner_text not in PRUNER_TEXTS:
-    raise ValueError(f"Unknown pruner text: got {pruner_text!r}; expected one of {PRUNER_TEXTS}; fix the config.")
+    raise refuse("Unknown pruner text", f"{pruner_text!r}", f"one of {PRUNER_TEXTS}", "fix the config")
   language = _sentencepiece(folder / "tokenizer.model")
   if language.is_unknown(language.piece_to_id("▁")) or language.bos_id() < 0:
-    raise ValueError(
-      f"{folder / 'tokenizer.model'} is no Llama tokeniser: got no '▁' piece or no <s>; expected both; copy the file "
-      "from the base checkpoint."
+    raise refuse(
+      f"{folder / 'tokenizer.model'} is no Llama tokeniser",
+      "no '▁' piece or no <s>",
+      "both",
+      "copy the file from the base checkpoint",
     )
   siglip = _sentencepiece(folder / "spiece.model") if (folder / "spiece.model").exists() else None
   if siglip is not None and siglip.eos_id() != 1:
-    raise ValueError(
-      f"{folder / 'spiece.model'} is no SigLIP tokeniser: got </s> = {siglip.eos_id()}; expected 1; copy the file from "
-      "the SigLIP checkpoint."
+    raise refuse(
+      f"{folder / 'spiece.model'} is no SigLIP tokeniser",
+      f"</s> = {siglip.eos_id()}",
+      "1",
+      "copy the file from the SigLIP checkpoint",
     )
   return Tokenizers(language, siglip, prompt_length, instruction_length, pruner_text)
 
@@ -140,9 +148,11 @@ def _sentencepiece(path: pathlib.Path) -> Any:
 
   if not path.exists():
     found = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else "no such folder"
-    raise ValueError(
-      f"No tokeniser: got {found} in {path.parent}; expected {path.name} (the SentencePiece file, not tokenizer.json); "
-      "copy it from the base checkpoint."
+    raise refuse(
+      "No tokeniser",
+      f"{found} in {path.parent}",
+      f"{path.name} (the SentencePiece file, not tokenizer.json)",
+      "copy it from the base checkpoint",
     )
   return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
@@ -153,9 +163,11 @@ def _pad(
   ids, mask = np.full((len(rows), length), value, np.int32), np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
     if len(row) > length:
-      raise ValueError(
-        f"Instruction does not fit: got {len(row)} {what} tokens for {short(instructions[i])}; expected at most "
-        f"{length}; raise {what}_length or shorten the instruction."
+      raise refuse(
+        "Instruction does not fit",
+        f"{len(row)} {what} tokens for {short(instructions[i])}",
+        f"at most {length}",
+        f"raise {what}_length or shorten the instruction",
       )
     ids[i, : len(row)], mask[i, : len(row)] = row, True
   return ids, mask

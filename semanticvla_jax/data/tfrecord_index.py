@@ -24,6 +24,7 @@ from jaxtyping import Float32, Int
 
 from semanticvla_jax import cli, files
 from semanticvla_jax.data import text
+from semanticvla_jax.errors import refuse
 
 _HEADER, _FOOTER = 12, 4  # bytes of framing around a record: length and checksum before, checksum after
 _LAYOUT = 2  # part of the cache key: raise it when Index or the pass changes
@@ -172,9 +173,7 @@ def _content(path: str, stamp: list[int]) -> str:
 
 
 def _missing(path: str) -> ValueError:
-  return ValueError(
-    f"Shard is missing: got no file {path}; expected it from dataset_info.json; download the dataset again."
-  )
+  return refuse("Shard is missing", f"no file {path}", "it from dataset_info.json", "download the dataset again")
 
 
 def _build(parts: Sequence[Part], columns: Mapping[str, int], views: Sequence[str]) -> Index:
@@ -196,14 +195,18 @@ def _build(parts: Sequence[Part], columns: Mapping[str, int], views: Sequence[st
     except tf.errors.NotFoundError as error:
       raise _missing(part.path) from error
     except (tf.errors.DataLossError, IndexError) as error:
-      raise ValueError(
-        f"Shard is corrupt: got {error} in {part.path} after {count} records; expected whole tfrecords; download or "
-        "write the shard again."
+      raise refuse(
+        "Shard is corrupt",
+        f"{error} in {part.path} after {count} records",
+        "whole tfrecords",
+        "download or write the shard again",
       ) from error
     if count < part.skip + part.take:
-      raise ValueError(
-        f"Shard is too short: got {count} records in {part.path}; expected {part.skip + part.take} from "
-        "dataset_info.json; download or write the dataset again."
+      raise refuse(
+        "Shard is too short",
+        f"{count} records in {part.path}",
+        f"{part.skip + part.take} from dataset_info.json",
+        "download or write the dataset again",
       )
   record = np.array(rows["record"], np.int64).reshape(-1, 3)
   return Index(
@@ -239,16 +242,21 @@ def _add(
   for key, width in keys.items():
     got = found.get(key, np.zeros(0, np.float32))
     if got.shape != (length * width,):
-      raise ValueError(
-        f"Bad column {key!r} ({where}): got {got.size} numbers of {got.dtype}; expected {length} frames of {width} "
-        "floats; convert the dataset again, or fix the spec."
+      raise refuse(
+        f"Bad column {key!r} ({where})",
+        f"{got.size} numbers of {got.dtype}",
+        f"{length} frames of {width} floats",
+        "convert the dataset again, or fix the spec",
       )
     rows[key].append(got.reshape(length, width))
   ranges = [found.get(key, np.zeros((0, 2), np.int64)) for key in image_keys]
   for key, part in zip(image_keys, ranges, strict=True):
     if part.shape != (length, 2):
-      raise ValueError(
-        f"Bad images {key!r} ({where}): got {len(part)}; expected {length}, one a frame; convert the dataset again."
+      raise refuse(
+        f"Bad images {key!r} ({where})",
+        f"{len(part)}",
+        f"{length}, one a frame",
+        "convert the dataset again",
       )
   ranges = np.stack(ranges, axis=1)
   rows["offset"].append(ranges[:, :, 0])
@@ -262,8 +270,11 @@ def _sentence(encoded: bytes, where: str) -> str:
   try:
     return text.tidy(encoded.decode())
   except UnicodeDecodeError as error:
-    raise ValueError(
-      f"Bad instruction ({where}): got the bytes {encoded[:60]!r}; expected UTF-8; write the dataset again."
+    raise refuse(
+      f"Bad instruction ({where})",
+      f"the bytes {encoded[:60]!r}",
+      "UTF-8",
+      "write the dataset again",
     ) from error
 
 

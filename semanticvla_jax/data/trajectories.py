@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
+from semanticvla_jax.errors import refuse
+
 ENDS = ("cut", "pad")
 
 
@@ -18,9 +20,9 @@ def starts(length: int, chunk: int, trajectory_end: str = "cut") -> Int[np.ndarr
     ValueError: unknown `trajectory_end`, or a chunk below 1.
   """
   if trajectory_end not in ENDS:
-    raise ValueError(f"Unknown trajectory end: got {trajectory_end!r}; expected one of {ENDS}; fix the config.")
+    raise refuse("Unknown trajectory end", f"{trajectory_end!r}", f"one of {ENDS}", "fix the config")
   if chunk < 1:
-    raise ValueError(f"Bad chunk length: got {chunk}; expected at least 1 action; fix the config.")
+    raise refuse("Bad chunk length", f"{chunk}", "at least 1 action", "fix the config")
   return np.arange(max(length - chunk + 1, 0) if trajectory_end == "cut" else length)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from semanticvla_jax import files
 from semanticvla_jax.data import datasets, statistics
+from semanticvla_jax.errors import refuse
 
 _VERSION = "1.0.0"
 
@@ -90,7 +91,7 @@ def write(
   """
   folder = pathlib.Path(data_dir) / name / _VERSION
   if folder.exists():
-    raise ValueError(f"Dataset exists: got {folder}; expected a new folder; remove it or choose another name.")
+    raise refuse("Dataset exists", f"{folder}", "a new folder", "remove it or choose another name")
   with files.alone(folder):
     partial = folder.with_name(f".{_VERSION}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -110,7 +111,7 @@ def _fill(
   first = next(episodes, None)
   if first is None:
     folder.rmdir()
-    raise ValueError(f"No episodes for {name!r}: got an empty iterator; expected at least one; check what makes them.")
+    raise refuse(f"No episodes for {name!r}", "an empty iterator", "at least one", "check what makes them")
   features = _features(first.image.shape[1:], first.wrist_image.shape[1:])
   counts, num_bytes = _write_shards(folder, name, features, _chain(first, episodes), episodes_per_shard)
   _write_info(folder, name, features, counts, num_bytes)
@@ -122,9 +123,11 @@ def _chain(first: Episode, rest: Iterable[Episode]) -> Iterable[Episode]:
   sizes = first.image.shape[1:], first.wrist_image.shape[1:]
   for number, episode in enumerate(rest, start=1):
     if (episode.image.shape[1:], episode.wrist_image.shape[1:]) != sizes:
-      raise ValueError(
-        f"Image size changes in episode {number}: got {episode.image.shape[1:]} and {episode.wrist_image.shape[1:]}; "
-        f"expected {sizes[0]} and {sizes[1]} as in the first; render all episodes at one size."
+      raise refuse(
+        f"Image size changes in episode {number}",
+        f"{episode.image.shape[1:]} and {episode.wrist_image.shape[1:]}",
+        f"{sizes[0]} and {sizes[1]} as in the first",
+        "render all episodes at one size",
       )
     yield episode
 
@@ -232,18 +235,22 @@ def _check(episode: Episode, columns: dict[str, np.ndarray], where: str) -> None
   for key, array in (columns | {"image": episode.image, "wrist_image": episode.wrist_image}).items():
     kind = np.float32 if key in columns else np.uint8
     if array.dtype != kind or len(array) != length or length == 0 or array.shape[1:] == ():
-      raise ValueError(
-        f"Bad column {key!r} ({where}): got {array.dtype}{list(array.shape)}; expected {np.dtype(kind)} with "
-        f"{length or 'at least 1'} rows, one an action; fix what makes the episode."
+      raise refuse(
+        f"Bad column {key!r} ({where})",
+        f"{array.dtype}{list(array.shape)}",
+        f"{np.dtype(kind)} with {length or 'at least 1'} rows, one an action",
+        "fix what makes the episode",
       )
   for key, width in (("state", 8), ("joint_state", 7), ("action", 7)):
     if columns[key].shape[1] != width or not np.isfinite(columns[key]).all():
-      raise ValueError(
-        f"Bad column {key!r} ({where}): got width {columns[key].shape[1]}, finite: "
-        f"{bool(np.isfinite(columns[key]).all())}; expected {width} finite numbers a row; fix what makes the episode."
+      raise refuse(
+        f"Bad column {key!r} ({where})",
+        f"width {columns[key].shape[1]}, finite: {bool(np.isfinite(columns[key]).all())}",
+        f"{width} finite numbers a row",
+        "fix what makes the episode",
       )
   if not episode.instruction.strip():
-    raise ValueError(f"No instruction ({where}): got {episode.instruction!r}; expected a sentence; name the task.")
+    raise refuse(f"No instruction ({where})", f"{episode.instruction!r}", "a sentence", "name the task")
 
 
 def jpeg(image: UInt8[np.ndarray, "h w 3"] | bytes) -> bytes:

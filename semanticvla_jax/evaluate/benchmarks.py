@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate.evaluation import Benchmark
 from semanticvla_jax.evaluate.libero import Libero
 from semanticvla_jax.evaluate.tabletop import Tabletop
@@ -26,11 +27,11 @@ def of_suites(words: str, benchmarks: Mapping[str, Benchmark] = BENCHMARKS) -> t
         f"--suite: got {name!r}; expected one of {', '.join(owner)}; did you mean {_nearest(name, [*owner])}?"
       )
   if len(set(names)) < len(names):
-    raise ValueError(f"--suite: got {words!r}; expected each suite once; name none twice.")
+    raise refuse("--suite", f"{words!r}", "each suite once", "name none twice")
   parts = {key: [name for name in names if owner[name] == key] for key in dict.fromkeys(map(owner.get, names))}
   if len(parts) > 1:
     listing = " and ".join(f"{some} of {benchmarks[key].title}" for key, some in parts.items())
-    raise ValueError(f"--suite: got {listing}; expected suites of one benchmark; evaluate them in turn.")
+    raise refuse("--suite", f"{listing}", "suites of one benchmark", "evaluate them in turn")
   return owner[names[0]], names
 
 

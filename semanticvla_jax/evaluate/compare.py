@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from semanticvla_jax import cli
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import fingerprint
 from semanticvla_jax.evaluate.results import interval_text, percent, wilson
 
@@ -210,9 +211,12 @@ def _pairs(first: Mapping, second: Mapping) -> list[tuple[int, int]]:
   ]
   shared = sorted(outcomes[0].keys() & outcomes[1].keys())
   if not shared:
-    raise ValueError(
-      f"Results cannot be compared: got no episode of {first['suite']} that both completed (A: {_count(first)}; B: "
-      f"{_count(second)}{_left_out(first, second, 0)}); expected one of equal seed; run both on the same seeds again."
+    raise refuse(
+      "Results cannot be compared",
+      f"no episode of {first['suite']} that both completed (A: {_count(first)}; B: "
+      f"{_count(second)}{_left_out(first, second, 0)})",
+      "one of equal seed",
+      "run both on the same seeds again",
     )
   return [(outcomes[0][seed], outcomes[1][seed]) for seed in shared]
 

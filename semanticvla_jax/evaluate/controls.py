@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.policy import Policy
 
@@ -39,9 +40,11 @@ def shuffle(instructions: Sequence[str], seed: int = 0, before: Mapping[int, str
   """
   names, counts = np.unique(instructions, return_counts=True)
   if counts.max() * 2 > len(instructions):
-    raise ValueError(
-      f"Shuffled instructions: got {str(names[counts.argmax()])!r} in {counts.max()} of {len(instructions)} episodes; "
-      "expected at most half; run more episodes or a suite with more tasks."
+    raise refuse(
+      "Shuffled instructions",
+      f"{str(names[counts.argmax()])!r} in {counts.max()} of {len(instructions)} episodes",
+      "at most half",
+      "run more episodes or a suite with more tasks",
     )
   whole = _arrange(instructions, instructions, seed)
   if before is None or all(whole[i] == sentence for i, sentence in before.items()):
@@ -73,9 +76,9 @@ def check(names: Sequence[str]) -> None:
   """Raises ValueError for a control that does not exist, or is named twice."""
   unknown = sorted(set(names) - set(NAMES))
   if unknown:
-    raise ValueError(f"Controls: got {unknown}; expected some of {[*NAMES]}; choose among them.")
+    raise refuse("Controls", f"{unknown}", f"some of {[*NAMES]}", "choose among them")
   if len(set(names)) < len(names):
-    raise ValueError(f"Controls: got {[*names]}; expected each once; name none twice.")
+    raise refuse("Controls", f"{[*names]}", "each once", "name none twice")
 
 
 def applying(config: Mapping, prunes: bool, names: Sequence[str]) -> dict[str, dict]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls, fingerprint, folder, progress, report, results
 from semanticvla_jax.evaluate.rollout import Episodes
 
@@ -216,4 +217,4 @@ def check_minimum(args: argparse.Namespace, least: Mapping[str, int]) -> None:
   """Raises ValueError for a flag with a smaller number than it may have: {name: smallest}; flags not given pass."""
   for name, smallest in least.items():
     if (value := getattr(args, name)) is not None and value < smallest:
-      raise ValueError(f"--{name.replace('_', '-')}: got {value}; expected at least {smallest}; raise it.")
+      raise refuse(f"--{name.replace('_', '-')}", f"{value}", f"at least {smallest}", "raise it")

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from semanticvla_jax import cli, files
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import fingerprint, report, results, visualize
 from semanticvla_jax.evaluate.results import Row
 from semanticvla_jax.evaluate.rollout import Episodes, Progress
@@ -40,7 +41,7 @@ def alone(out: pathlib.Path) -> Iterator[None]:
   """
   there = next((path for path in (out, *out.parents) if path.exists()), out)
   if there.exists() and not there.is_dir():
-    raise ValueError(f"Report's folder: got {there}, which is a file; expected a folder; choose another --out.")
+    raise refuse("Report's folder", f"{there}, which is a file", "a folder", "choose another --out")
   with contextlib.ExitStack() as stack:
     try:
       out.mkdir(parents=True, exist_ok=True)
@@ -48,9 +49,11 @@ def alone(out: pathlib.Path) -> Iterator[None]:
       files.write(out / ".probe", b"\0" * _PROBE)
       (out / ".probe").unlink()
     except OSError as error:
-      raise ValueError(
-        f"Report's folder cannot be written: got {out} ({cli.first_line(error)}); expected one that may be written, "
-        "with room; choose another --out."
+      raise refuse(
+        "Report's folder cannot be written",
+        f"{out} ({cli.first_line(error)})",
+        "one that may be written, with room",
+        "choose another --out",
       ) from error
     yield
 
@@ -74,8 +77,11 @@ def metrics(path: str | None) -> list[dict]:
   try:
     return report.read_metrics(path) if path else []
   except (OSError, UnicodeError) as error:
-    raise ValueError(
-      f"Metrics cannot be read: got {path} ({cli.first_line(error)}); expected a metrics.jsonl; leave --metrics out."
+    raise refuse(
+      "Metrics cannot be read",
+      f"{path} ({cli.first_line(error)})",
+      "a metrics.jsonl",
+      "leave --metrics out",
     ) from error
 
 
@@ -156,16 +162,20 @@ class ResultsFile:
       if key in self.found:
         merged(self.found[key].fingerprint, mark, self.out)
         if lost := sorted({*self.found[key].episodes.seeds.tolist()} - {*seeds}):
-          raise ValueError(
-            f"{self.out} holds other episodes: got seed {lost[0]} and {len(lost) - 1} more of {key[0]}, {key[2]!r}, "
-            "which are not asked for; expected all of them; widen --seed and --episodes, or choose another --out."
+          raise refuse(
+            f"{self.out} holds other episodes",
+            f"seed {lost[0]} and {len(lost) - 1} more of {key[0]}, {key[2]!r}, which are not asked for",
+            "all of them",
+            "widen --seed and --episodes, or choose another --out",
           )
     whole = [key for key in marks if key in self.found and _has(self.found[key].episodes, seeds)]
     others = [f"{suite}, {name!r}" for suite, _, name in self.found if (suite, _, name) not in marks]
     if others and len(whole) == len(marks):
-      raise ValueError(
-        f"Report exists: got {self.out}, which holds all of this and {'; '.join(others)}; expected something to "
-        "measure; ask for those too, or choose another --out."
+      raise refuse(
+        "Report exists",
+        f"{self.out}, which holds all of this and {'; '.join(others)}",
+        "something to measure",
+        "ask for those too, or choose another --out",
       )
 
   def before(self, key: Key) -> Episodes | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls, folder
 from semanticvla_jax.evaluate.evaluation import check_minimum
 from semanticvla_jax.libero import suites
@@ -26,8 +27,11 @@ def seeds(args: argparse.Namespace, suite: str) -> list[int]:
   """
   tasks = suites.task_numbers(args.tasks, suite)
   if not 1 <= args.trials <= suites.EPISODES:
-    raise ValueError(
-      f"LIBERO: got trials={args.trials}; expected 1 to {suites.EPISODES}, a task's initial states; change --trials."
+    raise refuse(
+      "LIBERO",
+      f"trials={args.trials}",
+      f"1 to {suites.EPISODES}, a task's initial states",
+      "change --trials",
     )
   return [suites.EPISODES * task + trial for task in tasks for trial in range(args.trials)]
 
@@ -72,17 +76,17 @@ def check(args: argparse.Namespace, load: Callable[[argparse.Namespace, str], An
 
 def _check_flags(args: argparse.Namespace) -> None:
   if (args.policy is None) == (args.recorded is None):
-    raise ValueError(
-      f"LIBERO: got --policy={args.policy} and --recorded={args.recorded}; expected one of --policy and --recorded; "
-      "give one of the two."
+    raise refuse(
+      "LIBERO",
+      f"--policy={args.policy} and --recorded={args.recorded}",
+      "one of --policy and --recorded",
+      "give one of the two",
     )
   if args.controls and args.recorded:
-    raise ValueError(
-      f"Controls: got {args.controls} with --recorded; expected a policy, because they change it; leave them out."
-    )
+    raise refuse("Controls", f"{args.controls} with --recorded", "a policy, because they change it", "leave them out")
   check_minimum(args, {"workers": 1})
   if args.timeout <= 0:
-    raise ValueError(f"--timeout: got {args.timeout:g}; expected more than 0 seconds; raise it.")
+    raise refuse("--timeout", f"{args.timeout:g}", "more than 0 seconds", "raise it")
 
 
 def _check_policy(args: argparse.Namespace, suite: str) -> None:
@@ -93,15 +97,15 @@ def _check_policy(args: argparse.Namespace, suite: str) -> None:
   model = build(config["model"])
   views, width, actions = model.num_views, model.proprio_dim, len(stats.action.mask)
   if views > 2 or width not in (None, 8) or actions != 7:
-    raise ValueError(
-      f"Policy is for another robot: got {views} views, proprioception of width {width}, {actions} action dimensions; "
-      "expected 1 or 2, 8, 7; evaluate a policy trained on LIBERO."
+    raise refuse(
+      "Policy is for another robot",
+      f"{views} views, proprioception of width {width}, {actions} action dimensions",
+      "1 or 2, 8, 7",
+      "evaluate a policy trained on LIBERO",
     )
   chunk = model.chunk if model.coupler is not None else 1
   if args.replan_steps is not None and args.replan_steps > chunk:
-    raise ValueError(
-      f"Evaluation: got replan_steps={args.replan_steps}; expected 1 to {chunk}, the policy's chunk; lower it."
-    )
+    raise refuse("Evaluation", f"replan_steps={args.replan_steps}", f"1 to {chunk}, the policy's chunk", "lower it")
 
 
 def _check_states(suite: str, numbers: Sequence[int]) -> None:
@@ -110,9 +114,11 @@ def _check_states(suite: str, numbers: Sequence[int]) -> None:
     found = suites.first_states(suites.tasks(suite)[task])
     last = max(seed % suites.EPISODES for seed in numbers if seed // suites.EPISODES == task)
     if last >= len(found):
-      raise ValueError(
-        f"LIBERO: got trial {last} of task {task} of {suite}; expected 0 to {len(found) - 1}, its initial states; "
-        "lower --trials."
+      raise refuse(
+        "LIBERO",
+        f"trial {last} of task {task} of {suite}",
+        f"0 to {len(found) - 1}, its initial states",
+        "lower --trials",
       )
 
 
@@ -151,9 +157,10 @@ def dataset_for(names: Sequence[str], suite: str) -> str:
   """
   fits = fitting(names, suite)
   if not fits:
-    raise ValueError(
-      f"Policy has no statistics of {suite}: got those of {[*names]}; expected {suite!r} or '{suite}_no_noops', "
-      "because actions of another suite are in other units; evaluate the suite that it was trained on, or choose with "
-      "--dataset."
+    raise refuse(
+      f"Policy has no statistics of {suite}",
+      f"those of {[*names]}",
+      f"{suite!r} or '{suite}_no_noops', because actions of another suite are in other units",
+      "evaluate the suite that it was trained on, or choose with --dataset",
     )
   return fits[0]

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from semanticvla_jax import files
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls
 from semanticvla_jax.evaluate.results import Row, interval_text, percent
 from semanticvla_jax.evaluate.rollout import Episodes
@@ -124,7 +125,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
   """
   path = pathlib.Path(path)
   if not path.exists():
-    raise ValueError(f"No metrics: got {path}, which does not exist; expected a metrics.jsonl; leave --metrics out.")
+    raise refuse("No metrics", f"{path}, which does not exist", "a metrics.jsonl", "leave --metrics out")
   lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
   found = []
   for number, line in enumerate(lines, start=1):
@@ -133,11 +134,9 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
     except json.JSONDecodeError as error:
       if number == len(lines):
         break
-      raise ValueError(
-        f"{path}, line {number}: got {line[:60]!r}; expected a JSON object; repair or remove the line."
-      ) from error
+      raise refuse(f"{path}, line {number}", f"{line[:60]!r}", "a JSON object", "repair or remove the line") from error
     if not isinstance(found[-1], dict):
-      raise ValueError(f"{path}, line {number}: got {line[:60]!r}; expected a JSON object; remove the line.")
+      raise refuse(f"{path}, line {number}", f"{line[:60]!r}", "a JSON object", "remove the line")
   return found
 
 

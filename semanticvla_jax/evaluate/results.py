@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate.rollout import Episodes
 
 
@@ -37,7 +38,7 @@ def wilson(successes: int, episodes: int, confidence: float = 0.95) -> tuple[flo
     ValueError: more successes than episodes, or negative numbers.
   """
   if not 0 <= successes <= episodes:
-    raise ValueError(f"Wilson interval: got {successes} of {episodes}; expected 0 to {episodes}; count again.")
+    raise refuse("Wilson interval", f"{successes} of {episodes}", f"0 to {episodes}", "count again")
   if episodes == 0:
     return 0.0, 1.0
   from scipy import stats  # takes seconds to import, and --help need not wait for it
@@ -57,7 +58,7 @@ def percent(successes: int, episodes: int, decimals: int = 1) -> str:
     ValueError: more successes than episodes, or negative numbers.
   """
   if not 0 <= successes <= episodes:
-    raise ValueError(f"Success rate: got {successes} of {episodes}; expected 0 to {episodes}; count again.")
+    raise refuse("Success rate", f"{successes} of {episodes}", f"0 to {episodes}", "count again")
   if episodes == 0:
     return "–"
   if successes in (0, episodes):

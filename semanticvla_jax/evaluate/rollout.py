@@ -23,6 +23,7 @@ from semanticvla_jax import cli
 from semanticvla_jax.data import statistics
 from semanticvla_jax.data.gripper import to_commands
 from semanticvla_jax.data.images import center_crop
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
 from semanticvla_jax.types import Observation, Statistics
@@ -271,9 +272,11 @@ class OnDevice:
 
   def _index(self, sentence: str) -> int:
     if sentence not in self._sentences:
-      raise ValueError(
-        f"Told {sentence!r}: got a sentence of another suite; expected one of {self._setup.suite!r} "
-        "(tasks.instructions); use OnHost to say anything."
+      raise refuse(
+        f"Told {sentence!r}",
+        "a sentence of another suite",
+        f"one of {self._setup.suite!r} (tasks.instructions)",
+        "use OnHost to say anything",
       )
     return self._sentences.index(sentence)
 
@@ -323,7 +326,7 @@ class OnHost:
     self.policy, self.environment, self._known = policy, environment, instruction
     self.replan_steps = policy.replay if replan_steps is None else replan_steps
     if self.replan_steps < 1:
-      raise ValueError(f"Evaluation: got replan_steps={self.replan_steps}; expected at least 1 action; raise it.")
+      raise refuse("Evaluation", f"replan_steps={self.replan_steps}", "at least 1 action", "raise it")
     self.max_steps, self.broken = environment.max_steps, 0
 
   def run(
@@ -388,20 +391,22 @@ def check_robot(policy: Policy, replan_steps: int) -> None:
   """Raises ValueError unless a policy is for the tabletop's robot and its chunk has at least `replan_steps` actions."""
   views, width, actions = policy.bare.num_views, policy.bare.proprio_dim, policy.metadata["action_dim"]
   if views > 2 or width not in (None, 8) or actions != 7 or policy.gripper != "command":
-    raise ValueError(
-      f"Policy is for another robot: got {views} views, proprioception of width {width}, {actions} action dimensions, "
-      f"gripper={policy.gripper!r}; expected 1 or 2, 8, 7 and 'command'; evaluate a policy trained on the tabletop."
+    raise refuse(
+      "Policy is for another robot",
+      f"{views} views, proprioception of width {width}, {actions} action dimensions, gripper={policy.gripper!r}",
+      "1 or 2, 8, 7 and 'command'",
+      "evaluate a policy trained on the tabletop",
     )
   if not 1 <= replan_steps <= policy.chunk:
-    raise ValueError(
-      f"Evaluation: got replan_steps={replan_steps}; expected 1 to {policy.chunk}, the policy's chunk; lower it."
-    )
+    raise refuse("Evaluation", f"replan_steps={replan_steps}", f"1 to {policy.chunk}, the policy's chunk", "lower it")
 
 
 def _check(policy: Policy, replan_steps: int) -> None:
   check_robot(policy, replan_steps)
   if policy.metadata["jpeg_quality"] is not None:
-    raise ValueError(
-      f"Policy sees JPEGs: got jpeg_quality={policy.metadata['jpeg_quality']}; expected None on the device, where "
-      "nothing is encoded; evaluate it with OnHost (--host)."
+    raise refuse(
+      "Policy sees JPEGs",
+      f"jpeg_quality={policy.metadata['jpeg_quality']}",
+      "None on the device, where nothing is encoded",
+      "evaluate it with OnHost (--host)",
     )

@@ -22,6 +22,7 @@ import numpy as np
 from semanticvla_jax import files
 from semanticvla_jax.data import images
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process, StepResult
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate.rollout import Episodes, check_state
 
 _PICTURES = ("observation/image", "observation/wrist_image")
@@ -128,9 +129,11 @@ class EpisodeLog:
       if not (isinstance(result.instruction, str) and isinstance(result.told, str)) or float(result.seconds) < 0:
         raise TypeError
     except (ValueError, TypeError) as error:
-      raise ValueError(
-        f"{self.path}: got the line {line[:80].decode(errors='replace')!r}; expected an episode; remove the line, and "
-        "it is run again."
+      raise refuse(
+        f"{self.path}",
+        f"the line {line[:80].decode(errors='replace')!r}",
+        "an episode",
+        "remove the line, and it is run again",
       ) from error
     return result
 
@@ -186,7 +189,7 @@ class OnSimulators:
     self.seen: Callable[[EpisodeResult, list[dict]], None] | None = None
     self.replan_steps, self.broken = policy.replay if replan_steps is None else replan_steps, 0
     if self.replan_steps < 1:
-      raise ValueError(f"Simulators: got replan_steps={self.replan_steps}; expected at least 1 action; raise it.")
+      raise refuse("Simulators", f"replan_steps={self.replan_steps}", "at least 1 action", "raise it")
     self._make, self._task, self._prepare = make, task, prepare
     self._pool: list[_Running] = []
 

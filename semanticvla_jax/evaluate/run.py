@@ -24,6 +24,7 @@ from typing import Any
 
 from semanticvla_jax import cli
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls, folder
 from semanticvla_jax.evaluate.benchmarks import BENCHMARKS, of_suites
 from semanticvla_jax.evaluate.evaluation import Benchmark, Job, check_minimum
@@ -48,9 +49,11 @@ def arguments(argv: Sequence[str]) -> tuple[Benchmark, argparse.Namespace]:
   benchmark, defaults = BENCHMARKS[name], owned[name]
   for other in BENCHMARKS.keys() - {name}:
     if foreign := [flag for flag in owned[other] if flag in given and flag not in defaults]:
-      raise ValueError(
-        f"--{foreign[0].replace('_', '-')}: got a flag of {BENCHMARKS[other].title} with suites of {benchmark.title} "
-        f"({', '.join(given['suite'])}); expected flags of {benchmark.title}; leave it out."
+      raise refuse(
+        f"--{foreign[0].replace('_', '-')}",
+        f"a flag of {BENCHMARKS[other].title} with suites of {benchmark.title} ({', '.join(given['suite'])})",
+        f"flags of {benchmark.title}",
+        "leave it out",
       )
   args = argparse.Namespace(**defaults | given)
   args.controls = [*benchmark.bare_controls] if args.controls == _BARE else _split(args.controls)

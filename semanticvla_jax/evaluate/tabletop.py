@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls, fingerprint, folder, report, tabletop_films
 from semanticvla_jax.evaluate.evaluation import Benchmark, Evaluation, Job, SuiteRun, check_minimum
 from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost, check_robot
@@ -113,7 +114,7 @@ class Tabletop(Benchmark):
   def check(self, args: argparse.Namespace) -> None:
     """See `Benchmark`."""
     if args.policy is None:
-      raise ValueError("--policy: got none; expected a policy folder; add --policy=DIR.")
+      raise refuse("--policy", "none", "a policy folder", "add --policy=DIR")
     check_minimum(args, {"episodes": 1, "batch": 1})
     tasks.check_split(args.split)
 

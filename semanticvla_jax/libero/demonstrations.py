@@ -25,6 +25,7 @@ import numpy as np
 from semanticvla_jax import cli, files
 from semanticvla_jax.data import writer
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process, StepResult
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.libero import hdf5, simulator, suites
 
 _TRIES = 3
@@ -78,7 +79,7 @@ def write(
   """
   folder, parts = pathlib.Path(out) / name / "1.0.0", pathlib.Path(out) / f".{name}.parts"
   if folder.exists():
-    raise ValueError(f"Dataset exists: got {folder}; expected a new folder; remove it or choose another name.")
+    raise refuse("Dataset exists", f"{folder}", "a new folder", "remove it or choose another name")
   if not name.startswith("libero"):
     raise ValueError(f"Dataset name {name!r} would be read as another dataset; expected one that starts with 'libero'.")
   demonstrations = collect(options)
@@ -138,17 +139,21 @@ def _claim(parts: pathlib.Path, facts: dict) -> dict:
   try:
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else facts
   except ValueError as error:
-    raise ValueError(
-      f"{path} is damaged: got {cli.first_line(error)}; expected what the replays in {parts} were made with; remove "
-      "that folder to start again."
+    raise refuse(
+      f"{path} is damaged",
+      f"{cli.first_line(error)}",
+      f"what the replays in {parts} were made with",
+      "remove that folder to start again",
     ) from error
   known = before.get("files", {})
   unlike = [(key, before.get(key), facts[key]) for key in facts if key != "files" and before.get(key) != facts[key]]
   unlike += [(name, known[name], found) for name, found in facts["files"].items() if known.get(name, found) != found]
   if unlike:
-    raise ValueError(
-      f"Replays in {parts} were made differently: got (what, then, now) {unlike}; expected the same; remove that "
-      "folder to start again."
+    raise refuse(
+      f"Replays in {parts} were made differently",
+      f"(what, then, now) {unlike}",
+      "the same",
+      "remove that folder to start again",
     )
   facts = facts | {"files": known | facts["files"]}
   files.write_json(path, facts)

@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 from semanticvla_jax import cli, policy_folder
 from semanticvla_jax.data import images, statistics
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.libero import opengl, simulator, suites
 from semanticvla_jax.libero.protocols import PROTOCOLS, fitting
 from semanticvla_jax.models import masks
@@ -237,8 +238,11 @@ def suites_of(names: Sequence[str]) -> list[str]:
   """
   found = [suite for suite in suites.SUITES if fitting(names, suite)]
   if not found:
-    raise ValueError(
-      f"Doctor: got statistics of {[*names]}, which name no suite; expected some of {[*suites.SUITES]}; pass --suite."
+    raise refuse(
+      "Doctor",
+      f"statistics of {[*names]}, which name no suite",
+      f"some of {[*suites.SUITES]}",
+      "pass --suite",
     )
   return found
 
@@ -257,7 +261,7 @@ def policy(
   found.append(image_path(config, PROTOCOLS[protocol].jpeg_quality))
   for name in names:
     if name not in entries:
-      raise ValueError(f"Doctor: got dataset={name!r}; expected one of {[*entries]}; choose one of them.")
+      raise refuse("Doctor", f"dataset={name!r}", f"one of {[*entries]}", "choose one of them")
     stats = statistics.from_openvla(entries[name], f"statistics.json: {name}")
     found += [quaternion(stats.proprio, convention), bounds(config, stats.action), gripper(stats.action)]
   return found

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from semanticvla_jax.data import trajectories
+from semanticvla_jax.errors import refuse
 
 
 class Demonstration(NamedTuple):
@@ -47,9 +48,11 @@ def folder(given: str | os.PathLike, suite: str) -> pathlib.Path:
   for place in places:
     if any(place.glob("*_demo.hdf5")):
       return place
-  raise ValueError(
-    f"Demonstrations: got no *_demo.hdf5 in {[str(place) for place in places]}; expected a file a task of {suite}; "
-    "download LIBERO's datasets, or name the folder that holds them."
+  raise refuse(
+    "Demonstrations",
+    f"no *_demo.hdf5 in {[str(place) for place in places]}",
+    f"a file a task of {suite}",
+    "download LIBERO's datasets, or name the folder that holds them",
   )
 
 
@@ -63,14 +66,17 @@ def read(path: str | os.PathLike) -> list[Demonstration]:
   try:
     import h5py
   except ImportError as error:
-    raise ValueError("Demonstrations: got no h5py; expected it to read HDF5; pip install h5py.") from error
+    raise refuse("Demonstrations", "no h5py", "it to read HDF5", "pip install h5py") from error
   try:
     with h5py.File(path) as file:
       names = sorted(file["data"], key=lambda name: int(name.removeprefix("demo_")))
       return [_demonstration(name, file["data"][name], path) for name in names]
   except (OSError, KeyError) as error:
-    raise ValueError(
-      f"Demonstrations: got {path} ({error}); expected data/demo_i with actions and states; download it again."
+    raise refuse(
+      "Demonstrations",
+      f"{path} ({error})",
+      "data/demo_i with actions and states",
+      "download it again",
     ) from error
 
 
@@ -83,9 +89,11 @@ def digest(path: str | os.PathLike) -> str:
 def _demonstration(name: str, group, path: pathlib.Path) -> Demonstration:
   actions, states = group["actions"][:], group["states"][:1]
   if actions.ndim != 2 or actions.shape[1] != 7 or not len(states) or not np.isfinite(actions).all():
-    raise ValueError(
-      f"Demonstrations: got actions {actions.shape} and {len(states)} states in {name} of {path}; expected finite "
-      "[t 7] and at least one; remove it or download the file again."
+    raise refuse(
+      "Demonstrations",
+      f"actions {actions.shape} and {len(states)} states in {name} of {path}",
+      "finite [t 7] and at least one",
+      "remove it or download the file again",
     )
   return Demonstration(name, actions, states[0], path, _seed(name, group, path))
 
@@ -96,8 +104,10 @@ def _seed(name: str, group, path: pathlib.Path) -> int | None:
   if seed is None:
     return None
   if not (np.ndim(seed) == 0 and np.issubdtype(np.asarray(seed).dtype, np.integer) and 0 <= seed < 2**32):
-    raise ValueError(
-      f"Demonstrations: got seed={seed!r} in the attributes of {name} in {path}; expected a whole number from 0 to "
-      "2**32 - 1, numpy's before its reset; correct or remove the attribute."
+    raise refuse(
+      "Demonstrations",
+      f"seed={seed!r} in the attributes of {name} in {path}",
+      "a whole number from 0 to 2**32 - 1, numpy's before its reset",
+      "correct or remove the attribute",
     )
   return int(seed)

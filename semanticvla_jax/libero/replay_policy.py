@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.libero import hdf5, suites
 
 
@@ -35,9 +36,11 @@ class ReplayPolicy:
       rows = hdf5.read(found / f"{tasks[task].name}_demo.hdf5")
       for seed in (seed for seed in seeds if seed // suites.EPISODES == task):
         if seed % suites.EPISODES >= len(rows):
-          raise ValueError(
-            f"Recorded actions: got trial {seed % suites.EPISODES} of task {task}; expected 0 to {len(rows) - 1}, the "
-            "demonstrations there are; lower --trials."
+          raise refuse(
+            "Recorded actions",
+            f"trial {seed % suites.EPISODES} of task {task}",
+            f"0 to {len(rows) - 1}, the demonstrations there are",
+            "lower --trials",
           )
         row = rows[seed % suites.EPISODES]
         self._actions[seed], self.beginnings[seed] = row.moving, suites.Beginning(row.first, row.seed)

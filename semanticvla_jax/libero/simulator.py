@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from semanticvla_jax.envs.subprocess_env import LOGGER, Process
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.libero import opengl, suites
 
 _EARLIER = 100  # resets that a recorded one may have come after
@@ -147,7 +148,7 @@ class Simulator:
       )
     found = suites.first_states(self._tasks[task])
     if trial >= len(found):
-      raise ValueError(f"LIBERO: got trial {trial} of task {task}; expected 0 to {len(found) - 1}; lower --trials.")
+      raise refuse("LIBERO", f"trial {trial} of task {task}", f"0 to {len(found) - 1}", "lower --trials")
     return found[trial]
 
   def _fresh(self, task: int, trial: int) -> None:

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from semanticvla_jax.errors import refuse
+
 # Actions of an episode, without the first wait (released evaluation code; SemanticVLA's has 320 for libero_goal).
 MAX_STEPS = {
   "libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400,
@@ -99,18 +101,18 @@ def check(settings: Settings) -> None:
              "renderer": ("egl", "osmesa")}  # fmt: skip
   for name, allowed in choices.items():
     if getattr(settings, name) not in allowed:
-      raise ValueError(
-        f"LIBERO: got {name}={getattr(settings, name)!r}; expected one of {allowed}; choose one of them."
-      )
+      raise refuse("LIBERO", f"{name}={getattr(settings, name)!r}", f"one of {allowed}", "choose one of them")
   if settings.size < 8 or settings.wait_steps < 1 or (settings.max_steps is not None and settings.max_steps < 1):
     raise ValueError(
       f"LIBERO: got size={settings.size}, wait_steps={settings.wait_steps}, max_steps={settings.max_steps}; expected "
       "at least 8 pixels, 1 step to wait and 1 to act."
     )
   if settings.egl_device is not None and settings.renderer != "egl":
-    raise ValueError(
-      f"LIBERO: got egl_device={settings.egl_device} with renderer={settings.renderer!r}, which has no devices; "
-      "expected renderer='egl'; leave one of the two out."
+    raise refuse(
+      "LIBERO",
+      f"egl_device={settings.egl_device} with renderer={settings.renderer!r}, which has no devices",
+      "renderer='egl'",
+      "leave one of the two out",
     )
 
 
@@ -121,9 +123,11 @@ def package() -> pathlib.Path:
     ValueError: it is not installed.
   """
   if not is_installed():
-    raise ValueError(
-      "LIBERO is not installed: got no package 'libero'; expected hf-libero; run `make sim`, or "
-      "pip install --no-deps -r requirements-libero.txt."
+    raise refuse(
+      "LIBERO is not installed",
+      "no package 'libero'",
+      "hf-libero",
+      "run `make sim`, or pip install --no-deps -r requirements-libero.txt",
     )
   spec = importlib.util.find_spec("libero")
   return pathlib.Path(next(iter(spec.submodule_search_locations))) / "libero"
@@ -143,7 +147,7 @@ def tasks(suite: str) -> tuple[Task, ...]:
     ValueError: the suite does not exist, or the benchmark is not installed.
   """
   if suite not in SUITES:
-    raise ValueError(f"LIBERO: got suite {suite!r}; expected one of {SUITES}; choose one of them.")
+    raise refuse("LIBERO", f"suite {suite!r}", f"one of {SUITES}", "choose one of them")
   root = package()
   path = root / "benchmark" / "libero_suite_task_map.py"  # the package round it imports torch
   spec = importlib.util.spec_from_file_location("libero_suite_task_map", path)
@@ -174,8 +178,11 @@ def task_numbers(words: str | None, suite: str) -> list[int]:
     return [*range(count)]
   found = [int(word) if word.strip().isdecimal() else -1 for word in words.split(",")]
   if not all(0 <= task < count for task in found):
-    raise ValueError(
-      f"LIBERO: got tasks={words!r}; expected numbers from 0 to {count - 1} of {suite}, such as 0,3; change --tasks."
+    raise refuse(
+      "LIBERO",
+      f"tasks={words!r}",
+      f"numbers from 0 to {count - 1} of {suite}, such as 0,3",
+      "change --tasks",
     )
   return [*dict.fromkeys(found)]
 
@@ -203,8 +210,11 @@ def first_states(task: Task) -> Float[np.ndarray, "n s"]:
       name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
       found = np.asarray(_ArraysOnly(io.BytesIO(archive.read(name))).load())
   except (OSError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-    raise ValueError(
-      f"First states: got {task.states} ({error!r}); expected the benchmark's .pruned_init; install hf-libero again."
+    raise refuse(
+      "First states",
+      f"{task.states} ({error!r})",
+      "the benchmark's .pruned_init",
+      "install hf-libero again",
     ) from error
   if found.ndim != 2 or not np.isfinite(found).all():
     raise ValueError(f"First states: got {found.shape} in {task.states}; expected finite numbers [n s].")
@@ -222,10 +232,12 @@ def find_assets(given: str | os.PathLike | None = None) -> pathlib.Path:
   for place in places:
     if all((place / part).is_dir() for part in _PARTS):
       return place.resolve()
-  raise ValueError(
-    f"LIBERO's assets are missing: got none in {[str(place) for place in places]}; expected a folder with "
-    f"{', '.join(_PARTS)}; get it with `hf download lerobot/libero-assets --repo-type dataset --local-dir "
-    f"~/.cache/libero/assets`, or set {ASSETS_VARIABLE} or --assets to where it is."
+  raise refuse(
+    "LIBERO's assets are missing",
+    f"none in {[str(place) for place in places]}",
+    f"a folder with {', '.join(_PARTS)}",
+    "get it with `hf download lerobot/libero-assets --repo-type dataset --local-dir ~/.cache/libero/assets`, or "
+    f"set {ASSETS_VARIABLE} or --assets to where it is",
   )
 
 

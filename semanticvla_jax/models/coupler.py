@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.mlp import torch_kernel_init
 
 HEAD_NORM_EPS = 1e-5
@@ -92,9 +93,11 @@ class Coupler(nn.Module):
   @nn.nowrap
   def _check(self, length: int) -> None:
     if self.read not in ("step", "own") or self.head not in ("resnet", "linear"):
-      raise ValueError(
-        f"coupler: got read={self.read!r}, head={self.head!r}; expected 'step' or 'own', 'resnet' or 'linear'; "
-        "set model.coupler, which chooses both."
+      raise refuse(
+        "coupler",
+        f"read={self.read!r}, head={self.head!r}",
+        "'step' or 'own', 'resnet' or 'linear'",
+        "set model.coupler, which chooses both",
       )
     if length % self.tokens or (self.read == "own" and self.tokens % len(self.groups)):
       raise ValueError(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 
 from semanticvla_jax import files
 from semanticvla_jax.data import writer
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.tabletop import expert, physics, tasks
 
 NOISE = 0.3  # moderate: about every other episode shows a recovery, and nearly all succeed
@@ -168,12 +169,14 @@ def _check(options: Options, name: str) -> None:
       f"perturbed={options.perturbed}; expected at least 1 episode, 8 pixels, noise and perturbed from 0 to 1."
     )
   if options.label not in LABELS:
-    raise ValueError(f"Demonstrations: got label={options.label!r}; expected one of {LABELS}; choose one of them.")
+    raise refuse("Demonstrations", f"label={options.label!r}", f"one of {LABELS}", "choose one of them")
 
 
 def _check_failures(options: Options, dropped: int, kept: int) -> None:
   if dropped >= 16 and dropped > kept:
-    raise ValueError(
-      f"The expert fails: got {dropped} failures and {kept} successes in suite {options.suite!r} at noise "
-      f"{options.noise}; expected mostly successes; lower the noise."
+    raise refuse(
+      "The expert fails",
+      f"{dropped} failures and {kept} successes in suite {options.suite!r} at noise {options.noise}",
+      "mostly successes",
+      "lower the noise",
     )

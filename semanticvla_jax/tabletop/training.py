@@ -15,6 +15,7 @@ from typing import Any
 
 from semanticvla_jax.data import statistics
 from semanticvla_jax.data.text import Tokenizers
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.tabletop import expert_batches, tasks
 from semanticvla_jax.tabletop.auxiliary_losses import AuxiliaryLosses
 from semanticvla_jax.types import Batch
@@ -32,15 +33,18 @@ def aux_loss(config: Any) -> AuxiliaryLosses | None:
   if weights is None:
     return None
   if config.model.coupler is None:
-    raise ValueError(
-      "config.train.grounding: got weights with model.coupler=None (OpenVLA's action tokens); expected a coupler, "
-      "whose action states the probes read; set train.grounding to None, or model.coupler='grouped'."
+    raise refuse(
+      "config.train.grounding",
+      "weights with model.coupler=None (OpenVLA's action tokens)",
+      "a coupler, whose action states the probes read",
+      "set train.grounding to None, or model.coupler='grouped'",
     )
   if config.lora is not None or config.data.mixture != MIXTURE:
-    raise ValueError(
-      f"config.train.grounding: got weights with lora {'on' if config.lora is not None else 'off'} and mixture="
-      f"{config.data.mixture!r}; expected training from scratch on the expert's own states (configs/pretrain.py); set "
-      "it to None."
+    raise refuse(
+      "config.train.grounding",
+      f"weights with lora {'on' if config.lora is not None else 'off'} and mixture={config.data.mixture!r}",
+      "training from scratch on the expert's own states (configs/pretrain.py)",
+      "set it to None",
     )
   return AuxiliaryLosses(weights)
 

@@ -34,6 +34,7 @@ from ml_collections import config_flags
 
 from semanticvla_jax import cli, policy_folder, sources
 from semanticvla_jax.data import statistics, text
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.train import (
   base_settings,
   checkpoints,
@@ -164,21 +165,27 @@ def debug_batch(config: Any, workdir: Path, path: Path, deadline: float = 300.0)
       targets are not saved.
   """
   if sources.aux_loss(config) is not None:
-    raise ValueError(
-      "--debug-batch: got a config with an auxiliary loss, whose targets are not in the file; expected one without; "
-      "look at the examples with train.diverged.load_batch."
+    raise refuse(
+      "--debug-batch",
+      "a config with an auxiliary loss, whose targets are not in the file",
+      "one without",
+      "look at the examples with train.diverged.load_batch",
     )
   if not path.exists() or jax.process_count() > 1:
-    raise ValueError(
-      f"--debug-batch: got {path} in {jax.process_count()} processes; expected a bad_batch_STEP.npz that exists, in "
-      "one process; name the file that the failed run wrote."
+    raise refuse(
+      "--debug-batch",
+      f"{path} in {jax.process_count()} processes",
+      "a bad_batch_STEP.npz that exists, in one process",
+      "name the file that the failed run wrote",
     )
   batch = diverged.load_batch(path)
   size = len(batch.actions)
   if size != config.data.batch_size:
-    raise ValueError(
-      f"--debug-batch: got {size} examples in {path}; expected {config.data.batch_size} (data.batch_size); pass the "
-      "config of the run that wrote it."
+    raise refuse(
+      "--debug-batch",
+      f"{size} examples in {path}",
+      f"{config.data.batch_size} (data.batch_size)",
+      "pass the config of the run that wrote it",
     )
   ready = prepare(config, deadline)
   with open_checkpoints(config, workdir) as checkpointer:

@@ -20,6 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from semanticvla_jax import cli, policy_folder
+from semanticvla_jax.errors import refuse
 
 _JSON = "json"  # the item of a checkpoint that holds its JSON
 _READ, _DAMAGED, _UNREACHED = range(3)  # what became of a checkpoint, the worst last
@@ -55,9 +56,11 @@ class Checkpointer:
 
   def __init__(self, workdir: Path, keep_last: int = 3, save_every: int = 1000, keep_every: int | None = None):
     if keep_last < 1 or save_every < 1 or (keep_every is not None and keep_every < 1):
-      raise ValueError(
-        f"Checkpointer: got keep_last={keep_last}, save_every={save_every}, keep_every={keep_every}; expected 1 or "
-        "more; fix config.train."
+      raise refuse(
+        "Checkpointer",
+        f"keep_last={keep_last}, save_every={save_every}, keep_every={keep_every}",
+        "1 or more",
+        "fix config.train",
       )
     self.folder = policy_folder.absolute(workdir) / "checkpoints"
     self._save_every = save_every
@@ -98,7 +101,7 @@ class Checkpointer:
       ValueError: this save, or the one before it, cannot be written.
     """
     if _JSON in trees:
-      raise ValueError(f"Checkpointer.save: got a tree named {_JSON!r}; expected another name; rename it.")
+      raise refuse("Checkpointer.save", f"a tree named {_JSON!r}", "another name", "rename it")
     if step in self.steps:
       return False
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
@@ -139,9 +142,11 @@ class Checkpointer:
       logging.error("CORRUPT CHECKPOINT %s: %s", self.folder / str(candidate), problems[candidate])
     if not steps:
       return None
-    raise ValueError(
-      f"No checkpoint in {self.folder} can be read: got {problems}; expected Orbax checkpoints; restore the folder "
-      "from a copy, or start in a new workdir."
+    raise refuse(
+      f"No checkpoint in {self.folder} can be read",
+      f"{problems}",
+      "Orbax checkpoints",
+      "restore the folder from a copy, or start in a new workdir",
     )
 
   def _attempt(self, step: int, abstract: Mapping[str, Any]) -> tuple[Restored | None, Exception | None]:
@@ -161,9 +166,11 @@ class Checkpointer:
     if isinstance(error, _OtherConfig):
       return error
     what = "another process could not read it (its log says why)" if error is None else cli.first_line(error)
-    return ValueError(
-      f"Checkpoint {self.folder / str(step)} cannot be read: got {what}; expected access to undamaged data; nothing "
-      "was moved: look at disk, network, permissions and memory, and run again."
+    return refuse(
+      f"Checkpoint {self.folder / str(step)} cannot be read",
+      f"{what}",
+      "access to undamaged data",
+      "nothing was moved: look at disk, network, permissions and memory, and run again",
     )
 
   def _read(self, step: int, abstract: Mapping[str, Any]) -> Restored:
@@ -216,9 +223,11 @@ class Checkpointer:
     except Exception as error:  # Orbax may raise a bare Exception
       whole = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
       left = f"from step {whole[-1]}, the newest whole one" if whole else "at step 0, for none is whole yet"
-      raise ValueError(
-        f"Checkpoint cannot be written to {self.folder}: got {policy_folder.cause(error)}; expected room and access "
-        f"there; make room and run the same command again: it goes on {left}."
+      raise refuse(
+        f"Checkpoint cannot be written to {self.folder}",
+        f"{policy_folder.cause(error)}",
+        "room and access there",
+        f"make room and run the same command again: it goes on {left}",
       ) from error
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from semanticvla_jax import files
+from semanticvla_jax.errors import refuse
 
 PREEMPTED = 75  # exit status of a run that SIGTERM stopped after saving, to be started again (EX_TEMPFAIL)
 METHODS = ("auto", "none", "tpu", "slurm")
@@ -116,9 +117,11 @@ def detect(multihost: str, deadline: float) -> tuple[str, int, int, list[int] | 
     seconds, method = int(max(deadline, 1)), "slurm" if slurm else None
     found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, seconds)
   if None in found[:3]:
-    raise ValueError(
-      f"distributed: got --multihost={multihost}, but no such cluster around this process; expected a TPU VM's "
-      "metadata or a SLURM job step (srun); start it there, or pass --coordinator, --processes and --process."
+    raise refuse(
+      "distributed",
+      f"--multihost={multihost}, but no such cluster around this process",
+      "a TPU VM's metadata or a SLURM job step (srun)",
+      "start it there, or pass --coordinator, --processes and --process",
     )
   return found
 

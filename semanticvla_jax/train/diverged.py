@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from semanticvla_jax import cli, files
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.types import Batch, Observation
 
@@ -87,7 +88,9 @@ def load_batch(path: Path) -> Batch:
     seen = {name.removeprefix("observation."): x for name, x in arrays.items() if name.startswith("observation.")}
     return Batch(Observation(**{"proprio": None} | seen), arrays["actions"], arrays["action_mask"])
   except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-    raise ValueError(
-      f"{path} is not a saved batch: got {cli.first_line(error)}; expected a bad_batch_STEP.npz that a training run "
-      "left; name another file."
+    raise refuse(
+      f"{path} is not a saved batch",
+      f"{cli.first_line(error)}",
+      "a bad_batch_STEP.npz that a training run left",
+      "name another file",
     ) from error

@@ -31,6 +31,7 @@ from semanticvla_jax.convert.check.torch_models import (
 )
 from semanticvla_jax.convert.detect import Source, recognize
 from semanticvla_jax.convert.io.orbax_reader import PolicyFolder
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import llama, lora, masks
 from semanticvla_jax.models.coupler import ResNetHead
 from semanticvla_jax.models.mlp import MLP
@@ -179,9 +180,11 @@ class _Sides:
     if a is None or b is None or not key.endswith(".weight"):
       return x
     if not self.source_lora:
-      raise ValueError(
-        f"Source has adapters: got {stored.name} and a policy without `lora`; expected the policy that was made from "
-        "these files; pass the same --source paths as in to-orbax."
+      raise refuse(
+        "Source has adapters",
+        f"{stored.name} and a policy without `lora`",
+        "the policy that was made from these files",
+        "pass the same --source paths as in to-orbax",
       )
     a, b = (torch.from_numpy(y.read().astype(np.float32)) for y in (a, b))
     x = x + self.source_lora["alpha"] / self.source_lora["rank"] * (b.flatten(1) @ a.flatten(1)).reshape(x.shape)
@@ -190,9 +193,11 @@ class _Sides:
     return torch.from_numpy(x.numpy().astype(stored.dtype).astype(np.float32))  # it was stored like this when merged
 
   def _lacks(self, what: str) -> ValueError:
-    return ValueError(
-      f"Source lacks {what}: got {self.source.kind} ({', '.join(path.name for path in self.source.paths[:4])}); "
-      "expected what the policy was converted from; pass all of its --source paths."
+    return refuse(
+      f"Source lacks {what}",
+      f"{self.source.kind} ({', '.join(path.name for path in self.source.paths[:4])})",
+      "what the policy was converted from",
+      "pass all of its --source paths",
     )
 
   def image_tower(self, name: str, rng: np.random.Generator) -> Iterator[Pair]:

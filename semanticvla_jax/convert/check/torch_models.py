@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from semanticvla_jax.convert.rules.settings_fields import ACTIVATIONS, NAMES
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import llama
 from semanticvla_jax.models.text import TextEncoder
 from semanticvla_jax.models.vit import ViT
@@ -20,9 +21,11 @@ def libraries() -> tuple[Any, Any]:
     import torch
     import transformers
   except ImportError as error:
-    raise ValueError(
-      f"verify needs PyTorch's side: got no module {error.name}; expected torch and transformers; "
-      "`pip install -r requirements-parity.txt` (or `make parity`)."
+    raise refuse(
+      "verify needs PyTorch's side",
+      f"no module {error.name}",
+      "torch and transformers",
+      "`pip install -r requirements-parity.txt` (or `make parity`)",
     ) from error
   return torch, transformers
 
@@ -69,9 +72,11 @@ def built(cls: Any, config: Any, fields: Mapping[str, Any] | None) -> Any:
     return cls(config if fields is None else _own(config, fields)).eval()
   except (ValueError, TypeError, KeyError) as error:
     text = (str(error).strip().splitlines() or [""])[-1][:160]
-    raise ValueError(
-      f"{cls.__name__} refuses the source's own configuration: got {type(error).__name__}: {text}; expected a "
-      "config.json that transformers reads; correct it."
+    raise refuse(
+      f"{cls.__name__} refuses the source's own configuration",
+      f"{type(error).__name__}: {text}",
+      "a config.json that transformers reads",
+      "correct it",
     ) from error
 
 
@@ -103,8 +108,11 @@ def load_state(module: Any, state: State, what: str) -> None:
   """Loads what the module has; raises ValueError where the source lacks some of it."""
   own = module.state_dict()
   if missing := sorted(set(own) - set(state)):
-    raise ValueError(
-      f"Source lacks weights of {what}: got no {', '.join(missing[:4])}; expected {len(own)} tensors; name all files."
+    raise refuse(
+      f"Source lacks weights of {what}",
+      f"no {', '.join(missing[:4])}",
+      f"{len(own)} tensors",
+      "name all files",
     )
   if wrong := [key for key, x in own.items() if x.shape != state[key].shape]:
     key = wrong[0]

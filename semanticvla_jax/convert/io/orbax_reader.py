@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from semanticvla_jax import policy_folder
 from semanticvla_jax.convert.io import direct_io, prefetch
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import lora
 
 
@@ -49,9 +50,11 @@ class PolicyFolder:
     try:
       saved = flatten_dict(ocp.StandardCheckpointHandler().metadata(self.folder / "params").tree, sep="/")
     except (ValueError, OSError, KeyError, AttributeError) as error:
-      raise ValueError(
-        f"Policy {folder} cannot be read: got {type(error).__name__} in params/; expected Orbax parameters; copy the "
-        "folder again from where it was made."
+      raise refuse(
+        f"Policy {folder} cannot be read",
+        f"{type(error).__name__} in params/",
+        "Orbax parameters",
+        "copy the folder again from where it was made",
       ) from error
     self.leaves = {path: Leaf(tuple(x.shape), np.dtype(x.dtype)) for path, x in sorted(saved.items())}
     self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})

@@ -11,6 +11,7 @@ from typing import Any
 
 from semanticvla_jax.convert.io import torch_files
 from semanticvla_jax.convert.io.torch_files import Tensor
+from semanticvla_jax.errors import refuse
 
 # The files next to the shards; tensors of a later one replace those of an earlier one.
 COMPANIONS = ("non_lora_trainables", "vision_backbone", "action_head", "proprio_projector")
@@ -54,7 +55,7 @@ def find(paths: Iterable[Path]) -> Found:
 
 def _collect(path: Path, found: Found) -> None:
   if not path.exists():
-    raise ValueError(f"No source: got {path}, which does not exist; expected a file or folder; check the path.")
+    raise refuse("No source", f"{path}, which does not exist", "a file or folder", "check the path")
   if path.is_file():
     _sort_file(path, found)
     return
@@ -68,9 +69,11 @@ def _collect(path: Path, found: Found) -> None:
   shards = [p for p in weights if not _COMPANION.fullmatch(p.name) and not _ADAPTER.fullmatch(p.name)]
   formats = {p.suffix for p in shards}
   if len(index) > 1 or len(formats) > 1:
-    raise ValueError(
-      f"Ambiguous source {path}: got {', '.join(p.name for p in (*index, *shards))}; expected one set of weights; name "
-      "the files instead of the folder, or remove one set."
+    raise refuse(
+      f"Ambiguous source {path}",
+      f"{', '.join(p.name for p in (*index, *shards))}",
+      "one set of weights",
+      "name the files instead of the folder, or remove one set",
     )
   if index:
     shards = _indexed(index[0], shards)
@@ -93,7 +96,7 @@ def _collect_adapter(folder: Path, found: Found) -> None:
     found.adapters += weights
   elif inside.exists():
     names = sorted(p.name for p in inside.iterdir())
-    raise ValueError(f"Incomplete source: got {inside} with {names}; expected adapter_model.safetensors; fetch it too.")
+    raise refuse("Incomplete source", f"{inside} with {names}", "adapter_model.safetensors", "fetch it too")
 
 
 def mark_of(folder: Path) -> dict:
@@ -118,26 +121,30 @@ def _indexed(index: Path, shards: list[Path]) -> list[Path]:
   content = _json(index)
   named = content.get("weight_map") if isinstance(content, dict) else None
   if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-    raise ValueError(
-      f"{index} is not an index: got no weight_map of names; expected {{tensor: file}}; download it again."
-    )
+    raise refuse(f"{index} is not an index", "no weight_map of names", "{tensor: file}", "download it again")
   wanted, have = set(named.values()), {p.name for p in shards}
   if missing := sorted(wanted - have):
-    raise ValueError(
-      f"Incomplete source {index.parent}: got {sorted(have)}; expected {', '.join(missing)} too, which {index.name} "
-      "names; download what is missing."
+    raise refuse(
+      f"Incomplete source {index.parent}",
+      f"{sorted(have)}",
+      f"{', '.join(missing)} too, which {index.name} names",
+      "download what is missing",
     )
   if more := sorted(have - wanted):
-    raise ValueError(
-      f"Ambiguous source {index.parent}: got {', '.join(more)}; expected only what {index.name} names; name the files "
-      "instead of the folder, or remove them."
+    raise refuse(
+      f"Ambiguous source {index.parent}",
+      f"{', '.join(more)}",
+      f"only what {index.name} names",
+      "name the files instead of the folder, or remove them",
     )
   for name in sorted(wanted):
     inside = {tensor.name for tensor in open_weights(index.parent / name)}
     if lost := sorted(key for key, file in named.items() if file == name and key not in inside):
-      raise ValueError(
-        f"{index} does not match its shards: got no {lost[0]} in {name} ({len(lost)} missing); expected it there; "
-        "download both again."
+      raise refuse(
+        f"{index} does not match its shards",
+        f"no {lost[0]} in {name} ({len(lost)} missing)",
+        "it there",
+        "download both again",
       )
   return sorted(index.parent / name for name in wanted)
 
@@ -147,14 +154,18 @@ def _check_unindexed(folder: Path, shards: list[Path]) -> None:
   if parts:
     missing = sorted(set(range(1, int(parts[0][3]) + 1)) - {int(m[2]) for m in parts})
     if missing or len({m[1] for m in parts}) > 1:
-      raise ValueError(
-        f"Incomplete source {folder}: got {', '.join(p.name for p in shards)} and no index; expected shards 1 to "
-        f"{int(parts[0][3])} of one model (missing: {missing}); download the rest."
+      raise refuse(
+        f"Incomplete source {folder}",
+        f"{', '.join(p.name for p in shards)} and no index",
+        f"shards 1 to {int(parts[0][3])} of one model (missing: {missing})",
+        "download the rest",
       )
   if len(shards) - len(parts) > (0 if parts else 1):
-    raise ValueError(
-      f"Ambiguous source {folder}: got {', '.join(p.name for p in shards)}; expected one file of weights, or shards "
-      "with an index; name the files that belong together."
+    raise refuse(
+      f"Ambiguous source {folder}",
+      f"{', '.join(p.name for p in shards)}",
+      "one file of weights, or shards with an index",
+      "name the files that belong together",
     )
 
 
@@ -163,8 +174,11 @@ def is_folded(found: Found, merged: bool | None) -> bool:
   if not found.adapters:
     return False
   if not found.shards:
-    raise ValueError(
-      f"Incomplete source: got {found.listing()}; expected the base model too; pass its folder first, then this one."
+    raise refuse(
+      "Incomplete source",
+      f"{found.listing()}",
+      "the base model too",
+      "pass its folder first, then this one",
     )
   if merged is not None:
     return merged
@@ -177,15 +191,19 @@ def reading_order(found: Found, folded: bool) -> list[tuple[Path, str]]:
   """Every file with the prefix of its keys."""
   for role, several in found.companions.items():
     if len(several) > 1:
-      raise ValueError(
-        f"Ambiguous source: got {', '.join(p.name for p in several)}; expected one {role} file; name the files of one "
-        "step."
+      raise refuse(
+        "Ambiguous source",
+        f"{', '.join(p.name for p in several)}",
+        f"one {role} file",
+        "name the files of one step",
       )
   _check_steps([path for paths in found.companions.values() for path in paths])
   if "noise_predictor" in found.companions:
-    raise ValueError(
-      f"Diffusion head: got {found.companions['noise_predictor'][0].name}; expected an L1 regression head "
-      "(action_head--…); this package has no diffusion head."
+    raise refuse(
+      "Diffusion head",
+      f"{found.companions['noise_predictor'][0].name}",
+      "an L1 regression head (action_head--…)",
+      "this package has no diffusion head",
     )
   order = [(p, "") for p in found.shards]
   order += [(p, "") for p in found.companions.get("non_lora_trainables", ())]
@@ -197,9 +215,11 @@ def reading_order(found: Found, folded: bool) -> list[tuple[Path, str]]:
 def _check_steps(companions: list[Path]) -> None:
   steps = {match[2] for path in companions if (match := _COMPANION.fullmatch(path.name)) and match[2]}
   if len(steps) > 1:
-    raise ValueError(
-      f"Ambiguous source: got {', '.join(sorted(p.name for p in companions))}; expected companions of one step, not of "
-      f"{' and '.join(sorted(steps))}; name the files of one step."
+    raise refuse(
+      "Ambiguous source",
+      f"{', '.join(sorted(p.name for p in companions))}",
+      f"companions of one step, not of {' and '.join(sorted(steps))}",
+      "name the files of one step",
     )
 
 
@@ -207,9 +227,11 @@ def open_weights(path: Path) -> list[Tensor]:
   """Opens a file as `torch_files.open_file` does; a pointer of Git LFS is refused as such."""
   with path.open("rb") as file:
     if file.read(len(_LFS)) == _LFS:
-      raise ValueError(
-        f"{path} is not fetched: got the pointer of Git LFS ({path.stat().st_size} bytes); expected the weights; run "
-        "`git lfs pull` in that folder."
+      raise refuse(
+        f"{path} is not fetched",
+        f"the pointer of Git LFS ({path.stat().st_size} bytes)",
+        "the weights",
+        "run `git lfs pull` in that folder",
       )
   return torch_files.open_file(path)
 
@@ -224,7 +246,7 @@ def read_object(path: Path) -> dict:
   """A JSON file that holds an object. Raises ValueError where it is damaged or holds anything else."""
   content = _json(path)
   if not isinstance(content, dict):
-    raise ValueError(f"{path} is damaged: got {type(content).__name__}; expected a JSON object; download it again.")
+    raise refuse(f"{path} is damaged", f"{type(content).__name__}", "a JSON object", "download it again")
   return content
 
 
@@ -232,6 +254,9 @@ def _json(path: Path) -> Any:
   try:
     return json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
-    raise ValueError(
-      f"{path} cannot be read: got {type(error).__name__}: {str(error)[:120]}; expected JSON; download it again."
+    raise refuse(
+      f"{path} cannot be read",
+      f"{type(error).__name__}: {str(error)[:120]}",
+      "JSON",
+      "download it again",
     ) from error

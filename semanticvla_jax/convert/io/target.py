@@ -14,6 +14,7 @@ from pathlib import Path
 
 from semanticvla_jax import files
 from semanticvla_jax.convert.io import direct_io, swap
+from semanticvla_jax.errors import refuse
 
 
 def check_target(target: Path) -> None:
@@ -23,7 +24,7 @@ def check_target(target: Path) -> None:
   except OSError as error:
     raise _cannot_write(target, error) from error
   if exists:
-    raise ValueError(f"Target exists: got {target}; expected a new folder; remove it or choose another name.")
+    raise refuse("Target exists", f"{target}", "a new folder", "remove it or choose another name")
 
 
 @contextlib.contextmanager
@@ -75,9 +76,11 @@ def _renamed(partial: Path, target: Path, replace: bool) -> Iterator[Path]:
     if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
       raise
     wrote = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    raise ValueError(
-      f"Disk full: got no more room in {target.parent} after {wrote:,} bytes; expected room for the whole "
-      "checkpoint; make room or choose another --target. Nothing is left there."
+    raise refuse(
+      "Disk full",
+      f"no more room in {target.parent} after {wrote:,} bytes",
+      "room for the whole checkpoint",
+      "make room or choose another --target. Nothing is left there",
     ) from error
   finally:
     if partial.exists():
@@ -92,8 +95,11 @@ def _put_on_disk(folder: Path) -> None:
 
 
 def _cannot_write(target: Path, error: OSError) -> ValueError:
-  return ValueError(
-    f"Target cannot be written: got {error}; expected a folder that may be made in {target.parent}; choose another."
+  return refuse(
+    "Target cannot be written",
+    f"{error}",
+    f"a folder that may be made in {target.parent}",
+    "choose another",
   )
 
 

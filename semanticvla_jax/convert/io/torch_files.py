@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from semanticvla_jax.convert.io import direct_io
+from semanticvla_jax.errors import refuse
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # PyTorch's, which numpy does not know
@@ -77,7 +78,7 @@ def open_file(path: Path) -> list[Tensor]:
     return _pickled(path)
   if path.suffix == ".npz":
     return _npz(path)
-  raise ValueError(f"Unknown file: got {path}; expected one of {', '.join(SUFFIXES)}; convert it to safetensors first.")
+  raise refuse("Unknown file", f"{path}", f"one of {', '.join(SUFFIXES)}", "convert it to safetensors first")
 
 
 def _safetensors(path: Path) -> list[Tensor]:
@@ -87,9 +88,11 @@ def _safetensors(path: Path) -> list[Tensor]:
     length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else None
     if length is None or length > min(_MOST_HEADER, size - 8):
       found = f"a header of {length:,} bytes" if length is not None else "no header"
-      raise ValueError(
-        f"{path} is truncated or not a safetensors file: got {found} in {size:,} bytes; expected header and data; "
-        "download it again."
+      raise refuse(
+        f"{path} is truncated or not a safetensors file",
+        f"{found} in {size:,} bytes",
+        "header and data",
+        "download it again",
       )
     text = file.read(length)
   try:
@@ -103,10 +106,11 @@ def _safetensors(path: Path) -> list[Tensor]:
   except UnreadType:
     raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(
-      f"{path} has a damaged header, or a type that is newer than this package: got {type(error).__name__}: "
-      f"{str(error)[:120]}{_of_type(text, error)}; expected JSON of dtype (one of {', '.join(DTYPES)}), shape and "
-      "data_offsets a tensor; download the file again, or convert that tensor."
+    raise refuse(
+      f"{path} has a damaged header, or a type that is newer than this package",
+      f"{type(error).__name__}: {str(error)[:120]}{_of_type(text, error)}",
+      f"JSON of dtype (one of {', '.join(DTYPES)}), shape and data_offsets a tensor",
+      "download the file again, or convert that tensor",
     ) from error
   start = 8 + length
   _check_header(path, fields, size - start)
@@ -148,19 +152,25 @@ def _check_header(path: Path, fields: list[tuple], room: int) -> None:
   for name, dtype, shape, begin, end in sorted(fields, key=lambda f: f[3:]):
     wanted = math.prod(shape) * dtype.itemsize
     if min((0, *shape)) < 0 or end - begin != wanted:
-      raise ValueError(
-        f"{path} has an inconsistent header: got {name} {dtype}{list(shape)} in bytes {begin} to {end} "
-        f"({end - begin:,}); expected {wanted:,} bytes; the file is damaged, download it again."
+      raise refuse(
+        f"{path} has an inconsistent header",
+        f"{name} {dtype}{list(shape)} in bytes {begin} to {end} ({end - begin:,})",
+        f"{wanted:,} bytes",
+        "the file is damaged, download it again",
       )
     if begin < at:
-      raise ValueError(
-        f"{path} has an inconsistent header: got {name} from byte {begin}, inside the tensor before it; expected {at} "
-        "or more; the file is damaged, download it again."
+      raise refuse(
+        f"{path} has an inconsistent header",
+        f"{name} from byte {begin}, inside the tensor before it",
+        f"{at} or more",
+        "the file is damaged, download it again",
       )
     if end > room:
-      raise ValueError(
-        f"{path} is truncated: got {room:,} bytes of data; expected {name} at bytes {begin:,} to {end:,}; download the "
-        "file again."
+      raise refuse(
+        f"{path} is truncated",
+        f"{room:,} bytes of data",
+        f"{name} at bytes {begin:,} to {end:,}",
+        "download the file again",
       )
     at = end
 
@@ -180,27 +190,31 @@ def _pickled(path: Path) -> list[Tensor]:
   try:
     import torch
   except ImportError as error:
-    raise ValueError(
-      f"PyTorch is needed to read {path.name}: got no module torch; expected it for .pt and .bin files; "
-      "`pip install torch` (the CPU build will do), or save the file as safetensors elsewhere."
+    raise refuse(
+      f"PyTorch is needed to read {path.name}",
+      "no module torch",
+      "it for .pt and .bin files",
+      "`pip install torch` (the CPU build will do), or save the file as safetensors elsewhere",
     ) from error
   try:
     state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
   except pickle.UnpicklingError as error:
-    raise ValueError(
-      f"{path} is refused: got a pickle that is more than tensors ({_wants(error)}); expected a state dict; nothing of "
-      "it was executed. Save the state dict alone, from a program that you trust."
+    raise refuse(
+      f"{path} is refused",
+      f"a pickle that is more than tensors ({_wants(error)})",
+      "a state dict",
+      "nothing of it was executed. Save the state dict alone, from a program that you trust",
     ) from error
   except (RuntimeError, EOFError, OSError) as error:
-    raise ValueError(
-      f"{path} cannot be opened: got {type(error).__name__}: {str(error).partition(chr(10))[0][:160]}; expected the "
-      "zip format of torch.save; download it again, or save it with a newer PyTorch."
+    raise refuse(
+      f"{path} cannot be opened",
+      f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}",
+      "the zip format of torch.save",
+      "download it again, or save it with a newer PyTorch",
     ) from error
   if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
     inside = sorted(f"{k}: {type(x).__name__}" for k, x in state.items())[:8] if isinstance(state, dict) else state
-    raise ValueError(
-      f"{path} is not a state dict: got {inside}; expected names and tensors; save `model.state_dict()`."
-    )
+    raise refuse(f"{path} is not a state dict", f"{inside}", "names and tensors", "save `model.state_dict()`")
   return [_torch_tensor(path, name, x) for name, x in state.items()]
 
 
@@ -237,9 +251,11 @@ def _npz(path: Path) -> list[Tensor]:
     with np.load(path, allow_pickle=False) as stored:
       arrays = {name: stored[name] for name in stored.files}
   except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-    raise ValueError(
-      f"{path} cannot be opened: got {type(error).__name__}: {str(error).partition(chr(10))[0][:160]}; expected arrays "
-      "of numbers as numpy.savez writes them; download it again."
+    raise refuse(
+      f"{path} cannot be opened",
+      f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}",
+      "arrays of numbers as numpy.savez writes them",
+      "download it again",
     ) from error
   out = []
   for tower, ours in (("img", "siglip"), ("txt", "text")):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from semanticvla_jax.convert.rules.engine import Array, Rule
+from semanticvla_jax.errors import refuse
 
 _POSITIONS = ("dino/pos_embedding", "siglip/pos_embedding")
 _ROWS = {"llm/embed/embedding": 0, "llm/lm_head/kernel": 1}  # and the axis of the vocabulary
@@ -26,7 +27,7 @@ def resample(x: Array, length: int) -> Array:
   """
   old, new = math.isqrt(x.shape[1]), math.isqrt(length)
   if (old * old, new * new) != (x.shape[1], length):
-    raise ValueError(f"Positions: got {x.shape[1]} and {length} places; expected squares; they cannot be resampled.")
+    raise refuse("Positions", f"{x.shape[1]} and {length} places", "squares", "they cannot be resampled")
   grid = x.reshape(1, old, old, -1).astype(jnp.float32)
   small = jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic", antialias=True)
   return small.reshape(1, length, -1).astype(x.dtype)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from semanticvla_jax.convert.rules import engine, semanticvla
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.semanticvla import STOP
 
 ENCODERS = ("dino", "siglip")
@@ -69,9 +70,7 @@ def read_json(path: str | Path) -> dict:
   except OSError as error:
     raise ValueError(f"verify-golden: got {path} ({error.strerror}), expected a JSON file; check the path.") from None
   except ValueError as error:
-    raise ValueError(
-      f"verify-golden: got {path}, which is not JSON ({error}); expected an object; copy it again."
-    ) from None
+    raise refuse("verify-golden", f"{path}, which is not JSON ({error})", "an object", "copy it again") from None
   if not isinstance(found, dict):
     raise ValueError(f"verify-golden: got a {type(found).__name__} in {path}, expected an object; copy it again.")
   return found
@@ -82,8 +81,11 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
   try:
     return load_file(path)
   except (OSError, SafetensorError) as error:
-    raise ValueError(
-      f"verify-golden: got {path}, which cannot be read ({error}); expected a safetensors file; copy the folder whole."
+    raise refuse(
+      "verify-golden",
+      f"{path}, which cannot be read ({error})",
+      "a safetensors file",
+      "copy the folder whole",
     ) from None
 
 
