@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from semanticvla_jax.data import rlds, writer
+from semanticvla_jax.data import loader, writer
 
 LENGTHS = (12, 9, 5, 15, 10)  # the third is shorter than a chunk of 8
 NAME = "tabletop_toy"
@@ -27,9 +27,14 @@ def episodes(offset: int = 0) -> list[writer.Episode]:
   return [episode(offset + number, length) for number, length in enumerate(LENGTHS)]
 
 
+DEFAULTS = {"start_step": 0, "rows": None, "workers": None, "prefetch": 2}  # of BatchLoader.batches
+
+
 def batches(mixture, tokenizers, count=1, **options):
   settings = {"batch_size": 8, "chunk": 8, "image_size": 32, "workers": 2} | options
-  return list(itertools.islice(rlds.batches(mixture, tokenizers, **settings), count))
+  start, rows, workers, prefetch = (settings.pop(name, default) for name, default in DEFAULTS.items())
+  made = loader.BatchLoader(mixture, tokenizers, loader.BatchOptions(**settings))
+  return list(itertools.islice(made.batches(start, rows, workers, prefetch), count))
 
 
 def assert_equal(a, b) -> None:

@@ -224,27 +224,46 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
       resume.check_origin(saved, facts, workdir)
     meet = functools.partial(distributed.barrier, "compiled", deadline) if jax.process_count() > 1 else None
     frozen, rule = ready.frozen, sharding.rule_of(config.mesh)
-    run = stepping.compile_step(ready.step, ready.mesh, state, frozen, rule, meet)
+    step = stepping.compile_step(ready.step, ready.mesh, state, frozen, rule, meet)
     ready = ready._replace(state=None)  # the step's state is donated
     distributed.barrier("ready to train", deadline)
     history = deque(saved.get("losses", ()), maxlen=200)
+    run = Run(config, workdir, checkpointer, step, source.batches, frozen, facts, history)
     try:
-      state = loop(config, workdir, checkpointer, run, source.batches, state, frozen, start, facts, history, profile)
+      state = loop(run, state, start, profile)
     except diverged.Diverged as error:
       batch = source_from(error.step - 1).batches(error.step - 1)
       raise type(error)(f"{error} Its batch: {diverged.save_batch(batch, workdir, error.step)}") from error
   return write_policy(config, workdir, state, frozen, source.statistics, deadline, aux_loss)
 
 
-def loop(
-  config, workdir: Path, checkpointer, run: Callable, source: Callable, state, frozen, start: int, facts: dict,
-  history: deque, profile=None,
-):  # fmt: skip
-  """Steps start … config.train.steps − 1, with metrics and checkpoints.
+class Run(NamedTuple):
+  """What stays the same from step to step.
 
-  Args:
-    facts: JSON that checkpoints carry. history: losses of the last updates, to know a spike by; saved and added to.
+  Attributes:
+    step: (state, frozen, batch) → (state, metrics), compiled. batches: step → placed Batch.
+    frozen: parameters without gradients.
+    facts: JSON that checkpoints carry.
+    history: losses of the last updates, to know a spike by; saved and added to.
   """
+
+  config: Any
+  workdir: Path
+  checkpointer: checkpoints.Checkpointer
+  step: Callable
+  batches: Callable[[int], Any]
+  frozen: dict
+  facts: dict
+  history: deque
+
+
+def loop(run: Run, state: stepping.State, start: int, profile: tuple[int, int] | None = None) -> stepping.State:
+  """Steps start … config.train.steps − 1, with metrics and checkpoints; returns the last state.
+
+  Raises:
+    NotFinite, Diverged: the loss broke. Preempted: after SIGTERM, all saved.
+  """
+  config, workdir, checkpointer, history = run.config, run.workdir, run.checkpointer, run.history
   rates = program.rates(config, sources.aux_loss(config)) if start < config.train.steps else {}
   metrics = Metrics(workdir, config.train.steps, config.train.log_every, start, config.data.batch_size, **rates)
   metrics.also_to_wandb(config.train.get("wandb"), resume.plain(config))
@@ -257,9 +276,9 @@ def loop(
     for step in range(start, config.train.steps):
       trace.before(step + 1)
       before = time.perf_counter()
-      batch = source(step)
+      batch = run.batches(step)
       wait = time.perf_counter() - before
-      state, values = run(state, frozen, batch)
+      state, values = run.step(state, run.frozen, batch)
       trace.after(step + 1, values)
       ahead.append(values["loss"])
       if len(ahead) > AHEAD:
@@ -271,7 +290,7 @@ def loop(
         recent = metrics.recent
         diverged.check(recent, history, step + 2 - len(recent), config.train.get("spike"), state.trainable)
       if save:  # only what was found finite is kept
-        checkpointer.save(step + 1, {"train": state}, facts | {"losses": list(history)})
+        checkpointer.save(step + 1, {"train": state}, run.facts | {"losses": list(history)})
       if stop:
         checkpointer.wait()
         raise Preempted(f"stopped by SIGTERM; saved at step {step + 1} of {config.train.steps}; run it again to resume")

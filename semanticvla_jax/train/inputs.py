@@ -48,7 +48,7 @@ def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
 
 
 def image_options(data: Any) -> dict:
-  """How `rlds.batches` treats images: what evaluation crops is what training cropped.
+  """How `loader.BatchOptions` treats images: what evaluation crops is what training cropped.
 
   Raises:
     ValueError: random crops without an area, or an area outside (0, 1].
@@ -97,7 +97,7 @@ def rlds_source(
   config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
 ) -> tuple[Iterator, dict, dict]:
   """`rows` of the batches of the RLDS mixture from global step `start` on, its statistics and digests by dataset."""
-  from semanticvla_jax.data import datasets, mixtures, rlds
+  from semanticvla_jax.data import datasets, loader, mixtures, rlds
 
   def spec(name):
     whole = datasets.spec(name)
@@ -108,23 +108,20 @@ def rlds_source(
     given = kept_statistics(base, name) if base is not None and config.data.keep_statistics else None
     return rlds.load(config.data.dir, name, spec=spec(name), given=given, cache_dir=config.data.cache_dir)
 
-  options, chosen = image_options(config.data), mixtures.mixture(config.data.mixture)
+  of_images, chosen = image_options(config.data), mixtures.mixture(config.data.mixture)
   for name, _ in chosen:
     check_widths(config, bare, name, spec(name))
   mixture = [(load(name), weight) for name, weight in chosen]
-  batches = rlds.batches(
-    mixture,
-    tokenizers,
+  options = loader.BatchOptions(
     batch_size=config.data.batch_size,
     chunk=config.model.chunk,
     image_size=(bare.siglip or bare.dino).image,
     seed=config.seed,
-    start_step=start,
-    rows=rows,
     trajectory_end=config.data.trajectory_end,
-    jitter=rlds.Jitter(*config.data.jitter),
-    **options,
+    jitter=loader.Jitter(*config.data.jitter),
+    **of_images,
   )
+  batches = loader.BatchLoader(mixture, tokenizers, options).batches(start, rows)
   read = [dataset for dataset, _ in mixture]
   return batches, {one.name: one.statistics for one in read}, {one.name: one.digest for one in read}
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from toy_rlds import assert_equal, batches
 
-from semanticvla_jax.data import rlds
+from semanticvla_jax.data import loader
 
 
 def driven(dataset):
@@ -17,10 +17,10 @@ def driven(dataset):
 
 def test_jitter_moves_the_arm_and_its_answer_reproducibly(dataset, other, tokenizers):
   dataset, other = (dataclasses.replace(one, proprio=driven(one)) for one in (dataset, other))
-  mixture, jitter = [(dataset, 1.0), (other, 1.0)], rlds.Jitter(0.01, 0.02)
-  plain, moved = (batches(mixture, tokenizers, 3, jitter=each) for each in (rlds.Jitter(), jitter))
+  mixture, jitter = [(dataset, 1.0), (other, 1.0)], loader.Jitter(0.01, 0.02)
+  plain, moved = (batches(mixture, tokenizers, 3, jitter=each) for each in (loader.Jitter(), jitter))
   assert_equal(batches(mixture, tokenizers, 1, jitter=jitter, start_step=2)[0], moved[2])
-  halves = [batches(mixture, tokenizers, 1, jitter=jitter, process_index=i, process_count=2)[0] for i in (0, 1)]
+  halves = [batches(mixture, tokenizers, 1, jitter=jitter, rows=np.arange(4 * i, 4 * i + 4))[0] for i in (0, 1)]
   assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *halves), moved[0])
   for a, b in zip(plain, moved):
     np.testing.assert_array_equal(a.observation.images, b.observation.images)

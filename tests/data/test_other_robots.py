@@ -7,7 +7,7 @@ import pytest
 
 from configs import aloha, bridge
 from semanticvla_jax.data import __main__ as command
-from semanticvla_jax.data import datasets, images, mixtures, rlds, statistics, text, writer
+from semanticvla_jax.data import datasets, images, loader, mixtures, rlds, statistics, text, writer
 
 
 def write(folder, name, views, state, action, instruction="put the lid on the pot"):
@@ -53,11 +53,9 @@ def batch(folder, config):
   ((name, _),) = mixtures.mixture(config.data.mixture)
   spec = datasets.spec(name)
   dataset = rlds.load(str(folder), name, spec=spec._replace(mode=config.data.normalisation))
-  found = rlds.batches(
-    [(dataset, 1.0)], text.load(prompt_length=40, instruction_length=40), batch_size=4, chunk=config.model.chunk,
-    image_size=32, augmentation=images.RELEASE, workers=1,
-  )  # fmt: skip
-  (first,) = itertools.islice(found, 1)
+  options = loader.BatchOptions(4, config.model.chunk, image_size=32, augmentation=images.RELEASE)
+  tokenizers = text.load(prompt_length=40, instruction_length=40)
+  (first,) = itertools.islice(loader.BatchLoader([(dataset, 1.0)], tokenizers, options).batches(workers=1), 1)
   model = config.model
   assert first.observation.images.shape == (4, model.num_views, 32, 32, 3)
   assert first.observation.proprio.shape == (4, model.proprio_dim)

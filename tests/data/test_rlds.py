@@ -11,7 +11,7 @@ from PIL import Image
 from toy_rlds import LENGTHS, NAME, assert_equal, batches, episode, episodes
 
 from semanticvla_jax.data import __main__ as command
-from semanticvla_jax.data import datasets, images, rlds, statistics, tfrecord_index, writer
+from semanticvla_jax.data import datasets, images, loader, rlds, statistics, tfrecord_index, writer
 
 # The writer.
 
@@ -234,7 +234,7 @@ def test_resume_and_host_count(kind, dataset, other, tokenizers):
   straight = batches(mixture, tokenizers, 8, **options)
   assert_equal(batches(mixture, tokenizers, 8, **options, workers=1, prefetch=0), straight)  # deterministic
   assert_equal(batches(mixture, tokenizers, 3, start_step=5, **options), straight[5:])  # resumed
-  hosts = [batches(mixture, tokenizers, 8, process_index=i, process_count=2, **options) for i in range(2)]
+  hosts = [batches(mixture, tokenizers, 8, rows=np.arange(4 * i, 4 * i + 4), **options) for i in range(2)]
   together = [jax.tree.map(lambda *rows: np.concatenate(rows), *pair) for pair in zip(*hosts, strict=True)]
   assert_equal(together, straight)
   from_two_to_one = batches(mixture, tokenizers, 1, start_step=7, **options)
@@ -380,26 +380,28 @@ def test_values_of_a_record_and_what_is_none():
 
 def test_bad_arguments(data_dir, dataset, tokenizers):
   for options, message in (
-    ({"batch_size": 6, "process_count": 4}, "batch that divides by the processes"),
-    ({"process_index": 2, "process_count": 2}, "Bad sharding"),
+    ({"batch_size": 0}, "Bad batch size: got 0"),
+    ({"rows": np.arange(8, 16)}, "Bad rows of a batch: got 8 rows of 8 examples"),
+    ({"rows": np.array([1, 1])}, "Bad rows of a batch"),
+    ({"start_step": -1}, "start_step -1"),
     ({"trajectory_end": "wrap"}, "Unknown trajectory end"),
     ({"window": 0}, "window=0"),
-    ({"jitter": rlds.Jitter(-0.01)}, "got -0.01 metres"),
-    ({"jitter": rlds.Jitter(0.0, 0.6)}, "0.6 radians"),
+    ({"jitter": loader.Jitter(-0.01)}, "got -0.01 metres"),
+    ({"jitter": loader.Jitter(0.0, 0.6)}, "0.6 radians"),
   ):
     with pytest.raises(ValueError, match=message):
-      rlds.batches([(dataset, 1.0)], tokenizers, **({"batch_size": 8, "chunk": 8} | options))
+      batches([(dataset, 1.0)], tokenizers, **options)
   with pytest.raises(ValueError, match="Empty mixture"):
-    rlds.batches([], tokenizers, batch_size=8, chunk=8)
+    batches([], tokenizers)
   absolute = dataclasses.replace(dataset, spec=datasets.TABLETOP._replace(absolute=(True,) * 7))
   with pytest.raises(ValueError, match="'tabletop_toy', whose actions are targets"):
-    batches([(absolute, 1.0)], tokenizers, jitter=rlds.Jitter(0.01))
+    batches([(absolute, 1.0)], tokenizers, jitter=loader.Jitter(0.01))
   still = dataclasses.replace(dataset, proprio=np.zeros_like(dataset.proprio))
   with pytest.raises(ValueError, match="'tabletop_toy', whose arm moves 0 a unit"):
-    batches([(still, 1.0)], tokenizers, jitter=rlds.Jitter(0.01))
+    batches([(still, 1.0)], tokenizers, jitter=loader.Jitter(0.01))
   narrow = dataclasses.replace(dataset, spec=datasets.TABLETOP._replace(views=("image",)))
   with pytest.raises(ValueError, match="Datasets do not fit together"):
-    rlds.batches([(dataset, 1.0), (dataclasses.replace(narrow, name="x"), 1.0)], tokenizers, batch_size=8, chunk=8)
+    batches([(dataset, 1.0), (dataclasses.replace(narrow, name="x"), 1.0)], tokenizers)
   with pytest.raises(ValueError, match="did you mean 'tabletop_toy'"):
     rlds.load(str(data_dir), "tabletop_toi")
   with pytest.raises(ValueError, match="has no split 'test'"):

@@ -1,0 +1,295 @@
+"""Training batches of RLDS datasets: frames in the sampler's order, decoded, augmented and normalized in threads.
+
+Batch n is a function of the options and n alone: a run resumes at any batch without the ones before it, and a host
+computes its rows of each global batch.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int32, UInt8
+
+from semanticvla_jax.data import images, sampler, statistics, text, tfrecord_index, trajectories
+from semanticvla_jax.data.rlds import Dataset
+from semanticvla_jax.errors import refuse
+from semanticvla_jax.types import Batch, Observation
+
+_STREAM = 3  # of random numbers of one seed; sampler.py and images.py have the others
+_PIXELS = 1 << 16  # worked on together: small images in groups, so that numpy's calls are worth their overhead
+
+
+class Jitter(NamedTuple):
+  """How far the arm is displaced from the demonstrated path, see trajectories.displaced: standard deviations.
+
+  Attributes:
+    metres: of each axis of its position.
+    radians: of each axis of its attitude.
+  """
+
+  metres: float = 0.0
+  radians: float = 0.0
+
+
+NO_JITTER = Jitter()
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchOptions:
+  """What the batches of a mixture depend on besides its datasets.
+
+  Attributes:
+    batch_size: examples of all hosts together.
+    chunk: actions an example predicts.
+    image_size: height and width in pixels.
+    seed: of order and augmentation.
+    trajectory_end: "cut" (release) or "pad", see trajectories.starts.
+    augmentation: images.RELEASE for the released training, None for none.
+    crop_area: center crop instead, as in evaluation.
+    dct: see images.decode.
+    jitter: displaces the arm of each example, for datasets whose actions are displacements.
+    window: None shuffles frames; a number shuffles that many episodes at a time (see rlds.py). Then `cache_bytes`
+      should hold `window` episodes of every dataset, or episodes are read more than once.
+    cache_bytes: memory for encoded images of each dataset where they are cached, see tfrecord_index.Reader.
+  """
+
+  batch_size: int
+  chunk: int
+  image_size: int = 224
+  seed: int = 0
+  trajectory_end: str = "cut"
+  augmentation: images.Augmentation | None = None
+  crop_area: float | None = None
+  dct: str = "accurate"
+  jitter: Jitter = NO_JITTER
+  window: int | None = None
+  cache_bytes: int = 2 << 30
+
+
+class _Source(NamedTuple):
+  """A dataset made ready for one chunk length: candidate frames and its instructions as ids."""
+
+  dataset: Dataset
+  reader: tfrecord_index.Reader
+  starts: Int[np.ndarray, "m"]
+  prompt: tuple[Int32[np.ndarray, "i t"], Bool[np.ndarray, "i t"]]
+  instruction: tuple[Int32[np.ndarray, "i s"], Bool[np.ndarray, "i s"]] | None
+
+
+class BatchLoader:
+  """The batches of a mixture of datasets.
+
+  Args:
+    mixture: datasets and weights; a dataset is drawn in proportion to weight times its number of transitions, so equal
+      weights make every transition equally likely (the release's rule). Each is normalized by its own statistics.
+    tokenizers: of the policy.
+    options: see BatchOptions. Another `batch_size` changes which examples a step holds.
+
+  Raises:
+    ValueError: options that do not fit the datasets, or datasets that do not fit together.
+  """
+
+  def __init__(self, mixture: Sequence[tuple[Dataset, float]], tokenizers: text.Tokenizers, options: BatchOptions):
+    _check_mixture(mixture, options)
+    self.options = options
+    self._sources = [_source(dataset, tokenizers, options) for dataset, _ in mixture]
+    weights = [weight * len(dataset.actions) for dataset, weight in mixture]
+    episodes = [one.dataset.episodes[one.starts] for one in self._sources]
+    self._sequence = sampler.IndexSampler(episodes, weights, options.seed, options.window)
+    self._prepare = functools.partial(images.prepare, size=options.image_size, crop_area=options.crop_area)
+
+  def batches(
+    self,
+    start_step: int = 0,
+    rows: Int[np.ndarray, "rows"] | None = None,
+    workers: int | None = None,
+    prefetch: int = 2,
+  ) -> Iterator[Batch]:
+    """Yields rows of the global batches start_step, start_step + 1, … without end.
+
+    Args:
+      start_step: number of the first batch; a run that resumes passes the number of updates made.
+      rows: which examples of each global batch, ascending; None for all. A host passes its own.
+      workers: threads that read, decode and augment; None for one per core, at most 16.
+      prefetch: batches worked on ahead.
+
+    Returns:
+      Batches of numpy arrays, see types.Batch; `instruction` is None if the tokenizers have no SigLIP part.
+
+    Raises:
+      ValueError: at once for bad arguments; while iterating, for an image that cannot be decoded.
+    """
+    rows = np.arange(self.options.batch_size) if rows is None else np.asarray(rows)
+    _check_rows(rows, start_step, self.options.batch_size)
+    workers = min(os.cpu_count() or 1, 16) if workers is None else workers
+    return self._generate(start_step, rows, max(workers, 1), prefetch)
+
+  def _generate(self, start_step: int, rows: np.ndarray, workers: int, prefetch: int) -> Iterator[Batch]:
+    size, views = self.options.batch_size, len(self._sources[0].dataset.spec.views)
+    group = max(1, _PIXELS // (self.options.image_size**2 * views))
+    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="frames")
+    pending = collections.deque()
+    try:
+      for first in (step * size for step in itertools.count(start_step)):
+        datasets, candidates = (part[rows] for part in self._sequence.take(first, int(rows[-1]) + 1))
+        drawn = list(zip(datasets.tolist(), candidates.tolist(), (first + rows).tolist()))
+        futures = [pool.submit(self._pictures, drawn[i : i + group]) for i in range(0, len(rows), group)]
+        pending.append((datasets, candidates, first + rows, futures))
+        if len(pending) > prefetch:
+          *chosen, futures = pending.popleft()
+          yield self._batch(*chosen, np.concatenate([future.result() for future in futures]))
+    finally:
+      for future in itertools.chain.from_iterable(futures for *_, futures in pending):
+        future.cancel()
+      pool.shutdown(wait=False)
+
+  def _pictures(self, drawn: Sequence[tuple[int, int, int]]) -> UInt8[np.ndarray, "b v h w 3"]:
+    """Reads, decodes and prepares the views of some examples (dataset, candidate, number of the example)."""
+    found, uniform = [], []
+    for dataset, candidate, example in drawn:
+      source = self._sources[dataset]
+      frame = int(source.dataset.frames[source.starts[candidate]])
+      for view, name in enumerate(source.dataset.spec.views):
+        try:
+          found.append(self._prepare(images.decode(source.reader.image(frame, view), self.options.dct)))
+        except ValueError as error:
+          raise ValueError(
+            f"Dataset {source.dataset.name!r}, {name!r} of {source.reader.where(frame)}: {error}"
+          ) from error
+        uniform.append(images.draws(self.options.seed, example, view))
+    pictures = np.stack(found)
+    if self.options.augmentation is not None:
+      pictures = images.augment(pictures, np.stack(uniform), self.options.augmentation)
+    return pictures.reshape(len(drawn), -1, *pictures.shape[1:])
+
+  def _batch(
+    self,
+    datasets: Int[np.ndarray, "b"],
+    candidates: Int[np.ndarray, "b"],
+    examples: Int[np.ndarray, "b"],
+    pictures: UInt8[np.ndarray, "b v h w 3"],
+  ) -> Batch:
+    """The examples of each dataset together, back in the order in which they were drawn."""
+    options, parts, rows = self.options, [], []
+    for number in np.unique(datasets):
+      here = np.flatnonzero(datasets == number)
+      shifts = _shifts(options.jitter, options.seed, examples[here])
+      parts.append(_columns(self._sources[number], candidates[here], options.chunk, shifts))
+      rows.append(here)
+    back = np.argsort(np.concatenate(rows), kind="stable")
+    proprio, actions, inside, prompt, prompt_mask, *instruction = (
+      None if part[0] is None else np.concatenate(part)[back] for part in zip(*parts, strict=True)
+    )
+    observation = Observation(pictures, proprio, prompt, prompt_mask, *instruction)
+    return Batch(observation, actions, inside)
+
+
+def _source(dataset: Dataset, tokenizers: text.Tokenizers, options: BatchOptions) -> _Source:
+  sentences = dataset.index.instructions
+  whole_records = options.window is not None
+  return _Source(
+    dataset,
+    tfrecord_index.Reader(dataset.index, whole_records=whole_records, cache_bytes=options.cache_bytes),
+    dataset.starts(options.chunk, options.trajectory_end),
+    tokenizers.prompt(sentences),
+    None if tokenizers.siglip is None else tokenizers.instruction(sentences),
+  )
+
+
+def _columns(
+  source: _Source, candidates: Int[np.ndarray, "b"], chunk: int, shift: Float[np.ndarray, "b 6"] | None
+) -> tuple[np.ndarray | None, ...]:
+  """Everything of some examples of one dataset but the images, displaced, normalized and tokenized."""
+  dataset, spec = source.dataset, source.dataset.spec
+  frames = source.starts[candidates]
+  absolute = np.array(spec.absolute)
+  actions, inside = trajectories.windows(dataset.actions, frames, dataset.ends[frames], chunk, absolute)
+  proprio = dataset.proprio[frames]
+  if shift is not None:
+    proprio, actions = trajectories.displaced(proprio, actions, shift, dataset.stride, inside)
+  said = dataset.index.instruction[dataset.frames[frames]]
+  prompt, prompt_mask = (table[said] for table in source.prompt)
+  instruction = (None, None) if source.instruction is None else tuple(table[said] for table in source.instruction)
+  return (
+    statistics.normalize(proprio, dataset.statistics.proprio, mode=spec.mode),
+    statistics.normalize(actions, dataset.statistics.action, mode=spec.mode),
+    inside,
+    prompt,
+    prompt_mask,
+    *instruction,
+  )
+
+
+def _shifts(jitter: Jitter, seed: int, examples: Int[np.ndarray, "b"]) -> Float[np.ndarray, "b 6"] | None:
+  """How far the arm of each example is displaced, in metres and radians: the same for the same arguments."""
+  if jitter == NO_JITTER:
+    return None
+  bits = [np.random.Philox(key=[seed, _STREAM], counter=[0, 0, example, 0]) for example in examples.tolist()]
+  return np.stack([np.random.Generator(one).standard_normal(6) for one in bits]) * np.repeat(jitter, 3)
+
+
+def _check_rows(rows: np.ndarray, start_step: int, batch_size: int) -> None:
+  if start_step < 0 or not len(rows) or rows.min() < 0 or rows.max() >= batch_size or (np.diff(rows) <= 0).any():
+    raise refuse(
+      "Bad rows of a batch",
+      f"{len(rows)} rows of {batch_size} examples ({rows[:8].tolist()} …), start_step {start_step}",
+      "some of its rows, ascending, and a step of at least 0",
+      "pass the rows of this host",
+    )
+
+
+def _check_mixture(mixture: Sequence[tuple[Dataset, float]], options: BatchOptions) -> None:
+  if options.batch_size < 1:
+    raise refuse("Bad batch size", options.batch_size, "at least 1", "raise config.data.batch_size")
+  if not mixture:
+    raise refuse("Empty mixture", "no datasets", "at least one", "name one in the config")
+  shapes = {
+    dataset.name: (
+      len(dataset.spec.views),
+      dataset.actions.shape[1],
+      dataset.proprio.shape[1],
+      dataset.spec.absolute,
+    )
+    for dataset, _ in mixture
+  }
+  if len(set(shapes.values())) > 1:
+    raise refuse(
+      "Datasets do not fit together",
+      f"(views, action dims, proprio dims, absolute dims) {shapes}",
+      "the same for all",
+      "train on them apart",
+    )
+  _check_jitter(mixture, options.jitter)
+
+
+def _check_jitter(mixture: Sequence[tuple[Dataset, float]], jitter: Jitter) -> None:
+  if not (0 <= jitter.metres < 0.1 and 0 <= jitter.radians < 0.5):
+    raise refuse(
+      "Jitter",
+      f"{jitter.metres} metres and {jitter.radians} radians",
+      "0 to 0.1 and 0 to 0.5, for images stay as they are",
+      "lower config.data.jitter",
+    )
+  for dataset, _ in mixture if jitter != NO_JITTER else ():
+    if any(dataset.spec.absolute[:6]):
+      raise refuse(
+        "Jitter",
+        f"the dataset {dataset.name!r}, whose actions are targets",
+        "displacements, which can lead back",
+        "set config.data.jitter=(0.0, 0.0)",
+      )
+    if dataset.stride < 1e-5:
+      raise refuse(
+        "Jitter",
+        f"the dataset {dataset.name!r}, whose arm moves {dataset.stride:.2g} a unit of its commands",
+        "more than 1e-5, for them to lead back",
+        "set config.data.jitter=(0.0, 0.0)",
+      )
