@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -140,17 +141,17 @@ def verify_verb(args: argparse.Namespace) -> int:
 
 
 def load_config(name: str, changes: list[str]) -> dict:
-  """A config file, "configs/openvla_oft.py:film", with KEY=VALUE changes, as plain JSON values."""
+  """A config file, "configs/openvla_oft.py:film", with FIELD=VALUE changes, as plain JSON values."""
   path, _, arg = name.partition(":")
   config = _config_module(Path(path)).get_config(arg or None)
   for change in changes:
     key, equals, value = change.partition("=")
     if not equals:
-      raise refuse("--set", f"{change!r}", "KEY=VALUE, e.g. lora.rank=32", "write it that way")
+      raise refuse(f"--config.{change}", "no value", "--config.FIELD=VALUE, e.g. --config.lora.rank=32", "add =VALUE")
     try:
       config.update_from_flattened_dict({key: _value(value)})
     except (KeyError, TypeError) as error:
-      raise refuse(f"--set {change}", f"{error}", f"a field of {path}", "check its name and type") from error
+      raise refuse(f"--config.{change}", f"{error}", f"a field of {path}", "check its name and type") from error
   return json.loads(config.to_json_best_effort())
 
 
@@ -190,8 +191,10 @@ def _to_orbax_arguments(verb: argparse.ArgumentParser) -> None:
   verb.add_argument("--target", required=True, metavar="DIR", help="policy folder to make; must not exist")
   verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="such as configs/openvla_oft.py:film")
   verb.add_argument(
-    "--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the config, e.g. lora.rank=32"
-  )
+    "--config.FIELD", dest="set", action="append", default=[], metavar="VALUE",
+    help="change a field of the config, as in train: --config.lora.rank=32 (or, as before, --set lora.rank=32)",
+  )  # fmt: skip
+  verb.add_argument("--set", dest="set", nargs="+", action="extend", help=argparse.SUPPRESS)
   verb.add_argument(
     "--dtype", choices=tuple(to_orbax.DTYPES), default="keep", help="type of every parameter (default: as stored)"
   )
@@ -265,9 +268,14 @@ VERBS = {
 }
 
 
+def _field_by_field(argv: list[str]) -> list[str]:
+  """The words with `--config.lora.rank=32` as `--config.FIELD=lora.rank=32`, which argparse knows."""
+  return [re.sub(r"^--config\.(?!FIELD=)", "--config.FIELD=", word) for word in argv]
+
+
 def main(argv: list[str] | None = None) -> int:
   description = "Converts, inspects and compares PyTorch checkpoints and policy folders."
-  parser = argparse.ArgumentParser(prog="python -m semanticvla_jax.convert", description=description)
+  parser = cli.ArgumentParser("python -m semanticvla_jax.convert", description)
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
   for name, (function, arguments) in VERBS.items():
     first, rest = function.__doc__.split("\n\n", 1)
@@ -275,11 +283,10 @@ def main(argv: list[str] | None = None) -> int:
       name,
       help=" ".join(rest.split(". ")[0].split()),
       description=f"Example: {first}\n\n{inspect.cleandoc(rest)}",
-      formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments(verb)
     verb.set_defaults(run=function)
-  args = parser.parse_args(argv)
+  args = parser.parse_args(_field_by_field([*sys.argv[1:]] if argv is None else argv))
   try:
     return args.run(args)
   except ValueError as error:

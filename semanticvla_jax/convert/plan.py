@@ -229,12 +229,14 @@ def _adapter(source: Source, config: Mapping | None) -> Adapter:
         "Adapter and config differ",
         f"{key}={stored[key]} in adapter_config.json",
         f"{config[field]} (lora.{field} of the config)",
-        f"pass --set lora.{field}={stored[key]}, or the config of its training",
+        f"pass --config.lora.{field}={stored[key]}, or the config of its training",
       )
   if ranks != {config["rank"]}:
-    raise ValueError(
-      f"Adapters of rank {sorted(ranks)}: expected {config['rank']} (lora.rank of the config); pass --set lora.rank=…, "
-      "or the config of its training."
+    raise refuse(
+      "Adapters and config differ",
+      f"adapters of rank {sorted(ranks)}",
+      f"{config['rank']} (lora.rank of the config)",
+      "pass --config.lora.rank=…, or the config of its training",
     )
   return Adapter(int(config["rank"]), float(config["alpha"]), config.get("targets", "release"))
 

@@ -72,7 +72,7 @@ def test_adapters_of_half_a_model_cannot_be_kept(tuned, tmp_path):
   with pytest.raises(ValueError, match="Adapters cannot be kept"):
     to_orbax([tuned[0]], tmp_path / "policy", CONFIG)
   other = CONFIG | {"lora": LORA | {"rank": 8}}
-  with pytest.raises(ValueError, match=r"Adapters of rank \[4\]: expected 8"):
+  with pytest.raises(ValueError, match=r"adapters of rank \[4\]; expected 8"):
     to_orbax([tuned[0]], tmp_path / "policy", other, Options(lora="merge"))
 
 

@@ -106,7 +106,7 @@ def test_an_adapter_on_a_merged_base_is_refused(tmp_path):
 @pytest.mark.parametrize("change", [{"rank": 8}, {"alpha": 16}])
 def test_an_adapter_of_another_rank_or_alpha_is_refused(change, tmp_path):
   config = checkpoints.config("lora_checkpoint", RELEASE | change)
-  with pytest.raises(ValueError, match=r"Adapter and config differ.*--set lora\.(rank=4|alpha=8)"):
+  with pytest.raises(ValueError, match=r"Adapter and config differ.*--config\.lora\.(rank=4|alpha=8)"):
     to_orbax(checkpoints.adapted(tmp_path), tmp_path / "policy", config)
 
 
@@ -255,7 +255,7 @@ def test_the_command_line(tmp_path, capsys):
   config = __main__.load_config("configs/openvla_oft.py:film@tiny", ["lora.rank=4", "data.mixture=mine"])
   assert config["lora"]["rank"] == 4 and config["data"]["mixture"] == "mine" and config["model"]["variant"] == "tiny"
   for change in ("lora.rnak=4", "lora.rank"):
-    with pytest.raises(ValueError, match="--set"):
+    with pytest.raises(ValueError, match=r"--config\.lora\.r"):
       __main__.load_config("configs/openvla_oft.py", [change])
   source = checkpoints.openvla(tmp_path / "source")
   argv = [
@@ -269,6 +269,9 @@ def test_the_command_line(tmp_path, capsys):
   ]
   assert __main__.main(argv) == 1
   assert "source and model do not cover each other" in capsys.readouterr().err
+  for spelled in (["--config.data.batch_sise=4"], ["--set", "data.batch_sise=4"]):  # either reaches the config
+    assert __main__.main([*argv, *spelled]) == 1
+    assert "--config.data.batch_sise=4: got" in capsys.readouterr().err
 
 
 @pytest.mark.parity
