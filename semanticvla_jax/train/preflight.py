@@ -329,11 +329,11 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":  # here, so that the module can be imported by a command with a --config of its own
-  _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config")
-  _TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, e.g. v5e:4x4; none: the devices present")
-  _SLICES = flags.DEFINE_integer("slices", 1, "How many such slices")
-  _BATCH = flags.DEFINE_integer("batch", None, "Global batch; none: the config's")
-  _PROGRAM = flags.DEFINE_enum("program", "train", sorted(PROGRAMS), "What to compile")
-  _SWEEP = flags.DEFINE_bool("sweep", False, "Find the largest batch that fits")
+  _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file and its argument, e.g. configs/libero.py:full@7b")
+  _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice to compile for, e.g. v5e:4x4; none: the devices present")
+  _SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices")
+  _BATCH = flags.DEFINE_integer("batch", None, "Global batch size; none: the config's")
+  _PROGRAM = flags.DEFINE_enum("program", "train", sorted(PROGRAMS), "Program to compile")
+  _SWEEP = flags.DEFINE_bool("sweep", False, "Search for the largest batch that fits")
   flags.mark_flag_as_required("config")
   cli.run(lambda _: app.run(main, flags_parser=command_line.parse))
