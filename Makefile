@@ -76,8 +76,9 @@ aot: .venv-aot/.done  ## ahead-of-time compilation for TPU slices: small ones, t
 bench-convert: $(VENV)/.main  ## conversion of a random 15 GB checkpoint against a plain copy (60 GB of disk; LAYERS=…)
 	$(PY) tests/convert/bench.py runs/bench_convert --layers $(or $(LAYERS),32)
 
-lint: $(VENV)/.main  ## ruff
+lint: $(VENV)/.main  ## ruff: rules and format
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 lock: $(VENV)/.main  ## resolve requirements-dev.txt anew into requirements.lock
 	$(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --no-header --no-emit-index-url requirements-dev.txt requirements-build.txt -o requirements.lock

@@ -30,8 +30,12 @@ def get_config(arg=None):
   config.model.update(scan=False, temperature=0.03, similarity_noise=0.03)
   config.optim.update(name="muon", lr=2.5e-3, warmup_steps=100, decay_steps=2_500, end_lr=2e-5, b2=0.99, clip_norm=1.0)
   config.data.update(
-    mixture="expert", batch_size=64, prompt_length=32, instruction_length=24,
-    augment=False, crop_area=None,
+    mixture="expert",
+    batch_size=64,
+    prompt_length=32,
+    instruction_length=24,
+    augment=False,
+    crop_area=None,
   )
   config.train.update(steps=2_600, save_every=250, keep_last=2, log_every=50)
   weights = dict(alignment=0.1, naming=0.1, looks=0.3, displacement=0.2, aim=0.0, turn=0.2, rotation=0.0)

@@ -85,9 +85,11 @@ class Policy:
     self.mode = NORMALIZATIONS[self.mode]
     self.gripper = _choice("gripper", gripper, GRIPPERS)
     self._picture = dict(
-      size=self.image_size, crop_area=data.get("crop_area"), jpeg_quality=data.get("jpeg_quality"),
+      size=self.image_size,
+      crop_area=data.get("crop_area"),
+      jpeg_quality=data.get("jpeg_quality"),
       dct=_choice("dct", data.get("dct", "accurate"), images.DCTS),
-    )  # fmt: skip
+    )
     self.chunk = self.bare.chunk if self.bare.coupler is not None else 1
     self.replay = self.chunk if replay is None else replay
     self._extra, self._told = dict(metadata or {}), set()
@@ -159,8 +161,15 @@ class Policy:
     if isinstance(self.model, lora.LoRA):
       model = lora.LoRA(model, self.model.rank, self.model.alpha, self.model.targets)
     return Policy(
-      model, self.params, self.stats, self.tokenizers, config, batch_sizes=(*self._compiled,), replay=self.replay,
-      gripper=self.gripper, metadata={**self._extra, "variant": fields},
+      model,
+      self.params,
+      self.stats,
+      self.tokenizers,
+      config,
+      batch_sizes=(*self._compiled,),
+      replay=self.replay,
+      gripper=self.gripper,
+      metadata={**self._extra, "variant": fields},
     )
 
   def blind(self) -> Policy:
@@ -264,8 +273,12 @@ class Policy:
       logging.warning(
         "Observation, state: got %g in dimension %d; expected about %g to %g, as in the data of %s; it is clipped to "
         "that range: check its unit and order. (Said once for each dimension.)",
-        value, i, low[i], high[i], self._extra.get("dataset", "the policy"),
-      )  # fmt: skip
+        value,
+        i,
+        low[i],
+        high[i],
+        self._extra.get("dataset", "the policy"),
+      )
 
   def _infer(self, observations: Sequence[Any]) -> list[dict]:
     n, begin = len(observations), time.perf_counter()
@@ -299,7 +312,10 @@ class Policy:
     check_params(self.params, _parameter_shapes(self.model))
     action_dim = self.config["model"].get("action_dim", len(self.stats.action.mask))
     statistics.check(
-      self._extra.get("dataset", "policy"), self.stats, action_dim=action_dim, proprio_dim=self.bare.proprio_dim,
+      self._extra.get("dataset", "policy"),
+      self.stats,
+      action_dim=action_dim,
+      proprio_dim=self.bare.proprio_dim,
       mode=self.mode,
     )
     if self.bare.num_views not in VIEWS:

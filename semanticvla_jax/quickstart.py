@@ -69,10 +69,17 @@ def evaluate(args: argparse.Namespace) -> list[str] | None:
   """
   report, policy = args.out / "report", args.out / "policy"
   command = [
-    "semanticvla_jax.evaluate", f"--policy={policy}", f"--baseline={args.base}", f"--suite={args.suite}",
-    f"--split={args.split}", f"--episodes={args.episodes}", f"--seed={EVALUATION_SEED}", f"--controls={args.controls}",
-    f"--metrics={args.out / 'metrics.jsonl'}", f"--out={report}",
-  ]  # fmt: skip
+    "semanticvla_jax.evaluate",
+    f"--policy={policy}",
+    f"--baseline={args.base}",
+    f"--suite={args.suite}",
+    f"--split={args.split}",
+    f"--episodes={args.episodes}",
+    f"--seed={EVALUATION_SEED}",
+    f"--controls={args.controls}",
+    f"--metrics={args.out / 'metrics.jsonl'}",
+    f"--out={report}",
+  ]
   results = report / "results.json"
   if not results.exists():
     return command

@@ -49,8 +49,12 @@ class Point:
   def observe(self) -> dict:
     image = np.full((8, 8, 3), self.steps, np.uint8)
     place = np.nan if self.steps >= 2 and self.trouble.get(self.seed) == "nan" else self.place
-    return {"observation/image": image, "observation/wrist_image": image, "prompt": self.instruction,
-            "observation/state": np.array([self.seed, place, *[0] * 6], np.float32)}
+    return {
+      "observation/image": image,
+      "observation/wrist_image": image,
+      "prompt": self.instruction,
+      "observation/state": np.array([self.seed, place, *[0] * 6], np.float32),
+    }
 
   def facts(self, seed: int) -> dict[str, str]:
     return {"renderer": "a point"}

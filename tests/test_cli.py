@@ -31,11 +31,14 @@ def test_anything_else_is_one_line_that_names_its_traceback(body):
   assert "Traceback" in Path(line.rpartition("traceback: ")[2].rstrip(")")).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("body", [
-  "raise ValueError('got 1; expected 2')",
-  "1 / 0",
-  "import sys\n  try:\n    1 / 0\n  except ZeroDivisionError as error:\n    sys.exit(str(error))",
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "body",
+  [
+    "raise ValueError('got 1; expected 2')",
+    "1 / 0",
+    "import sys\n  try:\n    1 / 0\n  except ZeroDivisionError as error:\n    sys.exit(str(error))",
+  ],
+)
 def test_the_traceback_is_printed_where_it_is_asked_for(body):
   command = [sys.executable, "-c", PROGRAM.format(body), "--traceback"]
   run = subprocess.run(command, capture_output=True, timeout=60, text=True)
@@ -68,8 +71,10 @@ def test_a_closed_pipe_is_no_traceback(ending):
   assert process.returncode == 141
 
 
-@pytest.mark.parametrize("variables", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-                                       {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX"}])  # fmt: skip
+@pytest.mark.parametrize(
+  "variables",
+  [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX"}],
+)
 def test_streams_are_utf8_under_any_locale(variables, tmp_path):
   program = tmp_path / "program.py"
   program.write_text(PROGRAM.format("print('95 % → “grün” \\ud800')"), encoding="utf-8")

@@ -158,9 +158,12 @@ def test_jpegs_are_decoded_as_the_config_says():
 
 
 def test_the_text_of_the_pruner_is_the_trained_one_unless_evaluation_has_its_own(ready):
-  for data, written in (({}, "question"), ({"pruner_text": "prompt"}, "prompt"),
-                        ({"pruner_text": "question", "pruner_text_eval": "prompt"}, "prompt"),
-                        ({"pruner_text": "prompt", "pruner_text_eval": None}, "prompt")):
+  for data, written in (
+    ({}, "question"),
+    ({"pruner_text": "prompt"}, "prompt"),
+    ({"pruner_text": "question", "pruner_text_eval": "prompt"}, "prompt"),
+    ({"pruner_text": "prompt", "pruner_text_eval": None}, "prompt"),
+  ):
     words = policy._tokenizers(text.EMBEDDED, {"data": data}, ready.bare)
     assert words.pruner_text == written, data
   assert ready.metadata["pruner_text"] == "question"
@@ -251,18 +254,41 @@ def test_what_is_no_list_of_observations_is_refused(ready, observations):
 
 
 @pytest.mark.parametrize("key", ["observation/image", "observation/state"])
-@pytest.mark.parametrize("value", [
-  [[1, 2], [3]], Tensor(), "here", [None] * 8, {"a": 1}, object(), 1.0, [1j] * 8, np.array(["1"] * 8), b"\xff" * 9,
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "value",
+  [
+    [[1, 2], [3]],
+    Tensor(),
+    "here",
+    [None] * 8,
+    {"a": 1},
+    object(),
+    1.0,
+    [1j] * 8,
+    np.array(["1"] * 8),
+    b"\xff" * 9,
+  ],
+)
 def test_values_of_any_other_type_are_refused(ready, key, value):
   with pytest.raises(ValueError, match="Observation, (image|state): got .*; expected") as error:
     ready.infer(policies.observation() | {key: value})
   assert type(error.value) is ValueError
 
 
-@pytest.mark.parametrize("sentence", [
-  "\ud800", "pick up \udfff", b"\xff\xfe", 3, ["pick up the cube"], np.array(["a", "b"]), " \u200b\n", b"", ("a",),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "sentence",
+  [
+    "\ud800",
+    "pick up \udfff",
+    b"\xff\xfe",
+    3,
+    ["pick up the cube"],
+    np.array(["a", "b"]),
+    " \u200b\n",
+    b"",
+    ("a",),
+  ],
+)
 def test_what_is_no_sentence_is_refused(ready, sentence):
   with pytest.raises(ValueError, match="Observation, instruction: got") as error:
     ready.infer(policies.observation() | {"prompt": sentence})
@@ -289,8 +315,12 @@ def test_no_input_is_proposed_in_another_ones_place(ready, missing):
 
 def test_messages_do_not_grow_with_what_was_sent(ready):
   seen = policies.observation()
-  for bad in ({"prompt": "go left " * 125_000}, {"prompt": b"\xff" * 1_000_000}, {"observation/state": "1" * 1_000_000},
-              {"prompt": None} | {f"key {i}" * 100: i for i in range(1000)}):
+  for bad in (
+    {"prompt": "go left " * 125_000},
+    {"prompt": b"\xff" * 1_000_000},
+    {"observation/state": "1" * 1_000_000},
+    {"prompt": None} | {f"key {i}" * 100: i for i in range(1000)},
+  ):
     with pytest.raises(ValueError) as error:
       ready.infer(seen | bad)
     assert len(str(error.value)) < 4000
@@ -306,12 +336,15 @@ def test_sentences_are_remembered_up_to_a_bound(monkeypatch):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(("state", "dimensions"), [
-  (np.full(8, 1e30), {*range(8)}),
-  (1000 * np.array([0.2, 0.1, 0.15, 0, 0, 0, 0.03, -0.03]), {0, 1, 2, 6, 7}),  # millimetres
-  (np.array([0, 0, 0.15, 0, 0, 90.0, 0.03, -0.03]), {5}),  # degrees
-  (np.array([0, 0, 0.15, 0, 0, 0, 0.03, -0.03]), set()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("state", "dimensions"),
+  [
+    (np.full(8, 1e30), {*range(8)}),
+    (1000 * np.array([0.2, 0.1, 0.15, 0, 0, 0, 0.03, -0.03]), {0, 1, 2, 6, 7}),  # millimetres
+    (np.array([0, 0, 0.15, 0, 0, 90.0, 0.03, -0.03]), {5}),  # degrees
+    (np.array([0, 0, 0.15, 0, 0, 0, 0.03, -0.03]), set()),
+  ],
+)
 def test_a_state_in_other_units_is_told_once_a_dimension(state, dimensions, caplog):
   one, seen = policies.policy(), policies.observation() | {"observation/state": state.astype(np.float32)}
   one.observe([seen])
@@ -322,10 +355,22 @@ def test_a_state_in_other_units_is_told_once_a_dimension(state, dimensions, capl
   assert len(caplog.records) == len(dimensions)
 
 
-@pytest.mark.parametrize("options", [
-  {"batch_sizes": (0,)}, {"batch_sizes": (1, -2)}, {"batch_sizes": 4}, {"batch_sizes": (1.0,)}, {"batch_sizes": "1"},
-  {"batch_sizes": (True,)}, {"batch_sizes": None}, {"replay": 2.5}, {"replay": 0}, {"replay": True}, {"replay": "8"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"batch_sizes": (0,)},
+    {"batch_sizes": (1, -2)},
+    {"batch_sizes": 4},
+    {"batch_sizes": (1.0,)},
+    {"batch_sizes": "1"},
+    {"batch_sizes": (True,)},
+    {"batch_sizes": None},
+    {"replay": 2.5},
+    {"replay": 0},
+    {"replay": True},
+    {"replay": "8"},
+  ],
+)
 def test_sizes_and_counts_that_are_none_are_refused(options):
   with pytest.raises(ValueError, match=f"got {next(iter(options))}=.*; expected"):
     policies.policy(**options)
@@ -358,8 +403,16 @@ def test_parts_that_do_not_fit_say_why(folder):
 
 
 def test_tensorflow_stays_out():
-  modules = ("policy", "evaluate.rollout", "evaluate.results", "evaluate.fingerprint", "evaluate.controls",
-             "evaluate.visualize", "evaluate.report", "evaluate.__main__")
+  modules = (
+    "policy",
+    "evaluate.rollout",
+    "evaluate.results",
+    "evaluate.fingerprint",
+    "evaluate.controls",
+    "evaluate.visualize",
+    "evaluate.report",
+    "evaluate.__main__",
+  )
   lines = "".join(f"import semanticvla_jax.{name}\n" for name in modules)
   code = f"import sys\n{lines}print(sorted({{'tensorflow', 'torch'}} & sys.modules.keys()))"
   result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

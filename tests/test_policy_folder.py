@@ -287,10 +287,13 @@ def test_two_processes_pass_over_what_one_of_them_cannot_read(tmp_path):
   both = [
     subprocess.Popen(
       [sys.executable, "-c", TWO, str(port), str(i), str(tmp_path)],
-      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
     )
     for i in range(2)
-  ]  # fmt: skip
+  ]
   told = [process.communicate(timeout=600) for process in both]
   for out, errors in told:
     assert "RESTORED 1 [1]" in out, errors

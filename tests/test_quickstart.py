@@ -41,14 +41,26 @@ def command(tmp_path_factory):
   config.lora = None
   config = json.loads(config.to_json_best_effort())
   policy_folder.save_policy(
-    folder / "base", random_params(build(config["model"])), config=config, tokenizers=text.EMBEDDED,
+    folder / "base",
+    random_params(build(config["model"])),
+    config=config,
+    tokenizers=text.EMBEDDED,
     statistics={"tabletop_pick": statistics.to_openvla(stats())},
   )
   return [
-    sys.executable, "-m", "semanticvla_jax.quickstart", "--suite=pick", "--split=unseen", "--demonstrations=3",
-    "--episodes=4", "--size=32", "--controls=shuffled", f"--base={folder / 'base'}", f"--config={folder / 'config.py'}",
+    sys.executable,
+    "-m",
+    "semanticvla_jax.quickstart",
+    "--suite=pick",
+    "--split=unseen",
+    "--demonstrations=3",
+    "--episodes=4",
+    "--size=32",
+    "--controls=shuffled",
+    f"--base={folder / 'base'}",
+    f"--config={folder / 'config.py'}",
     f"--out={folder / 'out'}",
-  ]  # fmt: skip
+  ]
 
 
 def run(command):

@@ -24,7 +24,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   verbs = parser.add_subparsers(dest="verb", required=True)
   verb = verbs.add_parser("evaluation", help="episodes a second on the device and in a Python loop")
   verb.add_argument(
-    "--policy", type=Path, default=cli.in_repository("checkpoints/tabletop_small"),
+    "--policy",
+    type=Path,
+    default=cli.in_repository("checkpoints/tabletop_small"),
     help="policy folder (default: checkpoints/tabletop_small)",
   )
   verb.add_argument("--suite", default="place", help="suite of the tabletop (default: place)")

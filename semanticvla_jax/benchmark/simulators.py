@@ -27,7 +27,9 @@ def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[i
   policy, first = ReplayPolicy(folder, suite, seeds), None
   for count in workers:
     runner = OnSimulators(
-      policy, lambda: simulator.start(suites.Settings(suite), policy.beginnings), workers=count,
+      policy,
+      lambda: simulator.start(suites.Settings(suite), policy.beginnings),
+      workers=count,
       prepare=stored_as_jpeg(95),
     )
     try:

@@ -191,9 +191,13 @@ def _to_orbax_arguments(verb: argparse.ArgumentParser) -> None:
   verb.add_argument("--target", required=True, metavar="DIR", help="policy folder to make; must not exist")
   verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="such as configs/openvla_oft.py:film")
   verb.add_argument(
-    "--config.FIELD", dest="set", action="append", default=[], metavar="VALUE",
+    "--config.FIELD",
+    dest="set",
+    action="append",
+    default=[],
+    metavar="VALUE",
     help="change a field of the config, as in train: --config.lora.rank=32 (or, as before, --set lora.rank=32)",
-  )  # fmt: skip
+  )
   verb.add_argument("--set", dest="set", nargs="+", action="extend", help=argparse.SUPPRESS)
   verb.add_argument(
     "--dtype", choices=tuple(to_orbax.DTYPES), default="keep", help="type of every parameter (default: as stored)"

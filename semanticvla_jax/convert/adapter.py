@@ -10,12 +10,28 @@ from semanticvla_jax.convert.rules import semanticvla
 from semanticvla_jax.errors import refuse
 
 # Where adapters are (the tensors show it), how they were trained, where they came from: no weight depends on these.
-HARMLESS = frozenset({
-  "r", "lora_alpha",  # read
-  "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-  "lora_dropout", "inference_mode", "task_type", "merge_weights", "eva_config", "qalora_group_size", "megatron_core",
-  "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "runtime_config",
-})  # fmt: skip
+HARMLESS = frozenset(
+  {
+    "r",
+    "lora_alpha",  # read
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_dropout",
+    "inference_mode",
+    "task_type",
+    "merge_weights",
+    "eva_config",
+    "qalora_group_size",
+    "megatron_core",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+    "runtime_config",
+  }
+)
 # Initialisations that leave the base weights alone; of the others (pissa, olora, corda, loftq, lora_ga) peft changes
 # the base before it trains, so that the adapter belongs to weights that are in no file.
 INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
@@ -44,11 +60,18 @@ PLAIN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ("null", _empty),
   ),
   **dict.fromkeys(
-    ("megatron_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config", "arrow_config",
-     "kasa_config"),
+    (
+      "megatron_config",
+      "corda_config",
+      "lora_ga_config",
+      "velora_config",
+      "monteclora_config",
+      "arrow_config",
+      "kasa_config",
+    ),
     ("null", _empty),
   ),
-}  # fmt: skip
+}
 
 
 def check(source: Source) -> None:

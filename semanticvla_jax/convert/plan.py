@@ -138,9 +138,7 @@ def parameter_shapes(model: SemanticVLA | lora.LoRA, bare: SemanticVLA) -> Shape
   return {path: tuple(x.shape) for path, x in flat.items()}
 
 
-def make_plan(
-  source: Source, model_config: Any, lora_config: Mapping | None, options: Options = DEFAULTS
-) -> Plan:
+def make_plan(source: Source, model_config: Any, lora_config: Mapping | None, options: Options = DEFAULTS) -> Plan:
   """Matches a source with the model of a config.
 
   Args:

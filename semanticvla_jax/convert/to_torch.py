@@ -297,8 +297,7 @@ def _from_base(origin: Source | None, tensors: Mapping[str, Out], model: Semanti
     raise engine.Mismatch(
       f"--base is not the checkpoint that this policy came from ({engine.counts(problems)}; + missing in the base, "
       "- not of the policy's model, ! wrong). Nothing was written. Name the base that it was converted or trained "
-      "from.\n"
-      + "\n".join(engine.shown(problems))
+      "from.\n" + "\n".join(engine.shown(problems))
     )
   return {key: (Out(x.shape, x.dtype, x.read), why) for key, (x, why) in rest.items()}
 

@@ -346,9 +346,7 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
     logging.warning("not kept for the next run: %s (%s)", path, error)
 
 
-def _load(
-  path: pathlib.Path, shards: Sequence[str], columns: Mapping[str, int], views: Sequence[str]
-) -> Index | None:
+def _load(path: pathlib.Path, shards: Sequence[str], columns: Mapping[str, int], views: Sequence[str]) -> Index | None:
   """The index that a file holds; None where there is none, or a damaged one, which is said."""
   try:
     if not path.exists():
@@ -371,8 +369,14 @@ def _unpacked(arrays: dict[str, np.ndarray], shards: Sequence[str]) -> Index:
 def _check_kept(index_: Index, columns: Mapping[str, int], views: int) -> None:
   """Raises ValueError where the arrays of an index do not belong together."""
   e, n = len(index_.lengths), int(index_.lengths.sum())
-  shapes = {"record_file": (e,), "record_offset": (e,), "record_bytes": (e,), "image_offset": (n, views),
-            "image_bytes": (n, views), "instruction": (n,)}  # fmt: skip
+  shapes = {
+    "record_file": (e,),
+    "record_offset": (e,),
+    "record_bytes": (e,),
+    "image_offset": (n, views),
+    "image_bytes": (n, views),
+    "instruction": (n,),
+  }
   have = {name: getattr(index_, name).shape for name in shapes} | {k: x.shape for k, x in index_.columns.items()}
   want = shapes | {key: (n, width) for key, width in columns.items()}
   if have != want:

@@ -46,7 +46,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   add("--size", type=int, default=default.size, help="width and height of both views in pixels (default: 64)")
   add("--noise", type=float, default=default.noise, help="noise on the expert's movements, 0 to 1 (default: 0.3)")
   add(
-    "--perturbed", type=float, default=default.perturbed,
+    "--perturbed",
+    type=float,
+    default=default.perturbed,
     help="fraction of episodes with a perturbed initial state (default: 0)",
   )
   labels = ", ".join(demonstrations.LABELS)
@@ -71,7 +73,8 @@ def _replay_arguments(argv: list[str]) -> argparse.Namespace:
   add("--renderer", default=default.renderer, help="OpenGL library: egl or osmesa (default: egl)")
   add("--egl-device", type=int, help="number of the EGL device that renders (default: the first that works)")
   add(
-    "--check", action="store_true",
+    "--check",
+    action="store_true",
     help="render and write nothing, summary which replays succeed, in a quarter of the time",
   )
   add("--out", default="data", help="folder of datasets (default: data)")
@@ -89,9 +92,14 @@ def replay(argv: list[str]) -> None:
 
   try:
     settings = suites.Settings(
-      args.suite, args.assets, size=args.size, seed=args.seed, renderer=args.renderer, egl_device=args.egl_device,
+      args.suite,
+      args.assets,
+      size=args.size,
+      seed=args.seed,
+      renderer=args.renderer,
+      egl_device=args.egl_device,
       max_steps=_HORIZON,
-    )  # fmt: skip
+    )
     suites.check(settings)
     tasks = tuple(suites.task_numbers(args.tasks, args.suite))
     options = replays.ReplayOptions(args.from_hdf5, args.suite, settings, tasks, args.episodes, args.workers)

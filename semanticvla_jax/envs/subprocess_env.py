@@ -208,7 +208,11 @@ class Process:
     with theirs, warnings.catch_warnings():  # jax warns of forks; this child becomes python at once
       warnings.filterwarnings("ignore", r"os\.fork\(\) was called")
       subprocess_env = subprocess.Popen(
-        command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
+        command,
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=self._log,
+        stderr=self._log,
         env=environment(self._variables),
       )
     connection = Connection(ours.detach())

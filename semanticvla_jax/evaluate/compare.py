@@ -99,8 +99,13 @@ def differences(first: Mapping, second: Mapping) -> Differences:
   every = fingerprint.differences(first, second)
   forced = [*["replay"] * _chunk_forces(first, second), *["image.jpeg_quality"] * _own_jpeg_forces(first, second)]
   unknown = [name for name in every if not all(_recorded(mark, name) for mark in (first, second))]
-  kinds = {"noted": fingerprint.NOTED, "compared": fingerprint.COMPARED, "its own": fingerprint.OWN, "forced": forced,
-           "unknown": unknown}  # fmt: skip
+  kinds = {
+    "noted": fingerprint.NOTED,
+    "compared": fingerprint.COMPARED,
+    "its own": fingerprint.OWN,
+    "forced": forced,
+    "unknown": unknown,
+  }
   strict = fingerprint.OF_ENVIRONMENT.get(first.get("environment"), ())
   environment, told = [], {kind: [] for kind in ("forced", "unknown", "its own", "compared", "noted")}
   for name, pair in every.items():
@@ -196,9 +201,12 @@ def _left_out(first: Mapping, second: Mapping, common: int) -> str:
   )
   shared = a & b
   why = {
-    "only A has": a - b, "only B has": b - a, "broke in A": shared & (a_broke - b_broke),
-    "broke in B": shared & (b_broke - a_broke), "broke in both": shared & a_broke & b_broke,
-  }  # fmt: skip
+    "only A has": a - b,
+    "only B has": b - a,
+    "broke in A": shared & (a_broke - b_broke),
+    "broke in B": shared & (b_broke - a_broke),
+    "broke in both": shared & a_broke & b_broke,
+  }
   out = len(a | b) - common
   parts = ", ".join(f"{len(seeds)} {words}" for words, seeds in why.items() if seeds)
   return f"; {out} left out: {parts}" if out else "; none left out"

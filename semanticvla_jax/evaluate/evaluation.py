@@ -34,9 +34,14 @@ class SuiteRun(abc.ABC):
   """
 
   def __init__(
-    self, policy: Any, suite: str, seeds: Sequence[int], stored: folder.ResultsFile, name: str = "this policy",
+    self,
+    policy: Any,
+    suite: str,
+    seeds: Sequence[int],
+    stored: folder.ResultsFile,
+    name: str = "this policy",
     kind: str = "policy",
-  ):  # fmt: skip
+  ):
     self.policy, self.suite, self.seeds, self.stored, self.name, self.kind = policy, suite, seeds, stored, name, kind
 
   @abc.abstractmethod

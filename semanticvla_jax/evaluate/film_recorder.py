@@ -87,7 +87,11 @@ class FilmRecorder:
   @staticmethod
   def _entry(path: pathlib.Path, result: EpisodeResult) -> dict:
     return {
-      "path": path.name, "told": result.told, "success": result.success, "steps": result.steps, "seed": result.seed
+      "path": path.name,
+      "told": result.told,
+      "success": result.success,
+      "steps": result.steps,
+      "seed": result.seed,
     }
 
   def _listed(self, value: list[dict]) -> list[dict]:

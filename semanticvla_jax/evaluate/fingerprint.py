@@ -15,9 +15,17 @@ import jax
 PACKAGES = ("semanticvla_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 # Fields in which compared results may differ: that is what is compared. `require_alike` wants all others equal.
 COMPARED = (
-  "policy.policy_hash", "policy.folder", "policy.step", "policy.parameters", "preprocessing.image_size",
-  "preprocessing.views", "preprocessing.pruner_text", "chunk", "told", "model_changes",
-)  # fmt: skip
+  "policy.policy_hash",
+  "policy.folder",
+  "policy.step",
+  "policy.parameters",
+  "preprocessing.image_size",
+  "preprocessing.views",
+  "preprocessing.pruner_text",
+  "chunk",
+  "told",
+  "model_changes",
+)
 # Fields that belong to a policy, or name what computed it: `compare` lists those that differ. What the environment did
 # is in none of these lists and has to agree.
 OWN = ("policy", "preprocessing", "chunk", "prompt", "device", "versions")
@@ -32,8 +40,13 @@ _FIRST, _THEN = ("environment", "suite", "split"), ("max_steps", "loop")
 
 
 def of(
-  policy: Any, seeds: Sequence[int], *, replan_steps: int, told: str = OWN_INSTRUCTION,
-  model_changes: dict | None = None, **facts: Any,
+  policy: Any,
+  seeds: Sequence[int],
+  *,
+  replan_steps: int,
+  told: str = OWN_INSTRUCTION,
+  model_changes: dict | None = None,
+  **facts: Any,
 ) -> dict:
   """Everything that a success rate depends on, as JSON values.
 
@@ -50,20 +63,35 @@ def of(
   """
   known = policy.metadata
   reads = (
-    "image_size", "views", "crop_area", "jpeg_quality", "dct", "normalisation", "gripper", "dtype", "pruner_text",
-  )  # fmt: skip
+    "image_size",
+    "views",
+    "crop_area",
+    "jpeg_quality",
+    "dct",
+    "normalisation",
+    "gripper",
+    "dtype",
+    "pruner_text",
+  )
   seeds = [int(seed) for seed in seeds]
   consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
   return {
     **{name: facts[name] for name in _FIRST},
     "seeds": f"{seeds[0]}..{seeds[-1]}" if consecutive else seeds,
-    "episodes": len(seeds), "max_steps": facts["max_steps"], "replay": replan_steps, "loop": facts["loop"],
-    "told": told, "model_changes": model_changes or {},
+    "episodes": len(seeds),
+    "max_steps": facts["max_steps"],
+    "replay": replan_steps,
+    "loop": facts["loop"],
+    "told": told,
+    "model_changes": model_changes or {},
     "policy": {key: known.get(key) for key in ("policy_hash", "folder", "step", "dataset", "parameters")},
-    "preprocessing": {key: known.get(key) for key in reads}, "chunk": known.get("chunk"),
-    "device": device(), "versions": versions(), "sources": sources(),
+    "preprocessing": {key: known.get(key) for key in reads},
+    "chunk": known.get("chunk"),
+    "device": device(),
+    "versions": versions(),
+    "sources": sources(),
     **{name: value for name, value in facts.items() if name not in (*_FIRST, *_THEN)},
-  }  # fmt: skip
+  }
 
 
 def require_alike(first: Mapping, second: Mapping, but: Sequence[str] = ()) -> None:

@@ -53,7 +53,9 @@ class LiberoRun(SuiteRun):
     self._recorder: FilmRecorder | None = None
     tasks = suites.tasks(suite)
     self.simulators = OnSimulators(
-      policy, lambda: simulator.start(self.settings, self._begun, args.timeout), workers=args.workers,
+      policy,
+      lambda: simulator.start(self.settings, self._begun, args.timeout),
+      workers=args.workers,
       replan_steps=self.replan_steps,
       task=lambda seed: (seed // suites.EPISODES, tasks[seed // suites.EPISODES].instruction),
       prepare=rollout_pool.stored_as_jpeg(self.jpeg, policy.metadata.get("dct", "accurate")),
@@ -80,16 +82,23 @@ class LiberoRun(SuiteRun):
     """See `SuiteRun`; starts a simulator, which knows the renderer."""
     wanted = self.settings
     return {
-      "environment": "libero", "suite": self.suite,
+      "environment": "libero",
+      "suite": self.suite,
       "split": "the benchmark's first states" if self._begun is None else "where the demonstrations began",
-      "max_steps": wanted.max_steps or suites.MAX_STEPS[self.suite], "replan_steps": self.replan_steps,
-      "loop": "simulators", "protocol": self._args.protocol, "simulator": suites.versions(),
+      "max_steps": wanted.max_steps or suites.MAX_STEPS[self.suite],
+      "replan_steps": self.replan_steps,
+      "loop": "simulators",
+      "protocol": self._args.protocol,
+      "simulator": suites.versions(),
       "renderer": self.simulators.first().ask("facts", self.seeds[0])["renderer"],
-      "assets": suites.assets_hash(str(suites.find_assets(wanted.assets))), "first_states": self._states_hash(),
+      "assets": suites.assets_hash(str(suites.find_assets(wanted.assets))),
+      "first_states": self._states_hash(),
       "image": {"pixels": wanted.size, "rotation": wanted.rotation, "jpeg_quality": self.jpeg},
-      "quaternion": wanted.quaternion, "seeding": self._seeding(), "wait_steps": wanted.wait_steps,
+      "quaternion": wanted.quaternion,
+      "seeding": self._seeding(),
+      "wait_steps": wanted.wait_steps,
       "prompt": text.prompt("{instruction}"),
-    }  # fmt: skip
+    }
 
   def _seeding(self) -> dict:
     """How fixtures are placed; the sentences are those of results.json files of all versions."""
@@ -137,8 +146,12 @@ class LiberoRun(SuiteRun):
     moved = [folder.set_aside(one).name for one in (*found, *self._out.glob(f"{self.suite}_films.json"))]
     logging.warning(
       "%s: it is unknown how the episodes in %s were measured; they are kept as %s and measured again (if nothing has "
-      "changed, rename them back and remove %s)", self._out, names, ", ".join(moved), path.name,
-    )  # fmt: skip
+      "changed, rename them back and remove %s)",
+      self._out,
+      names,
+      ", ".join(moved),
+      path.name,
+    )
     return None
 
   def told_before(self) -> dict[int, str]:
@@ -214,31 +227,41 @@ class Libero(Benchmark):
   def add_flags(self, add: Callable[..., None]) -> None:
     """See `Benchmark`."""
     add(
-      "--recorded", metavar="DIR", help="folder of LIBERO's HDF5 demonstrations, whose actions are sent instead of "
+      "--recorded",
+      metavar="DIR",
+      help="folder of LIBERO's HDF5 demonstrations, whose actions are sent instead of "
       "those of a policy (default: none)",
-    )  # fmt: skip
+    )
     add("--tasks", help="numbers of the tasks, separated by commas, e.g. 0,3 (default: all)")
     add("--trials", type=int, default=50, help="number of episodes per task (default: 50, all of the benchmark)")
     add("--workers", type=int, default=2, help="number of simulators running at once, about 2 GB each (default: 2)")
     add(
-      "--protocol", choices=(*PROTOCOLS,), default="openvla",
+      "--protocol",
+      choices=(*PROTOCOLS,),
+      default="openvla",
       help="published protocol: seed, actions per query, JPEG round trip (default: openvla)",
     )
     add(
-      "--seeding", choices=suites.SEEDING, default="episode",
+      "--seeding",
+      choices=suites.SEEDING,
+      default="episode",
       help="when random numbers are seeded: before every reset, or once per environment (default: episode)",
     )
     add("--max-steps", type=int, help="maximum number of actions per episode (default: the suite's)")
     add("--assets", help=f"folder of assets (default: ${suites.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
     add("--rotation", type=int, default=180, help="rotation of the frames in degrees: 0 or 180 (default: 180)")
     add(
-      "--quaternion", choices=suites.QUATERNIONS, default="robosuite",
+      "--quaternion",
+      choices=suites.QUATERNIONS,
+      default="robosuite",
       help="convention of the gripper's orientation, the one of the training data (default: robosuite)",
     )
     add("--renderer", default="egl", help="OpenGL library: egl or osmesa (default: egl)")
     add("--egl-device", type=int, help="number of the EGL device that renders (default: the first that works)")
     add(
-      "--timeout", type=float, default=900.0,
+      "--timeout",
+      type=float,
+      default=900.0,
       help="seconds without an answer after which a simulator counts as crashed (default: 900)",
     )
 

@@ -39,9 +39,16 @@ def seeds(args: argparse.Namespace, suite: str) -> list[int]:
 def settings(args: argparse.Namespace, suite: str) -> suites.Settings:
   """The simulator's settings, from the flags."""
   found = suites.Settings(
-    suite, args.assets, seeding=args.seeding, seed=PROTOCOLS[args.protocol].seed, max_steps=args.max_steps,
-    rotation=args.rotation, quaternion=args.quaternion, renderer=args.renderer, egl_device=args.egl_device,
-  )  # fmt: skip
+    suite,
+    args.assets,
+    seeding=args.seeding,
+    seed=PROTOCOLS[args.protocol].seed,
+    max_steps=args.max_steps,
+    rotation=args.rotation,
+    quaternion=args.quaternion,
+    renderer=args.renderer,
+    egl_device=args.egl_device,
+  )
   suites.check(found)
   return found
 
@@ -135,10 +142,12 @@ def check_found(args: argparse.Namespace, out: pathlib.Path) -> None:
       continue
     wanted = settings(args, suite)
     now = {
-      "max_steps": wanted.max_steps or suites.MAX_STEPS[suite], "protocol": args.protocol,
-      "quaternion": wanted.quaternion, "wait_steps": wanted.wait_steps,
+      "max_steps": wanted.max_steps or suites.MAX_STEPS[suite],
+      "protocol": args.protocol,
+      "quaternion": wanted.quaternion,
+      "wait_steps": wanted.wait_steps,
       "policy_hash": policy_folder.policy_hash(args.policy) if args.policy else hashed,
-    }  # fmt: skip
+    }
     noted = {name: before.get(name) for name in now} | {"policy_hash": hashed}
     folder.merged(noted, now, out / f"{suite}_fingerprint.json")
 

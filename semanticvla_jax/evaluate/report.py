@@ -94,18 +94,24 @@ def write(path: str | os.PathLike, page: Page) -> pathlib.Path:
   parts = [
     _header(title, rows),
     _story(page.films, page.scenes),
-    _table("Success", "How often the task was done, each bar with its 95 % Wilson interval.",
-           [row for row in rows if row.kind != "control"]),
-    _table("Controls", "The same parameters on the same episodes, with one thing taken away. A policy that follows "
-           "instructions must fail under another instruction, and one that uses images must fail on gray frames; a "
-           "useful pruner must do better than patches chosen without looking at the image.",
-           [row for row in rows if row.kind == "control"]),
+    _table(
+      "Success",
+      "How often the task was done, each bar with its 95 % Wilson interval.",
+      [row for row in rows if row.kind != "control"],
+    ),
+    _table(
+      "Controls",
+      "The same parameters on the same episodes, with one thing taken away. A policy that follows "
+      "instructions must fail under another instruction, and one that uses images must fail on gray frames; a "
+      "useful pruner must do better than patches chosen without looking at the image.",
+      [row for row in rows if row.kind == "control"],
+    ),
     _tasks(rows),
     _films(page.films, page.film_note),
     _scenes(page.scenes),
     _curves(page.metrics),
     _fingerprint(rows, page.command, page.seconds),
-  ]  # fmt: skip
+  ]
   body = "\n".join(part for part in parts if part)
   style = importlib.resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
   text = (
@@ -253,8 +259,15 @@ def _bar(summary: Mapping, kind: str) -> str:
 
 
 def _dots(episodes: Episodes) -> str:
-  dots, words = [], {"yes": "done in {} steps", "no": "not done", "error": "the simulator broke",
-                     "spoilt": "an action that is not finite after {} steps"}  # fmt: skip
+  dots, words = (
+    [],
+    {
+      "yes": "done in {} steps",
+      "no": "not done",
+      "error": "the simulator broke",
+      "spoilt": "an action that is not finite after {} steps",
+    },
+  )
   spoilt = np.zeros(len(episodes.seeds), bool) if episodes.nonfinite is None else episodes.nonfinite
   for seed, success, error, steps, asked, told, bad in zip(
     episodes.seeds, episodes.success, episodes.error, episodes.steps, episodes.instruction, episodes.told, spoilt

@@ -92,10 +92,14 @@ def summary(episodes: Episodes, group: Callable[[str], str] | None = None) -> di
   done = [int(steps) for steps, success in zip(episodes.steps, episodes.success) if success]
   n = episodes.valid
   found = {
-    "successes": episodes.successes, "episodes": n, "errors": episodes.broken, "nonfinite": episodes.spoilt,
-    "rate": episodes.successes / n if n else None, "interval": [*wilson(episodes.successes, n)],
+    "successes": episodes.successes,
+    "episodes": n,
+    "errors": episodes.broken,
+    "nonfinite": episodes.spoilt,
+    "rate": episodes.successes / n if n else None,
+    "interval": [*wilson(episodes.successes, n)],
     "mean_steps_to_success": sum(done) / len(done) if done else None,
-  }  # fmt: skip
+  }
   if group is not None:
     names = [group(sentence) for sentence in episodes.instruction]
     members = {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
@@ -131,10 +135,17 @@ def per_episode(episodes: Episodes) -> list[dict]:
   """A dict for each episode, as JSON values; `episodes_of` reads them."""
   spoilt = np.zeros(len(episodes.seeds), bool) if episodes.nonfinite is None else episodes.nonfinite
   rows = [
-    dict(seed=int(seed), success=bool(success), steps=int(steps), error=bool(error), nonfinite=bool(bad), asked=asked,
-         told=told)
+    dict(
+      seed=int(seed),
+      success=bool(success),
+      steps=int(steps),
+      error=bool(error),
+      nonfinite=bool(bad),
+      asked=asked,
+      told=told,
+    )
     for seed, success, steps, error, asked, told, bad in zip(*episodes[:6], spoilt)
-  ]  # fmt: skip
+  ]
   if episodes.retries is not None:
     times = zip(episodes.retries.tolist(), episodes.seconds.tolist())
     rows = [row | dict(retries=retries, seconds=seconds) for row, (retries, seconds) in zip(rows, times)]
@@ -150,11 +161,16 @@ def episodes_of(rows: Sequence[Mapping]) -> Episodes:
   column = lambda name, kind: np.array([kind(row[name]) for row in rows], kind)  # noqa: E731
   timed = all("retries" in row for row in rows) and bool(rows)
   return Episodes(
-    column("seed", np.int64), column("success", bool), column("steps", np.int32), column("error", bool),
-    [str(row["asked"]) for row in rows], [str(row["told"]) for row in rows],
-    retries=column("retries", np.int64) if timed else None, seconds=column("seconds", np.float64) if timed else None,
+    column("seed", np.int64),
+    column("success", bool),
+    column("steps", np.int32),
+    column("error", bool),
+    [str(row["asked"]) for row in rows],
+    [str(row["told"]) for row in rows],
+    retries=column("retries", np.int64) if timed else None,
+    seconds=column("seconds", np.float64) if timed else None,
     nonfinite=np.array([bool(row.get("nonfinite", False)) for row in rows], bool),
-  )  # fmt: skip
+  )
 
 
 def to_json(rows: Sequence[Row], command: str, seconds: Mapping[str, float]) -> dict:
@@ -164,9 +180,13 @@ def to_json(rows: Sequence[Row], command: str, seconds: Mapping[str, float]) -> 
     "seconds": {name: round(value, 1) for name, value in seconds.items()},
     "results": [
       {
-        "name": row.name, "kind": row.kind, "suite": row.suite, **row.summary, "fingerprint": row.fingerprint,
+        "name": row.name,
+        "kind": row.kind,
+        "suite": row.suite,
+        **row.summary,
+        "fingerprint": row.fingerprint,
         "per_episode": per_episode(row.episodes),
       }
       for row in rows
     ],
-  }  # fmt: skip
+  }

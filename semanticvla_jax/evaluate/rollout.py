@@ -87,7 +87,12 @@ class Ended(NamedTuple):
 
 
 def simulate(
-  query: Query, states: tasks.State, told: Int[Array, "b"], *, max_steps: int, replan_steps: int,
+  query: Query,
+  states: tasks.State,
+  told: Int[Array, "b"],
+  *,
+  max_steps: int,
+  replan_steps: int,
   keep_states: bool = False,
 ) -> tuple[Ended, tasks.State | None]:
   """Runs b episodes as one `lax.scan` over queries, each with an inner scan over `replan_steps` actions; pure, for jit.
@@ -214,7 +219,13 @@ class OnDevice:
   broken = 0  # pure functions do not break
 
   def __init__(
-    self, policy: Policy, suite: str, split: str = "heldout", *, replan_steps: int | None = None, batch: int = 64,
+    self,
+    policy: Policy,
+    suite: str,
+    split: str = "heldout",
+    *,
+    replan_steps: int | None = None,
+    batch: int = 64,
     keep_states: bool = False,
   ):
     tasks.check_split(split)
@@ -224,8 +235,15 @@ class OnDevice:
     _check(policy, self.replan_steps)
     self._sentences = tasks.instructions(suite)
     self._setup = Setup(
-      policy.image_size, policy.bare.num_views, policy.metadata["crop_area"], policy.mode, suite, split,
-      self.replan_steps, self.max_steps, keep_states,
+      policy.image_size,
+      policy.bare.num_views,
+      policy.metadata["crop_area"],
+      policy.mode,
+      suite,
+      split,
+      self.replan_steps,
+      self.max_steps,
+      keep_states,
     )
     words = jax.tree.map(jnp.asarray, policy.words(self._sentences))
     stats = (policy.stats.action, None if policy.bare.proprio_dim is None else policy.stats.proprio)
@@ -320,9 +338,13 @@ class OnHost:
   """
 
   def __init__(
-    self, policy: Any, environment: Any, *, replan_steps: int | None = None,
+    self,
+    policy: Any,
+    environment: Any,
+    *,
+    replan_steps: int | None = None,
     instruction: Callable[[int], str] = lambda seed: "",
-  ):  # fmt: skip
+  ):
     self.policy, self.environment, self._known = policy, environment, instruction
     self.replan_steps = policy.replay if replan_steps is None else replan_steps
     if self.replan_steps < 1:

@@ -113,9 +113,12 @@ class EpisodeLog:
       before = aside.read_bytes() if aside.exists() else b""
       files.write(aside, before + b"".join(line + b"\n" for line in bad))
       logging.warning(
-        "%s: %d damaged lines, the first %r, are now in %s; their episodes run again", self.path, len(bad),
-        bad[0][:80].decode(errors="replace"), aside.name,
-      )  # fmt: skip
+        "%s: %d damaged lines, the first %r, are now in %s; their episodes run again",
+        self.path,
+        len(bad),
+        bad[0][:80].decode(errors="replace"),
+        aside.name,
+      )
     if last:
       logging.warning("%s: its last line was cut off; that episode runs again", self.path)
     files.write(self.path, b"".join(line + b"\n" for line in good))
@@ -179,10 +182,16 @@ class OnSimulators:
   """
 
   def __init__(
-    self, policy: Any, make: Callable[[], Process], *, workers: int = 1, replan_steps: int | None = None,
-    task: Callable[[int], tuple[Any, str]] = lambda seed: (0, ""), prepare: Callable[[dict], dict] = dict,
+    self,
+    policy: Any,
+    make: Callable[[], Process],
+    *,
+    workers: int = 1,
+    replan_steps: int | None = None,
+    task: Callable[[int], tuple[Any, str]] = lambda seed: (0, ""),
+    prepare: Callable[[dict], dict] = dict,
     retries: int = 2,
-  ):  # fmt: skip
+  ):
     if workers < 1 or retries < 0:
       raise ValueError(f"Simulators: got workers={workers}, retries={retries}; expected at least 1 and 0.")
     self.policy, self.workers, self.retries = policy, workers, retries
@@ -329,9 +338,16 @@ class OnSimulators:
     moment, told, seen = one.moment, self._told.get(one.seed, one.moment.instruction), one.seen
     seconds = round(time.monotonic() - one.began, 3)
     result = EpisodeResult(
-      one.seed, moment.success and not nonfinite, moment.steps, None, moment.instruction, told,
-      self._tries.get(one.seed, 0), seconds, nonfinite,
-    )  # fmt: skip
+      one.seed,
+      moment.success and not nonfinite,
+      moment.steps,
+      None,
+      moment.instruction,
+      told,
+      self._tries.get(one.seed, 0),
+      seconds,
+      nonfinite,
+    )
     one.idle()
     return result, seen
 
@@ -361,6 +377,13 @@ def episodes(records: Sequence[EpisodeResult]) -> Episodes:
   seed, success, steps, error, instruction, told, retries, seconds, nonfinite = columns
   broken = np.array([one is not None for one in error], bool)
   return Episodes(
-    np.array(seed, np.int64), np.array(success, bool), np.array(steps, np.int32), broken, [*instruction], [*told],
-    retries=np.array(retries, np.int64), seconds=np.array(seconds, np.float64), nonfinite=np.array(nonfinite, bool),
-  )  # fmt: skip
+    np.array(seed, np.int64),
+    np.array(success, bool),
+    np.array(steps, np.int32),
+    broken,
+    [*instruction],
+    [*told],
+    retries=np.array(retries, np.int64),
+    seconds=np.array(seconds, np.float64),
+    nonfinite=np.array(nonfinite, bool),
+  )

@@ -70,12 +70,23 @@ def _add_common_flags(add: Callable) -> None:
   bare = ", ".join(f"{','.join(benchmark.bare_controls)} on {benchmark.title}" for benchmark in BENCHMARKS.values())
   add("--policy", help="policy folder to measure")
   add("--suite", required=True, help=f"one or more suites of one benchmark, separated by commas. {listing}")
-  add("--replan-steps", type=int, help="number of actions executed per policy query (default: the policy's whole chunk "
-      "on the tabletop, the protocol's on LIBERO)")  # fmt: skip
+  add(
+    "--replan-steps",
+    type=int,
+    help="number of actions executed per policy query (default: the policy's whole chunk "
+    "on the tabletop, the protocol's on LIBERO)",
+  )
   add("--replay", dest="replan_steps", type=int, help=argparse.SUPPRESS)  # the name it had
   add("--out", help="folder for the report, resumed if it exists (default: runs/<policy>_<suite>)")
-  add("--controls", nargs="?", const=_BARE, default="", metavar="NAMES", help="controls to measure in addition, "
-      f"some of {','.join(controls.NAMES)} (without a value: {bare}; default: none)")  # fmt: skip
+  add(
+    "--controls",
+    nargs="?",
+    const=_BARE,
+    default="",
+    metavar="NAMES",
+    help="controls to measure in addition, "
+    f"some of {','.join(controls.NAMES)} (without a value: {bare}; default: none)",
+  )
   add("--films", type=int, default=6, help="number of films per suite (default: 6; 0: no pictures either)")
   add("--metrics", help="metrics.jsonl file of the training, to plot its curves (default: no curves)")
   add("--dataset", help="name of the statistics to use, if the policy has several (default: the only or fitting one)")
@@ -145,9 +156,15 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace, command: str, metri
     raise
   if stored.all:
     folder.write_page(
-      out, stored, finished=not problems, title=args.title, metrics=metrics, films=films, scenes=scenes,
+      out,
+      stored,
+      finished=not problems,
+      title=args.title,
+      metrics=metrics,
+      films=films,
+      scenes=scenes,
       film_note=benchmark.film_note,
-    )  # fmt: skip
+    )
   return stored.no_rates() + problems
 
 

@@ -72,9 +72,13 @@ class TabletopRun(SuiteRun):
   def facts(self) -> dict:
     """See `SuiteRun`."""
     return {
-      "environment": "tabletop", "suite": self.suite, "split": self._args.split, "max_steps": self._own.max_steps,
-      "replan_steps": self._own.replan_steps, "loop": "host" if self._args.host else "device",
-    }  # fmt: skip
+      "environment": "tabletop",
+      "suite": self.suite,
+      "split": self._args.split,
+      "max_steps": self._own.max_steps,
+      "replan_steps": self._own.replan_steps,
+      "loop": "host" if self._args.host else "device",
+    }
 
   def task(self, instruction: str) -> str:
     """See `SuiteRun`."""

@@ -183,12 +183,19 @@ def observation(state: tasks.State, size: int) -> dict:
   """What a policy sees of one state, as the environment's dict."""
   views, proprio = jax.jit(physics.observe, static_argnums=1)(state, size)
   views = np.asarray(views)
-  return {"observation/image": views[0], "observation/wrist_image": views[1], "observation/state": np.asarray(proprio),
-          "prompt": tasks.instruction(state)}  # fmt: skip
+  return {
+    "observation/image": views[0],
+    "observation/wrist_image": views[1],
+    "observation/state": np.asarray(proprio),
+    "prompt": tasks.instruction(state),
+  }
 
 
 def film(
-  frames: UInt8[np.ndarray, "t 2 s s 3"], told: str, success: bool, asked: str | None = None,
+  frames: UInt8[np.ndarray, "t 2 s s 3"],
+  told: str,
+  success: bool,
+  asked: str | None = None,
   steps: Sequence[int] | None = None,
 ) -> UInt8[np.ndarray, "u h w 3"]:
   """Both views side by side over a caption: the instruction, the step, and at the end whether it succeeded.
@@ -226,8 +233,14 @@ def write_mp4(path: str | os.PathLike, frames: UInt8[np.ndarray, "t h w 3"], fps
   """Writes an H.264 film that browsers play."""
   height, width = frames.shape[1:3]
   writer = imageio_ffmpeg.write_frames(
-    str(path), (width, height), fps=fps, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=2,
-    output_params=["-crf", "26", "-preset", "slow", "-movflags", "+faststart"], ffmpeg_log_level="error",
+    str(path),
+    (width, height),
+    fps=fps,
+    codec="libx264",
+    pix_fmt_out="yuv420p",
+    macro_block_size=2,
+    output_params=["-crf", "26", "-preset", "slow", "-movflags", "+faststart"],
+    ffmpeg_log_level="error",
   )
   with warnings.catch_warnings():  # jax warns of forks; this child becomes ffmpeg at once
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called")

@@ -284,8 +284,12 @@ def _frames(part: dict[str, np.ndarray], name: str) -> writer.Encoded:
 
 
 def _assemble(
-  options: ReplayOptions, demonstrations: dict[int, hdf5.Demonstration], parts: pathlib.Path, folder: pathlib.Path,
-  name: str, facts: dict,
+  options: ReplayOptions,
+  demonstrations: dict[int, hdf5.Demonstration],
+  parts: pathlib.Path,
+  folder: pathlib.Path,
+  name: str,
+  facts: dict,
 ) -> ReplaySummary:
   """Writes the dataset from the finished replays, in the order of tasks and demonstrations, and removes them."""
   every = suites.tasks(options.suite)
@@ -299,9 +303,14 @@ def _assemble(
         continue
       kept.append((part["action"], part["state"]))
       yield writer.Episode(
-        _frames(part, "image"), _frames(part, "wrist_image"), part["state"], part["action"], task.instruction,
-        part["joint_state"], f"{options.suite}/{demonstration.path.name}/{demonstration.name}",
-      )  # fmt: skip
+        _frames(part, "image"),
+        _frames(part, "wrist_image"),
+        part["state"],
+        part["action"],
+        task.instruction,
+        part["joint_state"],
+        f"{options.suite}/{demonstration.path.name}/{demonstration.name}",
+      )
 
   def summary() -> ReplaySummary:
     return ReplaySummary(len(demonstrations), len(kept), dict(dropped), sum(len(action) for action, _ in kept), folder)

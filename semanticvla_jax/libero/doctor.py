@@ -161,11 +161,21 @@ def simulator_versions(versions: Mapping[str, str | None]) -> list[Finding]:
   newer = None if mujoco is None else [int(x) for x in mujoco.split(".")[:2]] >= [3, 9]
   other = None if robosuite is None else not robosuite.startswith("1.4.")
   return [
-    Finding("MuJoCo's version", newer, f"mujoco {mujoco}; the reference pins 3.2.3",
-            "98.1 at 3.1.0, about 91 at 3.9.0", "make sim installs one below 3.9"),
-    Finding("robosuite's version", other, f"robosuite {robosuite}; the reference pins 1.4.1",
-            "1.5 has other controllers", "make sim installs 1.4"),
-  ]  # fmt: skip
+    Finding(
+      "MuJoCo's version",
+      newer,
+      f"mujoco {mujoco}; the reference pins 3.2.3",
+      "98.1 at 3.1.0, about 91 at 3.9.0",
+      "make sim installs one below 3.9",
+    ),
+    Finding(
+      "robosuite's version",
+      other,
+      f"robosuite {robosuite}; the reference pins 1.4.1",
+      "1.5 has other controllers",
+      "make sim installs 1.4",
+    ),
+  ]
 
 
 def looks(digest: str, published: str | None) -> Finding:
@@ -337,7 +347,9 @@ def main(argv: Sequence[str]) -> None:
     "--assets", help=f"folder of assets (default: ${suites.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)"
   )
   parser.add_argument(
-    "--quaternion", choices=suites.QUATERNIONS, default="robosuite",
+    "--quaternion",
+    choices=suites.QUATERNIONS,
+    default="robosuite",
     help="convention of the simulator's orientation (default: robosuite)",
   )
   parser.add_argument(
@@ -359,9 +371,9 @@ def main(argv: Sequence[str]) -> None:
       found = suites_of([args.dataset] if args.dataset else [*policy_folder.read_policy_json(args.policy).statistics])
       args.suite = found[0]
       print(f"suite: {args.suite}, of those that the policy has statistics of: {', '.join(found)}")
-    suites.check(suites.Settings(
-      args.suite, rotation=args.rotation, renderer=args.renderer, egl_device=args.egl_device
-    ))  # fmt: skip
+    suites.check(
+      suites.Settings(args.suite, rotation=args.rotation, renderer=args.renderer, egl_device=args.egl_device)
+    )
     findings = policy(args.policy, args.suite, args.dataset, args.quaternion, args.protocol)
     findings += [seeding(args.seeding), accelerator(jax.default_backend(), _accelerators())]
     findings += simulator_versions(suites.versions()) + libraries(args.assets, args.renderer, args.egl_device)

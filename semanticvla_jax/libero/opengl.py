@@ -53,9 +53,11 @@ def variables(renderer: str, device: int | None = None) -> dict[str, str | None]
     device: EGL's own number of the device, which may differ from CUDA's.
   """
   return {
-    "MUJOCO_GL": renderer, "PYOPENGL_PLATFORM": renderer, "CUDA_VISIBLE_DEVICES": None,
+    "MUJOCO_GL": renderer,
+    "PYOPENGL_PLATFORM": renderer,
+    "CUDA_VISIBLE_DEVICES": None,
     "MUJOCO_EGL_DEVICE_ID": None if device is None else str(device),
-  }  # fmt: skip
+  }
 
 
 def choose(renderer: str, device: int | None = None) -> int | None:
@@ -121,9 +123,13 @@ def draw(renderer: str, device: int | None = None) -> Drawn:
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called")
     try:
       done = subprocess.run(
-        command, env=environment(variables(renderer, device)), stdin=subprocess.DEVNULL, capture_output=True,
-        timeout=_SECONDS, check=False,
-      )  # fmt: skip
+        command,
+        env=environment(variables(renderer, device)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=_SECONDS,
+        check=False,
+      )
     except subprocess.TimeoutExpired:
       return Drawn(None, None, f"no answer within {_SECONDS} s")
   lines = done.stdout.decode(errors="replace").splitlines()

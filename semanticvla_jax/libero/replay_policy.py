@@ -46,9 +46,12 @@ class ReplayPolicy:
         self._actions[seed], self.beginnings[seed] = row.moving, suites.Beginning(row.first, row.seed)
     digests = "".join(hdf5.digest(path) for path in sorted(found.glob("*_demo.hdf5")))
     self.metadata = {
-      "folder": f"recorded actions of {suite}", "policy_hash": hashlib.sha256(digests.encode()).hexdigest()[:16],
-      "chunk": replan_steps, "replay": replan_steps, "jpeg_quality": None,
-    }  # fmt: skip
+      "folder": f"recorded actions of {suite}",
+      "policy_hash": hashlib.sha256(digests.encode()).hexdigest()[:16],
+      "chunk": replan_steps,
+      "replay": replan_steps,
+      "jpeg_quality": None,
+    }
 
   def infer_batch(self, observations: Sequence[Mapping]) -> list[dict]:
     """The next actions of each episode, by its number and the steps taken: [{"actions": f64[<=replay 7]}, …]."""

@@ -111,8 +111,10 @@ class Simulator:
     """Acts once; returns (observation or None, done). Raises ValueError for an action that is not 7 finite numbers."""
     action = np.asarray(action, np.float64)
     if action.shape != (7,) or not np.isfinite(action).all():
-      raise ValueError(f"Action has shape {action.shape} and values {action}; expected 7 finite numbers: translation, "
-                       "axis-angle, gripper.")  # fmt: skip
+      raise ValueError(
+        f"Action has shape {action.shape} and values {action}; expected 7 finite numbers: translation, "
+        "axis-angle, gripper."
+      )
     self._current()
     self._open = observe
     self._last, _, self._done, _ = self._environment.step(action.tolist())
@@ -186,8 +188,10 @@ class Simulator:
     LOGGER.warning(
       "Episode %d: its recorded seed %d leads to another first state than the recorded one, whichever of 1 to %d resets"
       " came before; drawers of this task are not where they were; replay with the versions of the recording.",
-      task * suites.EPISODES + trial, begun.seed, _EARLIER - 1,
-    )  # fmt: skip
+      task * suites.EPISODES + trial,
+      begun.seed,
+      _EARLIER - 1,
+    )
     return 0
 
   def _settles_at(self, state: np.ndarray) -> bool:
@@ -259,8 +263,13 @@ def _import(assets: str) -> Callable[..., Any]:
   """Imports the benchmark with a separate configuration, and points it at the assets."""
   root = suites.package()
   folder = tempfile.mkdtemp(prefix="libero_config_")
-  paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files",
-           "datasets": root / "datasets", "assets": assets}  # fmt: skip
+  paths = {
+    "benchmark_root": root,
+    "bddl_files": root / "bddl_files",
+    "init_states": root / "init_files",
+    "datasets": root / "datasets",
+    "assets": assets,
+  }
   lines = "".join(f"{key}: {path}\n" for key, path in paths.items())
   (pathlib.Path(folder) / "config.yaml").write_text(lines, encoding="utf-8")
   os.environ["LIBERO_CONFIG_PATH"] = folder

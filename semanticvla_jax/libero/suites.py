@@ -25,8 +25,12 @@ from semanticvla_jax.errors import refuse
 
 # Actions of an episode, without the first wait (released evaluation code; SemanticVLA's has 320 for libero_goal).
 MAX_STEPS = {
-  "libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400,
-}  # fmt: skip
+  "libero_spatial": 220,
+  "libero_object": 280,
+  "libero_goal": 300,
+  "libero_10": 520,
+  "libero_90": 400,
+}
 SUITES = (*MAX_STEPS,)
 EPISODES = 50  # first states of a task; episode t of task i is number 50 i + t
 WAIT = (0.0,) * 6 + (-1.0,)  # nothing moves, the gripper stays open
@@ -97,8 +101,13 @@ class Settings(NamedTuple):
 
 def check(settings: Settings) -> None:
   """Raises ValueError unless every setting is one that exists."""
-  choices = {"suite": SUITES, "seeding": SEEDING, "rotation": (0, 180), "quaternion": QUATERNIONS,
-             "renderer": ("egl", "osmesa")}  # fmt: skip
+  choices = {
+    "suite": SUITES,
+    "seeding": SEEDING,
+    "rotation": (0, 180),
+    "quaternion": QUATERNIONS,
+    "renderer": ("egl", "osmesa"),
+  }
   for name, allowed in choices.items():
     if getattr(settings, name) not in allowed:
       raise refuse("LIBERO", f"{name}={getattr(settings, name)!r}", f"one of {allowed}", "choose one of them")
@@ -154,10 +163,14 @@ def tasks(suite: str) -> tuple[Task, ...]:
   table = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(table)
   return tuple(
-    Task(name, _sentence(name), root / "bddl_files" / suite / f"{name}.bddl",
-         root / "init_files" / suite / f"{name}.pruned_init")
+    Task(
+      name,
+      _sentence(name),
+      root / "bddl_files" / suite / f"{name}.bddl",
+      root / "init_files" / suite / f"{name}.pruned_init",
+    )
     for name in table.libero_task_map[suite]
-  )  # fmt: skip
+  )
 
 
 def _sentence(name: str) -> str:

@@ -20,9 +20,7 @@ VARIANTS = {
     image=48,
     patch=8,
     pairs=((0, 0), (1, 1), (2, 2)),
-    dino=dict(
-      width=64, depth=4, num_heads=2, mlp_dim=128, registers=1, layer_scale=1.0, position_init="sincos"
-    ),
+    dino=dict(width=64, depth=4, num_heads=2, mlp_dim=128, registers=1, layer_scale=1.0, position_init="sincos"),
     siglip=dict(width=64, depth=3, num_heads=2, mlp_dim=128, position_init="sincos"),
     text=dict(vocab=512, positions=24, width=64, depth=1, num_heads=2, mlp_dim=128),
     llm=dict(vocab=512, width=96, depth=4, num_heads=3, mlp_dim=256),

@@ -167,8 +167,11 @@ def _center(similarity, patches, words, mask):
 # The last three ignore the instruction and show what a pruning score is worth: a policy that is as good with them does
 # not use the instruction to prune.
 ANCHOR_RULES: dict[str, Rule] = {
-  "similarity": _similarity, "random": _random, "uniform": _uniform, "centre": _center,
-}  # fmt: skip
+  "similarity": _similarity,
+  "random": _random,
+  "uniform": _uniform,
+  "centre": _center,
+}
 _OWN_RULES = frozenset(ANCHOR_RULES)  # of this package
 
 

@@ -117,9 +117,7 @@ class SemanticVLA(nn.Module):
     seen |= dict(sequence=x, valid=valid, allowed=allowed, positions=positions, hidden=hidden, action_states=states)
     return Output(actions, seen)
 
-  def read(
-    self, observation: Observation, train: bool = False, pixels: dict | None = None, part: tuple | None = None
-  ):
+  def read(self, observation: Observation, train: bool = False, pixels: dict | None = None, part: tuple | None = None):
     """[ <s> | visual | proprio | prompt ] as embeddings f[b l D], their validity bool[b l], and intermediates."""
     self._check(observation)
     prompt, mask = self.llm.embed_tokens(observation.prompt), observation.prompt_mask

@@ -90,9 +90,7 @@ class Grounded(nn.Module):
     }
     return Output(out.actions, out.intermediates | probes | looks)
 
-  def score(
-    self, patches: Float[Array, "bv n d"], words: Any, mask: Bool[Array, "b g m"]
-  ) -> Float[Array, "bgv n m"]:
+  def score(self, patches: Float[Array, "bv n d"], words: Any, mask: Bool[Array, "b g m"]) -> Float[Array, "bgv n m"]:
     """The ID-Pruner's similarities of other sentences i32[b g m] with the patches of the same views, no noise."""
     b, g, _ = words.shape
     v = patches.shape[0] // b

@@ -118,8 +118,14 @@ def _fetch(state: State, i: Int[Array, ""]) -> Waypoint:
   return _choose(there, stay, Waypoint(position, yaw, jnp.asarray(-1.0)))
 
 
-def _lay(state: State, i: Int[Array, ""], xy: Float[Array, "2"], low: Float[Array, ""], yaw: Float[Array, ""],
-         near: float | Array) -> Waypoint:
+def _lay(
+  state: State,
+  i: Int[Array, ""],
+  xy: Float[Array, "2"],
+  low: Float[Array, ""],
+  yaw: Float[Array, ""],
+  near: float | Array,
+) -> Waypoint:
   """Carries held object `i` over xy, lowers it until its lower end is at height `low`, and opens the fingers."""
   bottom = state.centre[i, 2] - jnp.asarray(HALF)[state.kind[i], 2]
   shift = xy - state.centre[i, :2]
@@ -242,8 +248,13 @@ def rollout_from(state: State, key: PRNGKeyArray, noise: float | Float[Array, ""
 
 
 @in_32_bits
-def rollout(key: PRNGKeyArray, suite: str | int | Int[Array, ""], split: str = "train",
-            noise: float | Float[Array, ""] = 0.0, steps: int = 60) -> Rollout:
+def rollout(
+  key: PRNGKeyArray,
+  suite: str | int | Int[Array, ""],
+  split: str = "train",
+  noise: float | Float[Array, ""] = 0.0,
+  steps: int = 60,
+) -> Rollout:
   """Draws an episode and runs the expert on it; the arguments are those of `reset` and `act`."""
   k_reset, k_noise = jax.random.split(key)
   return rollout_from(reset(k_reset, suite, split), k_noise, noise, steps)
@@ -262,8 +273,11 @@ def perturbed_state(key: PRNGKeyArray, state: State) -> State:
   # With two goals, the first may already be achieved.
   first, container = state.target[0], jnp.clip(state.destination, 0, MAX_OBJECTS - 1)
   ahead = (state.verb[1] != NOTHING) & (u[0] < 0.4)
-  laid = state.centre[container[0]].at[2].set(
-    jnp.asarray(FLOOR)[state.kind[container[0]]] + jnp.asarray(HALF)[state.kind[first], 2])
+  laid = (
+    state.centre[container[0]]
+    .at[2]
+    .set(jnp.asarray(FLOOR)[state.kind[container[0]]] + jnp.asarray(HALF)[state.kind[first], 2])
+  )
   state = state.replace(centre=state.centre.at[first].set(jnp.where(ahead, laid, state.centre[first])))
   goal = jnp.where(ahead, 1, 0)
   target, verb = state.target[goal], state.verb[goal]
@@ -285,6 +299,11 @@ def perturbed_state(key: PRNGKeyArray, state: State) -> State:
 
   turn = (2 * u[10:13] - 1) * jnp.array([0.12, 0.12, 0.6])
   state = state.replace(
-    position=jnp.clip(position, physics.REACH[0], physics.REACH[1]), rotation=turn, finger=finger, held=held,
-    grip_yaw=jnp.zeros(()), grip=jnp.append(0.0, 0.010 * (2 * u[13:15] - 1)))
+    position=jnp.clip(position, physics.REACH[0], physics.REACH[1]),
+    rotation=turn,
+    finger=finger,
+    held=held,
+    grip_yaw=jnp.zeros(()),
+    grip=jnp.append(0.0, 0.010 * (2 * u[13:15] - 1)),
+  )
   return physics.settle(state)

@@ -31,9 +31,7 @@ def gripper_to_model(actions: Float[Array, "*b 7"]) -> Float[Array, "*b 7"]:
   return actions.at[..., 6].set(gripper.to_opening(actions[..., 6]))
 
 
-def initial_state(
-  key: PRNGKeyArray, suite: Int[Array, ""], split: str, hard_yaw_fraction: float = 0.0
-) -> tasks.State:
+def initial_state(key: PRNGKeyArray, suite: Int[Array, ""], split: str, hard_yaw_fraction: float = 0.0) -> tasks.State:
   """The initial state of an episode. With probability `hard_yaw_fraction`, the one of four draws whose target cube is
   turned furthest from the table's edges."""
   if hard_yaw_fraction == 0:

@@ -45,8 +45,21 @@ from semanticvla_jax.tabletop.tasks import (
 )
 
 __all__ = [  # a user needs this module and `expert` only
-  "INSTRUCTIONS", "SPLITS", "SUITES", "State", "TabletopEnvironment", "achieved", "instruction", "instructions",
-  "max_steps", "observe", "proprio", "reset", "seed_key", "step", "success",
+  "INSTRUCTIONS",
+  "SPLITS",
+  "SUITES",
+  "State",
+  "TabletopEnvironment",
+  "achieved",
+  "instruction",
+  "instructions",
+  "max_steps",
+  "observe",
+  "proprio",
+  "reset",
+  "seed_key",
+  "step",
+  "success",
 ]
 
 TRANSLATION = 0.05  # metres a unit of action
@@ -161,8 +174,9 @@ def _walls(state: State, xy: Float[Array, "n 2"], bottom: Float[Array, " n"]) ->
     apart = xy - state.centre[j, :2]
     distance = jnp.linalg.norm(apart, axis=-1, keepdims=True)
     rim = HALF[BOWL, 0]
-    fit = jnp.where(distance < rim, jnp.minimum(distance, rim - 0.012 - width[:, None]),
-                    jnp.maximum(distance, rim + width[:, None]))
+    fit = jnp.where(
+      distance < rim, jnp.minimum(distance, rim - 0.012 - width[:, None]), jnp.maximum(distance, rim + width[:, None])
+    )
     in_wall = (state.kind[j] == BOWL) & (bottom < 2 * HALF[BOWL, 2] - _OVER)
     xy = jnp.where(in_wall[:, None], state.centre[j, :2] + apart * fit / jnp.maximum(distance, 1e-6), xy)
     beside = (state.kind[j] == SLOT) & (bottom < 2 * HALF[SLOT, 2] - _OVER)
@@ -187,7 +201,8 @@ def _carry(state: State) -> State:
   return state.replace(
     centre=jnp.where(holds[:, None], centre, state.centre),
     yaw=jnp.where(holds, heading(state.rotation) + state.grip_yaw, state.yaw),
-    origin=jnp.where(holds[:, None], centre[:2], state.origin))
+    origin=jnp.where(holds[:, None], centre[:2], state.origin),
+  )
 
 
 def _move(state: State, shift: Float[Array, "3"], turn: Float[Array, "3"]) -> State:
@@ -196,9 +211,12 @@ def _move(state: State, shift: Float[Array, "3"], turn: Float[Array, "3"]) -> St
   # an object that is pushed sideways must not jump onto its neighbour.
   free = (jnp.arange(MAX_OBJECTS) != state.held) & (state.kind < BOWL)
   bottom_before, tip_before = _bottom(state), state.position[2] - _TIP
-  state = _carry(state.replace(
-    position=jnp.clip(state.position + shift, REACH[0], REACH[1]),
-    rotation=jnp.clip(compose(turn, state.rotation), -TWIST, TWIST)))
+  state = _carry(
+    state.replace(
+      position=jnp.clip(state.position + shift, REACH[0], REACH[1]),
+      rotation=jnp.clip(compose(turn, state.rotation), -TWIST, TWIST),
+    )
+  )
 
   # A finger next to an object pushes it, a finger above an object rests on it.
   half, radius = _outline(state.kind)
@@ -250,9 +268,14 @@ def _grip(state: State, command: Float[Array, ""]) -> State:
   yaw = state.yaw[held] - heading(state.rotation)
   is_round = (state.kind[held] == BALL) | (state.kind[held] == CYLINDER)
   grip_yaw = jnp.where(is_round, yaw, yaw - angle_between(yaw, period))
-  return _carry(state.replace(
-    held=held, finger=jnp.where(held >= 0, width[held], finger),
-    grip=jnp.where(caught.any(), grip, state.grip), grip_yaw=jnp.where(caught.any(), grip_yaw, state.grip_yaw)))
+  return _carry(
+    state.replace(
+      held=held,
+      finger=jnp.where(held >= 0, width[held], finger),
+      grip=jnp.where(caught.any(), grip, state.grip),
+      grip_yaw=jnp.where(caught.any(), grip_yaw, state.grip_yaw),
+    )
+  )
 
 
 def _fall(state: State) -> State:
@@ -378,8 +401,10 @@ class TabletopEnvironment:
     """Acts once; returns (observation or None, done). Raises ValueError for an action that is not 7 finite numbers."""
     action = np.asarray(action, np.float32)
     if action.shape != (7,) or not np.isfinite(action).all():
-      raise ValueError(f"Action has shape {action.shape} and values {action}; expected 7 finite numbers: translation, "
-                       "axis-angle, gripper.")
+      raise ValueError(
+        f"Action has shape {action.shape} and values {action}; expected 7 finite numbers: translation, "
+        "axis-angle, gripper."
+      )
     self.state = self._step(self._current(), action)
     done = self.success or int(self.state.time) >= self.max_steps
     return (self.observe() if observe else None), done
@@ -388,8 +413,12 @@ class TabletopEnvironment:
     """Renders the current state as an observation dict, see `Environment`."""
     images, state = self._observe(self._current())
     images = np.asarray(images)
-    return {"observation/image": images[0], "observation/wrist_image": images[1],
-            "observation/state": np.asarray(state), "prompt": self.instruction}
+    return {
+      "observation/image": images[0],
+      "observation/wrist_image": images[1],
+      "observation/state": np.asarray(state),
+      "prompt": self.instruction,
+    }
 
   def _current(self) -> State:
     if self.state is None:

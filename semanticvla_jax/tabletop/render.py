@@ -35,8 +35,18 @@ from semanticvla_jax.tabletop.tasks import (
 )
 
 # Red, green, blue, yellow, purple, orange, and the white of plates.
-PALETTE = np.array([[0.86, 0.08, 0.10], [0.10, 0.66, 0.16], [0.10, 0.26, 0.92], [0.96, 0.88, 0.08], [0.56, 0.14, 0.76],
-                    [0.98, 0.50, 0.04], [0.97, 0.97, 0.97]], np.float32)
+PALETTE = np.array(
+  [
+    [0.86, 0.08, 0.10],
+    [0.10, 0.66, 0.16],
+    [0.10, 0.26, 0.92],
+    [0.96, 0.88, 0.08],
+    [0.56, 0.14, 0.76],
+    [0.98, 0.50, 0.04],
+    [0.97, 0.97, 0.97],
+  ],
+  np.float32,
+)
 AGENT_EYE, AGENT_AIM, AGENT_FIELD = (0.0, -0.50, 0.60), (0.0, 0.010, 0.035), 34.5  # metres, degrees
 WRIST_EYE, WRIST_AIM, WRIST_FIELD = (0.0, -0.078, 0.088), (0.0, -0.006, -0.020), 76.0  # in the gripper's frame
 _TABLE, _BACKGROUND = (0.70, 0.66, 0.60), (0.30, 0.34, 0.38)
@@ -234,8 +244,9 @@ def _table(o: Vector, d: Vector) -> Hit:
   """The table, and the background around it."""
   t = -o[2] * _inverse(d)[2]
   on = (t > 0) & (jnp.abs(o[0] + t * d[0]) < _EDGE) & (jnp.abs(o[1] + t * d[1]) < _EDGE)
-  return Hit(jnp.where(on, t, _FAR), jnp.where(on, _LIGHT[2], 1.0),
-             *(jnp.where(on, a, b) for a, b in zip(_TABLE, _BACKGROUND)))
+  return Hit(
+    jnp.where(on, t, _FAR), jnp.where(on, _LIGHT[2], 1.0), *(jnp.where(on, a, b) for a, b in zip(_TABLE, _BACKGROUND))
+  )
 
 
 def _objects(hit: Hit, state: State, o: Vector, d: Vector) -> Hit:

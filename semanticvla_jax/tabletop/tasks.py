@@ -40,8 +40,19 @@ WHITE = len(COLOURS)  # the colour of plates
 
 # By kind. HALF: half extents (x, y, z); for a bowl and a plate x is the radius. FLOOR: the height on which an object
 # inside a container comes to rest. FOOT: radius kept free around it in a first layout.
-HALF = np.array([[0.0225, 0.0225, 0.0225], [0.024, 0.024, 0.024], [0.021, 0.021, 0.0275], [0.0125, 0.038, 0.016],
-                 [0.058, 0.058, 0.018], [0.060, 0.060, 0.004], [0.034, 0.056, 0.014], [0.0, 0.0, 0.0]], np.float32)
+HALF = np.array(
+  [
+    [0.0225, 0.0225, 0.0225],
+    [0.024, 0.024, 0.024],
+    [0.021, 0.021, 0.0275],
+    [0.0125, 0.038, 0.016],
+    [0.058, 0.058, 0.018],
+    [0.060, 0.060, 0.004],
+    [0.034, 0.056, 0.014],
+    [0.0, 0.0, 0.0],
+  ],
+  np.float32,
+)
 FLOOR = np.array([0, 0, 0, 0, 0.005, 0.008, 0.004, 0], np.float32)
 FOOT = np.array([0.030, 0.024, 0.022, 0.036, 0.058, 0.060, 0.060, 0.0], np.float32)
 YAW = np.array([0.5, 0, 0, 0.9, 0, 0, 0.9, 0], np.float32)  # first yaws are uniform within +- this
@@ -55,8 +66,18 @@ DIRECTIONS = np.array([[-1, 0], [1, 0], [0, -1], [0, 1]], np.float32)  # left, r
 RELATIONS = ("left of", "right of", "in front of", "behind")
 
 # Colour and shape combinations that no training episode contains, neither as target nor as distractor.
-HELD_OUT = frozenset({("blue", "cube"), ("orange", "cube"), ("red", "ball"), ("yellow", "ball"), ("green", "cylinder"),
-                      ("purple", "cylinder"), ("red", "peg"), ("purple", "peg")})
+HELD_OUT = frozenset(
+  {
+    ("blue", "cube"),
+    ("orange", "cube"),
+    ("red", "ball"),
+    ("yellow", "ball"),
+    ("green", "cylinder"),
+    ("purple", "cylinder"),
+    ("red", "peg"),
+    ("purple", "peg"),
+  }
+)
 SPLITS = {"train": 0, "heldout": 1_000_000_000, "unseen": 1_500_000_000}  # first seed of each
 _LAST_SEED = 2_000_000_000
 
@@ -275,13 +296,15 @@ def _goals(key: PRNGKeyArray, suite: Int[Array, ""], place: Float[Array, "n 2"],
   return verb.astype(jnp.int32), jnp.arange(2, dtype=jnp.int32), destination.astype(jnp.int32), end
 
 
-def _instruction(suite: Int[Array, ""], kind: Int[Array, " n"], colour: Int[Array, " n"], relation: Int[Array, ""],
-                 end: Int[Array, ""]) -> Int[Array, ""]:
+def _instruction(
+  suite: Int[Array, ""], kind: Int[Array, " n"], colour: Int[Array, " n"], relation: Int[Array, ""], end: Int[Array, ""]
+) -> Int[Array, ""]:
   """The index into INSTRUCTIONS, from the integers of a task."""
   a, b = kind[0] * 6 + colour[0], kind[1] * 6 + colour[1]
   bowl = colour[3]
-  local = jnp.stack([
-    a, a * 6 + bowl, (a * 4 + relation) * 6 + bowl, a * 6 + end, a * 17 + b - (b > a), colour[0] * 6 + bowl])
+  local = jnp.stack(
+    [a, a * 6 + bowl, (a * 4 + relation) * 6 + bowl, a * 6 + end, a * 17 + b - (b > a), colour[0] * 6 + bowl]
+  )
   return (jnp.asarray(_OFFSET)[suite] + local[suite]).astype(jnp.int32)
 
 
@@ -308,11 +331,25 @@ def reset(key: PRNGKeyArray, suite: str | int | Int[Array, ""], split: str = "tr
   centre = jnp.concatenate([place, jnp.asarray(HALF)[kind, 2:]], -1)
   zero = jnp.zeros((), jnp.int32)
   return State(
-    position=jnp.array([0.0, -0.02, 0.20]) + 0.03 * noise[MAX_OBJECTS:], rotation=jnp.zeros(3),
-    finger=jnp.asarray(0.04), held=zero - 1, grip=jnp.zeros(3), grip_yaw=jnp.zeros(()), kind=kind, colour=colour,
-    centre=centre, yaw=noise[:MAX_OBJECTS] * jnp.asarray(YAW)[kind], origin=place, suite=suite, verb=verb,
-    target=target, destination=destination, relation=relation,
-    instruction=_instruction(suite, kind, colour, relation, end), time=zero)
+    position=jnp.array([0.0, -0.02, 0.20]) + 0.03 * noise[MAX_OBJECTS:],
+    rotation=jnp.zeros(3),
+    finger=jnp.asarray(0.04),
+    held=zero - 1,
+    grip=jnp.zeros(3),
+    grip_yaw=jnp.zeros(()),
+    kind=kind,
+    colour=colour,
+    centre=centre,
+    yaw=noise[:MAX_OBJECTS] * jnp.asarray(YAW)[kind],
+    origin=place,
+    suite=suite,
+    verb=verb,
+    target=target,
+    destination=destination,
+    relation=relation,
+    instruction=_instruction(suite, kind, colour, relation, end),
+    time=zero,
+  )
 
 
 def angle_between(angle: Float[Array, "..."], period: float | Float[Array, "..."] = 2 * math.pi) -> Float[Array, "..."]:

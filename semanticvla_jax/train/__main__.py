@@ -74,6 +74,7 @@ _HOST_DEADLINE = flags.DEFINE_float("host-deadline", 300.0, "Seconds that hosts 
 
 AHEAD = 2  # updates that may wait for the device: their batches take its memory
 
+
 class Preempted(Exception):
   """Stopped by SIGTERM; everything is saved."""
 
@@ -215,9 +216,14 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
   with open_checkpoints(config, workdir) as checkpointer:
     state, start, saved = resume.restore(checkpointer, ready.state, resume.plain(config))
     source_from = functools.partial(
-      inputs.make_source, config, ready.bare, ready.tokenizers, ready.mesh, base=ready.base_statistics,
+      inputs.make_source,
+      config,
+      ready.bare,
+      ready.tokenizers,
+      ready.mesh,
+      base=ready.base_statistics,
       generator=generator,
-    )  # fmt: skip
+    )
     source = source_from(start)
     facts = {"config": resume.plain(config)} | resume.origin(config, source)
     if saved:
@@ -298,9 +304,14 @@ def loop(run: Run, state: stepping.State, start: int, profile: tuple[int, int] |
 
 
 def write_policy(
-  config: Any, workdir: Path, state: Any, frozen: Any, stats: dict, deadline: float,
+  config: Any,
+  workdir: Path,
+  state: Any,
+  frozen: Any,
+  stats: dict,
+  deadline: float,
   aux_loss: stepping.AuxLoss | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
   """`<workdir>/policy`: parameters, statistics, config and tokenisers in one folder; replaces the one of this run."""
   target = workdir / "policy"
   distributed.barrier("policy", deadline)

@@ -22,8 +22,21 @@ from semanticvla_jax.train.partition import LORA
 
 # Attributes of a part of the model that change no parameter's meaning: how it computes, how it is initialised, how many
 # tokens it keeps, what is added in training.
-FREE = ("dtype", "remat", "scan", "kernel_init", "position_init", "layer_scale", "queries", "anchors", "cues", "noise",
-        "anchor_rule", "parent", "name")  # fmt: skip
+FREE = (
+  "dtype",
+  "remat",
+  "scan",
+  "kernel_init",
+  "position_init",
+  "layer_scale",
+  "queries",
+  "anchors",
+  "cues",
+  "noise",
+  "anchor_rule",
+  "parent",
+  "name",
+)
 # Fields of the model itself, with the parameters that are made for their value.
 WHOLE = {
   "film": r"(dino|siglip)/.*/film/.*",
@@ -33,8 +46,17 @@ WHOLE = {
   "shift": r"coupler/.*",
 }
 MEMORY = ("model.remat", "model.scan", "model.scan_encoders", "model.dtype")  # not worth a line
-LISTED = ("normalisation", "augment", "crop_area", "dct", "jpeg_quality", "pruner_text", "pruner_text_eval",
-          "trajectory_end", "tokenizers")  # of config.data
+LISTED = (
+  "normalisation",
+  "augment",
+  "crop_area",
+  "dct",
+  "jpeg_quality",
+  "pruner_text",
+  "pruner_text_eval",
+  "trajectory_end",
+  "tokenizers",
+)  # of config.data
 HEADS = r"(coupler|proprio_projector)/.*"  # whose numbers are normalised
 WORDS = {"tokenizer.model": r"llm/(embed|lm_head)/.*", "spiece.model": r"text/.*"}  # whose rows are a tokeniser's ids
 
@@ -128,9 +150,10 @@ def _attributes(there: Any, here: Any) -> list[str]:
 
 def _numbers(base: Mapping, config: Any, paths: Sequence[str]) -> list[str]:
   """Which bounds -1 and 1 stand for in the heads' outputs and the proprioception."""
-  there, here = ({"q99": "bounds_q99"}.get(mode, mode) for mode in (
-    (base.get("data") or {}).get("normalisation", "bounds_q99"), config.data.normalisation
-  ))  # fmt: skip
+  there, here = (
+    {"q99": "bounds_q99"}.get(mode, mode)
+    for mode in ((base.get("data") or {}).get("normalisation", "bounds_q99"), config.data.normalisation)
+  )
   return [f"data.normalisation: {there} → {here}"] if there != here and _some(HEADS, paths) else []
 
 

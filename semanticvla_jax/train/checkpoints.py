@@ -64,9 +64,7 @@ class Checkpointer:
       )
     self.folder = policy_folder.absolute(workdir) / "checkpoints"
     self._save_every = save_every
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(self.folder, options=options)
 
   def __enter__(self) -> Checkpointer:

@@ -260,9 +260,11 @@ def set_up_logging() -> None:
   index = jax.process_index()
   name = f"[process {index}] " if jax.process_count() > 1 else ""
   logging.basicConfig(
-    level=logging.INFO if index == 0 else logging.ERROR, format=f"%(asctime)s {name}%(message)s", datefmt="%H:%M:%S",
+    level=logging.INFO if index == 0 else logging.ERROR,
+    format=f"%(asctime)s {name}%(message)s",
+    datefmt="%H:%M:%S",
     force=True,
-  )  # fmt: skip
+  )
   logging.getLogger("absl").setLevel(logging.WARNING if index == 0 else logging.ERROR)  # Orbax: a dozen lines a save
   for handler in logging.getLogger().handlers:
     handler.addFilter(is_news)

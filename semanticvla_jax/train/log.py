@@ -193,9 +193,15 @@ class Metrics:
     eta = (time.perf_counter() - self._began) / (step - self._start) * (self.total - step)
     logging.info(
       "step %d/%d  loss %.4f  lr %.2e  %.0f examples/s  input wait %.0f of %.0f ms  ETA %s",
-      step, self.total, means["loss"], means["lr"], means["examples_per_s"], means["input_wait_ms"], means["step_ms"],
+      step,
+      self.total,
+      means["loss"],
+      means["lr"],
+      means["examples_per_s"],
+      means["input_wait_ms"],
+      means["step_ms"],
       time.strftime("%H:%M:%S", time.gmtime(eta)),
-    )  # fmt: skip
+    )
 
   def close(self) -> None:
     if self._board is not None:

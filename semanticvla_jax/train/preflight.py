@@ -262,9 +262,7 @@ def sweep(
   return good * rows or None
 
 
-def describe(
-  report: Report, config: Any, mesh: Mesh, which: str = "train", aux_loss: AuxLoss | None = None
-) -> str:
+def describe(report: Report, config: Any, mesh: Mesh, which: str = "train", aux_loss: AuxLoss | None = None) -> str:
   """The report as text."""
   kind = mesh.devices.flat[0].device_kind
   sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
@@ -329,7 +327,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":  # here, so that the module can be imported by a command with a --config of its own
-  _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file and its argument, e.g. configs/libero.py:full@7b")
+  _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file and argument, e.g. configs/libero.py:full@7b")
   _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice to compile for, e.g. v5e:4x4; none: the devices present")
   _SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices")
   _BATCH = flags.DEFINE_integer("batch", None, "Global batch size; none: the config's")

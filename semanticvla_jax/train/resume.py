@@ -20,17 +20,36 @@ from semanticvla_jax.train import checkpoints, init, inputs
 
 # Config fields that runs of earlier versions did not store, with the value they had.
 FIELD_DEFAULTS_BEFORE = {
-  "frozen_dtype": None, "optim.ema": None, "data.starts": 0.0, "data.diagonal_crop": False, "data.dct": "accurate",
-  "data.pruner_text_eval": None, "data.cache_dir": None, "data.jitter": [0.0, 0.0], "data.askew": 0.0,
-}  # fmt: skip
+  "frozen_dtype": None,
+  "optim.ema": None,
+  "data.starts": 0.0,
+  "data.diagonal_crop": False,
+  "data.dct": "accurate",
+  "data.pruner_text_eval": None,
+  "data.cache_dir": None,
+  "data.jitter": [0.0, 0.0],
+  "data.askew": 0.0,
+}
 
 # Config fields that may change when a run is resumed, each with all fields below it: how long and where it runs, not
 # what it computes. Base, tokenizers and data are known by what they hold (`origin`), wherever they lie.
 MUTABLE_FIELDS = (
-  "mesh", "model.remat", "model.scan_encoders", "init_from", "data.dir", "data.cache_dir", "data.tokenizers",
-  "train.steps", "train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.spike",
-  "train.wandb", "optim.accumulate",
-)  # fmt: skip
+  "mesh",
+  "model.remat",
+  "model.scan_encoders",
+  "init_from",
+  "data.dir",
+  "data.cache_dir",
+  "data.tokenizers",
+  "train.steps",
+  "train.save_every",
+  "train.keep_last",
+  "train.keep_every",
+  "train.log_every",
+  "train.spike",
+  "train.wandb",
+  "optim.accumulate",
+)
 
 
 def plain(config: Any) -> dict:

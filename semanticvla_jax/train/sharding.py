@@ -190,8 +190,10 @@ def check(params: Any, mesh: Mesh | AbstractMesh, rule: Rule = DEFAULT_RULE) -> 
   if whole:
     logging.warning(
       "mesh: tensor=%d does not divide the heads or columns of %d arrays (%s, …); they are not split over it",
-      n, len(whole), whole[0],
-    )  # fmt: skip
+      n,
+      len(whole),
+      whole[0],
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

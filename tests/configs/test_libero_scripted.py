@@ -14,8 +14,12 @@ OF_OBJECT = "pick up the chocolate pudding and place it in the basket"
 
 @pytest.mark.parametrize(
   ("argument", "pixels", "millions", "sentence"),
-  [("object", 96, (5, 6), LONGEST), ("spatial", 96, (5, 6), LONGEST),
-   ("object@small64", 64, (1, 1.5), OF_OBJECT), ("spatial@small64", 64, (1, 1.5), LONGEST)],
+  [
+    ("object", 96, (5, 6), LONGEST),
+    ("spatial", 96, (5, 6), LONGEST),
+    ("object@small64", 64, (1, 1.5), OF_OBJECT),
+    ("spatial@small64", 64, (1, 1.5), LONGEST),
+  ],
 )
 def test_it_builds(argument, pixels, millions, sentence):
   config = libero_scripted.get_config(argument)

@@ -24,9 +24,14 @@ def siglip(folder):
   """A SigLIP of another image size than the model's, as Hugging Face publishes it: both towers in one file."""
   target = {p: s for p, s in parameter_shapes(build(MODEL), build(MODEL)).items() if p.startswith("text/")}
   rules = [rule for rule in LAYOUTS["SigLIP, Hugging Face"].tower_rules(target) if rule.target.startswith("text/")]
-  tensors = checkpoints.random(checkpoints.source_shapes(rules, target) | {
-    "vision_model.embeddings.position_embedding.weight": (729, 8), "text_model.head.bias": (4,), "logit_scale": (1,),
-  })  # fmt: skip
+  tensors = checkpoints.random(
+    checkpoints.source_shapes(rules, target)
+    | {
+      "vision_model.embeddings.position_embedding.weight": (729, 8),
+      "text_model.head.bias": (4,),
+      "logit_scale": (1,),
+    }
+  )
   folder.mkdir()
   save_file(tensors, folder / "model.safetensors")
   return folder

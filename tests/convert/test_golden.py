@@ -128,14 +128,23 @@ NO_PRUNERS = dict(film=(), dino_pruner=None, siglip_pruner=None)
     ({}, True, dict(film=("dino",), dino_pruner="sa", siglip_pruner="id", keep=6, cues=3, vision_layer="last")),
     ({}, False, dict(dense_fuser=None, vision_layer="second_to_last")),
     (dict(featurizer_cfg=OFF, fused_featurizer_cfg=OFF), True, NO_PRUNERS | dict(dense_fuser="variant")),
-    (dict(featurizer_cfg=OFF | dict(use_reg=True, num_vision_queries=4), fused_featurizer_cfg=OFF), True,
-     dict(dino_pruner="sa", siglip_pruner=None, keep=4)),
-    (dict(fused_featurizer_cfg=OFF | dict(use_film=True, use_reg=True)), True,
-     dict(film=("dino", "siglip"), siglip_pruner="sa", keep=6)),
-    (dict(featurizer_cfg=OFF, fused_featurizer_cfg=OFF | SAMPLER), True,
-     dict(dino_pruner=None, siglip_pruner="id", keep=9, cues=0, temperature=0.5)),
+    (
+      dict(featurizer_cfg=OFF | dict(use_reg=True, num_vision_queries=4), fused_featurizer_cfg=OFF),
+      True,
+      dict(dino_pruner="sa", siglip_pruner=None, keep=4),
+    ),
+    (
+      dict(fused_featurizer_cfg=OFF | dict(use_film=True, use_reg=True)),
+      True,
+      dict(film=("dino", "siglip"), siglip_pruner="sa", keep=6),
+    ),
+    (
+      dict(featurizer_cfg=OFF, fused_featurizer_cfg=OFF | SAMPLER),
+      True,
+      dict(dino_pruner=None, siglip_pruner="id", keep=9, cues=0, temperature=0.5),
+    ),
   ],
-)  # fmt: skip
+)
 def test_switches_decide_the_parts(switches, fuses, fields):
   found = fixtures.encoder_fields(switches, SIZES, fuses)
   assert {name: found[name] for name in fields} == fields
@@ -143,9 +152,11 @@ def test_switches_decide_the_parts(switches, fuses, fields):
 
 def test_sizes_come_from_the_folder():
   weights = {
-    "featurizer.blocks.0.mlp.fc1.weight": np.zeros((28, 8)), "featurizer.blocks.0.ls1.gamma": np.zeros(8),
-    "featurizer.reg_token": np.zeros((1, 7, 8)), "fused_featurizer.blocks.0.mlp.fc1.weight": np.zeros((29, 8)),
-  }  # fmt: skip
+    "featurizer.blocks.0.mlp.fc1.weight": np.zeros((28, 8)),
+    "featurizer.blocks.0.ls1.gamma": np.zeros(8),
+    "featurizer.reg_token": np.zeros((1, 7, 8)),
+    "fused_featurizer.blocks.0.mlp.fc1.weight": np.zeros((29, 8)),
+  }
   c = dict(embed_dim=8, depth=2, num_heads=2)
   dino, siglip = (fixtures.vit_sizes(c, weights, f"{name}.") for name in ("featurizer", "fused_featurizer"))
   assert (dino["registers"], dino["mlp_dim"], dino["layer_scale"]) == (7, 28, 1.0)
@@ -189,12 +200,26 @@ def test_every_case_of_an_adapted_model_is_compared():
 def other_folder(pairs: list, views: int, switches: dict) -> tuple:
   """(config, weights, inputs, outputs) of a whole model of sizes and ids that no stored folder has; random numbers."""
   c = dict(
-    img=12, patch=4, num_images=views, queries=5, vision_topk=5, text_topk=2, pairs=pairs, num_action_tokens=3,
-    dino=dict(embed_dim=12, depth=3, num_heads=3), siglip=dict(embed_dim=8, depth=2, num_heads=2),
-    text=dict(vocab_size=20, max_position_embeddings=6, hidden_size=10, num_hidden_layers=1, num_attention_heads=2,
-              intermediate_size=14),
+    img=12,
+    patch=4,
+    num_images=views,
+    queries=5,
+    vision_topk=5,
+    text_topk=2,
+    pairs=pairs,
+    num_action_tokens=3,
+    dino=dict(embed_dim=12, depth=3, num_heads=3),
+    siglip=dict(embed_dim=8, depth=2, num_heads=2),
+    text=dict(
+      vocab_size=20,
+      max_position_embeddings=6,
+      hidden_size=10,
+      num_hidden_layers=1,
+      num_attention_heads=2,
+      intermediate_size=14,
+    ),
     llama=dict(vocab_size=70, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=18),
-  )  # fmt: skip
+  )
   constants = dict(empty_token=7, pad_token_llm=60, pad_token_text=0, ACTION_TOKEN_BEGIN_IDX=40, STOP_INDEX=2)
   stats = {"action": {name: [float(x)] * 7 for name, x in dict(q01=-1, q99=1, min=-1, max=1, mean=0, std=1).items()}}
   config = {"config": c, "constants": constants, "norm_stats": {"any": stats}} | switches

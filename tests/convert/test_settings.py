@@ -90,14 +90,18 @@ def test_the_variant_of_the_real_size_is_what_the_classes_default_to():
 CARRIED = {  # what the file says: where in the model's config, and the value there
   "rope_theta": (dict(text={"rope_theta": 1e6}), ("variant", "llm", "theta"), 1e6),
   "rope_parameters": (
-    dict(text={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}), ("variant", "llm", "theta"), 5e5
+    dict(text={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    ("variant", "llm", "theta"),
+    5e5,
   ),
   "rope_scaling of the default kind": (
-    dict(text={"rope_scaling": {"type": "default"}, "rope_theta": 2e4}), ("variant", "llm", "theta"), 2e4
+    dict(text={"rope_scaling": {"type": "default"}, "rope_theta": 2e4}),
+    ("variant", "llm", "theta"),
+    2e4,
   ),
   "rms_norm_eps": (dict(text={"rms_norm_eps": 1e-5}), ("variant", "llm", "eps"), 1e-5),
   "an activation of SigLIP": (dict(timm_override_act_layers=[None, "gelu_tanh"]), ("siglip_gelu",), "tanh"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", CARRIED)
@@ -167,7 +171,7 @@ REFUSED = {  # what the file says: what the error says of it
   "not a number": (dict(text={"rms_norm_eps": "1e-5"}), "damaged: got rms_norm_eps='1e-5'; expected a value"),
   "no object": (dict(text_config=[1]), "damaged: got text_config"),
   "another class": (dict(model_type="llava"), "of another model: got model_type 'llava'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -253,7 +257,10 @@ def test_a_policy_computes_with_what_was_carried_and_verify_sees_a_difference(so
 TOWERS = {  # kind: (config.json, preprocessor_config.json), what comes of it
   "tanh": ("SigLIP, Hugging Face", {"model_type": "siglip", "vision_config": {}}, {}, ("siglip_gelu", "tanh")),
   "erf": (
-    "SigLIP, Hugging Face", {"model_type": "siglip_vision_model", "hidden_act": "gelu"}, {}, ("siglip_gelu", "erf")
+    "SigLIP, Hugging Face",
+    {"model_type": "siglip_vision_model", "hidden_act": "gelu"},
+    {},
+    ("siglip_gelu", "erf"),
   ),
   "quick_gelu": ("SigLIP, Hugging Face", {"vision_config": {"hidden_act": "quick_gelu"}}, {}, "hidden_act='quick"),
   "text": ("SigLIP, Hugging Face", {"text_config": {"layer_norm_eps": 1e-5}}, {}, "layer_norm_eps=1e-05 .text_config"),
@@ -266,8 +273,14 @@ TOWERS = {  # kind: (config.json, preprocessor_config.json), what comes of it
   "dino released": (
     "DINOv2, Hugging Face",
     {"model_type": "dinov2_with_registers"},
-    {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "rescale_factor": 0.00392156862745098,
-     "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 256}},
+    {
+      "image_mean": [0.485, 0.456, 0.406],
+      "image_std": [0.229, 0.224, 0.225],
+      "rescale_factor": 0.00392156862745098,
+      "do_center_crop": True,
+      "crop_size": {"height": 224, "width": 224},
+      "size": {"shortest_edge": 256},
+    },
     None,
   ),
   "timm": ("SigLIP, timm", {"model_args": {"act_layer": "gelu_tanh"}}, {}, ("siglip_gelu", "tanh")),
@@ -276,7 +289,7 @@ TOWERS = {  # kind: (config.json, preprocessor_config.json), what comes of it
   "llama": ("Llama, Hugging Face", {"rope_scaling": {"type": "dynamic"}}, {}, "rope_type='dynamic'"),
   "llama gqa": ("Llama, Hugging Face", {"model_type": "llama", "num_key_value_heads": 1}, {}, "num_key_value_heads=1"),
   "mistral": ("Llama, Hugging Face", {"model_type": "mistral"}, {}, "model_type 'mistral'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", TOWERS)

@@ -32,9 +32,7 @@ def expected(sources, model_config):
   """The same parameters through the in-memory engine."""
   source, model = recognize(sources), build(model_config)
   arrays = {key: tensor.read() for key, tensor in source.tensors.items()}
-  return engine.convert(
-    semanticvla.rules_for(model), unused(model), arrays, parameter_shapes(model, model)
-  )
+  return engine.convert(semanticvla.rules_for(model), unused(model), arrays, parameter_shapes(model, model))
 
 
 def assert_holds(files, wanted):
@@ -288,6 +286,7 @@ def test_companions_of_pytorch(tmp_path):
 
 def test_a_source_that_cannot_be_hashed_is_heard_of(monkeypatch, tmp_path):
   """Whatever stops the thread that hashes: nobody waits for it for ever."""
+
   def broken(path):
     raise MemoryError("no room for a block")
 

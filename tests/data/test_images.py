@@ -177,8 +177,14 @@ def test_pictures_of_eight_bits_are_read_as_tensorflow_reads_them(mode):
   np.testing.assert_array_equal(images.decode(picture), images.decode(picture, "fast"))
 
 
-@pytest.mark.parametrize("values", [np.full((9, 9), 1 << 20, np.int32), np.full((9, 9), -5, np.int32),
-                                    np.linspace(0, 1, 81, dtype=np.float32).reshape(9, 9)])  # fmt: skip
+@pytest.mark.parametrize(
+  "values",
+  [
+    np.full((9, 9), 1 << 20, np.int32),
+    np.full((9, 9), -5, np.int32),
+    np.linspace(0, 1, 81, dtype=np.float32).reshape(9, 9),
+  ],
+)
 def test_numbers_that_are_no_colours_are_refused(values):
   with pytest.raises(ValueError, match="mode '[IF]'.*expected colours of 8 or 16 bits"):
     images.decode(encoded(Image.fromarray(values), "TIFF"))

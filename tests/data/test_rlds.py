@@ -289,9 +289,11 @@ def regripped(index: tfrecord_index.Index, convention) -> tfrecord_index.Index:
 
 
 GRIPPERS = {  # stored otherwise than as -1 open, +1 closed
-  "1 open, 0 closed": lambda g: (1 - g) / 2, "0 open, 1 closed": lambda g: (1 + g) / 2, "width": lambda g: 40 - 40 * g,
+  "1 open, 0 closed": lambda g: (1 - g) / 2,
+  "0 open, 1 closed": lambda g: (1 + g) / 2,
+  "width": lambda g: 40 - 40 * g,
   "never opens": lambda g: np.zeros_like(g),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", GRIPPERS)

@@ -39,10 +39,14 @@ def test_the_folder_may_be_the_suites_or_the_one_above(tmp_path):
     hdf5.folder(tmp_path, "libero_object")
 
 
-@pytest.mark.parametrize("content, message", [
-  (b"text", "expected data/demo_i"), (np.full((3, 6), 1.0), r"got actions \(3, 6\)"),
-  (np.full((3, 7), np.nan), "finite"),
-])
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (b"text", "expected data/demo_i"),
+    (np.full((3, 6), 1.0), r"got actions \(3, 6\)"),
+    (np.full((3, 7), np.nan), "finite"),
+  ],
+)
 def test_what_is_damaged_is_refused(tmp_path, content, message):
   path = tmp_path / "lift_demo.hdf5"
   if isinstance(content, bytes):

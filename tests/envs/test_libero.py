@@ -13,14 +13,17 @@ import pytest
 from semanticvla_jax.libero import suites
 
 
-@pytest.mark.parametrize("changes, message", [
-  (dict(suite="libero_cooking"), "suite='libero_cooking'"),
-  (dict(seeding="never"), "seeding='never'"),
-  (dict(rotation=90), "rotation=90"),
-  (dict(quaternion="wxyz"), "quaternion='wxyz'"),
-  (dict(size=4), "size=4"),
-  (dict(wait_steps=0), "wait_steps=0"),
-])
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(suite="libero_cooking"), "suite='libero_cooking'"),
+    (dict(seeding="never"), "seeding='never'"),
+    (dict(rotation=90), "rotation=90"),
+    (dict(quaternion="wxyz"), "quaternion='wxyz'"),
+    (dict(size=4), "size=4"),
+    (dict(wait_steps=0), "wait_steps=0"),
+  ],
+)
 def test_settings_that_do_not_exist_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     suites.check(suites.Settings("libero_goal")._replace(**changes))
@@ -38,11 +41,14 @@ def test_tasks_in_the_order_and_wording_of_the_benchmark():
     suites.tasks("libero")
 
 
-@pytest.mark.parametrize("name, sentence", [
-  ("KITCHEN_SCENE10_close_the_top_drawer_of_the_cabinet", "close the top drawer of the cabinet"),
-  ("STUDY_SCENE1_pick_up_the_book", "pick up the book"),
-  ("open_the_middle_drawer", "open the middle drawer"),
-])
+@pytest.mark.parametrize(
+  "name, sentence",
+  [
+    ("KITCHEN_SCENE10_close_the_top_drawer_of_the_cabinet", "close the top drawer of the cabinet"),
+    ("STUDY_SCENE1_pick_up_the_book", "pick up the book"),
+    ("open_the_middle_drawer", "open the middle drawer"),
+  ],
+)
 def test_what_a_file_name_asks_for(name, sentence):
   assert suites._sentence(name) == sentence
 

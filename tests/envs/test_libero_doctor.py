@@ -28,20 +28,36 @@ DOWN = proprio([3.0, 3.1, 3.3])  # past half a turn: no flip
 FLIPPED = proprio([3.0, 3.1, 3.3 - 2 * np.pi])
 
 
-@pytest.mark.parametrize("stats, convention, applies", [
-  (DOWN, "robosuite", False), (DOWN, "positive_w", True), (FLIPPED, "robosuite", True),
-  (FLIPPED, "positive_w", False), (proprio([1.0, 2.0]), "robosuite", None), (None, "robosuite", None),
-])
+@pytest.mark.parametrize(
+  "stats, convention, applies",
+  [
+    (DOWN, "robosuite", False),
+    (DOWN, "positive_w", True),
+    (FLIPPED, "robosuite", True),
+    (FLIPPED, "positive_w", False),
+    (proprio([1.0, 2.0]), "robosuite", None),
+    (None, "robosuite", None),
+  ],
+)
 def test_quaternion_convention(stats, convention, applies):
   assert doctor.quaternion(stats, convention).applies is applies
 
 
-@pytest.mark.parametrize("changes, applies", [
-  ({}, False), ({"crop_area": None}, True), ({"crop_area": 0.8}, True), ({"augment": False}, True),
-  ({"augment": False, "crop_area": None}, False), ({"augment": None}, None),
-  ({"diagonal_crop": False}, False), ({"diagonal_crop": False, "crop_area": None}, True),
-  ({"diagonal_crop": False, "crop_area": 0.8}, False), ({"diagonal_crop": False, "augment": False}, False),
-])
+@pytest.mark.parametrize(
+  "changes, applies",
+  [
+    ({}, False),
+    ({"crop_area": None}, True),
+    ({"crop_area": 0.8}, True),
+    ({"augment": False}, True),
+    ({"augment": False, "crop_area": None}, False),
+    ({"augment": None}, None),
+    ({"diagonal_crop": False}, False),
+    ({"diagonal_crop": False, "crop_area": None}, True),
+    ({"diagonal_crop": False, "crop_area": 0.8}, False),
+    ({"diagonal_crop": False, "augment": False}, False),
+  ],
+)
 def test_missing_crop(changes, applies):
   assert doctor.crop({"data": DATA | changes}).applies is applies
 
@@ -54,9 +70,15 @@ def test_extremes_for_quantiles():
   assert doctor.bounds(HEALTHY, copied).applies
 
 
-@pytest.mark.parametrize("model, applies", [
-  ({}, False), ({"mask": "full"}, False), ({"mask": "causal"}, True), ({"mask": "causal", "coupler": None}, False),
-])
+@pytest.mark.parametrize(
+  "model, applies",
+  [
+    ({}, False),
+    ({"mask": "full"}, False),
+    ({"mask": "causal"}, True),
+    ({"mask": "causal", "coupler": None}, False),
+  ],
+)
 def test_unmasked_action_block(model, applies):
   assert doctor.action_block({"model": model}).applies == applies
 
@@ -70,27 +92,43 @@ def test_a_gripper_that_was_not_converted():
   assert doctor.gripper(action.replace(mask=np.ones(7, bool))).applies
 
 
-@pytest.mark.parametrize("names, applies", [
-  (["libero_goal_no_noops"], False), (["libero_goal"], False), (["libero_4_task_suites_no_noops"], False),
-  (["libero_object_no_noops", "libero_goal_no_noops"], False), (["libero_object_no_noops"], True),
-])
+@pytest.mark.parametrize(
+  "names, applies",
+  [
+    (["libero_goal_no_noops"], False),
+    (["libero_goal"], False),
+    (["libero_4_task_suites_no_noops"], False),
+    (["libero_object_no_noops", "libero_goal_no_noops"], False),
+    (["libero_object_no_noops"], True),
+  ],
+)
 def test_statistics_of_another_suite(names, applies):
   assert doctor.key(names, "libero_goal").applies == applies
 
 
-@pytest.mark.parametrize("mujoco, robosuite, applies", [
-  ("3.2.3", "1.4.1", (False, False)), ("3.8.1", "1.4.0", (False, False)), ("3.9.0", "1.5.1", (True, True)),
-  ("3.10.0", None, (True, None)),
-])
+@pytest.mark.parametrize(
+  "mujoco, robosuite, applies",
+  [
+    ("3.2.3", "1.4.1", (False, False)),
+    ("3.8.1", "1.4.0", (False, False)),
+    ("3.9.0", "1.5.1", (True, True)),
+    ("3.10.0", None, (True, None)),
+  ],
+)
 def test_versions(mujoco, robosuite, applies):
   found = doctor.simulator_versions({"mujoco": mujoco, "robosuite": robosuite})
   assert tuple(one.applies for one in found) == applies
 
 
-@pytest.mark.parametrize("turn, applies, best", [
-  ((1, 1), False, "as it is 0"), ((-1, -1), True, "180° 0"), ((-1, 1), True, "upside down 0"),
-  ((1, -1), True, "mirrored 0"),
-])
+@pytest.mark.parametrize(
+  "turn, applies, best",
+  [
+    ((1, 1), False, "as it is 0"),
+    ((-1, -1), True, "180° 0"),
+    ((-1, 1), True, "upside down 0"),
+    ((1, -1), True, "mirrored 0"),
+  ],
+)
 def test_rotation(turn, applies, best):
   rng = np.random.default_rng(0)
   frame = np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
@@ -103,13 +141,16 @@ def test_nothing_to_run_with_says_how_to_get_it(tmp_path):
   assert assets.applies and "hf download" in assets.seen
 
 
-@pytest.mark.parametrize("drawn, other, applies, words", [
-  (opengl.Drawn(2, "a GPU", None), None, False, "egl: drawn by a GPU, EGL device 0 of 2"),
-  (opengl.Drawn(1, None, "ImportError: Cannot initialize"), None, True, "apt-get install libegl1"),
-  (opengl.Drawn(None, None, "AttributeError: no EGL"), "llvmpipe", True, "--renderer=osmesa draws here"),
-  (opengl.Drawn(None, None, "the process ended with status -11"), None, True, "status -11"),
-  (opengl.Drawn(None, None, "ModuleNotFoundError: mujoco", missing=True), None, None, "make sim"),
-])
+@pytest.mark.parametrize(
+  "drawn, other, applies, words",
+  [
+    (opengl.Drawn(2, "a GPU", None), None, False, "egl: drawn by a GPU, EGL device 0 of 2"),
+    (opengl.Drawn(1, None, "ImportError: Cannot initialize"), None, True, "apt-get install libegl1"),
+    (opengl.Drawn(None, None, "AttributeError: no EGL"), "llvmpipe", True, "--renderer=osmesa draws here"),
+    (opengl.Drawn(None, None, "the process ended with status -11"), None, True, "status -11"),
+    (opengl.Drawn(None, None, "ModuleNotFoundError: mujoco", missing=True), None, None, "make sim"),
+  ],
+)
 def test_opengl_is_drawn_with(drawn, other, applies, words, monkeypatch):
   def draw(renderer, device=None):
     return drawn if renderer == "egl" else opengl.Drawn(None, other, None if other else "no library")
@@ -133,10 +174,15 @@ def test_frames_without_a_jpeg(quality, own, applies):
   assert found.applies is applies and "Lanczos-3" in found.seen and ("fast DCT" in found.seen) is not applies
 
 
-@pytest.mark.parametrize("changes, applies", [
-  ({}, False), ({"pruner_text": "prompt"}, False), ({"pruner_text_eval": "question"}, False),
-  ({"pruner_text": "question", "pruner_text_eval": "prompt"}, True),
-])
+@pytest.mark.parametrize(
+  "changes, applies",
+  [
+    ({}, False),
+    ({"pruner_text": "prompt"}, False),
+    ({"pruner_text_eval": "question"}, False),
+    ({"pruner_text": "question", "pruner_text_eval": "prompt"}, True),
+  ],
+)
 def test_another_text_for_the_pruner(changes, applies):
   assert doctor.pruner_text({"data": DATA | changes}).applies is applies
 
@@ -145,9 +191,14 @@ def test_seeds_that_make_an_episode_depend_on_those_before():
   assert doctor.seeding("environment").applies and not doctor.seeding("episode").applies
 
 
-@pytest.mark.parametrize("backend, devices, applies", [
-  ("cpu", ["/dev/nvidia0"], True), ("gpu", ["/dev/nvidia0"], False), ("cpu", [], False),
-])
+@pytest.mark.parametrize(
+  "backend, devices, applies",
+  [
+    ("cpu", ["/dev/nvidia0"], True),
+    ("gpu", ["/dev/nvidia0"], False),
+    ("cpu", [], False),
+  ],
+)
 def test_an_accelerator_left_idle(backend, devices, applies):
   assert doctor.accelerator(backend, devices).applies is applies
 
@@ -173,10 +224,14 @@ def test_data_with_another_gripper_convention(tmp_path):
 def folder(tmp_path):
   def save(config=HEALTHY, name="libero_goal_no_noops", rotation=DOWN):
     stats = policies.stats()._replace(proprio=rotation)
-    return str(policy_folder.save_policy(
-      tmp_path / "policy", {"x": np.zeros(1, np.float32)}, config=config,
-      statistics={name: statistics.to_openvla(stats)},
-    ))
+    return str(
+      policy_folder.save_policy(
+        tmp_path / "policy",
+        {"x": np.zeros(1, np.float32)},
+        config=config,
+        statistics={name: statistics.to_openvla(stats)},
+      )
+    )
 
   return save
 
@@ -187,8 +242,10 @@ def test_a_healthy_folder_has_no_trap(folder):
 
 def test_every_planted_trap_of_a_folder_is_found_by_the_command(folder, capsys, monkeypatch):
   monkeypatch.setattr(suites, "find_assets", lambda given: Path(__file__).parent / "none")
-  planted = HEALTHY | {"model": policies.TINY | {"mask": "causal"}, "data": DATA | {"crop_area": None,
-                                                                                    "normalisation": "bounds"}}
+  planted = HEALTHY | {
+    "model": policies.TINY | {"mask": "causal"},
+    "data": DATA | {"crop_area": None, "normalisation": "bounds"},
+  }
   path = folder(planted, "libero_spatial_no_noops", FLIPPED)
   with pytest.raises(SystemExit) as ended:
     main(["doctor", f"--policy={path}", "--suite=libero_goal"])

@@ -67,12 +67,21 @@ def test_the_process_itself_sees_them(shell):
   assert seen == opengl.variables("egl", 0)
 
 
-@pytest.mark.parametrize("values, device", [
-  ({}, 0), ({"CUDA_VISIBLE_DEVICES": "2"}, 2), ({"CUDA_VISIBLE_DEVICES": "1,0"}, 1),
-  ({"CUDA_VISIBLE_DEVICES": "GPU-3f"}, 0), ({"CUDA_VISIBLE_DEVICES": ""}, 0), ({"CUDA_VISIBLE_DEVICES": "-1"}, 0),
-  ({"CUDA_VISIBLE_DEVICES": "9"}, 0), ({"MUJOCO_EGL_DEVICE_ID": "1"}, 1), ({"MUJOCO_EGL_DEVICE_ID": ""}, 0),
-  ({"MUJOCO_EGL_DEVICE_ID": "1", "CUDA_VISIBLE_DEVICES": "2"}, 1),
-])
+@pytest.mark.parametrize(
+  "values, device",
+  [
+    ({}, 0),
+    ({"CUDA_VISIBLE_DEVICES": "2"}, 2),
+    ({"CUDA_VISIBLE_DEVICES": "1,0"}, 1),
+    ({"CUDA_VISIBLE_DEVICES": "GPU-3f"}, 0),
+    ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+    ({"CUDA_VISIBLE_DEVICES": "-1"}, 0),
+    ({"CUDA_VISIBLE_DEVICES": "9"}, 0),
+    ({"MUJOCO_EGL_DEVICE_ID": "1"}, 1),
+    ({"MUJOCO_EGL_DEVICE_ID": ""}, 0),
+    ({"MUJOCO_EGL_DEVICE_ID": "1", "CUDA_VISIBLE_DEVICES": "2"}, 1),
+  ],
+)
 def test_the_first_that_works_is_one_the_shell_names_where_it_can_be(values, device, machine, caplog):
   machine("a GPU", "a GPU", "a GPU", "llvmpipe")(**values)
   assert opengl.choose("egl") == device and not caplog.records
@@ -95,13 +104,17 @@ def test_devices_that_cannot_draw_are_passed_over_aloud(machine, caplog):
   assert told.index("EGL device 1 cannot") < told.index("EGL device 0 cannot") and "device 2 draws: llvmpipe" in told
 
 
-@pytest.mark.parametrize("devices, asked, message", [
-  (["a", "b"], 2, "got 2; expected 0 to 1, for this machine has 2 EGL devices"),
-  (["a"], -1, "got -1; expected 0 to 0, for this machine has 1 EGL device;"),
-  (["a", None], 1, "no picture from EGL device 1 .ImportError.*another --egl-device"),
-  ([None], None, "no picture from EGL .ImportError.*libegl1.*--renderer=osmesa"),
-  ([], None, "EGL knows no device"), ([], 0, "EGL knows no device"),
-])
+@pytest.mark.parametrize(
+  "devices, asked, message",
+  [
+    (["a", "b"], 2, "got 2; expected 0 to 1, for this machine has 2 EGL devices"),
+    (["a"], -1, "got -1; expected 0 to 0, for this machine has 1 EGL device;"),
+    (["a", None], 1, "no picture from EGL device 1 .ImportError.*another --egl-device"),
+    ([None], None, "no picture from EGL .ImportError.*libegl1.*--renderer=osmesa"),
+    ([], None, "EGL knows no device"),
+    ([], 0, "EGL knows no device"),
+  ],
+)
 def test_what_cannot_draw_is_one_line(devices, asked, message, machine):
   machine(*devices)()
   with pytest.raises(ValueError, match=message) as refused:
@@ -114,10 +127,14 @@ def test_osmesa_has_no_devices_to_choose_from():
     suites.check(suites.Settings("libero_goal", renderer="osmesa", egl_device=0))
 
 
-@pytest.mark.parametrize("program, seconds, error", [
-  ("/bin/false", 60, "ended with status 1: silent"), ("/bin/cat", 60, "ended with status 1: "),
-  ("/usr/bin/python3", 0.0001, "no answer within"),
-])
+@pytest.mark.parametrize(
+  "program, seconds, error",
+  [
+    ("/bin/false", 60, "ended with status 1: silent"),
+    ("/bin/cat", 60, "ended with status 1: "),
+    ("/usr/bin/python3", 0.0001, "no answer within"),
+  ],
+)
 def test_a_driver_that_kills_its_process_or_hangs_is_survived(program, seconds, error, monkeypatch):
   monkeypatch.setattr(opengl.sys, "executable", program)
   monkeypatch.setattr(opengl, "_SECONDS", seconds)

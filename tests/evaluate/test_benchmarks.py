@@ -7,11 +7,18 @@ from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.evaluate.benchmarks import BENCHMARKS, of_suites
 
 
-@pytest.mark.parametrize("words, got, nearest", [
-  ("libero_objct", "libero_objct", "'libero_object'"), ("object", "object", r"'libero_object'\?$"),
-  ("pick,plcae", "plcae", "'place'"), ("goals", "goals", "'goal'"), ("xyz", "xyz", "'"), ("pick,", "", "'"),
-  ("my_libero", "my_libero", "'libero_"),
-])
+@pytest.mark.parametrize(
+  "words, got, nearest",
+  [
+    ("libero_objct", "libero_objct", "'libero_object'"),
+    ("object", "object", r"'libero_object'\?$"),
+    ("pick,plcae", "plcae", "'place'"),
+    ("goals", "goals", "'goal'"),
+    ("xyz", "xyz", "'"),
+    ("pick,", "", "'"),
+    ("my_libero", "my_libero", "'libero_"),
+  ],
+)
 def test_a_suite_that_does_not_exist_is_refused_with_the_nearest_of_all_benchmarks(
   words, got, nearest, tmp_path, monkeypatch
 ):
@@ -23,10 +30,13 @@ def test_a_suite_that_does_not_exist_is_refused_with_the_nearest_of_all_benchmar
   assert "\n" not in ended.value.code and not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("words, message", [
-  ("pick,pick", "expected each suite once; name none twice"),
-  ("pick,libero_goal", r"got \['pick'\] of the tabletop and \['libero_goal'\] of LIBERO; expected suites of one"),
-])
+@pytest.mark.parametrize(
+  "words, message",
+  [
+    ("pick,pick", "expected each suite once; name none twice"),
+    ("pick,libero_goal", r"got \['pick'\] of the tabletop and \['libero_goal'\] of LIBERO; expected suites of one"),
+  ],
+)
 def test_suites_are_checked_together(words, message):
   with pytest.raises(ValueError, match=message):
     of_suites(words)

@@ -13,8 +13,16 @@ def result(outcomes, suite="pick", **mark):
   mark = {"suite": suite, "replay": 8, "policy": {"policy_hash": str(outcomes), "dataset": suite}} | mark
   n, rate = len(outcomes), sum(outcomes) / len(outcomes)
   rows = [dict(seed=i, success=bool(x), error=False) for i, x in enumerate(outcomes)]
-  return dict(kind="policy", suite=suite, successes=sum(outcomes), episodes=n, rate=rate, interval=[0.0, 1.0],
-              fingerprint=mark, per_episode=rows)
+  return dict(
+    kind="policy",
+    suite=suite,
+    successes=sum(outcomes),
+    episodes=n,
+    rate=rate,
+    interval=[0.0, 1.0],
+    fingerprint=mark,
+    per_episode=rows,
+  )
 
 
 def write(folder, *rows):
@@ -23,10 +31,13 @@ def write(folder, *rows):
   return str(folder)
 
 
-@pytest.mark.parametrize("counts, low, high", [  # Newcombe 1998, Table III, method 10
-  ((36, 12, 2, 0), 0.0569, 0.3404),
-  ((97, 3, 0, 0), -0.0124, 0.0846),
-])
+@pytest.mark.parametrize(
+  "counts, low, high",
+  [  # Newcombe 1998, Table III, method 10
+    ((36, 12, 2, 0), 0.0569, 0.3404),
+    ((97, 3, 0, 0), -0.0124, 0.0846),
+  ],
+)
 def test_paired_interval_of_the_paper(counts, low, high):
   assert compare.paired_interval(*counts) == pytest.approx((low, high), abs=6e-4)
 
@@ -67,8 +78,10 @@ def test_what_is_not_alike_is_refused_and_named(tmp_path, capsys):
 
 
 def test_what_is_compared_is_named_and_parts_of_fields_too(tmp_path, capsys):
-  marks = [dict(preprocessing={"crop_area": 0.9, "image_size": size}, simulator={"mujoco": version, "bddl": "1.0.1"})
-           for size, version in ((224, "3.8.1"), (96, "3.8.1"), (224, "3.2.3"))]
+  marks = [
+    dict(preprocessing={"crop_area": 0.9, "image_size": size}, simulator={"mujoco": version, "bddl": "1.0.1"})
+    for size, version in ((224, "3.8.1"), (96, "3.8.1"), (224, "3.2.3"))
+  ]
   marks[1] |= {"sources": "b"}
   a, b, c = (write(tmp_path / name, result([1, 0], **mark)) for name, mark in zip("abc", marks))
   main(["compare", a, b])
@@ -82,14 +95,36 @@ def test_what_is_compared_is_named_and_parts_of_fields_too(tmp_path, capsys):
 
 
 LIBERO = dict(
-  environment="libero", split="the benchmark's first states", max_steps=300, loop="simulators", protocol="openvla",
-  simulator={"mujoco": "3.2.3", "robosuite": "1.4.0"}, renderer="egl: llvmpipe", assets="aa", first_states="bb",
-  image={"pixels": 256, "rotation": 180, "jpeg_quality": 95}, quaternion="robosuite", seeding={"seed": 0},
-  wait_steps=10, chunk=8, device="gpu: H100 × 1", versions={"jax": "0.6.2", "python": "3.11.2"}, prompt="In: {}",
+  environment="libero",
+  split="the benchmark's first states",
+  max_steps=300,
+  loop="simulators",
+  protocol="openvla",
+  simulator={"mujoco": "3.2.3", "robosuite": "1.4.0"},
+  renderer="egl: llvmpipe",
+  assets="aa",
+  first_states="bb",
+  image={"pixels": 256, "rotation": 180, "jpeg_quality": 95},
+  quaternion="robosuite",
+  seeding={"seed": 0},
+  wait_steps=10,
+  chunk=8,
+  device="gpu: H100 × 1",
+  versions={"jax": "0.6.2", "python": "3.11.2"},
+  prompt="In: {}",
   policy={"policy_hash": "1", "folder": "a", "step": 10, "dataset": "base", "parameters": 5},
-  preprocessing={"image_size": 224, "views": 2, "crop_area": None, "jpeg_quality": None, "dct": "accurate",
-                 "normalisation": "bounds_q99", "gripper": "command", "dtype": "float32", "pruner_text": "question"},
-)  # fmt: skip
+  preprocessing={
+    "image_size": 224,
+    "views": 2,
+    "crop_area": None,
+    "jpeg_quality": None,
+    "dct": "accurate",
+    "normalisation": "bounds_q99",
+    "gripper": "command",
+    "dtype": "float32",
+    "pruner_text": "question",
+  },
+)
 
 
 def changed(mark, field, value):
@@ -106,13 +141,29 @@ def changed(mark, field, value):
 MISSING = object()
 
 
-@pytest.mark.parametrize("field, value", [
-  ("policy.dataset", "tuned"), ("policy.step", 20), ("preprocessing.crop_area", 0.9), ("preprocessing.dct", "fast"),
-  ("preprocessing.normalisation", "bounds"), ("preprocessing.dtype", "bfloat16"), ("preprocessing.gripper", "sign"),
-  ("preprocessing.image_size", 96), ("preprocessing.views", 1), ("preprocessing.pruner_text", "prompt"),
-  ("chunk", 16), ("prompt", "What {}"), ("device", "cpu: cpu × 1"), ("versions.jax", "0.7.0"), ("sources", "c"),
-  ("preprocessing.dct", MISSING), ("wait_steps", MISSING), ("simulator.robosuite", MISSING),
-])
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("policy.dataset", "tuned"),
+    ("policy.step", 20),
+    ("preprocessing.crop_area", 0.9),
+    ("preprocessing.dct", "fast"),
+    ("preprocessing.normalisation", "bounds"),
+    ("preprocessing.dtype", "bfloat16"),
+    ("preprocessing.gripper", "sign"),
+    ("preprocessing.image_size", 96),
+    ("preprocessing.views", 1),
+    ("preprocessing.pruner_text", "prompt"),
+    ("chunk", 16),
+    ("prompt", "What {}"),
+    ("device", "cpu: cpu × 1"),
+    ("versions.jax", "0.7.0"),
+    ("sources", "c"),
+    ("preprocessing.dct", MISSING),
+    ("wait_steps", MISSING),
+    ("simulator.robosuite", MISSING),
+  ],
+)
 def test_what_is_the_policies_own_or_not_on_record_is_listed_and_not_refused(field, value, tmp_path, capsys):
   a = write(tmp_path / "a", result([1, 0], **LIBERO))
   b = write(tmp_path / "b", result([1, 1], **changed(LIBERO, field, value)))
@@ -122,12 +173,27 @@ def test_what_is_the_policies_own_or_not_on_record_is_listed_and_not_refused(fie
   assert line.startswith("    ") and "A − B  -50.0 points" in printed and "NOT ALIKE" not in printed
 
 
-@pytest.mark.parametrize("field, value", [
-  ("split", "train"), ("max_steps", 520), ("loop", "host"), ("protocol", "openpi"), ("simulator.mujoco", "3.8.1"),
-  ("renderer", "osmesa: llvmpipe"), ("assets", "cc"), ("first_states", "dd"), ("image.rotation", 0),
-  ("image.jpeg_quality", None), ("quaternion", "positive_w"), ("seeding.seed", 7), ("wait_steps", 20), ("replay", 5),
-  ("environment", "another"), ("seeds", "0..9"),
-])
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("split", "train"),
+    ("max_steps", 520),
+    ("loop", "host"),
+    ("protocol", "openpi"),
+    ("simulator.mujoco", "3.8.1"),
+    ("renderer", "osmesa: llvmpipe"),
+    ("assets", "cc"),
+    ("first_states", "dd"),
+    ("image.rotation", 0),
+    ("image.jpeg_quality", None),
+    ("quaternion", "positive_w"),
+    ("seeding.seed", 7),
+    ("wait_steps", 20),
+    ("replay", 5),
+    ("environment", "another"),
+    ("seeds", "0..9"),
+  ],
+)
 def test_what_the_environment_did_has_to_agree(field, value, tmp_path, capsys):
   a = write(tmp_path / "a", result([1, 0], **LIBERO, replay=8, seeds="0..1"))
   b = write(tmp_path / "b", result([1, 1], **changed(LIBERO | {"replay": 8, "seeds": "0..1"}, field, value)))
@@ -139,8 +205,11 @@ def test_what_the_environment_did_has_to_agree(field, value, tmp_path, capsys):
 
 
 def test_a_short_chunk_or_a_policys_own_jpeg_forces_a_difference_which_is_said_first(tmp_path, capsys):
-  short = LIBERO | {"chunk": 4, "preprocessing": LIBERO["preprocessing"] | {"jpeg_quality": 90},
-                    "image": LIBERO["image"] | {"jpeg_quality": None}}
+  short = LIBERO | {
+    "chunk": 4,
+    "preprocessing": LIBERO["preprocessing"] | {"jpeg_quality": 90},
+    "image": LIBERO["image"] | {"jpeg_quality": None},
+  }
   a, b = write(tmp_path / "a", result([1, 0], **LIBERO)), write(tmp_path / "b", result([1, 1], **short, replay=4))
   main(["compare", a, b])
   lines = capsys.readouterr().out.splitlines()
@@ -177,7 +246,9 @@ def test_rates_and_difference_are_of_the_episodes_that_both_completed(tmp_path, 
   assert lines[1:3] == ["  A  38/38, 10 broke", "  B  38/48, 0 broke"]
   assert "pick: 38 episodes of equal seeds that both completed; 10 left out: 10 broke in A" in lines
   assert [line.split("(")[0].split() for line in lines if line.startswith(("  A  ", "  B  "))][2:] == [
-    ["A", "38/38", "100", "%"], ["B", "38/38", "100", "%"]]
+    ["A", "38/38", "100", "%"],
+    ["B", "38/38", "100", "%"],
+  ]
   assert any(line.startswith("  A − B  +0.0 points") for line in lines)
 
 
@@ -192,11 +263,14 @@ def test_a_non_finite_action_is_a_failure_and_what_left_the_count_is_named_by_it
   assert "A  0/2      0 %" in printed and "A − B  -100.0 points" in printed
 
 
-@pytest.mark.parametrize("first, second, count", [
-  (with_errors([1, 1], broke=[0, 1]), with_errors([1, 0]), "A: 0/0, 2 broke; B: 1/2, 0 broke"),
-  (with_errors([1, 0], broke=[0]), with_errors([1, 0], broke=[1]), "A: 0/1, 1 broke; B: 1/1, 1 broke"),
-  (with_errors([0, 0], broke=[0, 1]), with_errors([0, 0], broke=[0, 1]), "2 broke in both"),
-])
+@pytest.mark.parametrize(
+  "first, second, count",
+  [
+    (with_errors([1, 1], broke=[0, 1]), with_errors([1, 0]), "A: 0/0, 2 broke; B: 1/2, 0 broke"),
+    (with_errors([1, 0], broke=[0]), with_errors([1, 0], broke=[1]), "A: 0/1, 1 broke; B: 1/1, 1 broke"),
+    (with_errors([0, 0], broke=[0, 1]), with_errors([0, 0], broke=[0, 1]), "2 broke in both"),
+  ],
+)
 def test_no_common_episode_is_one_line(first, second, count, tmp_path):
   a, b = write(tmp_path / "a", first), write(tmp_path / "b", second)
   with pytest.raises(SystemExit, match="got no episode of pick that both completed") as ended:
@@ -226,8 +300,12 @@ def test_what_is_no_result_is_refused(tmp_path):
   (tmp_path / "bytes").write_bytes(b"\xff\xfe")
   bare = {"kind": "policy", "suite": "pick", "fingerprint": {}}
   (tmp_path / "rows").write_text(json.dumps({"results": [bare]}))
-  for other, message in ((tmp_path / "none", "does not exist"), (tmp_path / "text", "not evaluate's results.json"),
-                         (tmp_path / "bytes", "not evaluate's results.json"), (tmp_path / "rows", "'per_episode'"),
-                         (write(tmp_path / "b", result([1], "long")), "expected one in common")):
+  for other, message in (
+    (tmp_path / "none", "does not exist"),
+    (tmp_path / "text", "not evaluate's results.json"),
+    (tmp_path / "bytes", "not evaluate's results.json"),
+    (tmp_path / "rows", "'per_episode'"),
+    (write(tmp_path / "b", result([1], "long")), "expected one in common"),
+  ):
     with pytest.raises(SystemExit, match=message):
       main(["compare", a, str(other)])

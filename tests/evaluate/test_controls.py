@@ -87,9 +87,18 @@ def test_each_control_runs_the_same_episodes():
 
 
 def test_pruning_controls_are_left_out_where_they_change_nothing():
-  no_pruner = policies.policy(config={**policies.CONFIG, "model": {
-    **policies.CONFIG["model"], "siglip_pruner": None, "dino_pruner": None, "film": (), "dense_fuser": None,
-  }})  # fmt: skip
+  no_pruner = policies.policy(
+    config={
+      **policies.CONFIG,
+      "model": {
+        **policies.CONFIG["model"],
+        "siglip_pruner": None,
+        "dino_pruner": None,
+        "film": (),
+        "dense_fuser": None,
+      },
+    }
+  )
   runner = Runner(range(8))
   found = controls.each(no_pruner, runner, runner(no_pruner, "policy"))
   assert [name for name, _, _ in found] == ["shuffled", "blind"]

@@ -13,8 +13,15 @@ from semanticvla_jax.evaluate import folder, report
 from semanticvla_jax.evaluate.results import Row, summary
 from semanticvla_jax.evaluate.rollout import Episodes
 
-MARK = {"suite": "pick", "split": "heldout", "replay": 8, "policy": {"policy_hash": "p", "folder": "here"},
-        "seeds": "0..3", "episodes": 4, "sources": "a"}  # fmt: skip
+MARK = {
+  "suite": "pick",
+  "split": "heldout",
+  "replay": 8,
+  "policy": {"policy_hash": "p", "folder": "here"},
+  "seeds": "0..3",
+  "episodes": 4,
+  "sources": "a",
+}
 
 
 def episodes(seeds, error=(), spoilt=(), told=None) -> Episodes:
@@ -144,8 +151,11 @@ KEY = ("pick", "policy", "this policy")
 
 def test_what_was_measured_otherwise_is_refused_with_its_fields(tmp_path):
   results(tmp_path).add(row())
-  for change, line in (({"replay": 4}, "replay: 8 against 4"), ({"split": "unseen"}, "split: heldout against unseen"),
-                       ({"policy": {"policy_hash": "q"}}, "policy.policy_hash: p against q")):  # fmt: skip
+  for change, line in (
+    ({"replay": 4}, "replay: 8 against 4"),
+    ({"split": "unseen"}, "split: heldout against unseen"),
+    ({"policy": {"policy_hash": "q"}}, "policy.policy_hash: p against q"),
+  ):
     with pytest.raises(ValueError, match=f"(?s)measured differently.*{line}.*choose another --out"):
       results(tmp_path).check({KEY: MARK | change}, range(4))
   elsewhere = {"policy": {"policy_hash": "p", "folder": "there"}, "sources": "b", "seeds": "0..9", "episodes": 10}

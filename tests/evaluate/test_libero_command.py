@@ -48,13 +48,18 @@ def test_a_policy_or_recorded_actions_but_not_both(tmp_path):
   assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("names, suite, chosen", [
-  (["libero_object_no_noops", "libero_goal_no_noops"], "libero_goal", "libero_goal_no_noops"),
-  (["libero_goal", "other"], "libero_goal", "libero_goal"),
-  (["libero_4_task_suites_no_noops"], "libero_10", "libero_4_task_suites_no_noops"),
-  (["libero_object_no_noops"], "libero_goal", None), (["bridge_orig"], "libero_goal", None),
-  (["libero_4_task_suites_no_noops"], "libero_90", None), ([], "libero_goal", None),
-])
+@pytest.mark.parametrize(
+  "names, suite, chosen",
+  [
+    (["libero_object_no_noops", "libero_goal_no_noops"], "libero_goal", "libero_goal_no_noops"),
+    (["libero_goal", "other"], "libero_goal", "libero_goal"),
+    (["libero_4_task_suites_no_noops"], "libero_10", "libero_4_task_suites_no_noops"),
+    (["libero_object_no_noops"], "libero_goal", None),
+    (["bridge_orig"], "libero_goal", None),
+    (["libero_4_task_suites_no_noops"], "libero_90", None),
+    ([], "libero_goal", None),
+  ],
+)
 def test_statistics_of_the_suite_are_chosen_and_others_refused(names, suite, chosen):
   if chosen is None:
     with pytest.raises(ValueError, match=f"no statistics of {suite}.*choose with --dataset"):
@@ -134,7 +139,10 @@ def test_a_policy_goes_through_the_whole_command(tmp_path, monkeypatch):
   monkeypatch.setenv("LIBERO_ASSETS", libero_assets.assets())
   config = policies.CROPPING | {"data": policies.CROPPING["data"] | {"prompt_length": 64}}
   folder = policy_folder.save_policy(
-    tmp_path / "policy", random_params(tiny()), config=config, tokenizers=text.EMBEDDED,
+    tmp_path / "policy",
+    random_params(tiny()),
+    config=config,
+    tokenizers=text.EMBEDDED,
     statistics={"libero_object_no_noops": statistics.to_openvla(policies.stats())},
   )
   out = tmp_path / "out"
@@ -149,7 +157,10 @@ def test_a_policy_goes_through_the_whole_command(tmp_path, monkeypatch):
   assert told[0] == told[1][::-1] and told[0][0] != told[0][1]
   mark = rows[0]["fingerprint"]
   assert (mark["policy"]["dataset"], mark["preprocessing"]["crop_area"], mark["chunk"]) == (
-    "libero_object_no_noops", 0.9, 8)
+    "libero_object_no_noops",
+    0.9,
+    8,
+  )
   assert rows[2]["fingerprint"]["model_changes"] == {"anchor_rule": "random"}
   page = (out / "report.html").read_text()
   assert len([*out.glob("*.mp4")]) == page.count("data:video/mp4") - 1 == 2  # one is shown at the top too
@@ -165,8 +176,13 @@ def test_recorded_actions_do_through_the_whole_command_what_they_did_when_record
   main([*words, f"--out={tmp_path / 'a'}"])
   result = json.loads((tmp_path / "a" / "results.json").read_text())["results"][0]
   assert result["successes"] == result["episodes"] == 2 and result["errors"] == 0
-  lengths = [len(hdf5.read(next(folder.rglob(f"{name}_demo.hdf5")))[0].moving) for name in (
-    "pick_up_the_alphabet_soup_and_place_it_in_the_basket", "pick_up_the_cream_cheese_and_place_it_in_the_basket")]
+  lengths = [
+    len(hdf5.read(next(folder.rglob(f"{name}_demo.hdf5")))[0].moving)
+    for name in (
+      "pick_up_the_alphabet_soup_and_place_it_in_the_basket",
+      "pick_up_the_cream_cheese_and_place_it_in_the_basket",
+    )
+  ]
   assert np.abs(np.array([one["steps"] for one in result["per_episode"]]) - lengths).max() <= 1
   assert result["fingerprint"]["renderer"].startswith("egl") and len(result["fingerprint"]["assets"]) == 16
   assert (tmp_path / "a" / "report.html").stat().st_size > 20_000 and [*(tmp_path / "a").glob("*.mp4")]

@@ -87,17 +87,28 @@ def rows(run):
 MAIN = ("libero_goal", "this policy")
 
 
-@pytest.mark.parametrize("wrong, message", [
-  ("--suite=libero_goal,libero_object", r"no statistics of libero_object"), ("--suite=libero_goal,libero_gaol", "gaol"),
-  ("--suite=libero_goal,libero_goal", "name none twice"), ("--suite=libero_goal,pick", "suites of one"),
-  ("--controls=shuffled --tasks=3", "in 2 of 2 episodes"), ("--controls=shufled", "shufled"),
-  ("--films=-2", "--films: got -2"), ("--workers=0", "--workers: got 0"), ("--replay=0", "--replan-steps: got 0"),
-  ("--replay=99", "replan_steps=99; expected 1 to 8"), ("--timeout=0", "--timeout: got 0"),
-  ("--split=train", "--split: got a flag of the tabletop with suites of LIBERO"), ("--trials=51", "expected 1 to 50"),
-  ("--tasks=10", "expected numbers from 0 to 9"),
-  ("--metrics=nowhere", "nowhere, which does not exist"), ("--dataset=bridge", "bridge"),
-  ("--max-steps=0", "max_steps=0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    ("--suite=libero_goal,libero_object", r"no statistics of libero_object"),
+    ("--suite=libero_goal,libero_gaol", "gaol"),
+    ("--suite=libero_goal,libero_goal", "name none twice"),
+    ("--suite=libero_goal,pick", "suites of one"),
+    ("--controls=shuffled --tasks=3", "in 2 of 2 episodes"),
+    ("--controls=shufled", "shufled"),
+    ("--films=-2", "--films: got -2"),
+    ("--workers=0", "--workers: got 0"),
+    ("--replay=0", "--replan-steps: got 0"),
+    ("--replay=99", "replan_steps=99; expected 1 to 8"),
+    ("--timeout=0", "--timeout: got 0"),
+    ("--split=train", "--split: got a flag of the tabletop with suites of LIBERO"),
+    ("--trials=51", "expected 1 to 50"),
+    ("--tasks=10", "expected numbers from 0 to 9"),
+    ("--metrics=nowhere", "nowhere, which does not exist"),
+    ("--dataset=bridge", "bridge"),
+    ("--max-steps=0", "max_steps=0"),
+  ],
+)
 def test_wrong_flags_end_the_command_before_a_simulator_starts(run, wrong, message):
   with pytest.raises(SystemExit, match=message) as ended:
     run(*wrong.split())
@@ -239,8 +250,11 @@ def test_episodes_of_which_nobody_knows_how_they_were_measured_are_set_aside(run
 def test_what_was_measured_otherwise_is_refused_and_stays(run):
   run()
   before = (run.out / "results.json").read_bytes()
-  for words, line in ((["--replay=4"], "replay: 8 against 4"), (["--max-steps=5"], "max_steps: 300 against 5"),
-                      (["--protocol=openpi"], "protocol: openvla against openpi")):  # fmt: skip
+  for words, line in (
+    (["--replay=4"], "replay: 8 against 4"),
+    (["--max-steps=5"], "max_steps: 300 against 5"),
+    (["--protocol=openpi"], "protocol: openvla against openpi"),
+  ):
     with pytest.raises(SystemExit, match=f"(?s){line}.*choose another --out"):
       run(*words)
   assert (run.out / "results.json").read_bytes() == before and not begun(run)
@@ -295,13 +309,16 @@ def quick(monkeypatch):
   monkeypatch.setattr(visualize, "film", lambda *_: np.zeros((1, 32, 32, 3), np.uint8))
 
 
-@pytest.mark.parametrize("success, shown", [
-  ([1] * 8, [(0, True), (1, True), (2, True), (3, True)]),
-  ([0] * 8, [(0, False), (1, False), (2, False), (3, False)]),
-  ([0, 0, 0, 0, 1, 0, 0, 0], [(4, True), (0, False), (1, False), (2, False)]),
-  ([1, 1, 1, 1, 1, 0, 0, 0], [(0, True), (1, True), (5, False), (6, False)]),
-  ([1, 0], [(0, True), (1, False)]),
-])
+@pytest.mark.parametrize(
+  "success, shown",
+  [
+    ([1] * 8, [(0, True), (1, True), (2, True), (3, True)]),
+    ([0] * 8, [(0, False), (1, False), (2, False), (3, False)]),
+    ([0, 0, 0, 0, 1, 0, 0, 0], [(4, True), (0, False), (1, False), (2, False)]),
+    ([1, 1, 1, 1, 1, 0, 0, 0], [(0, True), (1, True), (5, False), (6, False)]),
+    ([1, 0], [(0, True), (1, False)]),
+  ],
+)
 def test_films_are_as_many_as_asked_for_half_of_each_kind_where_there_are(tmp_path, quick, success, shown):
   recorder = FilmRecorder(tmp_path, "libero_goal", 4, 8)
   for seed, done in enumerate(success):

@@ -43,7 +43,8 @@ def page(tmp_path):
     films=[report.Film(tmp_path / "film.mp4", "pick up the <b>blue</b> ball", True, 12, 3)],
     scenes=[report.Scene("first step", [("pick up the red cube", "told", [[tile, tile]])], [tile])],
     metrics=[{"step": step, "loss": 1 / step, "lr": 1.0, "success/pick": 0.5} for step in range(1, 100)],
-    command="python -m semanticvla_jax.evaluate --policy='a b'", seconds={"evaluate": 12.3},
+    command="python -m semanticvla_jax.evaluate --policy='a b'",
+    seconds={"evaluate": 12.3},
   )
   return report.write(tmp_path / "report.html", shown).read_text()
 
@@ -70,8 +71,19 @@ def test_a_report_says_it_in_the_first_lines(page):
   first = found.text[found.text.index("A & B", 20) :][:400]
   assert "3 of 4 episodes of pick end with the task done" in first and "(30–95 %" in first
   assert "before fine-tuning 1 of 4" in first and "told another episode's instruction, 0 of 4" in first
-  for heading in ("What the robot was told", "What it looked at", "What it did: It did.", "Success", "Controls",
-                  "By task", "Episodes", "Where it looks", "Training", "How it was measured", "Command"):
+  for heading in (
+    "What the robot was told",
+    "What it looked at",
+    "What it did: It did.",
+    "Success",
+    "Controls",
+    "By task",
+    "Episodes",
+    "Where it looks",
+    "Training",
+    "How it was measured",
+    "Command",
+  ):
     assert heading in found.text, heading
   assert "pick up the <b>blue</b> ball" in found.text, "escaped"
   assert "75 %" in found.text and "evaluate 12 s" in found.text
@@ -82,7 +94,7 @@ def test_a_report_needs_no_other_file(page):
   assert found.links and all(link.startswith(("data:", "#")) for link in found.links)
   names = r"https?://(www\.w3\.org|purl\.org|matplotlib\.org|creativecommons\.org)\S*"  # of namespaces, inside the SVG
   assert "http" not in re.sub(names, "", page)
-  assert found.tags.count("video") == 2 and page.count('<i class=yes') == 4 and page.count("<i class=no") == 8
+  assert found.tags.count("video") == 2 and page.count("<i class=yes") == 4 and page.count("<i class=no") == 8
 
 
 def test_what_is_missing_is_left_out(tmp_path):
@@ -247,7 +259,10 @@ def folders(tmp_path_factory):
   root = tmp_path_factory.mktemp("policies")
   for seed in (0, 1):
     policy_folder.save_policy(
-      root / str(seed), random_params(tiny(), seed), config=policies.CROPPING, tokenizers=text.EMBEDDED,
+      root / str(seed),
+      random_params(tiny(), seed),
+      config=policies.CROPPING,
+      tokenizers=text.EMBEDDED,
       statistics={"tabletop_pick": statistics.to_openvla(policies.stats())},
     )
   return root
@@ -275,7 +290,10 @@ def test_the_command_measures_and_reports(folders, tmp_path, capsys):
     main([*flags, f"--out={tmp_path / 'report'}"])
   short = {**policies.CROPPING, "model": {**policies.CROPPING["model"], "chunk": 4}}
   policy_folder.save_policy(
-    folders / "short", random_params(tiny(chunk=4)), config=short, tokenizers=text.EMBEDDED,
+    folders / "short",
+    random_params(tiny(chunk=4)),
+    config=short,
+    tokenizers=text.EMBEDDED,
     statistics={"tabletop_pick": statistics.to_openvla(policies.stats())},
   )
   with pytest.raises(SystemExit, match="replay: 8 against 4"):
@@ -285,12 +303,15 @@ def test_the_command_measures_and_reports(folders, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("wrong", "message"),
   [
-    ("--episodes=0", "at least 1"), ("--policy=nowhere", "does not exist"), ("--suite=pik", "did you mean 'pick'"),
+    ("--episodes=0", "at least 1"),
+    ("--policy=nowhere", "does not exist"),
+    ("--suite=pik", "did you mean 'pick'"),
     ("--controls=middle", r"got \['middle'\]; expected some of"),
     ("--dtype=float7", "got dtype='float7'; expected one of"),
-    ("--seed=-1", "Seed -1 is outside split 'heldout'"), ("--seed=499999997", "Seed 500000000 is outside split"),
+    ("--seed=-1", "Seed -1 is outside split 'heldout'"),
+    ("--seed=499999997", "Seed 500000000 is outside split"),
   ],
-)  # fmt: skip
+)
 def test_wrong_flags_end_the_command_before_an_episode_runs(wrong, message, folders, tmp_path, monkeypatch):
   monkeypatch.setattr(OnDevice, "run", lambda *_, **__: pytest.fail("an episode ran"))
   with pytest.raises(SystemExit, match=message):

@@ -19,9 +19,16 @@ def episodes(success, error=None) -> Episodes:
   return Episodes(np.arange(n), np.array(success, bool), np.arange(n, dtype=np.int32) + 10, error, said, said)
 
 
-@pytest.mark.parametrize("successes, n, low, high", [
-  (93, 100, 0.8625, 0.9657), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (0, 0, 0, 1),
-])
+@pytest.mark.parametrize(
+  "successes, n, low, high",
+  [
+    (93, 100, 0.8625, 0.9657),
+    (0, 10, 0.0, 0.2775),
+    (10, 10, 0.7225, 1.0),
+    (50, 100, 0.4038, 0.5962),
+    (0, 0, 0, 1),
+  ],
+)
 def test_wilson(successes, n, low, high):
   np.testing.assert_allclose(results.wilson(successes, n), (low, high), atol=1e-4)
 
@@ -42,11 +49,22 @@ def test_wilson_narrows_with_confidence_and_refuses_nonsense():
     results.wilson(11, 10)
 
 
-@pytest.mark.parametrize("successes, n, text, short", [
-  (38, 48, "79.2 %", "79 %"), (3, 4, "75.0 %", "75 %"), (511, 512, "99.8 %", "99.8 %"), (1, 512, "0.2 %", "0.2 %"),
-  (199, 200, "99.5 %", "99.5 %"), (99999, 100000, "99.999 %", "99.999 %"), (1, 10000, "0.01 %", "0.01 %"),
-  (512, 512, "100 %", "100 %"), (1, 1, "100 %", "100 %"), (0, 7, "0 %", "0 %"), (0, 0, "–", "–"),
-])
+@pytest.mark.parametrize(
+  "successes, n, text, short",
+  [
+    (38, 48, "79.2 %", "79 %"),
+    (3, 4, "75.0 %", "75 %"),
+    (511, 512, "99.8 %", "99.8 %"),
+    (1, 512, "0.2 %", "0.2 %"),
+    (199, 200, "99.5 %", "99.5 %"),
+    (99999, 100000, "99.999 %", "99.999 %"),
+    (1, 10000, "0.01 %", "0.01 %"),
+    (512, 512, "100 %", "100 %"),
+    (1, 1, "100 %", "100 %"),
+    (0, 7, "0 %", "0 %"),
+    (0, 0, "–", "–"),
+  ],
+)
 def test_a_rate_is_100_percent_only_where_all_succeeded_and_0_only_where_none_did(successes, n, text, short):
   assert results.percent(successes, n) == text and results.percent(successes, n, decimals=0) == short
 
@@ -87,7 +105,10 @@ def test_episodes_as_json_values_and_back(timed):
   one = one._replace(retries=np.array([0, 1, 2]), seconds=np.array([1.5, 2.5, 3.5])) if timed else one
   rows = json.loads(json.dumps(results.per_episode(one)))
   assert [(x["seed"], x["success"], x["error"], x["nonfinite"]) for x in rows] == [
-    (0, True, False, False), (1, False, False, True), (2, False, True, False)]  # fmt: skip
+    (0, True, False, False),
+    (1, False, False, True),
+    (2, False, True, False),
+  ]
   again = results.episodes_of(rows)
   assert results.per_episode(again) == rows and (again.retries is None) != timed
   chosen = results.select(one, [2, 1])
@@ -126,11 +147,17 @@ def test_only_like_results_are_compared():
     fingerprint.require_alike(mark(), mark(replan_steps=4))
 
 
-@pytest.mark.parametrize("part, field, value", [
-  ("policy", "dataset", "libero_object_no_noops"), ("preprocessing", "crop_area", 0.9),
-  ("preprocessing", "dtype", "bfloat16"), ("preprocessing", "normalisation", "bounds"),
-  ("preprocessing", "dct", "fast"), ("preprocessing", "jpeg_quality", 95),
-])
+@pytest.mark.parametrize(
+  "part, field, value",
+  [
+    ("policy", "dataset", "libero_object_no_noops"),
+    ("preprocessing", "crop_area", 0.9),
+    ("preprocessing", "dtype", "bfloat16"),
+    ("preprocessing", "normalisation", "bounds"),
+    ("preprocessing", "dct", "fast"),
+    ("preprocessing", "jpeg_quality", 95),
+  ],
+)
 def test_how_a_policy_is_fed_is_not_what_is_compared(part, field, value):
   other = mark()
   other[part] = other[part] | {field: value}

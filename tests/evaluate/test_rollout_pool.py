@@ -181,8 +181,16 @@ def test_a_state_that_is_not_finite_is_a_broken_simulator(runner):
 
 
 def test_records_of_an_earlier_version_are_read(tmp_path):
-  old = {"seed": 3, "success": True, "steps": 9, "error": None, "instruction": "go", "told": "go", "retries": 0,
-         "seconds": 1.5}  # fmt: skip
+  old = {
+    "seed": 3,
+    "success": True,
+    "steps": 9,
+    "error": None,
+    "instruction": "go",
+    "told": "go",
+    "retries": 0,
+    "seconds": 1.5,
+  }
   (tmp_path / "records").write_text(json.dumps(old) + "\n", encoding="utf-8")
   assert EpisodeLog(tmp_path / "records").found[3].nonfinite is False
 

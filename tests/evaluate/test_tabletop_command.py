@@ -24,9 +24,10 @@ from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost
 def folders(tmp_path_factory):
   root, entry = tmp_path_factory.mktemp("policies"), statistics.to_openvla(policies.stats())
   kinds = {
-    "a": {"tabletop_pick": entry}, "b": {"tabletop_pick": entry},
+    "a": {"tabletop_pick": entry},
+    "b": {"tabletop_pick": entry},
     "two": {"tabletop_pick": entry, "other": entry},
-  }  # fmt: skip
+  }
   for seed, (name, entries) in enumerate(kinds.items()):
     policy_folder.save_policy(
       root / name, random_params(tiny(), seed), config=policies.CROPPING, tokenizers=text.EMBEDDED, statistics=entries
@@ -82,18 +83,28 @@ def rows(out):
   ("wrong", "message"),
   [
     ("--suite=pick,plcae", "--suite: got 'plcae'; expected one of.*did you mean 'place'"),
-    ("--suite=pick,pick", "name none twice"), ("--suite=pick,", "got ''"),
+    ("--suite=pick,pick", "name none twice"),
+    ("--suite=pick,", "got ''"),
     ("--suite=pick,libero_goal", r"got \['pick'\] of the tabletop and \['libero_goal'\] of LIBERO"),
-    ("--suite=libero_goal,libero_gaol", "libero_gaol"), ("--split=helout", "did you mean 'heldout'"),
-    ("--films=-1", "--films: got -1; expected at least 0"), ("--replan-steps=0", "--replan-steps: got 0; expected at"),
-    ("--replay=0", "--replan-steps: got 0"), ("--replan-steps=9", "replan_steps=9; expected 1 to 8"),
-    ("--replay=9 --host", "replan_steps=9; expected 1 to 8"), ("--suite=pick,plcae --host", "did you mean 'place'"),
-    ("--batch=0", "--batch: got 0; expected at least 1"), ("--controls=blind,blind", "name none twice"),
-    ("--controls=bilnd", "bilnd"), ("--trials=3", "--trials: got a flag of LIBERO with suites of the tabletop"),
-    ("--metrics=nowhere.jsonl", "nowhere.jsonl, which does not exist"), ("--dataset=bridge", "bridge"),
-    ("--metrics=.", "Metrics cannot be read"), ("--baseline=nowhere", "nowhere"), ("--seed=499999999", "outside split"),
+    ("--suite=libero_goal,libero_gaol", "libero_gaol"),
+    ("--split=helout", "did you mean 'heldout'"),
+    ("--films=-1", "--films: got -1; expected at least 0"),
+    ("--replan-steps=0", "--replan-steps: got 0; expected at"),
+    ("--replay=0", "--replan-steps: got 0"),
+    ("--replan-steps=9", "replan_steps=9; expected 1 to 8"),
+    ("--replay=9 --host", "replan_steps=9; expected 1 to 8"),
+    ("--suite=pick,plcae --host", "did you mean 'place'"),
+    ("--batch=0", "--batch: got 0; expected at least 1"),
+    ("--controls=blind,blind", "name none twice"),
+    ("--controls=bilnd", "bilnd"),
+    ("--trials=3", "--trials: got a flag of LIBERO with suites of the tabletop"),
+    ("--metrics=nowhere.jsonl", "nowhere.jsonl, which does not exist"),
+    ("--dataset=bridge", "bridge"),
+    ("--metrics=.", "Metrics cannot be read"),
+    ("--baseline=nowhere", "nowhere"),
+    ("--seed=499999999", "outside split"),
   ],
-)  # fmt: skip
+)
 def test_wrong_flags_end_the_command_before_an_episode(folders, made_up, tmp_path, wrong, message):
   with pytest.raises(SystemExit, match=message) as ended:
     command.main([*flags(folders, tmp_path / "out"), *wrong.split()])
@@ -148,8 +159,9 @@ def test_a_finished_run_is_gone_on_with(folders, made_up, tmp_path, capsys):
   shuffled = rows(tmp_path)["pick", controls.NAMES["shuffled"]]["per_episode"]
   assert sorted(one["asked"] for one in shuffled) == sorted(one["told"] for one in shuffled)
   assert all(one["asked"] != one["told"] for one in shuffled) and len(shuffled) == 8
-  assert [*rows(tmp_path)] == [("pick", name) for name in ("this policy", *(controls.NAMES[x] for x in (
-    "shuffled", "blind", "random")))]  # fmt: skip
+  assert [*rows(tmp_path)] == [
+    ("pick", name) for name in ("this policy", *(controls.NAMES[x] for x in ("shuffled", "blind", "random")))
+  ]
 
 
 def test_a_folder_of_an_earlier_version_is_resumed(folders, made_up, tmp_path, capsys):
@@ -169,8 +181,12 @@ def test_a_folder_of_an_earlier_version_is_resumed(folders, made_up, tmp_path, c
 def test_only_what_was_measured_otherwise_is_refused(folders, made_up, tmp_path):
   command.main(flags(folders, tmp_path))
   before = (tmp_path / "results.json").read_bytes()
-  for change, line in (("--replay=4", "replay: 8 against 4"), ("--split=train", "split: heldout against train"),
-                       (f"--policy={folders / 'b'}", "policy.policy_hash"), ("--dtype=bfloat16", "dtype")):  # fmt: skip
+  for change, line in (
+    ("--replay=4", "replay: 8 against 4"),
+    ("--split=train", "split: heldout against train"),
+    (f"--policy={folders / 'b'}", "policy.policy_hash"),
+    ("--dtype=bfloat16", "dtype"),
+  ):
     made_up.runs = []
     with pytest.raises(SystemExit, match=f"(?s)measured differently: got.*{line}.*choose another --out"):
       command.main([*flags(folders, tmp_path), change])
@@ -223,6 +239,7 @@ def test_what_fails_after_the_measurement_is_a_warning_and_is_made_by_the_next_r
   folders, tmp_path, monkeypatch, caplog, what
 ):
   """For real, with states: two episodes, films and pictures."""
+
   def full(*_, **__):
     raise OSError("No space left on device")
 
@@ -244,7 +261,10 @@ def test_what_fails_after_the_measurement_is_a_warning_and_is_made_by_the_next_r
 def test_a_baseline_of_other_settings_is_measured_and_they_are_told(folders, made_up, tmp_path, caplog):
   other = {**policies.CROPPING, "data": {**policies.CROPPING["data"], "crop_area": 0.8, "normalisation": "bounds"}}
   policy_folder.save_policy(
-    tmp_path / "base", random_params(tiny()), config=other, tokenizers=text.EMBEDDED,
+    tmp_path / "base",
+    random_params(tiny()),
+    config=other,
+    tokenizers=text.EMBEDDED,
     statistics={"another_name": statistics.to_openvla(policies.stats())},
   )
   command.main(flags(folders, tmp_path / "out", f"--baseline={tmp_path / 'base'}"))
@@ -255,7 +275,10 @@ def test_a_baseline_of_other_settings_is_measured_and_they_are_told(folders, mad
 def test_controls_that_change_nothing_are_named(folders, made_up, tmp_path, caplog):
   config = {**policies.CROPPING, "model": {**policies.CROPPING["model"], "anchor_rule": "random"}}
   policy_folder.save_policy(
-    tmp_path / "random", random_params(tiny(anchor_rule="random")), config=config, tokenizers=text.EMBEDDED,
+    tmp_path / "random",
+    random_params(tiny(anchor_rule="random")),
+    config=config,
+    tokenizers=text.EMBEDDED,
     statistics={"tabletop_pick": statistics.to_openvla(policies.stats())},
   )
   command.main([*flags(tmp_path, tmp_path / "out", "--controls=blind,random", policy="random")])

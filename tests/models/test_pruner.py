@@ -102,10 +102,15 @@ def test_a_rule_of_ones_own(own_rules):
     build(TINY | dict(anchor_rule="first"))
 
 
-@pytest.mark.parametrize(("scores", "got"), [
-  (lambda s, p, w, m: s, r"float32\[2, 16, 6\]"), (lambda s, p, w, m: None, "NoneType"),
-  (lambda s, p, w, m: p[..., 0] > 0, r"bool\[2, 16\]"), (lambda s, p, w, m: s[0, 0], r"float32\[6\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("scores", "got"),
+  [
+    (lambda s, p, w, m: s, r"float32\[2, 16, 6\]"),
+    (lambda s, p, w, m: None, "NoneType"),
+    (lambda s, p, w, m: p[..., 0] > 0, r"bool\[2, 16\]"),
+    (lambda s, p, w, m: s[0, 0], r"float32\[6\]"),
+  ],
+)
 def test_a_rule_gives_one_number_for_each_patch(own_rules, scores, got):
   anchor_rule("bad")(scores)
   with pytest.raises(ValueError, match=rf"rule 'bad': got scores {got}, expected numbers \[2, 16\] or \[16\]; return"):

@@ -96,12 +96,16 @@ def test_the_command_writes_one_and_says_what_is_wrong(written, tmp_path, capsys
   shard = "tabletop_pick-train.tfrecord-00000-of-00001"
   assert (tmp_path / "tabletop_pick" / "1.0.0" / shard).read_bytes() == (report.folder / shard).read_bytes()
   for wrong, message in [
-    ([f"--out={out}"], "Dataset exists"), (["--name=pick"], "starts with 'tabletop'"),
-    (["--suite=pik"], "did you mean 'pick'"), (["--label=both"], "expected one of"),
+    ([f"--out={out}"], "Dataset exists"),
+    (["--name=pick"], "starts with 'tabletop'"),
+    (["--suite=pik"], "did you mean 'pick'"),
+    (["--label=both"], "expected one of"),
     (["--noise=2"], "noise and perturbed from 0 to 1"),
-    (["--perturbed=-1"], "perturbed=-1.0"), (["--split=test"], "Split 'test'"),
-    (["--seed=-1"], "Seed -1 is outside split 'train'"), (["--seed=999999999"], "outside split 'train'"),
-  ]:  # fmt: skip
+    (["--perturbed=-1"], "perturbed=-1.0"),
+    (["--split=test"], "Split 'test'"),
+    (["--seed=-1"], "Seed -1 is outside split 'train'"),
+    (["--seed=999999999"], "outside split 'train'"),
+  ]:
     with pytest.raises(SystemExit, match=message):
       main([*flags, f"--out={tmp_path / 'other'}", *wrong])
 

@@ -16,8 +16,14 @@ def batch():
   tokenizers = text.load(prompt_length=32, instruction_length=24)
   stats = expert_batches.measure(episodes=64)
   make = expert_batches.make_batches(
-    batch_size=64, chunk=4, image=IMAGE, patch=PATCH, suites=(1, 1, 0, 0, 0, 0), tokenizers=tokenizers,
-    stats=stats, seed=0,
+    batch_size=64,
+    chunk=4,
+    image=IMAGE,
+    patch=PATCH,
+    suites=(1, 1, 0, 0, 0, 0),
+    tokenizers=tokenizers,
+    stats=stats,
+    seed=0,
   )
   return make, make(3), tokenizers
 

@@ -29,9 +29,14 @@ def scene(*objects: tuple, position=(0.0, 0.0, 0.15), yaw: float = 0.0, finger: 
   centre = np.array([(x, y, HALF[k, 2]) for k, x, y, _ in items], np.float32)
   numbers = functools.partial(jnp.asarray, dtype=jnp.float32)
   return state.replace(
-    kind=jnp.asarray(kind), centre=numbers(centre), yaw=numbers([item[3] for item in items]),
-    origin=numbers(centre[:, :2]), position=numbers(position), rotation=numbers([0.0, 0.0, yaw]),
-    finger=numbers(finger))
+    kind=jnp.asarray(kind),
+    centre=numbers(centre),
+    yaw=numbers([item[3] for item in items]),
+    origin=numbers(centre[:, :2]),
+    position=numbers(position),
+    rotation=numbers([0.0, 0.0, yaw]),
+    finger=numbers(finger),
+  )
 
 
 def act(state: tasks.State, move=(0.0, 0.0, 0.0), turn=(0.0, 0.0, 0.0), grip=-1.0, times: int = 1) -> tasks.State:
@@ -67,15 +72,26 @@ def test_a_missed_object_stays(offset, yaw):
   np.testing.assert_allclose(after.centre, before.centre, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind, yaw, caught", [(CUBE, 0.2, True), (CUBE, 0.2 + np.pi / 2, True), (CUBE, 0.7, False),
-                                               (PEG, 0.2, True), (PEG, np.pi / 2, False), (BALL, 0.7, True)])
+@pytest.mark.parametrize(
+  "kind, yaw, caught",
+  [
+    (CUBE, 0.2, True),
+    (CUBE, 0.2 + np.pi / 2, True),
+    (CUBE, 0.7, False),
+    (PEG, 0.2, True),
+    (PEG, np.pi / 2, False),
+    (BALL, 0.7, True),
+  ],
+)
 def test_a_grasp_needs_the_yaw(kind, yaw, caught):
   after = act(scene((kind, 0, 0, yaw), position=(0, 0, HALF[kind, 2])), grip=1, times=2)
   assert (int(after.held) == 0) == caught
 
 
-@pytest.mark.parametrize("offset, caught", [((0.015, 0, 0), True), ((0, 0.015, 0), True), ((0, 0, 0.015), True),
-                                            ((0, 0.022, 0), False), ((0, 0, 0.024), False)])
+@pytest.mark.parametrize(
+  "offset, caught",
+  [((0.015, 0, 0), True), ((0, 0.015, 0), True), ((0, 0, 0.015), True), ((0, 0.022, 0), False), ((0, 0, 0.024), False)],
+)
 def test_a_grasp_tolerates_fifteen_millimetres(offset, caught):
   after = act(scene((CUBE, 0, 0, 0), position=np.add((0, 0, 0.0225), offset)), grip=1, times=2)
   assert (int(after.held) == 0) == caught
@@ -92,9 +108,16 @@ def test_a_held_object_follows_and_the_pads_centre_it():
   assert bool(SUCCESS(act(state, move=(0, 0, 0.02), grip=1)))
 
 
-@pytest.mark.parametrize("below, height", [
-  ((NONE, 10, 10, 0), 0.0), ((BOWL, 0, 0.01, 0), 0.005), ((PLATE, 0.02, 0, 0), 0.008), ((CUBE, 0.005, 0, 0), 0.045),
-  ((SLOT, 0, 0, 0), 0.028)])
+@pytest.mark.parametrize(
+  "below, height",
+  [
+    ((NONE, 10, 10, 0), 0.0),
+    ((BOWL, 0, 0.01, 0), 0.005),
+    ((PLATE, 0.02, 0, 0), 0.008),
+    ((CUBE, 0.005, 0, 0), 0.045),
+    ((SLOT, 0, 0, 0), 0.028),
+  ],
+)
 def test_a_dropped_object_falls_onto_what_lies_below(below, height):
   state = grasped((CUBE, 0.1, 0, 0), below)
   state = act(state, move=(-0.05, 0, 0), grip=1, times=2)
@@ -126,8 +149,9 @@ def test_a_wall_stops_a_held_object():
   np.testing.assert_allclose(state.position[0], state.centre[0, 0], atol=1e-4)
 
 
-@pytest.mark.parametrize("x, turn, goes_in", [
-  (0.0, 0.6, True), (0.006, 0.5, True), (0.0, 0.2, False), (0.02, 0.6, False)])
+@pytest.mark.parametrize(
+  "x, turn, goes_in", [(0.0, 0.6, True), (0.006, 0.5, True), (0.0, 0.2, False), (0.02, 0.6, False)]
+)
 def test_a_peg_enters_a_slot_only_aligned(x, turn, goes_in):
   state = grasped((PEG, 0.1, 0, 0), (SLOT, 0, 0, 0.6))
   state = act(state, move=(-0.05 + x / 2, 0, 0), turn=(0, 0, turn / 2), grip=1, times=2)
@@ -202,8 +226,13 @@ def test_batched_and_eager_give_the_same():
 def meant(state: tasks.State, colour: str, shape: str) -> list[int]:
   """All objects of a colour and shape."""
   kinds = list(SHAPES) + ["bowl", "plate", "slot"]
-  return [i for i in range(tasks.MAX_OBJECTS) if state.kind[i] != NONE and kinds[state.kind[i]] == shape
-          and (colour in ("", "the") or COLOURS[state.colour[i]] == colour)]
+  return [
+    i
+    for i in range(tasks.MAX_OBJECTS)
+    if state.kind[i] != NONE
+    and kinds[state.kind[i]] == shape
+    and (colour in ("", "the") or COLOURS[state.colour[i]] == colour)
+  ]
 
 
 def related(state: tasks.State, candidates: list[int], relation: str, anchor: int) -> list[int]:

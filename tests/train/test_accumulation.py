@@ -42,9 +42,14 @@ def test_l1_and_an_auxiliary_loss():
   where = jax.nn.one_hot(rng.integers(0, N, (B, 1 + G, V)), N) * (rng.random((B, 1 + G, V, 1)) < 0.6)
   edges = jnp.zeros((B, G, V, 2)).at[1, 0, :, 1].set(1.0)
   targets = auxiliary_losses.Targets(
-    where, jnp.asarray(rng.integers(3, 200, (B, G, M))), jnp.arange(M)[None, None] < jnp.full((B, G, 1), 5),
-    jnp.asarray(rng.normal(size=(B, 9)), jnp.float32), jnp.zeros((B, G), jnp.int32), edges, edges[:, 0],
-  )  # fmt: skip
+    where,
+    jnp.asarray(rng.integers(3, 200, (B, G, M))),
+    jnp.arange(M)[None, None] < jnp.full((B, G, 1), 5),
+    jnp.asarray(rng.normal(size=(B, 9)), jnp.float32),
+    jnp.zeros((B, G), jnp.int32),
+    edges,
+    edges[:, 0],
+  )
   actions = jnp.asarray(rng.uniform(-1, 1, (B, 8, 7)), jnp.float32)
   batch = Batch(random_observation(tiny(), B), actions, jnp.arange(8) < lengths[:, None], targets)
   whole = after(model, params, batch, 1, aux_loss)

@@ -12,11 +12,18 @@ from semanticvla_jax.data import text
 from semanticvla_jax.train import base_settings, resume
 
 PATHS = [
-  "siglip/pos_embedding", "dino/Transformer/encoderblock_0/film/scale/kernel", "text/final", "llm/embed/embedding",
-  "llm/layers/attn/q_proj/kernel", "llm/layers/attn/q_proj/lora_a", "siglip_id_pruner/text_projector/Dense_0/bias",
-  "dense_fuser/pair_0_first/Dense_0/bias", "sparse_fuser/projector/Dense_0/bias", "coupler/trans/out/bias",
+  "siglip/pos_embedding",
+  "dino/Transformer/encoderblock_0/film/scale/kernel",
+  "text/final",
+  "llm/embed/embedding",
+  "llm/layers/attn/q_proj/kernel",
+  "llm/layers/attn/q_proj/lora_a",
+  "siglip_id_pruner/text_projector/Dense_0/bias",
+  "dense_fuser/pair_0_first/Dense_0/bias",
+  "sparse_fuser/projector/Dense_0/bias",
+  "coupler/trans/out/bias",
   "proprio_projector/Dense_0/bias",
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -34,17 +41,20 @@ def changed(config, field, value):
   return base
 
 
-@pytest.mark.parametrize(("field", "value", "part"), [
-  ("lora.alpha", 4.0, r".*/lora_a"),
-  ("model.siglip_gelu", "tanh", "siglip/.*"),
-  ("model.temperature", 0.03, "siglip_id_pruner/.*"),
-  ("model.film_pool", "all", ".*/film/.*"),
-  ("model.vision_layer", "second_to_last", "(sparse|dense)_fuser/.*"),
-  ("model.mask", "causal", "coupler/.*"),
-  ("model.dense_fuser", [[0, 0], [1, 1], [2, 3]], "dense_fuser/.*"),
-  ("model.sparse_fuser", "separate", "sparse_fuser/.*"),
-  ("data.normalisation", "bounds", "(coupler|proprio_projector)/.*"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("field", "value", "part"),
+  [
+    ("lora.alpha", 4.0, r".*/lora_a"),
+    ("model.siglip_gelu", "tanh", "siglip/.*"),
+    ("model.temperature", 0.03, "siglip_id_pruner/.*"),
+    ("model.film_pool", "all", ".*/film/.*"),
+    ("model.vision_layer", "second_to_last", "(sparse|dense)_fuser/.*"),
+    ("model.mask", "causal", "coupler/.*"),
+    ("model.dense_fuser", [[0, 0], [1, 1], [2, 3]], "dense_fuser/.*"),
+    ("model.sparse_fuser", "separate", "sparse_fuser/.*"),
+    ("data.normalisation", "bounds", "(coupler|proprio_projector)/.*"),
+  ],
+)
 def test_what_would_mean_something_else_is_refused_where_it_is_taken(config, field, value, part, caplog):
   base = changed(config, field, value)
   with pytest.raises(ValueError, match=r"init_from BASE: its parameters were trained for other settings(.|\n)* → "):
@@ -64,10 +74,17 @@ def test_sizes_that_no_shape_shows_are_compared_too(config):
     base_settings.check("BASE", changed(config, "model.variant", row), config, PATHS)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-  ("model.keep", 4), ("model.similarity_noise", 0.5), ("model.chunk", 5), ("model.num_views", 1),
-  ("data.crop_area", None),  ("data.pruner_text", "prompt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("model.keep", 4),
+    ("model.similarity_noise", 0.5),
+    ("model.chunk", 5),
+    ("model.num_views", 1),
+    ("data.crop_area", None),
+    ("data.pruner_text", "prompt"),
+  ],
+)
 def test_what_merely_differs_is_listed_once(config, field, value, caplog):
   with caplog.at_level(logging.INFO):
     base_settings.check("BASE", changed(config, field, value), config, PATHS)
@@ -75,8 +92,10 @@ def test_what_merely_differs_is_listed_once(config, field, value, caplog):
   assert f"{field} {value} → " in caplog.text
 
 
-@pytest.mark.parametrize(("field", "value"), [("model.dtype", "bfloat16"), ("model.remat", "full"), ("seed", 3),
-                                              ("data.normalisation", "q99"), ("optim.lr", 1.0)])  # fmt: skip
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [("model.dtype", "bfloat16"), ("model.remat", "full"), ("seed", 3), ("data.normalisation", "q99"), ("optim.lr", 1.0)],
+)
 def test_what_decides_nothing_is_not_mentioned(config, field, value, caplog):
   with caplog.at_level(logging.INFO):
     base_settings.check("BASE", changed(config, field, value), config, PATHS)

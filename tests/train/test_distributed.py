@@ -117,8 +117,9 @@ def test_collectives_on_cpus_wait_as_long_as_hosts(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_timeout_seconds=7")
   distributed.raise_cpu_collective_timeout(500.0)
   assert os.environ["XLA_FLAGS"].split() == [
-    "--xla_cpu_collective_timeout_seconds=7", "--xla_cpu_collective_call_terminate_timeout_seconds=500"
-  ]  # fmt: skip
+    "--xla_cpu_collective_timeout_seconds=7",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=500",
+  ]
 
 
 LATE = """DEADLINE_EXCEEDED: Barrier timed out. Id: policy::0. This happens because a task triggered the barrier \

@@ -37,9 +37,7 @@ def test_the_normalisation_of_the_config_is_the_one_trained_on(data, dataset, mo
   own = statistics.normalize(dataset.proprio, dataset.statistics.proprio, mode=mode)
   other = next(name for name in statistics.MODES if name != mode)
   wrong = statistics.normalize(dataset.proprio, dataset.statistics.proprio, mode=other)
-  near, far = (
-    [np.abs(table - row).max(1).min() for row in batch.observation.proprio] for table in (own, wrong)
-  )
+  near, far = ([np.abs(table - row).max(1).min() for row in batch.observation.proprio] for table in (own, wrong))
   assert max(near) < 1e-6 < min(far)
   with pytest.raises(ValueError, match="Unknown normalisation: got 'q90'"):
     source(data, normalisation="q90")

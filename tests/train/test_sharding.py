@@ -215,10 +215,18 @@ def test_flops_of_an_example_do_not_depend_on_scan_or_remat():
 
 def test_peaks_go_by_whole_names():
   for kind, tera in {
-    "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA L40S": 362, "NVIDIA L40": 181,
-    "NVIDIA L4": 121, "NVIDIA A100-SXM4-40GB": 312, "TPU v5 lite": 197, "TPU v5": 459, "TPU v5p": 459,
+    "NVIDIA H200": 989,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA L40S": 362,
+    "NVIDIA L40": 181,
+    "NVIDIA L4": 121,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "TPU v5 lite": 197,
+    "TPU v5": 459,
+    "TPU v5p": 459,
     "TPU v6 lite": 918,
-  }.items():  # fmt: skip
+  }.items():
     assert flops.peak(kind) == tera * 1e12, kind
   assert flops.peak("cpu") is None and flops.peak("NVIDIA L400") is None and flops.peak("NVIDIA GB2000") is None
 

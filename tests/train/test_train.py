@@ -123,8 +123,10 @@ def test_what_may_change_when_a_run_moves():
   assert resume.differences(saved, moved) == []
   moved["model"]["scan"], moved["train"]["grounding"], moved["lora"] = False, {"naming": 0.1}, None
   assert [line.split(":")[0] for line in resume.differences(saved, moved)] == [
-    "lora", "model.scan", "train.grounding.naming"
-  ]  # fmt: skip
+    "lora",
+    "model.scan",
+    "train.grounding.naming",
+  ]
 
 
 def test_a_run_goes_on_with_its_base_data_and_tokenisers(caplog):

@@ -45,8 +45,10 @@ def test_a_disk_that_is_full_is_one_line_and_the_newest_whole_checkpoint_stays(s
     assert checkpointer.steps[-1] == whole
 
 
-@pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), RuntimeError("UNAVAILABLE: bucket"),
-                                   PermissionError(13, "Permission denied")])  # fmt: skip
+@pytest.mark.parametrize(
+  "error",
+  [OSError(30, "Read-only file system"), RuntimeError("UNAVAILABLE: bucket"), PermissionError(13, "Permission denied")],
+)
 def test_whatever_orbax_raises_is_one_line(tmp_path, monkeypatch, error):
   def fail(*_, **__):
     raise error

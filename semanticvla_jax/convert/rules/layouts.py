@@ -156,10 +156,21 @@ LAYOUTS: dict[str, Layout] = {
       "SigLIP, big_vision",
       mark=r"(siglip|text)/.*",
       towers=(
-        Tower("siglip/", "siglip/", None, "Transformer/encoderblock_{i}/", _BIG_VISION_LAST,
-              torch_names=torch_names.from_big_vision),
-        Tower("text/", "text/", unused={r"(head|MAPHead_0)/.*": POOLED}, optional=True,
-              torch_names=torch_names.from_big_vision),
+        Tower(
+          "siglip/",
+          "siglip/",
+          None,
+          "Transformer/encoderblock_{i}/",
+          _BIG_VISION_LAST,
+          torch_names=torch_names.from_big_vision,
+        ),
+        Tower(
+          "text/",
+          "text/",
+          unused={r"(head|MAPHead_0)/.*": POOLED},
+          optional=True,
+          torch_names=torch_names.from_big_vision,
+        ),
       ),
       fixed={name: {"hidden_act": "gelu_pytorch_tanh"} for name in ("siglip", "text")},
     ),
@@ -187,18 +198,14 @@ LAYOUTS: dict[str, Layout] = {
     Layout(
       "DINOv2, timm",
       mark=r"reg_token",
-      towers=(
-        Tower("dino/", "", vit.timm, "blocks.{i}.", _TIMM_LAST, torch_names=torch_names.dinov2_from_timm),
-      ),
+      towers=(Tower("dino/", "", vit.timm, "blocks.{i}.", _TIMM_LAST, torch_names=torch_names.dinov2_from_timm),),
       config="timm",
       model_types=("timm_wrapper",),
     ),
     Layout(
       "SigLIP, timm",
       mark=r"attn_pool\.latent",
-      towers=(
-        Tower("siglip/", "", vit.timm, "blocks.{i}.", _TIMM_LAST, torch_names=torch_names.siglip_from_timm),
-      ),
+      towers=(Tower("siglip/", "", vit.timm, "blocks.{i}.", _TIMM_LAST, torch_names=torch_names.siglip_from_timm),),
       config="timm",
       model_types=("timm_wrapper",),
     ),
@@ -212,7 +219,7 @@ LAYOUTS: dict[str, Layout] = {
       model_types=("llama",),
     ),
   )
-}  # fmt: skip
+}
 
 
 def whole_model(keys: Iterable[str], fine_tuned: bool) -> Layout:
