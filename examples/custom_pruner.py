@@ -60,10 +60,10 @@ def examples(tokenizers) -> Batch:
 def main(steps: int = 10) -> dict:
   """Returns the losses, and the indices of the patches kept of each view, i32[b·v h]."""
   ready = prepare(get_config(), deadline=60.0)
-  batch, hints = sharding.place_batch((examples(ready.tokenizers), None), ready.mesh, len(SENTENCES))
+  batch = sharding.place_batch(examples(ready.tokenizers), ready.mesh, len(SENTENCES))
   train, state, losses = step.compile_step(ready.step, ready.mesh, ready.state, ready.frozen), ready.state, []
   for _ in range(steps):
-    state, metrics = train(state, ready.frozen, batch, hints)
+    state, metrics = train(state, ready.frozen, batch)
     losses.append(float(metrics["loss"]))
   print("loss " + " ".join(f"{loss:.2f}" for loss in losses))
   look = jax.jit(lambda params, x: ready.bare.apply({"params": params}, x).intermediates["siglip_pruned"].kept)

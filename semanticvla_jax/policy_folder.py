@@ -178,7 +178,7 @@ def load_policy(
   return PolicyFiles(params, config, statistics, metadata, folder)
 
 
-def read_policystored_shapes(folder: Path) -> dict:
+def read_policy_shapes(folder: Path) -> dict:
   """The parameters of a policy folder as ShapeDtypeStructs, without reading any; errors as in `load_policy`."""
   folder = absolute(folder)
   read_policy_json(folder)

@@ -113,7 +113,7 @@ def test_nothing_is_overwritten(saved):
   with pytest.raises(ValueError, match="Policy folder exists"):
     policy_folder.save_policy(saved, params(1), config=CONFIG, statistics=STATISTICS)
   assert policy_folder.policy_hash(saved) == before
-  with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+  with pytest.raises(ValueError, match=r"config\.json is not JSON"):
     policy_folder.save_policy(saved.parent / "bad", params(), config={"model": object()}, statistics={})
   assert not (saved.parent / "bad").exists()
 

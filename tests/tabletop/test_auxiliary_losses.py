@@ -112,3 +112,10 @@ def test_the_shapes_that_a_program_is_compiled_for_are_those_of_a_batch():
   make, _ = training.batches(config, model, text.load(prompt_length=32, instruction_length=24), STATISTICS)
   wanted = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(make, 0).aux)
   assert wanted == jax.tree.map(lambda x: (x.shape, x.dtype), training.aux_loss(config).shapes(config, model))
+
+
+def test_alignment_prefers_scores_on_the_focus():
+  focus = jnp.zeros((1, 1, 4)).at[0, 0, 2].set(1.0)
+  on, off = (jnp.zeros((1, 4, 8)).at[0, i].set(0.5) for i in (2, 0))
+  assert auxiliary_losses.alignment(on, focus) < auxiliary_losses.alignment(off, focus)
+  assert float(auxiliary_losses.alignment(on, jnp.zeros((1, 1, 4)))) == 0.0

@@ -54,13 +54,6 @@ def test_append_puts_tokens_behind_the_last_real_one():
   assert number[1].tolist() == [-2, -1, 0, 1, 2]
 
 
-def test_alignment_prefers_scores_on_the_focus():
-  focus = jnp.zeros((1, 1, 4)).at[0, 0, 2].set(1.0)
-  on, off = (jnp.zeros((1, 4, 8)).at[0, i].set(0.5) for i in (2, 0))
-  assert losses.alignment(on, focus) < losses.alignment(off, focus)
-  assert float(losses.alignment(on, jnp.zeros((1, 1, 4)))) == 0.0
-
-
 def test_mesh_fills_and_refuses():
   mesh = sharding.make_mesh(dict(data=2, fsdp=-1, tensor=1))
   assert dict(mesh.shape) == {"replica": 1, "data": 2, "fsdp": 4, "tensor": 1}

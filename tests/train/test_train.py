@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import random_observation
 from small_runs import CHANGES, losses_of, make_config, write_data
 
-from configs import common, openvla
+from configs import common, openvla, pretrain
 from semanticvla_jax import policy_folder
 from semanticvla_jax.train import __main__ as command
 from semanticvla_jax.train import checkpoints, diverged, inputs, optimizer, resume
@@ -102,8 +102,23 @@ def test_workdir_of_another_config_is_refused(straight, data):
   assert sorted(p.name for p in (straight[0] / "checkpoints").iterdir()) == before
 
 
-def test_a_later_version_resumes_an_earlier_run():
+def test_a_run_from_when_every_config_had_the_tabletops_fields_resumes():
   config = resume.plain(common.get_config("tiny"))
+  older = json.loads(json.dumps(config))
+  older["data"] |= {"suites": None, "starts": 0.0, "askew": 0.0}
+  older["train"]["grounding"] = None
+  assert resume.differences(older, config) == []
+  pretraining = resume.plain(pretrain.get_config())
+  assert resume.differences(json.loads(json.dumps(pretraining)), pretraining) == []
+  other = pretrain.get_config("turn")
+  other.seed = pretraining["seed"]
+  assert "data.askew: 0.0 → 0.5" in resume.differences(pretraining, resume.plain(other))
+
+
+def test_a_later_version_resumes_an_earlier_run():
+  start = pretrain.get_config()
+  start.data.starts = 0.0
+  config = resume.plain(start)
   older = json.loads(json.dumps(config))
   for path in resume.FIELD_DEFAULTS_BEFORE:
     *folders, name = path.split(".")
