@@ -258,7 +258,7 @@ def test_pytorch_files(tmp_path):
   np.testing.assert_array_equal(a.read(), state["a"].numpy())
   assert str(b.dtype) == "bfloat16" == str(b.read().dtype) and (b.read() == 1.5).all()
   torch.save({"model": state}, tmp_path / "nested.pt")
-  with pytest.raises(ValueError, match="no state dict"):
+  with pytest.raises(ValueError, match="is not a state dict"):
     torch_files.open_file(tmp_path / "nested.pt")
   (tmp_path / "short.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:300])
   with pytest.raises(ValueError, match="cannot be opened"):

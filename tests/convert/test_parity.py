@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from semanticvla_jax.convert.check import torch_models
+from semanticvla_jax.convert.check import against_torch, torch_models
 from semanticvla_jax.convert.rules import engine, llama, text, vit
 from semanticvla_jax.models import masks
 from semanticvla_jax.models.llama import Llama
