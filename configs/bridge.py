@@ -2,7 +2,7 @@
 
     python -m semanticvla_jax.train --config=configs/bridge.py --workdir=… --config.data.dir=gs://…
 
-Reads `bridge_orig`, the project website's version, by `standardise.BRIDGE`. The release names the platform and its five
+Reads `bridge_orig`, the project website's version, by `standardize.BRIDGE`. The release names the platform and its five
 actions a chunk but has no script for it: everything else is the LIBERO recipe.
 """
 

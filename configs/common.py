@@ -129,7 +129,7 @@ def _data(variant: str) -> ConfigDict:
       prompt_length=64,
       instruction_length=WORDS[variant],
       tokenizers=placeholder(str),  # a folder; None: the embedded pair
-      keep_statistics=False,  # normalise with the statistics of init_from
+      keep_statistics=False,  # normalize with the statistics of init_from
     )
   )
 

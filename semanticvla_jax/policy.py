@@ -121,7 +121,7 @@ class Policy:
       **options: batch_sizes, replay and gripper of the constructor.
 
     Raises:
-      ValueError: the folder is missing or damaged, does not say which statistics or tokenisers to use, or a dtype that
+      ValueError: the folder is missing or damaged, does not say which statistics or tokenizers to use, or a dtype that
         does not exist.
     """
     if dtype not in (None, *checks.CHOICES["dtype"]):
@@ -134,7 +134,7 @@ class Policy:
     model, params = _adapted(bare, files.params, config, _choice("adapters", adapters, ADAPTERS))
     if files.tokenizers is None:
       raise refuse(
-        f"Policy {files.folder} has no tokenisers",
+        f"Policy {files.folder} has no tokenizers",
         "no folder tokenizers/",
         "tokenizer.model in it",
         "copy it from the base checkpoint (save_policy(tokenizers=…) does so)",
@@ -326,9 +326,9 @@ class Policy:
     if need > have:
       raise refuse(
         "Policy",
-        f"a tokeniser of {need} ids with padding",
+        f"a tokenizer of {need} ids with padding",
         f"at most {have}, the rows of the model's embedding",
-        "use the tokeniser it was trained with",
+        "use the tokenizer it was trained with",
       )
     if self.bare.text is not None and self.tokenizers.instruction_length > self.bare.text.positions:
       raise refuse(
@@ -340,7 +340,7 @@ class Policy:
     if self.bare.text is not None and self.tokenizers.siglip is None:
       raise refuse(
         "Policy",
-        "no SigLIP tokeniser",
+        "no SigLIP tokenizer",
         "spiece.model, for this model prunes by the instruction",
         "copy it beside tokenizer.model",
       )

@@ -57,7 +57,7 @@ class PolicyFiles(NamedTuple):
 
   @property
   def tokenizers(self) -> epath.Path | None:
-    """The folder of the tokenisers, or None where the policy carries none."""
+    """The folder of the tokenizers, or None where the policy carries none."""
     folder = self.folder / "tokenizers"
     return folder if folder.exists() else None
 

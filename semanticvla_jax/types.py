@@ -21,11 +21,11 @@ class Observation:
 
   Attributes:
     images: u8[b v h w 3], RGB 0..255, upright, views in the order of the config (primary first, then wrists). The
-      model normalises them on the device, once per encoder.
-    proprio: f32[b p] in [-1, 1] (normalised with the dataset's statistics), or None for a model without proprioception.
-    prompt: i32[b t], ids of the language model's tokeniser: `<s>`, the prompt, the empty token 29871; right-padded.
+      model normalizes them on the device, once per encoder.
+    proprio: f32[b p] in [-1, 1] (normalized with the dataset's statistics), or None for a model without proprioception.
+    prompt: i32[b t], ids of the language model's tokenizer: `<s>`, the prompt, the empty token 29871; right-padded.
     prompt_mask: bool[b t], True at real tokens.
-    instruction: i32[b m], ids of the SigLIP tokeniser, right-padded; None for a model without an ID-Pruner.
+    instruction: i32[b m], ids of the SigLIP tokenizer, right-padded; None for a model without an ID-Pruner.
     instruction_mask: bool[b m], True at real tokens, False at padding *and* at the end-of-sentence token.
   """
 
@@ -43,7 +43,7 @@ class Batch:
 
   Attributes:
     observation: see Observation.
-    actions: f32[b k a] normalised to [-1, 1]; dimensions outside the statistics' mask (a gripper) pass unchanged.
+    actions: f32[b k a] normalized to [-1, 1]; dimensions outside the statistics' mask (a gripper) pass unchanged.
     action_mask: bool[b k], False where the chunk runs past the end of its episode (such steps carry no loss).
     aux: targets of an auxiliary loss, a pytree of arrays [b …] that only that loss reads (train.step.AuxLoss); None
       without one.
@@ -61,7 +61,7 @@ class Statistics:
 
   Attributes:
     mean, std, min, max, q01, q99: f32[d]; q01 and q99 are the 1 % and 99 % quantiles.
-    mask: bool[d], True where the dimension is normalised; False passes it through (a gripper command).
+    mask: bool[d], True where the dimension is normalized; False passes it through (a gripper command).
   """
 
   mean: Array

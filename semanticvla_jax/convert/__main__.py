@@ -83,7 +83,7 @@ def fold_verb(args: argparse.Namespace) -> int:
   """python -m semanticvla_jax.convert fold --policy policy
 
   Folds a policy's adapters into its weights, as loading it does, and replaces the folder, or makes another with
-  --target. Statistics, tokenisers and reports are kept, and so are the types of the weights; the parameters' hash is
+  --target. Statistics, tokenizers and reports are kept, and so are the types of the weights; the parameters' hash is
   checked first. A run that is interrupted leaves the old folder whole. Without adapters there is nothing to do.
   """
   fold.fold(args.policy, args.target, say=lambda line: print(line, flush=True))

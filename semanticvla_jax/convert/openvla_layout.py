@@ -226,7 +226,7 @@ def tokenizers(given: str | Path | None, sources: Sequence[str | Path]) -> list[
   """
   own = [] if given is None else sorted(Path(given).expanduser().glob("*.model"))
   if given is not None and not own:
-    raise refuse("No tokenisers", f"{given} without a .model file", "tokenizer.model", "name its folder")
+    raise refuse("No tokenizers", f"{given} without a .model file", "tokenizer.model", "name its folder")
   models = {path.name: path for folder in _folders(sources) for path in sorted(folder.glob("*.model"))}
   return list((models | {path.name: path for path in own}).values())
 

@@ -382,7 +382,7 @@ def _write_json(partial: Path, folder: PolicyFolder, origin: Source | None, repo
 
 
 def _copy_small_files(partial: Path, folder: PolicyFolder, base: Sequence[str | Path]) -> None:
-  """Tokenisers and processor files of the policy, then those of the base; of two with one name the first."""
+  """Tokenizers and processor files of the policy, then those of the base; of two with one name the first."""
   small = [*(folder.folder / "tokenizers").glob("*.model"), *release.processor_files([folder.folder / "source_files"])]
   for path in map(Path, reversed(base)):
     files_there = sorted(path.iterdir()) if path.is_dir() else []

@@ -44,7 +44,7 @@ def inspect(datasets: list[rlds.Dataset]) -> str:
       lines.append(f"  ... and {len(said) - 20} more instructions")
     for kind in ("action", "proprio"):
       part = getattr(dataset.statistics, kind)
-      lines.append(f"  {kind:>10}  {'min':>9} {'q01':>9} {'mean':>9} {'q99':>9} {'max':>9}  normalised")
+      lines.append(f"  {kind:>10}  {'min':>9} {'q01':>9} {'mean':>9} {'q99':>9} {'max':>9}  normalized")
       rows = zip(part.min, part.q01, part.mean, part.q99, part.max, part.mask, strict=True)
       lines += [
         f"  {i:10d}  " + " ".join(f"{x:9.4f}" for x in row[:5]) + f"  {'yes' if row[5] else 'no'}"
@@ -57,7 +57,7 @@ def preview(dataset: rlds.Dataset, *, count: int = 6, size: int = 224, seed: int
   """Draws a contact sheet, a row a frame: each view as stored, centre cropped (evaluation) and augmented (training).
 
   The frames are spread evenly over the dataset. Beside them: instruction, state, and the action before and after
-  standardising and normalising.
+  standardizing and normalizing.
   """
   reader = tfrecord_index.Reader(dataset.index)
   rows = []
@@ -90,10 +90,10 @@ def _caption(dataset: rlds.Dataset, frame: int) -> UInt8[np.ndarray, "h w 3"]:
     dataset.instruction(frame),
     "stored action  " + _numbers(dataset.index.columns["action"][dataset.frames[frame]]),
     "action         " + _numbers(dataset.actions[frame]),
-    "normalised     " + _numbers(statistics.normalize(chunk, stats.action, mode=spec.mode)[0, 0]),
+    "normalized     " + _numbers(statistics.normalize(chunk, stats.action, mode=spec.mode)[0, 0]),
     "state          " + _numbers(dataset.proprio[frame]),
-    "normalised     " + _numbers(statistics.normalize(dataset.proprio[now], stats.proprio, mode=spec.mode)[0]),
-    f"chunk of {spec.chunk}, normalised:",
+    "normalized     " + _numbers(statistics.normalize(dataset.proprio[now], stats.proprio, mode=spec.mode)[0]),
+    f"chunk of {spec.chunk}, normalized:",
     *(_numbers(action) for action in statistics.normalize(chunk, stats.action, mode=spec.mode)[0]),
   ]
   numbers = max(len(spec.normalized), spec.proprio_dim) + 3  # and the word before them

@@ -1,7 +1,7 @@
 """One function per dataset: from the columns stored on disk to actions and proprioception in one convention.
 
 The convention: 7-d actions are displacements of the end effector and a gripper command with 1 open, 0 closed. A
-`DatasetSpec` says the rest: which images, which dimensions are normalised, how.
+`DatasetSpec` says the rest: which images, which dimensions are normalized, how.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DatasetSpec(NamedTuple):
     standardize: columns of an episode to a Trajectory.
     columns: the step features it reads, with their widths.
     views: image features below `observation/`, primary camera first, then wrists.
-    normalised: per action dimension, False passes it through (a gripper command).
+    normalized: per action dimension, False passes it through (a gripper command).
     absolute: per action dimension, True for a target, False for a displacement (decides what padding repeats).
     proprio_dim: width of the proprioception.
     mode: "bounds_q99" or "bounds", see statistics.normalize.
@@ -67,7 +67,7 @@ class DatasetSpec(NamedTuple):
 
 
 def check_gripper(name: str, spec: DatasetSpec, action: Float[np.ndarray, "n a"]) -> None:
-  """Refuses stored gripper commands of another convention, which standardising would clip or invert unseen.
+  """Refuses stored gripper commands of another convention, which standardizing would clip or invert unseen.
 
   Commands must stay in the range of the spec's (within a twentieth of it) and, unless they never change, lie on both
   sides of its middle.

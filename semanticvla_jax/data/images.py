@@ -104,8 +104,8 @@ def hide_accelerators() -> None:
   try:
     tf.config.set_visible_devices([], "GPU")
     tf.config.set_visible_devices([], "TPU")
-  except RuntimeError:  # already initialised by the caller, who then decides
-    logging.warning("tensorflow was initialised before its devices could be hidden")
+  except RuntimeError:  # already initialized by the caller, who then decides
+    logging.warning("tensorflow was initialized before its devices could be hidden")
 
 
 def _undecodable(encoded: bytes, error: Exception) -> ValueError:
@@ -248,7 +248,7 @@ class _Band(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _lanczos(n_in: int, n_out: int) -> tuple[_Band, ...]:
-  """Lanczos-3 with antialiasing: the kernel is widened by the shrink factor, weights are renormalised at borders.
+  """Lanczos-3 with antialiasing: the kernel is widened by the shrink factor, weights are renormalized at borders.
 
   The matrix is banded, so it is kept in blocks of a few rows, each with only the inputs they read.
   """

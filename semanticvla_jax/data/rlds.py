@@ -29,7 +29,7 @@ from semanticvla_jax.errors import refuse
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """One dataset, standardised, in raw units, without its images: `n` frames.
+  """One dataset, standardized, in raw units, without its images: `n` frames.
 
   Attributes:
     name: of the folder and of the statistics.
@@ -101,7 +101,7 @@ def load(
   given: statistics.DatasetStatistics | None = None,
   cache_dir: str | None = None,
 ) -> Dataset:
-  """Indexes `<data_dir>/<name>/<version>` (the highest version), standardises it and computes its statistics.
+  """Indexes `<data_dir>/<name>/<version>` (the highest version), standardizes it and computes its statistics.
 
   Episodes without language are dropped, as in the release; their number is logged.
 
@@ -217,7 +217,7 @@ def assemble(
   index: tfrecord_index.Index,
   given: statistics.DatasetStatistics | None = None,
 ) -> Dataset:
-  """Standardises the episodes of an index and computes (or takes `given`) and checks their statistics.
+  """Standardizes the episodes of an index and computes (or takes `given`) and checks their statistics.
 
   Raises:
     ValueError: non-finite numbers (naming the shard, episode and frame), gripper commands of another convention, no

@@ -46,7 +46,7 @@ def compute(
 
   Args:
     values: all frames of a dataset in raw units.
-    mask: which dimensions are normalised; None for all.
+    mask: which dimensions are normalized; None for all.
 
   Raises:
     ValueError: no frames, non-finite values, or a mask of another width.
@@ -161,7 +161,7 @@ def check(
     raise ValueError(f"Statistics of dataset {name!r} cannot be used:\n  " + "\n  ".join(problems))
   for kind in ("action", "proprio"):
     if (part := getattr(statistics, kind)) is not None and (constant := np.flatnonzero(part.min == part.max)).size:
-      logging.info("%s: %s dimensions %s never change and are normalised to 0", name, kind, constant.tolist())
+      logging.info("%s: %s dimensions %s never change and are normalized to 0", name, kind, constant.tolist())
 
 
 def _problems(kind: str, statistics: Statistics, width: int, mode: str) -> list[str]:
@@ -180,7 +180,7 @@ def _problems(kind: str, statistics: Statistics, width: int, mode: str) -> list[
     elif extent != 0 and (span < 1e-6 or span < 1e-3 * extent):
       problems.append(
         f"{where}: got a range {high_name} - {low_name} = {span:.3g} while values span {extent:.3g}; expected at least "
-        f"1e-3 of the span and 1e-6; drop outliers, normalise by 'bounds', or take the dimension out of the mask"
+        f"1e-3 of the span and 1e-6; drop outliers, normalize by 'bounds', or take the dimension out of the mask"
       )
   return problems
 
@@ -192,7 +192,7 @@ def _gripper_problems(statistics: Statistics) -> list[str]:
     if not (low >= -1e-6 and high <= 1 + 1e-6):
       problems.append(
         f"action dimension {i}: got gripper commands in [{low:.4g}, {high:.4g}]; expected [0, 1] with 1 open and 0 "
-        "closed; map them in the standardising function (LIBERO: 1 - clip(g, 0, 1))"
+        "closed; map them in the standardizing function (LIBERO: 1 - clip(g, 0, 1))"
       )
   return problems
 
@@ -239,7 +239,7 @@ def load(path: str | pathlib.Path) -> dict[str, DatasetStatistics]:
   """Reads either JSON family, distinguished by the top-level key "norm_stats" with "actions" below it.
 
   An openpi file holds one dataset, returned under the name of its folder (openpi's asset id). It has no extremes (NaN
-  here, so that mode "bounds" is refused) and normalises every dimension, the gripper too (mask all True).
+  here, so that mode "bounds" is refused) and normalizes every dimension, the gripper too (mask all True).
 
   Raises:
     ValueError: not JSON, or neither family.

@@ -39,7 +39,7 @@ def prompt(instruction: str) -> str:
 
 
 def canonical(text: str) -> str:
-  """Lower-cases, strips ASCII punctuation and collapses white space, as SigLIP's tokeniser does."""
+  """Lower-cases, strips ASCII punctuation and collapses white space, as SigLIP's tokenizer does."""
   return re.sub(r"\s+", " ", text.lower().translate(_PUNCTUATION)).strip()
 
 
@@ -49,7 +49,7 @@ def short(sentence: str, most: int = 80) -> str:
 
 
 class Tokenizers(NamedTuple):
-  """The tokenisers of one policy, with the lengths it was compiled for.
+  """The tokenizers of one policy, with the lengths it was compiled for.
 
   Attributes:
     language: SentencePiece model of the language model (Llama: 32,000 pieces).
@@ -71,7 +71,7 @@ class Tokenizers(NamedTuple):
     return self.language.vocab_size()
 
   def prompt(self, instructions: Sequence[str]) -> tuple[Int32[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]:
-    """Tokenises prompts: `<s>`, the prompt, the empty token ("▁", 29871 for Llama), then padding, masked False.
+    """Tokenizes prompts: `<s>`, the prompt, the empty token ("▁", 29871 for Llama), then padding, masked False.
 
     These are the ids the release predicts from, in training and in evaluation (`modeling_prismatic.py:1102-1105`).
 
@@ -86,17 +86,17 @@ class Tokenizers(NamedTuple):
     return _pad(rows, self.prompt_length, self.pad_id, instructions, "prompt")
 
   def instruction(self, instructions: Sequence[str]) -> tuple[Int32[np.ndarray, "b m"], Bool[np.ndarray, "b m"]]:
-    """Tokenises the ID-Pruner's text: the sentence, `</s>`, padding; mask = ids != `</s>`.
+    """Tokenizes the ID-Pruner's text: the sentence, `</s>`, padding; mask = ids != `</s>`.
 
     Padding is `</s>` too (id 1), so the mask leaves out the end of the sentence with the padding, as in the release
     (`mm_sampler.py:109`).
 
     Raises:
-      ValueError: a sentence does not fit, or this policy has no SigLIP tokeniser.
+      ValueError: a sentence does not fit, or this policy has no SigLIP tokenizer.
     """
     if self.siglip is None:
       raise refuse(
-        "No SigLIP tokeniser",
+        "No SigLIP tokenizer",
         "an instruction for the ID-Pruner",
         "spiece.model in the checkpoint folder",
         "copy it there from google/siglip-so400m-patch14-384",
@@ -127,7 +127,7 @@ def load(
   language = _sentencepiece(folder / "tokenizer.model")
   if language.is_unknown(language.piece_to_id("▁")) or language.bos_id() < 0:
     raise refuse(
-      f"{folder / 'tokenizer.model'} is no Llama tokeniser",
+      f"{folder / 'tokenizer.model'} is no Llama tokenizer",
       "no '▁' piece or no <s>",
       "both",
       "copy the file from the base checkpoint",
@@ -135,7 +135,7 @@ def load(
   siglip = _sentencepiece(folder / "spiece.model") if (folder / "spiece.model").exists() else None
   if siglip is not None and siglip.eos_id() != 1:
     raise refuse(
-      f"{folder / 'spiece.model'} is no SigLIP tokeniser",
+      f"{folder / 'spiece.model'} is no SigLIP tokenizer",
       f"</s> = {siglip.eos_id()}",
       "1",
       "copy the file from the SigLIP checkpoint",
@@ -149,7 +149,7 @@ def _sentencepiece(path: pathlib.Path) -> Any:
   if not path.exists():
     found = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else "no such folder"
     raise refuse(
-      "No tokeniser",
+      "No tokenizer",
       f"{found} in {path.parent}",
       f"{path.name} (the SentencePiece file, not tokenizer.json)",
       "copy it from the base checkpoint",

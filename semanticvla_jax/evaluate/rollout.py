@@ -145,7 +145,7 @@ class Setup(NamedTuple):
   """What is compiled into a program, apart from the model: all static.
 
   Attributes:
-    image_size, views, crop_area, mode: of the policy: pixels, how many, what is cropped, and which bounds normalise.
+    image_size, views, crop_area, mode: of the policy: pixels, how many, what is cropped, and which bounds normalize.
     suite, split: of the tabletop.
     replan_steps, max_steps, keep_states: see `simulate`.
   """
@@ -173,7 +173,7 @@ class Inputs(NamedTuple):
 
 
 def policy_query(model: nn.Module, setup: Setup, inputs: Inputs) -> Query:
-  """Asks a policy inside jit: render, read the gripper, gather the words, run the model, un-normalise."""
+  """Asks a policy inside jit: render, read the gripper, gather the words, run the model, un-normalize."""
   action, proprio = inputs.stats
   look = jax.vmap(functools.partial(physics.observe, size=setup.image_size))
 

@@ -68,7 +68,7 @@ def crop(config: Mapping) -> Finding:
 
 
 def bounds(config: Mapping, action: Statistics) -> Finding:
-  """Whether actions are un-normalised with extremes where quantiles were trained on."""
+  """Whether actions are un-normalized with extremes where quantiles were trained on."""
   mode = (config.get("data") or {}).get("normalisation", "q99")
   masked = np.asarray(action.mask, bool)
   copies = bool(np.all(action.q01[masked] == action.min[masked]) and np.all(action.q99[masked] == action.max[masked]))
@@ -90,10 +90,10 @@ def action_block(config: Mapping) -> Finding:
 
 
 def gripper(action: Statistics) -> Finding:
-  """Whether the gripper is normalised, or stored as -1 and 1 where 0 and 1 are expected."""
+  """Whether the gripper is normalized, or stored as -1 and 1 where 0 and 1 are expected."""
   low, high, masked = float(action.min[-1]), float(action.max[-1]), bool(action.mask[-1])
-  seen = f"gripper from {low:g} to {high:g}, {'normalised' if masked else 'passed through'}"
-  remedy = "read the data with its LIBERO recipe: 1 open, 0 closed, not normalised"
+  seen = f"gripper from {low:g} to {high:g}, {'normalized' if masked else 'passed through'}"
+  remedy = "read the data with its LIBERO recipe: 1 open, 0 closed, not normalized"
   return Finding("gripper", masked or low < -1e-6 or high > 1 + 1e-6, seen, "it closes where it is to open", remedy)
 
 

@@ -75,7 +75,7 @@ class Coupler(nn.Module):
 
   @nn.compact
   def __call__(self, states: Float[Array, "b kt D"]) -> Float[Array, "b k a"]:
-    """Action-token states, `tokens` a step → normalised actions, float32, not squashed."""
+    """Action-token states, `tokens` a step → normalized actions, float32, not squashed."""
     self._check(states.shape[1])
     steps = rearrange(states, "b (k t) D -> b k t D", t=self.tokens)
     parts = []
@@ -109,7 +109,7 @@ class Coupler(nn.Module):
 # Original OpenVLA: 256 edges of [-1, 1], 255 intervals; the last 256 ids of Llama's own 32000 stand for them.
 BINS = 256
 TOKENISER_VOCAB = 32000
-EXTRA_ROWS = 64  # of the embedding, beyond the ids of the tokeniser
+EXTRA_ROWS = 64  # of the embedding, beyond the ids of the tokenizer
 _EDGES = np.linspace(-1, 1, BINS)
 _CENTRES = ((_EDGES[:-1] + _EDGES[1:]) / 2).astype(np.float32)
 
@@ -117,9 +117,9 @@ _CENTRES = ((_EDGES[:-1] + _EDGES[1:]) / 2).astype(np.float32)
 def actions_to_tokens(
   actions: Float[Array, "*b"] | Float[np.ndarray, "*b"], vocab: int = TOKENISER_VOCAB
 ) -> Int[Array, "*b"]:
-  """Normalised actions → token ids 31744..31999 (31999 is −1), as OpenVLA's training does; clips to [-1, 1].
+  """Normalized actions → token ids 31744..31999 (31999 is −1), as OpenVLA's training does; clips to [-1, 1].
 
-  `vocab`: ids of the tokeniser; the last 256 of them are taken.
+  `vocab`: ids of the tokenizer; the last 256 of them are taken.
   """
   return vocab - jnp.digitize(jnp.clip(jnp.asarray(actions), -1, 1), jnp.asarray(_EDGES, jnp.float32))
 

@@ -1,6 +1,6 @@
 """SemanticVLA: images, proprioception, an instruction → a chunk of actions in one pass (SemanticVLA Figure 2, Eq. 1).
 
-    instruction ─ text ─► words                                    images ─ normalise, once per encoder ─► pixels
+    instruction ─ text ─► words                                    images ─ normalize, once per encoder ─► pixels
                             │                                                │
                             │          siglip ──────── dense_fuser ──────── dino + aggregation tokens (FiLM by prompt)
                             ▼            │                                    │
@@ -51,7 +51,7 @@ DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.22363281
 
 @flax.struct.dataclass
 class Output:
-  """Actions f32[b k a], normalised; and what led to them, by name: free under jit when unread."""
+  """Actions f32[b k a], normalized; and what led to them, by name: free under jit when unread."""
 
   actions: Float[Array, "b k a"]
   intermediates: dict[str, Any]
@@ -95,7 +95,7 @@ class SemanticVLA(nn.Module):
     Args:
       observation: see types.Observation.
       train: draws the pruners' noise (needs an rng named 'noise').
-      pixels: {encoder: f[b v h w 3]}, images that are normalised already, instead of `observation.images`.
+      pixels: {encoder: f[b v h w 3]}, images that are normalized already, instead of `observation.images`.
       part: (i, p) where these are the examples i, i + p, i + 2p, … of a batch: their noise is what they have in it.
     """
     if self.coupler is None:
@@ -244,7 +244,7 @@ class SemanticVLA(nn.Module):
 
   @property
   def spoken_vocab(self) -> int:
-    """Ids of the language model's tokeniser (32000); OpenVLA's actions are the last 256 of them."""
+    """Ids of the language model's tokenizer (32000); OpenVLA's actions are the last 256 of them."""
     return self.llm.vocab - EXTRA_ROWS
 
   def _encoders(self) -> dict[str, ViT]:
@@ -300,8 +300,8 @@ class SemanticVLA(nn.Module):
       )
     if self.text is not None and observation.instruction is None:
       raise ValueError(
-        "observation: got no instruction tokens, expected i32[b m] of the SigLIP tokeniser (this model prunes by the "
-        "instruction); tokenise the instruction with semanticvla_jax.data.text."
+        "observation: got no instruction tokens, expected i32[b m] of the SigLIP tokenizer (this model prunes by the "
+        "instruction); tokenize the instruction with semanticvla_jax.data.text."
       )
 
 

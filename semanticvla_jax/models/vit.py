@@ -276,14 +276,14 @@ class ViT(nn.Module):
     )
 
   def normalize(self, images: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3"]:
-    """RGB bytes → this encoder's normalised float32."""
+    """RGB bytes → this encoder's normalized float32."""
     x = images.astype(jnp.float32) / 255
     return (x - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
 
   def embed(
     self, pixels: Float[Array, "b h w 3"], queries: Float[Array, "1 q d"] | None = None
   ) -> Float[Array, "b l d"]:
-    """Normalised pixels → [prefix | patches | queries]. Only patches carry a position embedding."""
+    """Normalized pixels → [prefix | patches | queries]. Only patches carry a position embedding."""
     b, h, w, _ = pixels.shape
     if (h, w) != (self.image, self.image):
       raise ValueError(

@@ -158,7 +158,7 @@ def make_batches(
 
   Args:
     batch_size, chunk: b and k. image, patch: pixels. suites: weights in the order of tasks.SUITES.
-    tokenizers: of the policy; all instructions are tokenised once. stats: see `measure`.
+    tokenizers: of the policy; all instructions are tokenized once. stats: see `measure`.
     split, initial_fraction, hard_yaw_fraction: see `sample_state`.
   """
   texts = list(tasks.INSTRUCTIONS)

@@ -52,11 +52,11 @@ def aux_loss(config: Any) -> AuxiliaryLosses | None:
 def batches(
   config: Any, model: Any, tokenizers: Tokenizers, kept: statistics.DatasetStatistics | None
 ) -> tuple[Callable[[int], Batch], statistics.DatasetStatistics]:
-  """step → Batch, made by the expert on the device, and the statistics that it is normalised with.
+  """step → Batch, made by the expert on the device, and the statistics that it is normalized with.
 
   Args:
     model: the SemanticVLA that reads the batches.
-    kept: statistics to normalise with; None measures the expert's.
+    kept: statistics to normalize with; None measures the expert's.
 
   Raises:
     ValueError: the expert cannot draw what the config asks for.

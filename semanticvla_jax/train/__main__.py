@@ -98,7 +98,7 @@ def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict,
 
 
 def check_bases(config: Any, taken: dict[str, list[str]]) -> None:
-  """Raises ValueError where a base's own settings or tokenisers give what is taken from it another meaning."""
+  """Raises ValueError where a base's own settings or tokenizers give what is taken from it another meaning."""
   here = epath.Path(config.data.tokenizers or text.EMBEDDED)
   for folder, paths in taken.items():
     there = epath.Path(folder).expanduser() / "tokenizers"
@@ -312,7 +312,7 @@ def write_policy(
   deadline: float,
   aux_loss: stepping.AuxLoss | None = None,
 ) -> Path:
-  """`<workdir>/policy`: parameters, statistics, config and tokenisers in one folder; replaces the one of this run."""
+  """`<workdir>/policy`: parameters, statistics, config and tokenizers in one folder; replaces the one of this run."""
   target = workdir / "policy"
   distributed.barrier("policy", deadline)
   params = combine(optimizer.average_of(state.optimizer, state.trainable), frozen)

@@ -20,7 +20,7 @@ from semanticvla_jax.models.pruner import SAPruner
 from semanticvla_jax.models.semanticvla import SemanticVLA, build, resolve
 from semanticvla_jax.train.partition import LORA
 
-# Attributes of a part of the model that change no parameter's meaning: how it computes, how it is initialised, how many
+# Attributes of a part of the model that change no parameter's meaning: how it computes, how it is initialized, how many
 # tokens it keeps, what is added in training.
 FREE = (
   "dtype",
@@ -57,8 +57,8 @@ LISTED = (
   "trajectory_end",
   "tokenizers",
 )  # of config.data
-HEADS = r"(coupler|proprio_projector)/.*"  # whose numbers are normalised
-WORDS = {"tokenizer.model": r"llm/(embed|lm_head)/.*", "spiece.model": r"text/.*"}  # whose rows are a tokeniser's ids
+HEADS = r"(coupler|proprio_projector)/.*"  # whose numbers are normalized
+WORDS = {"tokenizer.model": r"llm/(embed|lm_head)/.*", "spiece.model": r"text/.*"}  # whose rows are a tokenizer's ids
 
 
 def check(source: str, base: Mapping, config: Any, paths: Sequence[str]) -> None:
@@ -89,7 +89,7 @@ def check(source: str, base: Mapping, config: Any, paths: Sequence[str]) -> None
 
 
 def check_tokenizers(source: str, there: epath.Path | None, here: epath.Path, paths: Sequence[str]) -> None:
-  """Compares a base's tokenisers with the run's, file by file, where rows of its embeddings are taken.
+  """Compares a base's tokenizers with the run's, file by file, where rows of its embeddings are taken.
 
   Raises:
     ValueError: another file under the same name: ids would pick the rows of other pieces.

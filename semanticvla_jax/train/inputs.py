@@ -26,7 +26,7 @@ class Source(NamedTuple):
 
 
 def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
-  """The tokenisers of the config. Raises ValueError when they are not this model's."""
+  """The tokenizers of the config. Raises ValueError when they are not this model's."""
   folder = {} if config.data.tokenizers is None else {"folder": config.data.tokenizers}
   tokenizers = text.load(
     prompt_length=config.data.prompt_length,

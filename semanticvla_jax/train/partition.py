@@ -1,4 +1,4 @@
-"""Freezing as a split tree: gradients and optimiser state exist for the trainable half only."""
+"""Freezing as a split tree: gradients and optimizer state exist for the trainable half only."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_bad_arguments():
 
 
 @pytest.mark.parametrize("name", ["pretrain", "quickstart"])
-def test_tabletop_configs_fit_the_embedded_tokenisers(name):
+def test_tabletop_configs_fit_the_embedded_tokenizers(name):
   from semanticvla_jax.data import text
 
   config = importlib.import_module(f"configs.{name}").get_config()

@@ -64,7 +64,7 @@ def sharded(folder: Path, tensors: dict, shards: int = 2) -> None:
 
 
 def openvla(folder: Path, change=lambda tensors: tensors, **json_fields) -> Path:
-  """openvla-7b: shards, index, config.json with norm_stats, a tokeniser."""
+  """openvla-7b: shards, index, config.json with norm_stats, a tokenizer."""
   sharded(folder, change(load_file(GOLDEN / "openvla" / "weights.safetensors")))
   content = {"model_type": "openvla", "norm_stats": norm_stats("openvla")} | json_fields
   (folder / "config.json").write_text(json.dumps(content))

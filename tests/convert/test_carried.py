@@ -1,4 +1,4 @@
-"""Tokenisers of several places come together, what is lacking is said, and processor files go through a policy."""
+"""Tokenizers of several places come together, what is lacking is said, and processor files go through a policy."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_processor_files_come_back_without_a_base(tmp_path):
 
 def test_a_folder_without_tokenisers_is_refused(tmp_path):
   config = checkpoints.config("openvla")
-  with pytest.raises(ValueError, match="No tokenisers"):
+  with pytest.raises(ValueError, match="No tokenizers"):
     to_orbax([checkpoints.openvla(tmp_path / "s")], tmp_path / "p", config, Options(tokenizers=tmp_path))
 
 

@@ -29,7 +29,7 @@ def contents(folder):
 
 @pytest.fixture
 def policy(adapted, tmp_path):
-  """A policy with adapters, tokenisers, files of its source and notes of someone."""
+  """A policy with adapters, tokenizers, files of its source and notes of someone."""
   folder = shutil.copytree(adapted[1]["keep"], tmp_path / "policy")
   for name in ("tokenizers/tokenizer.model", "source_files/preprocessor_config.json", "notes.md"):
     (folder / name).parent.mkdir(exist_ok=True)

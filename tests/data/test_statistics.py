@@ -53,8 +53,8 @@ def test_normalise_by_hand():
     mask=np.array([True, True, False, True]),
   )
   x = np.array([[1, 0.25, 0.25, 5], [-9, 2, 2, 5]], np.float32)
-  normalised = statistics.normalize(x, stats)
-  np.testing.assert_allclose(normalised, [[0, -0.5, 0.25, 0], [-1, 1, 2, 0]], atol=1e-6)
+  normalized = statistics.normalize(x, stats)
+  np.testing.assert_allclose(normalized, [[0, -0.5, 0.25, 0], [-1, 1, 2, 0]], atol=1e-6)
   np.testing.assert_allclose(statistics.normalize(x, stats, mode="bounds")[:, 0], [0.1, -0.9], atol=1e-6)
   back = statistics.unnormalize(np.array([0, -0.5, 0.25, 0], np.float32), stats)
   np.testing.assert_allclose(back, [1, 0.25, 0.25, 5], atol=1e-6)

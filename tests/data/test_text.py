@@ -1,4 +1,4 @@
-"""The prompt, the two tokenisers and their small embedded models."""
+"""The prompt, the two tokenizers and their small embedded models."""
 
 import shutil
 
@@ -86,20 +86,20 @@ def test_errors(tokenizers, tmp_path):
     tokenizers.prompt(["put " * 51 + "it"])
   with pytest.raises(ValueError, match="expected at most 32; raise instruction_length"):
     tokenizers.instruction(["put " * 51 + "it"])
-  with pytest.raises(ValueError, match="No tokeniser: got"):
+  with pytest.raises(ValueError, match="No tokenizer: got"):
     text.load(tmp_path)
   with pytest.raises(ValueError, match="Unknown pruner text"):
     text.load(pruner_text="answer")
   shutil.copy(text.EMBEDDED / "tokenizer.model", tmp_path)
   alone = text.load(tmp_path)
   assert alone.siglip is None
-  with pytest.raises(ValueError, match="No SigLIP tokeniser"):
+  with pytest.raises(ValueError, match="No SigLIP tokenizer"):
     alone.instruction(["lift it"])
   shutil.copy(text.EMBEDDED / "tokenizer.model", tmp_path / "spiece.model")
   with pytest.raises(ValueError, match="got </s> = 2; expected 1"):
     text.load(tmp_path)
   shutil.copy(text.EMBEDDED / "spiece.model", tmp_path / "tokenizer.model")
-  with pytest.raises(ValueError, match="is no Llama tokeniser"):
+  with pytest.raises(ValueError, match="is no Llama tokenizer"):
     text.load(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Chunks, ends, no-ops and the standardising functions, by hand-written examples."""
+"""Chunks, ends, no-ops and the standardizing functions, by hand-written examples."""
 
 import numpy as np
 import pytest

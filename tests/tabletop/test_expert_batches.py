@@ -33,7 +33,7 @@ def test_shapes_ranges_and_determinism(batch):
   assert b.observation.images.shape == (64, 2, IMAGE, IMAGE, 3) and b.observation.images.dtype == jnp.uint8
   assert b.actions.shape == (64, 4, 7) and b.action_mask.shape == (64, 4)
   assert np.abs(b.observation.proprio).max() <= 1 and np.abs(b.actions).max() <= 1
-  assert set(np.unique(b.actions[..., 6])) <= {0.0, 1.0}  # 1 open, 0 closed, not normalised
+  assert set(np.unique(b.actions[..., 6])) <= {0.0, 1.0}  # 1 open, 0 closed, not normalized
   assert b.action_mask[:, 0].all() and not b.action_mask.all()  # moments lie before success, chunks may pass it
   again, other = make(3), make(4)
   jax.tree.map(np.testing.assert_array_equal, again, b)

@@ -144,7 +144,7 @@ def test_what_may_change_when_a_run_moves():
   ]
 
 
-def test_a_run_goes_on_with_its_base_data_and_tokenisers(caplog):
+def test_a_run_goes_on_with_its_base_data_and_tokenizers(caplog):
   run = Path("run")
   stats = {"tabletop": {"action": {"mean": [0.1, 0.2], "mask": [True, False]}, "num_transitions": 100}}
   saved = {"config": {}, "base": ["ab"], "tokenizers": "cd", "statistics": stats}

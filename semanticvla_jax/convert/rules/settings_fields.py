@@ -11,7 +11,7 @@ from semanticvla_jax.models.semanticvla import SemanticVLA
 from semanticvla_jax.models.vit import NORM_EPS
 
 UNKNOWN = object()  # nothing to compare with
-PROMPT = 64  # tokens of a prompt that the tokeniser must not cut
+PROMPT = 64  # tokens of a prompt that the tokenizer must not cut
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # which openvla-7b stores through bfloat16
 _GELUS = {
   **dict.fromkeys(("gelu", "gelu_python"), "erf"),

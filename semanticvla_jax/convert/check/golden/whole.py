@@ -93,7 +93,7 @@ def semantic_fields(config: dict) -> dict:
   return encoder_fields(config, config["config"], bool(pairs_of(config["config"]))) | dict(film_pool="all")
 
 
-def unnormalise(actions, config: dict, eps: float) -> Any:
+def unnormalize(actions, config: dict, eps: float) -> Any:
   """Raw actions, with the folder's own statistics and bounds (quantiles, or min and max on ALOHA)."""
   stats = statistics.from_openvla(next(iter(config["norm_stats"].values()))).action
   mode = config.get("constants", {}).get("NORMALIZATION", "bounds_q99")
@@ -148,7 +148,7 @@ def _whole(
   yield "action_hidden_states", seen["action_states"]
   yield "normalized_actions", out.actions
   if f"{case}.unnormalized_actions" in outputs:
-    yield "unnormalized_actions", unnormalise(out.actions[0], config, 1e-8)
+    yield "unnormalized_actions", unnormalize(out.actions[0], config, 1e-8)
   if f"{case}.actions" in inputs:
     yield "loss_l1", np.abs(np.asarray(out.actions) - inputs[f"{case}.actions"]).mean()
   if model.text is not None:
@@ -263,8 +263,8 @@ def _adapted_case(case: str, config: dict, inputs: dict, outputs: dict, kept: An
   """Actions of one case with adapters kept apart and folded in, against what is stored of it."""
   ours = {f"{case}.normalized_actions": kept}
   if case.startswith("predict"):
-    ours[f"{case}.unnormalized_actions"] = unnormalise(kept[0], config, 1e-8)
-    ours[f"{case}.unnormalized_actions_after_merge"] = unnormalise(folded[0], config, 1e-8)
+    ours[f"{case}.unnormalized_actions"] = unnormalize(kept[0], config, 1e-8)
+    ours[f"{case}.unnormalized_actions_after_merge"] = unnormalize(folded[0], config, 1e-8)
   if f"{case}.actions" in inputs:
     ours[f"{case}.loss_l1"] = np.abs(np.asarray(kept) - inputs[f"{case}.actions"]).mean()
   yield from stored("", ours, outputs)
@@ -304,7 +304,7 @@ class Bins(NamedTuple):
   """How a folder of OpenVLA turns actions into tokens.
 
   Attributes:
-    tokens: spoken for one action. vocab: of the tokeniser, the last 256 of it are actions.
+    tokens: spoken for one action. vocab: of the tokenizer, the last 256 of it are actions.
     ids: the stored columns of logits: the ids of actions and the one behind them.
   """
 
@@ -329,7 +329,7 @@ def openvla(folder: Path, config: dict) -> Iterator[Pair]:
     theirs = _of(case, outputs)
     compute = _spoken_training if case == "train" else _spoken
     yield from stored(f"{case}.", compute(model, params, config, inputs, theirs, case), theirs)
-  yield from _tokeniser(inputs, outputs, bins.vocab)
+  yield from _tokenizer(inputs, outputs, bins.vocab)
 
 
 def _spoken(model: SemanticVLA, params: dict, config: dict, inputs: dict, theirs: dict, case: str) -> dict[str, Any]:
@@ -344,7 +344,7 @@ def _spoken(model: SemanticVLA, params: dict, config: dict, inputs: dict, theirs
     "step_logits_action_range": logits[0, :, bins.ids],
     "step0_logits": logits[0, 0],
     "normalized_actions": actions,
-    "unnormalized_actions": unnormalise(actions, config, 0.0),
+    "unnormalized_actions": unnormalize(actions, config, 0.0),
   }
   if "llm_input_embeddings" in theirs:  # the reference stored the prompt and what generate() fed after it
     fed = jnp.concatenate([seen["sequence"], params["llm"]["embed"]["embedding"][ids[:, :-1]]], axis=1)
@@ -354,7 +354,7 @@ def _spoken(model: SemanticVLA, params: dict, config: dict, inputs: dict, theirs
   return ours
 
 
-def _tokeniser(inputs: dict, outputs: dict, vocab: int) -> Iterator[Pair]:
+def _tokenizer(inputs: dict, outputs: dict, vocab: int) -> Iterator[Pair]:
   """Actions to token ids and back, as far as they are stored."""
   if "tokenizer.ids" in outputs:
     given, ids = inputs["tokenizer.actions"], outputs["tokenizer.ids"]
