@@ -101,3 +101,10 @@ def without_encoding(path: Path):
 def test_every_text_file_is_utf8_whatever_the_locale():
   found = [line for path in FILES for line in without_encoding(path)]
   assert [line for line in found if "KvStore" not in line and not line.startswith("convert/io/orbax_reader.py")] == []
+
+
+def test_private_names_of_jax_and_orbax_are_in_one_place():
+  found = {
+    path.relative_to(ROOT).as_posix() for path in FILES if any("_src" in name.split(".") for name in imports(path))
+  }
+  assert found == {"train/jax_internals.py"}

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from semanticvla_jax import files
 from semanticvla_jax.errors import refuse
+from semanticvla_jax.train import jax_internals
 
 PREEMPTED = 75  # exit status of a run that SIGTERM stopped after saving, to be started again (EX_TEMPFAIL)
 METHODS = ("auto", "none", "tpu", "slurm")
@@ -99,9 +100,7 @@ def several_hosts(environment: Mapping[str, str]) -> bool:
 
 def on_tpu_vm() -> bool:
   """Whether this is a Cloud TPU VM, whose metadata know the other workers (on GKE the environment does)."""
-  from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster  # it has no public name
-
-  return GceTpuCluster.is_env_present()
+  return jax_internals.on_gce_tpu()
 
 
 def detect(multihost: str, deadline: float) -> tuple[str, int, int, list[int] | None]:
@@ -110,12 +109,10 @@ def detect(multihost: str, deadline: float) -> tuple[str, int, int, list[int] | 
   Raises:
     ValueError: when it finds none.
   """
-  from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks; it has no public name
-
   found, slurm = (None, None, None, None), multihost == "slurm"
   if not slurm or "SLURM_STEP_NODELIST" in os.environ:
     seconds, method = int(max(deadline, 1)), "slurm" if slurm else None
-    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, seconds)
+    found = jax_internals.detect_cluster(method, seconds)
   if None in found[:3]:
     raise refuse(
       "distributed",
@@ -215,9 +212,7 @@ def barrier(name: str, deadline: float) -> None:
   """Waits here for all processes. Raises ValueError naming those that did not come within `deadline` seconds."""
   if jax.process_count() == 1:
     return
-  from jax._src import distributed  # the barrier of the coordination service; it has no public name
-
-  client = distributed.global_state.client
+  client = jax_internals.coordination_client()
   if client is None:
     raise ValueError(
       f"distributed: got {jax.process_count()} processes that have not joined, expected jax.distributed; start with "
