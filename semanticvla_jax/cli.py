@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import logging
 import os
 import re
 import signal
@@ -33,6 +34,7 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     words.remove(TRACEBACK)
     sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != TRACEBACK)]  # absl reads its flags there
   use_utf8()
+  logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it lists each kind of device that is not here
   _use_32_bits()
   threading.excepthook = _say_of_a_thread
   try:
