@@ -30,7 +30,7 @@ HEAD, HEAD_BLOCK = "layer_norm1+ 7d, fc1+ d 7d, layer_norm2+ d, fc2+ 7 d", "ffn.
 
 
 def random(prefix: str, table: str, width: int, depth: int = 1, **sizes) -> dict[str, np.ndarray]:
-  """{tensor: random numbers} of a table; "*" in the prefix stands for every block."""
+  """{tensor: random numbers} of a table; "*" in the prefix means every block."""
   sizes |= {"d": width, "3d": 3 * width, "7d": 7 * width, "m": sizes.get("mlp_dim"), "p": TINY["patch"]}
   rng, out = np.random.default_rng(0), {}
   for i in range(depth if "*" in prefix else 1):

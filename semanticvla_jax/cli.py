@@ -116,7 +116,7 @@ def make_importable(config: str) -> None:
 
 
 def in_repository(path: str) -> str:
-  """A path as it is where it exists, else that of the repository that this package lies in, if it is there."""
+  """The path if it exists, else the same path in the repository that holds this package, if that exists."""
   found = Path(__file__).resolve().parents[1] / path
   return str(found) if not Path(path).exists() and found.exists() else path
 

@@ -342,7 +342,7 @@ class Policy:
         "Policy",
         "no SigLIP tokenizer",
         "spiece.model, for this model prunes by the instruction",
-        "copy it beside tokenizer.model",
+        "copy it next to tokenizer.model",
       )
 
 

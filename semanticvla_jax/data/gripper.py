@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 
 def to_opening(command: Float[Any, "*b"]) -> Float[Any, "*b"]:
-  """Commands, -1 open, +1 closed → openings, 1 open, 0 closed; what lies outside [0, 1] is clipped first."""
+  """Commands, -1 open, +1 closed → openings, 1 open, 0 closed; values outside [0, 1] are clipped first."""
   return 1 - command.__array_namespace__().clip(command, 0, 1)
 
 

@@ -127,7 +127,7 @@ def load(
   language = _sentencepiece(folder / "tokenizer.model")
   if language.is_unknown(language.piece_to_id("▁")) or language.bos_id() < 0:
     raise refuse(
-      f"{folder / 'tokenizer.model'} is no Llama tokenizer",
+      f"{folder / 'tokenizer.model'} is not a Llama tokenizer",
       "no '▁' piece or no <s>",
       "both",
       "copy the file from the base checkpoint",
@@ -135,7 +135,7 @@ def load(
   siglip = _sentencepiece(folder / "spiece.model") if (folder / "spiece.model").exists() else None
   if siglip is not None and siglip.eos_id() != 1:
     raise refuse(
-      f"{folder / 'spiece.model'} is no SigLIP tokenizer",
+      f"{folder / 'spiece.model'} is not a SigLIP tokenizer",
       f"</s> = {siglip.eos_id()}",
       "1",
       "copy the file from the SigLIP checkpoint",

@@ -58,7 +58,7 @@ class SuiteRun(abc.ABC):
     Args:
       policy: the run's own, or a changed copy of it.
       row: "policy", or the name of a control.
-      told: an instruction for each episode, in place of its own.
+      told: an instruction for each episode, instead of the task's.
 
     Raises:
       BrokenEnvironment: the simulator does not work at all.

@@ -2,7 +2,7 @@
 
     model = LoRA(build(config), rank=64, alpha=128, targets=RELEASE_TARGETS)
 
-`lora_a`, `lora_b` stand beside the `kernel` they adapt, under scans and rematerialisation too. At initialization the
+`lora_a`, `lora_b` are next to the `kernel` they adapt, under scans and rematerialisation too. At initialization the
 wrapped model equals the model (B = 0). `merge` folds them into the kernels, once.
 """
 

@@ -42,7 +42,7 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-  """Training state under `<workdir>/checkpoints/<step>/<name>`, each named tree an item of its own.
+  """Training state under `<workdir>/checkpoints/<step>/<name>`, each named tree a separate item.
 
   Saves are asynchronous: `save` returns once the arrays are copied off the devices, so they may be donated at once. A
   checkpoint appears under its step only when complete; a run that is killed while saving resumes from the one before.

@@ -326,7 +326,7 @@ def main(argv: list[str]) -> None:
   sys.exit(0 if report.fits else 3)
 
 
-if __name__ == "__main__":  # here, so that the module can be imported by a command with a --config of its own
+if __name__ == "__main__":  # here, so that the module can be imported by a command that defines --config too
   _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file and argument, e.g. configs/libero.py:full@7b")
   _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice to compile for, e.g. v5e:4x4; none: the devices present")
   _SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices")

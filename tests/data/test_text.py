@@ -99,7 +99,7 @@ def test_errors(tokenizers, tmp_path):
   with pytest.raises(ValueError, match="got </s> = 2; expected 1"):
     text.load(tmp_path)
   shutil.copy(text.EMBEDDED / "spiece.model", tmp_path / "tokenizer.model")
-  with pytest.raises(ValueError, match="is no Llama tokenizer"):
+  with pytest.raises(ValueError, match="is not a Llama tokenizer"):
     text.load(tmp_path)
 
 
