@@ -118,8 +118,8 @@ def _data(variant: str) -> ConfigDict:
       batch_size=128,
       trajectory_end="cut",
       augment=True,
-      crop_area=0.9,  # of the random crops of training and the centre crop of evaluation; None crops in neither
-      # Standard deviations in metres and radians: each example's arm is moved off its path, and its actions lead back.
+      crop_area=0.9,  # of the random crops of training and the center crop of evaluation; None crops in neither
+      # Standard deviations in meters and radians: each example's arm is moved off its path, and its actions lead back.
       jitter=(0.0, 0.0),
       diagonal_crop=False,  # True: the release's random crops, whose vertical and horizontal offsets are equal
       normalisation="bounds_q99",

@@ -46,7 +46,7 @@ def get_config(arg=None):
   # Cues that point, as in pretrain.py.
   config.model.update(scan=False, temperature=0.03, similarity_noise=0.03)
   config.optim.update(name="muon", lr=2e-3, warmup_steps=200, decay_steps=12_000, end_lr=2e-5, b2=0.99, clip_norm=1.0)
-  # 40,000 frames: crops and colours keep it from learning them by heart. Every demonstration begins in one pose and
+  # 40,000 frames: crops and colors keep it from learning them by heart. Every demonstration begins in one pose and
   # follows one path; the benchmark's first states lie a centimetre beside it.
   config.data.update(mixture=SUITES[suite], batch_size=64, prompt_length=48, jitter=(0.015, 0.02))
   config.train.update(steps=12_200, save_every=1_000, keep_last=2, log_every=50)

@@ -54,7 +54,7 @@ class ReachRun(SuiteRun):
 
   def facts(self):  # what success depends on besides the policy: part of every result's fingerprint
     return {"environment": "reach", "suite": self.suite, "split": "all", "max_steps": ReachHeight.max_steps,
-            "replan_steps": self.policy.replay, "loop": "host"}
+            "replan_steps": self.policy.replan_steps, "loop": "host"}
 
 
 class Reach(Benchmark):

@@ -55,7 +55,7 @@ class Policy:
       of the image that a policy trained on random crops sees, or None), jpeg_quality (None: no round trip) and dct
       (how JPEGs are decoded, "accurate" unless it says otherwise).
     batch_sizes: sizes to compile for; () for none, when it only runs inside another program.
-    replay: actions of a chunk to execute before asking again, for those who ask; None for the whole chunk.
+    replan_steps: actions of a chunk to execute before asking again, for those who ask; None for the whole chunk.
     gripper: "command" gives the gripper as -1 open, +1 closed, "raw" as it was learned: 1 open, 0 closed (what clients
       of OpenVLA expect, who convert it themselves).
     metadata: added to `metadata`.
@@ -73,7 +73,7 @@ class Policy:
     config: Mapping,
     *,
     batch_sizes: Any = (1,),  # what comes from users is checked by value, not by type
-    replay: Any = None,
+    replan_steps: Any = None,
     gripper: str = "command",
     metadata: Mapping | None = None,
   ):
@@ -91,7 +91,7 @@ class Policy:
       dct=_choice("dct", data.get("dct", "accurate"), images.DCTS),
     )
     self.chunk = self.bare.chunk if self.bare.coupler is not None else 1
-    self.replay = self.chunk if replay is None else replay
+    self.replan_steps = self.chunk if replan_steps is None else replan_steps
     self._extra, self._told = dict(metadata or {}), set()
     self._encode = functools.lru_cache(maxsize=SENTENCES)(self._encode)
     self._check()
@@ -118,7 +118,7 @@ class Policy:
       adapters: "merge" folds LoRA into the kernels, "keep" runs it beside them; of no effect on a merged policy.
       dtype: of parameters and computation; None for the ones it was trained with.
       sharding, verify: see `policy_folder.load_policy`.
-      **options: batch_sizes, replay and gripper of the constructor.
+      **options: batch_sizes, replan_steps and gripper of the constructor.
 
     Raises:
       ValueError: the folder is missing or damaged, does not say which statistics or tokenizers to use, or a dtype that
@@ -167,7 +167,7 @@ class Policy:
       self.tokenizers,
       config,
       batch_sizes=(*self._compiled,),
-      replay=self.replay,
+      replan_steps=self.replan_steps,
       gripper=self.gripper,
       metadata={**self._extra, "variant": fields},
     )
@@ -198,7 +198,7 @@ class Policy:
       "proprio_dim": self.bare.proprio_dim,
       "action_dim": len(self.stats.action.mask),
       "chunk": self.chunk,
-      "replay": self.replay,
+      "replay": self.replan_steps,
       "gripper": self.gripper,
       "normalisation": self.mode,
       "dtype": str(jnp.dtype(self.bare.llm.dtype)),
@@ -320,8 +320,8 @@ class Policy:
     )
     if self.bare.num_views not in VIEWS:
       raise refuse("Policy", f"{self.bare.num_views} views", f"{sorted(VIEWS)}", "add their names to VIEWS")
-    if not _is_whole(self.replay) or not 1 <= self.replay <= self.chunk:
-      raise refuse("Policy", f"replay={self.replay!r}", f"1 to {self.chunk}, the chunk", "choose another")
+    if not _is_whole(self.replan_steps) or not 1 <= self.replan_steps <= self.chunk:
+      raise refuse("Policy", f"replan_steps={self.replan_steps!r}", f"1 to {self.chunk}, the chunk", "choose another")
     need, have = self.tokenizers.pad_id + 1, self.bare.llm.vocab
     if need > have:
       raise refuse(

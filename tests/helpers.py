@@ -1,4 +1,4 @@
-"""What several tests need: small models, random parameters without compiling an initialiser, random observations."""
+"""What several tests need: small models, random parameters without compiling an initializer, random observations."""
 
 import functools
 

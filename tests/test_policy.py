@@ -91,7 +91,7 @@ def test_a_batch_gives_what_each_would_get_alone(ready):
 
 
 @pytest.mark.parametrize("mode", ["bounds_q99", "bounds"])
-def test_normalisation_inside_jit_is_that_of_the_data(mode):
+def test_normalization_inside_jit_is_that_of_the_data(mode):
   stats = policies.stats()
   still = stats.proprio.replace(min=stats.proprio.min.copy(), max=stats.proprio.max.copy())
   still.min[3] = still.max[3]
@@ -340,7 +340,7 @@ def test_sentences_are_remembered_up_to_a_bound(monkeypatch):
   ("state", "dimensions"),
   [
     (np.full(8, 1e30), {*range(8)}),
-    (1000 * np.array([0.2, 0.1, 0.15, 0, 0, 0, 0.03, -0.03]), {0, 1, 2, 6, 7}),  # millimetres
+    (1000 * np.array([0.2, 0.1, 0.15, 0, 0, 0, 0.03, -0.03]), {0, 1, 2, 6, 7}),  # millimeters
     (np.array([0, 0, 0.15, 0, 0, 90.0, 0.03, -0.03]), {5}),  # degrees
     (np.array([0, 0, 0.15, 0, 0, 0, 0.03, -0.03]), set()),
   ],
@@ -365,10 +365,10 @@ def test_a_state_in_other_units_is_told_once_a_dimension(state, dimensions, capl
     {"batch_sizes": "1"},
     {"batch_sizes": (True,)},
     {"batch_sizes": None},
-    {"replay": 2.5},
-    {"replay": 0},
-    {"replay": True},
-    {"replay": "8"},
+    {"replan_steps": 2.5},
+    {"replan_steps": 0},
+    {"replan_steps": True},
+    {"replan_steps": "8"},
   ],
 )
 def test_sizes_and_counts_that_are_none_are_refused(options):
@@ -384,8 +384,8 @@ def test_parts_that_do_not_fit_say_why(folder):
     Policy(model, policies.adapted()[1], stats, words, policies.CONFIG)
   with pytest.raises(ValueError, match="got width 7; expected 8"):
     Policy(model, params, stats._replace(proprio=stats.action), words, policies.CONFIG)
-  with pytest.raises(ValueError, match="replay=9; expected 1 to 8"):
-    policies.policy(replay=9)
+  with pytest.raises(ValueError, match="replan_steps=9; expected 1 to 8"):
+    policies.policy(replan_steps=9)
   with pytest.raises(ValueError, match="got instructions of 33 tokens; expected at most"):
     Policy(model, params, stats, words._replace(instruction_length=33), policies.CONFIG)
   with pytest.raises(ValueError, match="prunes by the instruction"):

@@ -32,9 +32,9 @@ HARMLESS = frozenset(
     "runtime_config",
   }
 )
-# Initialisations that leave the base weights alone; of the others (pissa, olora, corda, loftq, lora_ga) peft changes
+# Initializations that leave the base weights alone; of the others (pissa, olora, corda, loftq, lora_ga) peft changes
 # the base before it trains, so that the adapter belongs to weights that are in no file.
-INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
+INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica")
 DEFAULTS = {"r": 8, "lora_alpha": 8}  # peft's own, for a file that leaves them out
 
 _off: Callable[[Any], bool] = lambda x: x is None or x is False  # noqa: E731
@@ -42,13 +42,13 @@ _empty: Callable[[Any], bool] = lambda x: x is None or (isinstance(x, (dict, lis
 
 
 def _keeps_the_base(x: Any) -> bool:
-  return x is None or isinstance(x, bool) or (isinstance(x, str) and x.lower() in INITIALISATIONS)
+  return x is None or isinstance(x, bool) or (isinstance(x, str) and x.lower() in INITIALIZATIONS)
 
 
 # Fields of peft's LoraConfig that must have the value of plain LoRA: what it is, and how that is seen.
 PLAIN: dict[str, tuple[str, Callable[[Any], bool]]] = {
   "peft_type": ("'LORA'", lambda x: x is None or x == "LORA"),
-  "init_lora_weights": (f"true, false or one of {INITIALISATIONS}, which leave the base alone", _keeps_the_base),
+  "init_lora_weights": (f"true, false or one of {INITIALIZATIONS}, which leave the base alone", _keeps_the_base),
   "bias": ("'none'", lambda x: x is None or x == "none"),
   **dict.fromkeys(
     ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying", "use_bdlora"),

@@ -54,7 +54,7 @@ def inspect(datasets: list[rlds.Dataset]) -> str:
 
 
 def preview(dataset: rlds.Dataset, *, count: int = 6, size: int = 224, seed: int = 0) -> UInt8[np.ndarray, "h w 3"]:
-  """Draws a contact sheet, a row a frame: each view as stored, centre cropped (evaluation) and augmented (training).
+  """Draws a contact sheet, a row a frame: each view as stored, center cropped (evaluation) and augmented (training).
 
   The frames are spread evenly over the dataset. Beside them: instruction, state, and the action before and after
   standardizing and normalizing.

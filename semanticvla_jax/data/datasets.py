@@ -101,7 +101,7 @@ def check_gripper(name: str, spec: DatasetSpec, action: Float[np.ndarray, "n a"]
 def libero(columns: Columns) -> Trajectory:
   """LIBERO: the gripper command -1 open, +1 closed becomes 1 open, 0 closed; proprioception is 8-d.
 
-  state [t 8] is end effector position (3, metres), axis-angle (3, radians), two finger positions (2, metres), and is
+  state [t 8] is end effector position (3, meters), axis-angle (3, radians), two finger positions (2, meters), and is
   kept as state[:6] + state[-2:]. Released code: `oxe/transforms.py:827-841`.
   """
   action, state = columns["action"], columns["observation/state"]
@@ -125,7 +125,7 @@ def bridge(columns: Columns) -> Trajectory:
   """Bridge V2 (project website version), 5 Hz, as OpenVLA reads it.
 
   The first frame goes (its action is all zero) and so does the last (no action follows): the 6 movement dimensions
-  are replaced by the displacement the arm really made, state[i+1] - state[i] (metres, radians of Euler angles, not
+  are replaced by the displacement the arm really made, state[i+1] - state[i] (meters, radians of Euler angles, not
   wrapped); the gripper is made binary, 1 open. Proprioception is 7-d: pose (6) and gripper (1).
   Released code: `oxe/transforms.py`, bridge_orig_dataset_transform; state keys of `oxe/configs.py`.
   """

@@ -5,7 +5,7 @@ worker and a training host produce equal bytes from equal frames. Work is done o
 the n images comes out as it would alone.
 
 The numbers are those of the released code, which are OpenVLA's: `tf.image.resize(lanczos3, antialias=True)`, then in
-training dlimp's augmentations, in evaluation a centre crop of 0.9 of the area.
+training dlimp's augmentations, in evaluation a center crop of 0.9 of the area.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     raise refuse(
       "Image cannot be read",
       f"Pillow's mode {image.mode!r} with values from {values.min()} to {values.max()}",
-      "colours of 8 or 16 bits",
+      "colors of 8 or 16 bits",
       "store it as an 8-bit RGB JPEG or PNG",
     )
   return np.repeat((values.astype(np.uint32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
@@ -218,7 +218,7 @@ def augment(
   planes += _each((2 * brightness - 1) * values.brightness)
   np.clip(planes, 0, 1, out=planes)
   _adjust_contrast(planes, _between(values.contrast, contrast))
-  return _to_uint8(_adjust_colour(planes, _between(values.saturation, saturation), (2 * hue - 1) * values.hue))
+  return _to_uint8(_adjust_color(planes, _between(values.saturation, saturation), (2 * hue - 1) * values.hue))
 
 
 def _planes(images: UInt8[np.ndarray, "n h w 3"]) -> Float32[np.ndarray, "n 3 h w"]:
@@ -254,10 +254,10 @@ def _lanczos(n_in: int, n_out: int) -> tuple[_Band, ...]:
   """
   scale = n_in / n_out
   stretch = max(scale, 1.0)
-  centre = (np.arange(n_out) + 0.5) * scale
+  center = (np.arange(n_out) + 0.5) * scale
   taps = min(int(np.ceil(2 * 3 * stretch)) + 1, n_in)
-  first = np.clip(np.ceil(centre - 3 * stretch - 0.5).astype(np.int64), 0, n_in - taps)
-  x = (first[:, None] + np.arange(taps) + 0.5 - centre[:, None]) / stretch
+  first = np.clip(np.ceil(center - 3 * stretch - 0.5).astype(np.int64), 0, n_in - taps)
+  x = (first[:, None] + np.arange(taps) + 0.5 - center[:, None]) / stretch
   weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
   weights /= weights.sum(axis=1, keepdims=True)
   bands = []
@@ -319,7 +319,7 @@ def _adjust_contrast(planes: Float32[np.ndarray, "n 3 h w"], factor: Float[np.nd
   np.clip(planes, 0, 1, out=planes)
 
 
-def _adjust_colour(
+def _adjust_color(
   planes: Float32[np.ndarray, "n 3 h w"], saturation: Float[np.ndarray, "n"], hue: Float[np.ndarray, "n"]
 ) -> Float32[np.ndarray, "n 3 h w"]:
   """Scales the saturation of HSV (at most to 1) and rotates its hue (in turns), in one pass through hue and chroma."""

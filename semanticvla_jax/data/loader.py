@@ -31,11 +31,11 @@ class Jitter(NamedTuple):
   """How far the arm is displaced from the demonstrated path, see trajectories.displaced: standard deviations.
 
   Attributes:
-    metres: of each axis of its position.
+    meters: of each axis of its position.
     radians: of each axis of its attitude.
   """
 
-  metres: float = 0.0
+  meters: float = 0.0
   radians: float = 0.0
 
 
@@ -229,7 +229,7 @@ def _columns(
 
 
 def _shifts(jitter: Jitter, seed: int, examples: Int[np.ndarray, "b"]) -> Float[np.ndarray, "b 6"] | None:
-  """How far the arm of each example is displaced, in metres and radians: the same for the same arguments."""
+  """How far the arm of each example is displaced, in meters and radians: the same for the same arguments."""
   if jitter == NO_JITTER:
     return None
   bits = [np.random.Philox(key=[seed, _STREAM], counter=[0, 0, example, 0]) for example in examples.tolist()]
@@ -271,10 +271,10 @@ def _check_mixture(mixture: Sequence[tuple[Dataset, float]], options: BatchOptio
 
 
 def _check_jitter(mixture: Sequence[tuple[Dataset, float]], jitter: Jitter) -> None:
-  if not (0 <= jitter.metres < 0.1 and 0 <= jitter.radians < 0.5):
+  if not (0 <= jitter.meters < 0.1 and 0 <= jitter.radians < 0.5):
     raise refuse(
       "Jitter",
-      f"{jitter.metres} metres and {jitter.radians} radians",
+      f"{jitter.meters} meters and {jitter.radians} radians",
       "0 to 0.1 and 0 to 0.5, for images stay as they are",
       "lower config.data.jitter",
     )

@@ -65,7 +65,7 @@ class Dataset:
 
   @functools.cached_property
   def stride(self) -> float:
-    """Metres that one unit of a translation command moves the arm in a step."""
+    """Meters that one unit of a translation command moves the arm in a step."""
     return trajectories.stride(self.actions, self.proprio, self.ends)
 
   def instruction(self, frame: int) -> str:

@@ -1,6 +1,6 @@
 """Where every image of an RLDS dataset is on disk, found in one pass that decodes no image.
 
-A tfrecord shard holds one serialised tf.train.Example an episode. The pass walks each record's wire format, keeps the
+A tfrecord shard holds one serialized tf.train.Example an episode. The pass walks each record's wire format, keeps the
 few numeric columns, and of the images only their byte ranges, so that training reads single frames in any order.
 """
 
@@ -279,7 +279,7 @@ def _sentence(encoded: bytes, where: str) -> str:
 
 
 def values(record: bytes, keys: set[str]) -> dict[str, np.ndarray]:
-  """Reads features of a serialised tf.train.Example without copying what is large.
+  """Reads features of a serialized tf.train.Example without copying what is large.
 
   Returns:
     Per key: byte strings as ranges i64[n 2] (start, stop) inside the record, floats as f32[n]. Other keys, and integer

@@ -12,7 +12,7 @@ import string
 
 from semanticvla_jax.data import text
 
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "white", "black", "brown", "gray", "cyan")
+COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "white", "black", "brown", "gray", "cyan")
 SHAPES = ("cube", "ball", "cylinder", "peg", "bowl", "plate", "slot", "block", "box")
 RELATIONS = ("left", "right", "front", "behind", "of", "the", "between", "next", "to")
 VERBS = ("pick", "up", "place", "put", "push", "insert", "into", "in", "on", "and", "then", "lift", "move")
@@ -23,7 +23,7 @@ _OTHERS = """
   ramekin book bbq contain first second small large onto over away toward edge corner bin cup ring star disk button
   press touch reach drop rotate swap other one two three is that which grey magenta far against around
 """
-WORDS = (*COLOURS, *SHAPES, *RELATIONS, *VERBS, *_OTHERS.split())
+WORDS = (*COLORS, *SHAPES, *RELATIONS, *VERBS, *_OTHERS.split())
 _PROMPT = ("In", "What", "action", "should", "robot", "take")
 
 

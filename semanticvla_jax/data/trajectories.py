@@ -53,7 +53,7 @@ def windows(
 
 
 def stride(actions: Float[np.ndarray, "n a"], proprio: Float[np.ndarray, "n p"], ends: Int[np.ndarray, "n"]) -> float:
-  """Metres that one unit of a translation command moves the arm in a step: least squares over all steps.
+  """Meters that one unit of a translation command moves the arm in a step: least squares over all steps.
 
   Args:
     actions: whose first three dimensions are displacements. proprio: whose first three are the position.
@@ -68,7 +68,7 @@ def displaced(
   proprio: Float32[np.ndarray, "b p"],
   actions: Float32[np.ndarray, "b k a"],
   shift: Float[np.ndarray, "b 6"],
-  metres: float,
+  meters: float,
   inside: Bool[np.ndarray, "b k"],
 ) -> tuple[Float32[np.ndarray, "b p"], Float32[np.ndarray, "b k a"]]:
   """Examples as if the arm stood elsewhere, with actions that lead back to the demonstrated path.
@@ -79,13 +79,13 @@ def displaced(
 
   Args:
     proprio: position, attitude, …, in raw units. actions: translations first, in [-1, 1], which they keep to.
-    shift: metres and radians that the arm is displaced by. metres: see `stride`.
+    shift: meters and radians that the arm is displaced by. meters: see `stride`.
     inside: steps within the episode; those past its end stay as they are.
   """
   k = actions.shape[1]
   moved, answer = proprio.copy(), actions.copy()
   moved[:, :6] += shift.astype(np.float32)
-  back = shift[:, None, :3] / (k * metres) * (1 - 1 / k) ** np.arange(k)[:, None]
+  back = shift[:, None, :3] / (k * meters) * (1 - 1 / k) ** np.arange(k)[:, None]
   answer[:, :, :3] = np.where(inside[:, :, None], np.clip(actions[:, :, :3] - back, -1, 1), actions[:, :, :3])
   return moved, answer
 

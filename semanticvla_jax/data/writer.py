@@ -46,7 +46,7 @@ class Episode(NamedTuple):
   Attributes:
     image, wrist_image: RGB, upright, one size for the whole dataset; stored as JPEG of quality 95. Or Encoded ones,
       which are stored as they are.
-    state: end effector position (3, metres), axis-angle (3, radians), two finger positions (metres).
+    state: end effector position (3, meters), axis-angle (3, radians), two finger positions (meters).
     action: displacement (6) and gripper command, -1 open, +1 closed.
     instruction: what was asked, the same for all steps.
     joint_state: joint positions, radians; None, for an arm without joints, is stored as zeros.

@@ -11,8 +11,8 @@ class Environment(Protocol):
   """One episode at a time, on the host, with the interface of LIBERO.
 
   An observation is a dict with openpi's keys: `observation/image` and `observation/wrist_image` u8[h w 3] (RGB,
-  upright), `observation/state` f32[8] (gripper position xyz in metres, axis-angle in radians, the two finger positions
-  in metres) and `prompt` (the instruction, str).
+  upright), `observation/state` f32[8] (gripper position xyz in meters, axis-angle in radians, the two finger positions
+  in meters) and `prompt` (the instruction, str).
 
   An action is f32[7] in [-1, 1]: translation (x 0.05 m), rotation as axis-angle in the world frame (x 0.5 rad), gripper
   (-1 opens, +1 closes); one action a control step of 20 Hz.

@@ -231,7 +231,7 @@ class OnDevice:
     tasks.check_split(split)
     self.max_steps = tasks.max_steps(suite)
     self.policy, self.batch = policy, batch
-    self.replan_steps = policy.replay if replan_steps is None else replan_steps
+    self.replan_steps = policy.replan_steps if replan_steps is None else replan_steps
     _check(policy, self.replan_steps)
     self._sentences = tasks.instructions(suite)
     self._setup = Setup(
@@ -325,7 +325,7 @@ class OnHost:
   """Episodes of any `envs.environment.Environment`, one at a time, through `Policy.infer`.
 
   Args:
-    policy: anything with infer, reset and replay. No actions at all end the episode.
+    policy: anything with infer, reset and replan_steps. No actions at all end the episode.
     environment: an `envs.environment.Environment`. Whatever it raises makes an error of that episode alone.
     replan_steps: actions executed per policy query; None for the policy's own.
     instruction: of a seed; recorded for an episode that broke before its instruction was known.
@@ -346,7 +346,7 @@ class OnHost:
     instruction: Callable[[int], str] = lambda seed: "",
   ):
     self.policy, self.environment, self._known = policy, environment, instruction
-    self.replan_steps = policy.replay if replan_steps is None else replan_steps
+    self.replan_steps = policy.replan_steps if replan_steps is None else replan_steps
     if self.replan_steps < 1:
       raise refuse("Evaluation", f"replan_steps={self.replan_steps}", "at least 1 action", "raise it")
     self.max_steps, self.broken = environment.max_steps, 0

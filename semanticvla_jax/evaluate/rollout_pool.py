@@ -165,8 +165,8 @@ class OnSimulators:
   """Episodes in several simulators at once.
 
   Args:
-    policy: anything with infer_batch and replay. An observation also holds "episode", its number, and "step". Fewer
-      actions than `replan_steps` are executed as they are; none at all ends the episode.
+    policy: anything with infer_batch and replan_steps. An observation also holds "episode", its number, and "step".
+      Fewer actions than `replan_steps` are executed as they are; none at all ends the episode.
     make: starts one simulator, which knows `max_steps` itself.
     workers: how many of them. They start at the first `run` and stay until `close`.
     replan_steps: actions executed per policy query; None for the policy's own.
@@ -196,7 +196,7 @@ class OnSimulators:
       raise ValueError(f"Simulators: got workers={workers}, retries={retries}; expected at least 1 and 0.")
     self.policy, self.workers, self.retries = policy, workers, retries
     self.seen: Callable[[EpisodeResult, list[dict]], None] | None = None
-    self.replan_steps, self.broken = policy.replay if replan_steps is None else replan_steps, 0
+    self.replan_steps, self.broken = policy.replan_steps if replan_steps is None else replan_steps, 0
     if self.replan_steps < 1:
       raise refuse("Simulators", f"replan_steps={self.replan_steps}", "at least 1 action", "raise it")
     self._make, self._task, self._prepare = make, task, prepare

@@ -17,7 +17,7 @@ from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost, check_r
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
 
-_COLORS = re.compile(rf" ?\b({'|'.join((*tasks.COLOURS, 'white'))})\b")
+_COLORS = re.compile(rf" ?\b({'|'.join((*tasks.COLORS, 'white'))})\b")
 
 
 def task(instruction: str) -> str:
@@ -64,7 +64,7 @@ class TabletopRun(SuiteRun):
     if not args.host:
       batch = -(-args.episodes // -(-args.episodes // args.batch))  # equal batches
       return OnDevice(policy, self.suite, args.split, replan_steps=replan_steps, batch=batch, keep_states=True)
-    check_robot(policy, policy.replay if replan_steps is None else replan_steps)
+    check_robot(policy, policy.replan_steps if replan_steps is None else replan_steps)
     environment = physics.TabletopEnvironment(self.suite, args.split, policy.image_size)
     ask = lambda seed: instructions(self.suite, args.split, [seed])[0]  # noqa: E731
     return OnHost(policy, environment, replan_steps=replan_steps, instruction=ask)

@@ -189,8 +189,8 @@ class _Replays:
   def _work(self) -> None:
     process = None
     try:
-      begun = {seed: suites.Beginning(one.first, one.seed) for seed, one in self.demonstrations.items()}
-      process = simulator.start(self.options.settings, begun)
+      beginnings = {seed: suites.Beginning(one.first, one.seed) for seed, one in self.demonstrations.items()}
+      process = simulator.start(self.options.settings, beginnings)
       task = None
       while (seed := self._next(task)) is not None and self.error is None:
         task = seed // suites.EPISODES

@@ -28,7 +28,7 @@ class ReplayPolicy:
   """
 
   def __init__(self, folder: str, suite: str, seeds: Sequence[int], replan_steps: int = 8):
-    self.replay = replan_steps
+    self.replan_steps = replan_steps
     found, tasks = hdf5.folder(folder, suite), suites.tasks(suite)
     self._actions: dict[int, np.ndarray] = {}
     self.beginnings: dict[int, suites.Beginning] = {}
@@ -54,6 +54,6 @@ class ReplayPolicy:
     }
 
   def infer_batch(self, observations: Sequence[Mapping]) -> list[dict]:
-    """The next actions of each episode, by its number and the steps taken: [{"actions": f64[<=replay 7]}, …]."""
+    """The next actions of each episode, by its number and the steps taken: [{"actions": f64[<=replan_steps 7]}, …]."""
     rows = [(self._actions[one["episode"]], one["step"]) for one in observations]
-    return [{"actions": actions[step : step + self.replay]} for actions, step in rows]
+    return [{"actions": actions[step : step + self.replan_steps]} for actions, step in rows]

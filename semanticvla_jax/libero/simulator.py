@@ -174,22 +174,22 @@ class Simulator:
     leads from the recorded seed to the recorded state, so they are tried, first the one that an environment with seeds
     counted up would have had.
     """
-    begun = self._recorded(task, trial)
-    if begun is None or begun.seed is None or not self._samplers or self._ahead is None:
+    recorded = self._recorded(task, trial)
+    if recorded is None or recorded.seed is None or not self._samplers or self._ahead is None:
       return 0
-    likely, possible = begun.seed + self._ahead, range(1, _EARLIER)
+    likely, possible = recorded.seed + self._ahead, range(1, _EARLIER)
     for earlier in dict.fromkeys([likely, *possible] if likely in possible else possible):
       self._seed(task, trial)
       self._reset(earlier)
-      if self._settles_at(begun.state):
-        self._ahead = earlier - begun.seed
+      if self._settles_at(recorded.state):
+        self._ahead = earlier - recorded.seed
         return earlier
     self._ahead = None
     LOGGER.warning(
       "Episode %d: its recorded seed %d leads to another first state than the recorded one, whichever of 1 to %d resets"
       " came before; drawers of this task are not where they were; replay with the versions of the recording.",
       task * suites.EPISODES + trial,
-      begun.seed,
+      recorded.seed,
       _EARLIER - 1,
     )
     return 0
@@ -206,9 +206,9 @@ class Simulator:
     return None if self._beginnings is None else self._beginnings[task * suites.EPISODES + trial]
 
   def _seed(self, task: int, trial: int) -> None:
-    begun = self._recorded(task, trial)
-    known = begun is not None and begun.seed is not None
-    np.random.seed(begun.seed if known else [self.settings.seed, task, trial])
+    recorded = self._recorded(task, trial)
+    known = recorded is not None and recorded.seed is not None
+    np.random.seed(recorded.seed if known else [self.settings.seed, task, trial])
     random.seed(self.settings.seed * 1_000_003 + task * suites.EPISODES + trial)
 
   def _create(self, task: int) -> None:

@@ -108,14 +108,14 @@ class Coupler(nn.Module):
 
 # Original OpenVLA: 256 edges of [-1, 1], 255 intervals; the last 256 ids of Llama's own 32000 stand for them.
 BINS = 256
-TOKENISER_VOCAB = 32000
+TOKENIZER_VOCAB = 32000
 EXTRA_ROWS = 64  # of the embedding, beyond the ids of the tokenizer
 _EDGES = np.linspace(-1, 1, BINS)
-_CENTRES = ((_EDGES[:-1] + _EDGES[1:]) / 2).astype(np.float32)
+_CENTERS = ((_EDGES[:-1] + _EDGES[1:]) / 2).astype(np.float32)
 
 
 def actions_to_tokens(
-  actions: Float[Array, "*b"] | Float[np.ndarray, "*b"], vocab: int = TOKENISER_VOCAB
+  actions: Float[Array, "*b"] | Float[np.ndarray, "*b"], vocab: int = TOKENIZER_VOCAB
 ) -> Int[Array, "*b"]:
   """Normalized actions → token ids 31744..31999 (31999 is −1), as OpenVLA's training does; clips to [-1, 1].
 
@@ -124,6 +124,6 @@ def actions_to_tokens(
   return vocab - jnp.digitize(jnp.clip(jnp.asarray(actions), -1, 1), jnp.asarray(_EDGES, jnp.float32))
 
 
-def tokens_to_actions(ids: Int[Array, "..."], vocab: int = TOKENISER_VOCAB) -> Float[Array, "..."]:
-  """Token ids → centre of their interval in (-1, 1); ids outside 31744..31999 land on the nearest end (as OpenVLA)."""
-  return jnp.asarray(_CENTRES)[jnp.clip(vocab - ids - 1, 0, BINS - 2)]
+def tokens_to_actions(ids: Int[Array, "..."], vocab: int = TOKENIZER_VOCAB) -> Float[Array, "..."]:
+  """Token ids → center of their interval in (-1, 1); ids outside 31744..31999 land on the nearest end (as OpenVLA)."""
+  return jnp.asarray(_CENTERS)[jnp.clip(vocab - ids - 1, 0, BINS - 2)]

@@ -44,5 +44,5 @@ class MLP(nn.Module):
 
 
 def dense_normal_init(stddev: float = 0.02) -> Callable:
-  """Kernel initialiser of the released `fused_featurizer_sampler_proj`: N(0, 0.02)."""
+  """Kernel initializer of the released `fused_featurizer_sampler_proj`: N(0, 0.02)."""
   return jax.nn.initializers.normal(stddev)

@@ -36,7 +36,7 @@ from semanticvla_jax.types import Observation
 PROBE = "probe"  # prefix of the parameters that are not the model's
 SHAPES = 3  # cube, ball, cylinder
 PHRASES = tasks.GRASPABLE  # "pick up the …" of every object that suite `pick` may name
-UNIT = 0.1  # metres
+UNIT = 0.1  # meters
 TURN = 0.25  # radians
 
 

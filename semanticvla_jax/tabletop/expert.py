@@ -47,7 +47,7 @@ _FLIP = 0.05  # chance of the wrong gripper command in a step, at noise 1
 
 
 class Waypoint(NamedTuple):
-  """Where the gripper should go: position f32[3] metres, yaw f32[] radians, command f32[] (-1 open, +1 closed)."""
+  """Where the gripper should go: position f32[3] meters, yaw f32[] radians, command f32[] (-1 open, +1 closed)."""
 
   position: jax.Array
   yaw: jax.Array
@@ -91,29 +91,29 @@ def _via_height(state: State, ready: Array, height: float, xy: Float[Array, "2"]
 
 
 def _grasp_yaw(state: State, i: Int[Array, ""]) -> Float[Array, ""]:
-  """The smallest yaw that fits the fingers round object `i`, or one to either side if a neighbour is in the way."""
+  """The smallest yaw that fits the fingers round object `i`, or one to either side if a neighbor is in the way."""
   is_round = (state.kind[i] == BALL) | (state.kind[i] == CYLINDER)
   is_cube = state.kind[i] == CUBE
   first = jnp.where(is_round, 0.0, angle_between(state.yaw[i], jnp.where(is_cube, math.pi / 2, math.pi)))
   yaws = first + jnp.where(is_round, 0.8, jnp.where(is_cube, math.pi / 2, 0.0)) * jnp.array([0.0, 1.0, -1.0])
   across = physics.OPEN * jnp.stack([jnp.cos(yaws), jnp.sin(yaws)], -1)
-  fingers = state.centre[i, :2] + jnp.stack([across, -across])[:, :, None]  # [2 3 1 2]
-  gap = jnp.linalg.norm(fingers - state.centre[:GRASPABLE, :2], axis=-1) - jnp.asarray(FOOT)[state.kind[:GRASPABLE]]
+  fingers = state.center[i, :2] + jnp.stack([across, -across])[:, :, None]  # [2 3 1 2]
+  gap = jnp.linalg.norm(fingers - state.center[:GRASPABLE, :2], axis=-1) - jnp.asarray(FOOT)[state.kind[:GRASPABLE]]
   room = jnp.min(jnp.where(jnp.arange(GRASPABLE) == i, jnp.inf, gap), axis=(0, 2))
   return yaws[jnp.argmax(jnp.minimum(room, 0.010))]
 
 
 def _fetch(state: State, i: Int[Array, ""]) -> Waypoint:
   """Over the object, down around it with open fingers, then close."""
-  centre, yaw = state.centre[i], _grasp_yaw(state, i)
+  center, yaw = state.center[i], _grasp_yaw(state, i)
   width, high = jnp.asarray(HALF)[state.kind[i], 0], jnp.asarray(HALF)[state.kind[i], 2]
-  lateral = jnp.linalg.norm(state.position[:2] - centre[:2])
-  is_low = state.position[2] < centre[2] + high + 0.01
+  lateral = jnp.linalg.norm(state.position[:2] - center[:2])
+  is_low = state.position[2] < center[2] + high + 0.01
   turned = jnp.abs(yaw - physics.heading(state.rotation)) + jnp.linalg.norm(state.rotation[:2])
   over = (lateral < jnp.where(is_low, 0.016, 0.012)) & (turned < jnp.where(is_low, 0.33, 0.25))
   is_open = state.finger > width + 0.013
-  position = _via_height(state, over & (is_open | is_low), _TRAVEL, centre[:2], centre[2])
-  there = over & (jnp.abs(state.position[2] - centre[2]) < 0.012) & physics.graspable(state)[i]
+  position = _via_height(state, over & (is_open | is_low), _TRAVEL, center[:2], center[2])
+  there = over & (jnp.abs(state.position[2] - center[2]) < 0.012) & physics.graspable(state)[i]
   stay = Waypoint(state.position, physics.heading(state.rotation), jnp.asarray(1.0))
   return _choose(there, stay, Waypoint(position, yaw, jnp.asarray(-1.0)))
 
@@ -127,8 +127,8 @@ def _lay(
   near: float | Array,
 ) -> Waypoint:
   """Carries held object `i` over xy, lowers it until its lower end is at height `low`, and opens the fingers."""
-  bottom = state.centre[i, 2] - jnp.asarray(HALF)[state.kind[i], 2]
-  shift = xy - state.centre[i, :2]
+  bottom = state.center[i, 2] - jnp.asarray(HALF)[state.kind[i], 2]
+  shift = xy - state.center[i, :2]
   lateral = jnp.linalg.norm(shift)
   turned = jnp.abs(yaw - physics.heading(state.rotation)) + jnp.linalg.norm(state.rotation[:2])
   is_low = bottom < _CARRY - 0.03
@@ -144,25 +144,25 @@ def _free_spot(state: State, i: Int[Array, ""]) -> Float[Array, "2"]:
   """The nearest place where object `i` can be laid with room round it."""
   line = np.linspace(-0.16, 0.16, 9, dtype=np.float32)
   spots = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
-  gap = jnp.linalg.norm(spots[:, None] - state.centre[:, :2], axis=-1) - jnp.asarray(FOOT)[state.kind]
+  gap = jnp.linalg.norm(spots[:, None] - state.center[:, :2], axis=-1) - jnp.asarray(FOOT)[state.kind]
   room = jnp.min(jnp.where(jnp.arange(MAX_OBJECTS) == i, jnp.inf, gap), axis=1)
-  far = jnp.linalg.norm(spots - state.centre[i, :2], axis=-1)
+  far = jnp.linalg.norm(spots - state.center[i, :2], axis=-1)
   return jnp.asarray(spots)[jnp.argmin(far + 10 * (0.06 - room).clip(0))]
 
 
 def _push(state: State, i: Int[Array, ""], way: Float[Array, "2"]) -> Waypoint:
   """Closed fingers behind the object, down, then along `way`."""
   width = jnp.asarray(HALF)[state.kind[i], 0]
-  centre = state.centre[i, :2]
-  apart = state.position[:2] - centre
+  center = state.center[i, :2]
+  apart = state.position[:2] - center
   along = apart @ way
   across = apart - along * way
-  behind = centre - (width + 0.032) * way
+  behind = center - (width + 0.032) * way
   is_low, closed = state.position[2] < 0.040, state.finger < 0.005
   lined = is_low & closed & (along < -0.6 * width) & (jnp.linalg.norm(across) < 0.012)
   near = jnp.linalg.norm(state.position[:2] - behind) < jnp.where(is_low, 0.030, 0.010)
   position = _via_height(state, near & closed & (along < -width - 0.010), _TRAVEL, behind, jnp.asarray(0.025))
-  forward = _above(centre - across + 0.05 * way, 0.025)
+  forward = _above(center - across + 0.05 * way, 0.025)
   return Waypoint(jnp.where(lined, forward, position), jnp.asarray(0.0), jnp.asarray(1.0))
 
 
@@ -172,14 +172,14 @@ def _waypoint(state: State) -> Waypoint:
   goal = jnp.where(achieved[0], 1, 0)
   verb, i, destination = state.verb[goal], state.target[goal], state.destination[goal]
   container = jnp.clip(destination, 0, MAX_OBJECTS - 1)
-  kind, bottom = state.kind[container], state.centre[i, 2] - jnp.asarray(HALF)[state.kind[i], 2]
+  kind, bottom = state.kind[container], state.center[i, 2] - jnp.asarray(HALF)[state.kind[i], 2]
   now = physics.heading(state.rotation)
 
   lift = Waypoint(_above(state.position[:2], state.position[2] + 0.085 - bottom), jnp.asarray(0.0), jnp.asarray(1.0))
   slot_yaw = angle_between(now + state.yaw[container] - state.yaw[i], math.pi)
   low = jnp.asarray(FLOOR)[kind] + jnp.where(kind == BOWL, 0.022, jnp.where(kind == SLOT, 0.003, 0.010))
   near = jnp.where(kind == SLOT, 0.009, 0.025)
-  deliver = _lay(state, i, state.centre[container, :2], low, jnp.where(verb == INSERT, slot_yaw, 0.0), near)
+  deliver = _lay(state, i, state.center[container, :2], low, jnp.where(verb == INSERT, slot_yaw, 0.0), near)
   deliver = _choose(verb == LIFT, lift, deliver)
   fetch = _choose(verb == PUSH, _push(state, i, jnp.asarray(DIRECTIONS)[jnp.clip(destination, 0, 3)]), _fetch(state, i))
   other = jnp.maximum(state.held, 0)
@@ -274,11 +274,11 @@ def perturbed_state(key: PRNGKeyArray, state: State) -> State:
   first, container = state.target[0], jnp.clip(state.destination, 0, MAX_OBJECTS - 1)
   ahead = (state.verb[1] != NOTHING) & (u[0] < 0.4)
   laid = (
-    state.centre[container[0]]
+    state.center[container[0]]
     .at[2]
     .set(jnp.asarray(FLOOR)[state.kind[container[0]]] + jnp.asarray(HALF)[state.kind[first], 2])
   )
-  state = state.replace(centre=state.centre.at[first].set(jnp.where(ahead, laid, state.centre[first])))
+  state = state.replace(center=state.center.at[first].set(jnp.where(ahead, laid, state.center[first])))
   goal = jnp.where(ahead, 1, 0)
   target, verb = state.target[goal], state.verb[goal]
 
@@ -290,9 +290,9 @@ def perturbed_state(key: PRNGKeyArray, state: State) -> State:
   width = jnp.asarray(HALF)[state.kind[held], 0]
   finger = jnp.where(holds, width, jnp.where(u[4] < 0.6, physics.OPEN, jnp.where(u[4] < 0.8, 0.02, 0.0)))
 
-  # Half of the positions are near what matters next, where a few millimetres decide; the others cover the workspace.
+  # Half of the positions are near what matters next, where a few millimeters decide; the others cover the workspace.
   anywhere = jnp.array([-0.20, -0.20, 0.08]) + u[5:8] * jnp.array([0.40, 0.40, 0.16])
-  focus = jnp.where(holds & (verb != PUSH), state.centre[container[goal]], state.centre[target])
+  focus = jnp.where(holds & (verb != PUSH), state.center[container[goal]], state.center[target])
   position = jnp.where(u[8] < 0.5, focus + jnp.append(spread, 0.10 * u[9]), anywhere)
   grasping = holds & (held == target) & (verb == LIFT)  # but not yet lifted
   position = jnp.where(grasping, position.at[2].min(0.055), position)

@@ -76,8 +76,8 @@ def labels(state: tasks.State, chunk: int) -> tuple[Float[Array, "k 7"], Any]:
 
 
 def spot(state: tasks.State, index: Int[Array, ""], side: int) -> Float[Array, "2 n"]:
-  """Where an object's centre is in both views: bilinear weights on the nearest patches, zeros where it is not seen."""
-  at = render.project(state, state.centre[index]) * side - 0.5
+  """Where an object's center is in both views: bilinear weights on the nearest patches, zeros where it is not seen."""
+  at = render.project(state, state.center[index]) * side - 0.5
   seen = jnp.all((at >= -0.5) & (at < side - 0.5), axis=-1)
   low = jnp.floor(at)
   out = jnp.zeros((2, side * side))
@@ -110,11 +110,11 @@ def targets(state: tasks.State, side: int) -> StateTargets:
   own = spot(state, target, side) + spot(state, destination, side)
   where = jnp.stack([own] + [spot(state, jnp.asarray(i), side) for i in range(NAMED)])
   where = where / jnp.maximum(where.sum(axis=-1, keepdims=True), 1e-6)
-  kind, colour = state.kind[:NAMED], state.colour[:NAMED]
+  kind, color = state.kind[:NAMED], state.color[:NAMED]
   is_named = kind < tasks.PEG
-  sentences = jnp.append(state.instruction, jnp.where(is_named, kind * len(tasks.COLOURS) + colour, 0))
+  sentences = jnp.append(state.instruction, jnp.where(is_named, kind * len(tasks.COLORS) + color, 0))
   where = where * jnp.append(True, is_named)[:, None, None]
-  away = jnp.concatenate([state.centre[i] - state.position for i in (target, destination)]) / auxiliary_losses.UNIT
+  away = jnp.concatenate([state.center[i] - state.position for i in (target, destination)]) / auxiliary_losses.UNIT
   turn = expert.turn_left(state) / auxiliary_losses.TURN
   yaw = 4 * (state.yaw[:NAMED, None] - jnp.stack([jnp.zeros(()), physics.heading(state.rotation)]))
   edges = jnp.stack([jnp.cos(yaw), jnp.sin(yaw)], axis=-1) * (kind == tasks.CUBE)[:, None, None]

@@ -2,7 +2,7 @@
 
 `reset`, `step`, `success`, `proprio` and `observe` are pure functions of `State`: they jit, vmap and scan on any
 device. Movement is kinematic but earned: fingers push what they touch from the side and rest on what they touch from
-above; an object is grasped only if it is between them, near its centre and aligned when they close; what is let go
+above; an object is grasped only if it is between them, near its center and aligned when they close; what is let go
 falls straight down onto the table, a plate, another object, or into a bowl or a slot. Containers never move.
 """
 
@@ -62,20 +62,20 @@ __all__ = [  # a user needs this module and `expert` only
   "success",
 ]
 
-TRANSLATION = 0.05  # metres a unit of action
+TRANSLATION = 0.05  # meters a unit of action
 ROTATION = 0.5  # radians a unit of action
-OPEN = 0.04  # metres, the widest finger position
-FINGER_STEP = 0.02  # metres a finger moves in a step: two steps from open to closed
+OPEN = 0.04  # meters, the widest finger position
+FINGER_STEP = 0.02  # meters a finger moves in a step: two steps from open to closed
 REACH = np.array([[-0.24, -0.24, 0.012], [0.24, 0.24, 0.30]], np.float32)  # limits of the gripper's position
 TWIST = np.array([0.4, 0.4, 2.2], np.float32)  # limits of the gripper's axis-angle
-LIFTED = 0.06  # metres under an object that counts as picked up
-PUSHED = 0.06  # metres that count as pushed
+LIFTED = 0.06  # meters under an object that counts as picked up
+PUSHED = 0.06  # meters that count as pushed
 _SUBSTEPS = 4
-_FALL = 0.08  # metres an object falls in a step
-_TIP = 0.010  # metres from the gripper's position down to the end of the fingers
+_FALL = 0.08  # meters an object falls in a step
+_TIP = 0.010  # meters from the gripper's position down to the end of the fingers
 _PAD = 0.006  # radius of a finger, seen from above
 _OVER = 0.008  # an overlap in height of less than this means on top, of more means next to it
-_SIDEWAYS, _UPRIGHT, _TURNED = 0.018, 0.020, 0.35  # a grasp: metres along the pads, metres in height, radians
+_SIDEWAYS, _UPRIGHT, _TURNED = 0.018, 0.020, 0.35  # a grasp: meters along the pads, meters in height, radians
 
 
 @in_32_bits
@@ -128,34 +128,34 @@ def _outline(kind: Int[Array, " n"]) -> tuple[Float[Array, "n 2"], Float[Array, 
 
 def _top(state: State) -> Float[Array, " n"]:
   """Heights of the upper ends of all objects."""
-  return state.centre[:, 2] + jnp.asarray(HALF)[state.kind, 2]
+  return state.center[:, 2] + jnp.asarray(HALF)[state.kind, 2]
 
 
 def _bottom(state: State) -> Float[Array, " n"]:
   """Heights of the lower ends of all objects."""
-  return state.centre[:, 2] - jnp.asarray(HALF)[state.kind, 2]
+  return state.center[:, 2] - jnp.asarray(HALF)[state.kind, 2]
 
 
 def _in_groove(state: State) -> Bool[Array, "n n"]:
   """[i, j]: peg i is above the groove of slot j, aligned well enough to go in."""
-  apart = _turn(state.centre[:, None, :2] - state.centre[None, :, :2], -state.yaw[None, :])
+  apart = _turn(state.center[:, None, :2] - state.center[None, :, :2], -state.yaw[None, :])
   turned = jnp.abs(angle_between(state.yaw[:, None] - state.yaw[None, :], math.pi))
   near = jnp.all(jnp.abs(apart) < 0.010, -1)
   return near & (turned < 0.20) & (state.kind[:, None] == PEG) & (state.kind[None, :] == SLOT)
 
 
 def _support(state: State, bottom: Float[Array, " n"]) -> Float[Array, " n"]:
-  """The height, in metres, of the surface under each object, whose lower end was at `bottom`.
+  """The height, in meters, of the surface under each object, whose lower end was at `bottom`.
 
   The tabletop is 0, so that the largest of all candidates is the surface that an object falls onto.
   """
   kind = state.kind
-  apart = state.centre[:, None, :2] - state.centre[None, :, :2]
+  apart = state.center[:, None, :2] - state.center[None, :, :2]
   distance = jnp.linalg.norm(apart, axis=-1)
   half, radius = _outline(kind)
   inside = jnp.all(jnp.abs(_turn(apart, -state.yaw[None, :])) < half + radius[:, None], -1)
   # Only what is not held and has a flat top carries an object; of those, only what was not above it before the step:
-  # an object that is pushed sideways must not jump onto its neighbour.
+  # an object that is pushed sideways must not jump onto its neighbor.
   free = (jnp.arange(MAX_OBJECTS) != state.held) & (kind != BALL) & (kind < BOWL)
   below = _top(state)[None, :] <= bottom[:, None] + _OVER
   stacked = jnp.where(inside & free & below & ~jnp.eye(MAX_OBJECTS, dtype=bool), _top(state), 0.0)
@@ -171,24 +171,24 @@ def _walls(state: State, xy: Float[Array, "n 2"], bottom: Float[Array, " n"]) ->
   width = jnp.asarray(HALF)[state.kind, 0]
   groove = _in_groove(state)
   for j in range(GRASPABLE, MAX_OBJECTS):
-    apart = xy - state.centre[j, :2]
+    apart = xy - state.center[j, :2]
     distance = jnp.linalg.norm(apart, axis=-1, keepdims=True)
     rim = HALF[BOWL, 0]
     fit = jnp.where(
       distance < rim, jnp.minimum(distance, rim - 0.012 - width[:, None]), jnp.maximum(distance, rim + width[:, None])
     )
     in_wall = (state.kind[j] == BOWL) & (bottom < 2 * HALF[BOWL, 2] - _OVER)
-    xy = jnp.where(in_wall[:, None], state.centre[j, :2] + apart * fit / jnp.maximum(distance, 1e-6), xy)
+    xy = jnp.where(in_wall[:, None], state.center[j, :2] + apart * fit / jnp.maximum(distance, 1e-6), xy)
     beside = (state.kind[j] == SLOT) & (bottom < 2 * HALF[SLOT, 2] - _OVER)
     local = _turn(apart, -state.yaw[j])
     away = _escape(local, jnp.broadcast_to(HALF[SLOT, :2], local.shape), width)
     out = xy + _turn(away, jnp.broadcast_to(state.yaw[j], width.shape))
-    xy = jnp.where(beside[:, None], jnp.where(groove[:, j, None], state.centre[j, :2], out), xy)
+    xy = jnp.where(beside[:, None], jnp.where(groove[:, j, None], state.center[j, :2], out), xy)
   return xy
 
 
 def _fingers(state: State) -> Float[Array, "2 2"]:
-  """The two fingers from above, metres."""
+  """The two fingers from above, meters."""
   across = rotation_matrix(state.rotation)[:2, 0]
   reach = state.finger + _PAD
   return jnp.stack([state.position[:2] - reach * across, state.position[:2] + reach * across])
@@ -197,18 +197,18 @@ def _fingers(state: State) -> Float[Array, "2 2"]:
 def _carry(state: State) -> State:
   """Puts the held object where the gripper holds it."""
   holds = jnp.arange(MAX_OBJECTS) == state.held
-  centre = state.position + rotation_matrix(state.rotation) @ state.grip
+  center = state.position + rotation_matrix(state.rotation) @ state.grip
   return state.replace(
-    centre=jnp.where(holds[:, None], centre, state.centre),
+    center=jnp.where(holds[:, None], center, state.center),
     yaw=jnp.where(holds, heading(state.rotation) + state.grip_yaw, state.yaw),
-    origin=jnp.where(holds[:, None], centre[:2], state.origin),
+    origin=jnp.where(holds[:, None], center[:2], state.origin),
   )
 
 
 def _move(state: State, shift: Float[Array, "3"], turn: Float[Array, "3"]) -> State:
   """Moves the gripper a little; what it touches is pushed, carries it up, or stops it."""
   # Only what is not held and has a flat top carries an object; of those, only what was not above it before the step:
-  # an object that is pushed sideways must not jump onto its neighbour.
+  # an object that is pushed sideways must not jump onto its neighbor.
   free = (jnp.arange(MAX_OBJECTS) != state.held) & (state.kind < BOWL)
   bottom_before, tip_before = _bottom(state), state.position[2] - _TIP
   state = _carry(
@@ -220,7 +220,7 @@ def _move(state: State, shift: Float[Array, "3"], turn: Float[Array, "3"]) -> St
 
   # A finger next to an object pushes it, a finger above an object rests on it.
   half, radius = _outline(state.kind)
-  top, xy, floor = _top(state), state.centre[:, :2], REACH[0, 2]
+  top, xy, floor = _top(state), state.center[:, :2], REACH[0, 2]
   beside = free & (tip_before < top - _OVER) & (state.position[2] - _TIP < top)
   for finger in _fingers(state):
     local = _turn(finger - xy, -state.yaw)
@@ -228,13 +228,13 @@ def _move(state: State, shift: Float[Array, "3"], turn: Float[Array, "3"]) -> St
     touches = jnp.any(away != 0, -1)
     floor = jnp.maximum(floor, jnp.max(jnp.where(free & touches & (tip_before >= top - _OVER), top + _TIP, 0.0)))
     xy = jnp.where(beside[:, None], xy - away, xy)
-  state = state.replace(centre=state.centre.at[:, :2].set(xy))
+  state = state.replace(center=state.center.at[:, :2].set(xy))
 
   # The held object rests on what is below it and stops at walls; the gripper with it.
   holds = jnp.arange(MAX_OBJECTS) == state.held
   lift = jnp.sum(jnp.where(holds, jnp.maximum(_support(state, bottom_before) - _bottom(state), 0.0), 0.0))
   lift = jnp.maximum(lift, floor - state.position[2]).clip(0.0)
-  blocked = _walls(state, state.centre[:, :2], _bottom(state) + lift) - state.centre[:, :2]
+  blocked = _walls(state, state.center[:, :2], _bottom(state) + lift) - state.center[:, :2]
   slide = jnp.sum(jnp.where(holds[:, None], blocked, 0.0), axis=0)
   return _carry(state.replace(position=state.position + jnp.append(slide, lift)))
 
@@ -243,7 +243,7 @@ def _move(state: State, shift: Float[Array, "3"], turn: Float[Array, "3"]) -> St
 def graspable(state: State) -> Bool[Array, " n"]:
   """Which objects closing fingers would grasp: between them, at the height of the pads, aligned."""
   matrix = rotation_matrix(state.rotation)
-  local = jnp.abs((state.centre - state.position) @ matrix)
+  local = jnp.abs((state.center - state.position) @ matrix)
   period = jnp.where(state.kind == CUBE, math.pi / 2, math.pi)
   turned = jnp.abs(angle_between(state.yaw - heading(state.rotation), period))
   aligned = (turned < _TURNED) | (state.kind == BALL) | (state.kind == CYLINDER)
@@ -260,10 +260,10 @@ def _grip(state: State, command: Float[Array, ""]) -> State:
   keeps = holding & (finger <= width[state.held] + 0.002)
 
   caught = graspable(state) & (finger <= width) & ~holding
-  distance = jnp.where(caught, jnp.linalg.norm(state.centre - state.position, axis=-1), jnp.inf)
+  distance = jnp.where(caught, jnp.linalg.norm(state.center - state.position, axis=-1), jnp.inf)
   held = jnp.where(caught.any(), jnp.argmin(distance), jnp.where(keeps, state.held, -1)).astype(jnp.int32)
-  grip = (state.centre[held] - state.position) @ rotation_matrix(state.rotation)
-  grip = grip.at[0].set(0.0)  # the pads centre what they close on, and align it
+  grip = (state.center[held] - state.position) @ rotation_matrix(state.rotation)
+  grip = grip.at[0].set(0.0)  # the pads center what they close on, and align it
   period = jnp.where(state.kind[held] == CUBE, math.pi / 2, math.pi)
   yaw = state.yaw[held] - heading(state.rotation)
   is_round = (state.kind[held] == BALL) | (state.kind[held] == CYLINDER)
@@ -283,7 +283,7 @@ def _fall(state: State) -> State:
   index = jnp.arange(MAX_OBJECTS)
   movable = state.kind < BOWL
   width, high = jnp.asarray(HALF)[state.kind, 0], jnp.asarray(HALF)[state.kind, 2]
-  apart = state.centre[:, None] - state.centre[None, :]
+  apart = state.center[:, None] - state.center[None, :]
   distance = jnp.linalg.norm(apart[..., :2], axis=-1)
   level = jnp.abs(apart[..., 2]) < high[:, None] + high[None, :] - _OVER
   overlap = jnp.maximum(width[:, None] + width[None, :] - distance, 0.0)
@@ -291,16 +291,16 @@ def _fall(state: State) -> State:
   share = jnp.where(index[None, :] == state.held, 1.0, 0.5)
   away = apart[..., :2] / jnp.maximum(distance, 1e-6)[..., None] * (jnp.where(pushes, share * overlap, 0.0))[..., None]
   free = movable & (index != state.held)
-  xy = jnp.where(free[:, None], jnp.clip(state.centre[:, :2] + away.sum(1), -0.22, 0.22), state.centre[:, :2])
+  xy = jnp.where(free[:, None], jnp.clip(state.center[:, :2] + away.sum(1), -0.22, 0.22), state.center[:, :2])
   xy = jnp.where(free[:, None], _walls(state, xy, _bottom(state)), xy)
-  moved = state.replace(centre=state.centre.at[:, :2].set(xy))
+  moved = state.replace(center=state.center.at[:, :2].set(xy))
 
   rest = _support(moved, _bottom(state)) + high
-  z = jnp.where(free, jnp.maximum(rest, state.centre[:, 2] - _FALL), state.centre[:, 2])
+  z = jnp.where(free, jnp.maximum(rest, state.center[:, 2] - _FALL), state.center[:, 2])
   inserted = _in_groove(moved) & (z < rest + 0.005)[:, None] & free[:, None]
   slot = jnp.argmax(inserted, 1)
   yaw = jnp.where(inserted.any(1), state.yaw - angle_between(state.yaw - state.yaw[slot], math.pi), state.yaw)
-  return moved.replace(centre=moved.centre.at[:, 2].set(z), yaw=yaw)
+  return moved.replace(center=moved.center.at[:, 2].set(z), yaw=yaw)
 
 
 @in_32_bits
@@ -329,8 +329,8 @@ def achieved(state: State) -> Bool[Array, "2"]:
   """Which of the two goals of the task the state fulfils; an absent goal is fulfilled."""
   target, destination = state.target, state.destination
   resting = state.held != target
-  bottom, xy = _bottom(state)[target], state.centre[target, :2]
-  apart = xy - state.centre[jnp.clip(destination, 0, MAX_OBJECTS - 1), :2]
+  bottom, xy = _bottom(state)[target], state.center[target, :2]
+  apart = xy - state.center[jnp.clip(destination, 0, MAX_OBJECTS - 1), :2]
   container = state.kind[jnp.clip(destination, 0, MAX_OBJECTS - 1)]
   lifted = ~resting & (bottom > LIFTED)
   inside = jnp.linalg.norm(apart, axis=-1) < 0.9 * jnp.asarray(HALF)[container, 0]
@@ -351,7 +351,7 @@ def success(state: State) -> Bool[Array, ""]:
 
 @in_32_bits
 def proprio(state: State) -> Float[Array, "8"]:
-  """Gripper position xyz (metres), axis-angle (radians), the two finger positions (metres, mirrored), as in LIBERO."""
+  """Gripper position xyz (meters), axis-angle (radians), the two finger positions (meters, mirrored), as in LIBERO."""
   return jnp.concatenate([state.position, state.rotation, jnp.stack([state.finger, -state.finger])])
 
 

@@ -47,7 +47,7 @@ PALETTE = np.array(
   ],
   np.float32,
 )
-AGENT_EYE, AGENT_AIM, AGENT_FIELD = (0.0, -0.50, 0.60), (0.0, 0.010, 0.035), 34.5  # metres, degrees
+AGENT_EYE, AGENT_AIM, AGENT_FIELD = (0.0, -0.50, 0.60), (0.0, 0.010, 0.035), 34.5  # meters, degrees
 WRIST_EYE, WRIST_AIM, WRIST_FIELD = (0.0, -0.078, 0.088), (0.0, -0.006, -0.020), 76.0  # in the gripper's frame
 _TABLE, _BACKGROUND = (0.70, 0.66, 0.60), (0.30, 0.34, 0.38)
 _EDGE = 0.27  # half extent of the table
@@ -55,10 +55,10 @@ _LIGHT = (0.3, -0.38, 0.875)  # towards the light, a unit vector
 _AMBIENT, _DIRECT = 0.42, 0.66
 _FAR = 1e3  # the length of a ray that meets nothing
 
-# The gripper in its frame: middles (the fingers' x follows their opening), half extents and colours of its four boxes.
+# The gripper in its frame: middles (the fingers' x follows their opening), half extents and colors of its four boxes.
 _PARTS = np.array([[0, 0, 0.026], [0, 0, 0.026], [0, 0, 0.074], [0, 0, 0.140]], np.float32)
 _PART_HALF = np.array([[0.006, 0.010, 0.036]] * 2 + [[0.056, 0.016, 0.013], [0.018, 0.016, 0.055]], np.float32)
-_PART_COLOUR = np.array([[0.16, 0.17, 0.19]] * 2 + [[0.36, 0.38, 0.42]] * 2, np.float32)
+_PART_COLOR = np.array([[0.16, 0.17, 0.19]] * 2 + [[0.36, 0.38, 0.42]] * 2, np.float32)
 
 # What casts shadows: the objects, then the two fingertips and the palm. Radii of objects are relative to their width.
 _HAND = np.array([[0, 0, 0.012], [0, 0, 0.012], [0, 0, 0.070]], np.float32)
@@ -81,7 +81,7 @@ class Hit(NamedTuple):
 
 
 class Surface(NamedTuple):
-  """Where rays meet one object: ray length or _FAR, cosine of the angle to the light, and a factor on its colour."""
+  """Where rays meet one object: ray length or _FAR, cosine of the angle to the light, and a factor on its color."""
 
   t: Number
   lambert: Number
@@ -218,7 +218,7 @@ def _slot(o: Vector, d: Vector, inverse: Vector, light: Vector) -> Surface:
 
 
 def _solid(o: Vector, d: Vector, light: Vector, kind: Int[Array, ""]) -> Surface:
-  """A graspable object in its own frame, from its centre."""
+  """A graspable object in its own frame, from its center."""
   half, inverse = jnp.asarray(HALF)[kind], _inverse(d)
   box, ball = _box(o, d, inverse, light, tuple(half)), _ball(o, d, light, half[0])
   cylinder = _cylinder(o, d, inverse, light, half[0], half[2])
@@ -233,10 +233,10 @@ def _container(o: Vector, d: Vector, light: Vector, kind: Int[Array, ""]) -> Sur
   return Surface(jnp.where(kind == NONE, _FAR, t), lambert, shade)
 
 
-def _nearer(hit: Hit, surface: Surface, colour: Float[Array, "3"]) -> Hit:
+def _nearer(hit: Hit, surface: Surface, color: Float[Array, "3"]) -> Hit:
   """Keeps the nearer of a surface and what was hit so far."""
   t, lambert, shade = surface
-  new = (lambert, shade * colour[0], shade * colour[1], shade * colour[2])
+  new = (lambert, shade * color[0], shade * color[1], shade * color[2])
   return Hit(jnp.minimum(t, hit.t), *(jnp.where(t < hit.t, a, b) for a, b in zip(new, hit[1:])))
 
 
@@ -255,12 +255,12 @@ def _objects(hit: Hit, state: State, o: Vector, d: Vector) -> Hit:
   held = rotation_matrix(state.rotation) @ about_z(state.grip_yaw[None])[0]
   turns = jnp.where((jnp.arange(MAX_OBJECTS) == state.held)[:, None, None], held, about_z(state.yaw))
   under = jnp.asarray(HALF)[state.kind, 2].at[:GRASPABLE].set(0.0)
-  things = (state.centre.at[:, 2].add(-under), turns, state.kind, jnp.asarray(PALETTE)[state.colour])
+  things = (state.center.at[:, 2].add(-under), turns, state.kind, jnp.asarray(PALETTE)[state.color])
 
   def add(surface, hit, thing):
-    origin, turn, kind, colour = thing
+    origin, turn, kind, color = thing
     local = _into(turn, tuple(a - b for a, b in zip(o, origin)))
-    return _nearer(hit, surface(local, _into(turn, d), _into(turn, _LIGHT), kind), colour), None
+    return _nearer(hit, surface(local, _into(turn, d), _into(turn, _LIGHT), kind), color), None
 
   hit, _ = jax.lax.scan(functools.partial(add, _solid), hit, tuple(x[:GRASPABLE] for x in things))
   return jax.lax.scan(functools.partial(add, _container), hit, tuple(x[GRASPABLE:] for x in things))[0]
@@ -280,10 +280,10 @@ def _gripper(hit: Hit, state: State, o: Vector, d: Vector) -> Hit:
   inverse = _inverse(d)
 
   def add(hit, part):
-    middle, half, colour = part
-    return _nearer(hit, _box(tuple(a - b for a, b in zip(o, middle)), d, inverse, light, tuple(half)), colour), None
+    middle, half, color = part
+    return _nearer(hit, _box(tuple(a - b for a, b in zip(o, middle)), d, inverse, light, tuple(half)), color), None
 
-  return jax.lax.scan(add, hit, (_spread(_PARTS, state), jnp.asarray(_PART_HALF), jnp.asarray(_PART_COLOUR)))[0]
+  return jax.lax.scan(add, hit, (_spread(_PARTS, state), jnp.asarray(_PART_HALF), jnp.asarray(_PART_COLOR)))[0]
 
 
 def _light(hit: Hit, state: State, o: Vector, d: Vector) -> Number:
@@ -293,13 +293,13 @@ def _light(hit: Hit, state: State, o: Vector, d: Vector) -> Number:
   point = tuple(a + hit.t * b for a, b in zip(o, d))
 
   def add(light, ball):
-    centre, radius, dark = ball
-    away = tuple(a - b for a, b in zip(centre, point))
+    center, radius, dark = ball
+    away = tuple(a - b for a, b in zip(center, point))
     along = _dot(away, _LIGHT)
     cover = jnp.clip(1.5 - 1.5 * (_dot(away, away) - along**2) / radius**2, 0.0, 1.0)
     return light * (1.0 - dark * cover * jnp.clip(along / 0.012, 0.0, 1.0)), None
 
-  return jax.lax.scan(add, jnp.ones_like(hit.t), (jnp.concatenate([state.centre, hand]), radius, jnp.asarray(_DARK)))[0]
+  return jax.lax.scan(add, jnp.ones_like(hit.t), (jnp.concatenate([state.center, hand]), radius, jnp.asarray(_DARK)))[0]
 
 
 @in_32_bits
@@ -320,7 +320,7 @@ def views(state: State, size: int, samples: int = 1) -> UInt8[Array, "2 {size} {
 
 @in_32_bits
 def project(state: State, point: Float[Array, "3"]) -> Float[Array, "2 2"]:
-  """Where a point of the world (metres) appears: (row, column) in [0, 1) of both views, outside when out of sight."""
+  """Where a point of the world (meters) appears: (row, column) in [0, 1) of both views, outside when out of sight."""
   turn = rotation_matrix(state.rotation)
   eyes = jnp.stack([jnp.asarray(AGENT_EYE, jnp.float32), state.position + turn @ jnp.asarray(WRIST_EYE)])
   cameras = jnp.stack([jnp.asarray(_look(AGENT_EYE, AGENT_AIM)), turn @ _look(WRIST_EYE, WRIST_AIM)])

@@ -1,6 +1,6 @@
 """Objects on the table, suites, instructions, and the draw of an initial state.
 
-Frame: x to the right and y away from the agent camera, z up, metres, the origin on the table under the centre of the
+Frame: x to the right and y away from the agent camera, z up, meters, the origin on the table under the center of the
 workspace. So "left of" is smaller x and "in front of" is smaller y, as seen in the agent's image.
 
 A suite is data, not code: every task is two goals `(verb, target, destination)`, the second usually NOTHING, so one
@@ -34,9 +34,9 @@ def in_32_bits(function: Callable) -> Callable:
 
 
 SHAPES = ("cube", "ball", "cylinder", "peg")
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 CUBE, BALL, CYLINDER, PEG, BOWL, PLATE, SLOT, NONE = range(8)  # kinds; from BOWL on they never move
-WHITE = len(COLOURS)  # the colour of plates
+WHITE = len(COLORS)  # the color of plates
 
 # By kind. HALF: half extents (x, y, z); for a bowl and a plate x is the radius. FLOOR: the height on which an object
 # inside a container comes to rest. FOOT: radius kept free around it in a first layout.
@@ -65,7 +65,7 @@ NOTHING, LIFT, PUT, PUSH, INSERT = range(5)  # verbs
 DIRECTIONS = np.array([[-1, 0], [1, 0], [0, -1], [0, 1]], np.float32)  # left, right, front, back
 RELATIONS = ("left of", "right of", "in front of", "behind")
 
-# Colour and shape combinations that no training episode contains, neither as target nor as distractor.
+# Color and shape combinations that no training episode contains, neither as target nor as distractor.
 HELD_OUT = frozenset(
   {
     ("blue", "cube"),
@@ -94,13 +94,13 @@ class State:
   """Everything about one moment of one episode; `n` = MAX_OBJECTS, absent objects have kind NONE and lie 10 m away.
 
   Attributes:
-    position: f32[3], metres: the point between the fingertips.
+    position: f32[3], meters: the point between the fingertips.
     rotation: f32[3], axis-angle, radians; zero points the fingers down and closes them along x.
-    finger: f32[], metres from the middle to either finger, 0 (closed) .. 0.04 (open).
+    finger: f32[], meters from the middle to either finger, 0 (closed) .. 0.04 (open).
     held: i32[], index of the held object, or -1.
-    grip: f32[3], centre of the held object in the gripper's frame, metres; grip_yaw: f32[], its yaw there.
-    kind: i32[n], colour: i32[n].
-    centre: f32[n 3], metres; yaw: f32[n], radians (the heading, where a held object is tilted).
+    grip: f32[3], center of the held object in the gripper's frame, meters; grip_yaw: f32[], its yaw there.
+    kind: i32[n], color: i32[n].
+    center: f32[n 3], meters; yaw: f32[n], radians (the heading, where a held object is tilted).
     origin: f32[n 2], where the objects lay at reset or were last let go; a push counts from there.
     suite: i32[]; verb, target, destination: i32[2], the goals; a destination is an object, or a direction for PUSH.
     relation: i32[], of the target to object 3, named in the instruction of suite `spatial` only.
@@ -115,8 +115,8 @@ class State:
   grip: Leaf
   grip_yaw: Leaf
   kind: Leaf
-  colour: Leaf
-  centre: Leaf
+  color: Leaf
+  center: Leaf
   yaw: Leaf
   origin: Leaf
   suite: Leaf
@@ -130,16 +130,16 @@ class State:
 
 def _sentences() -> tuple[tuple[str, ...], ...]:
   """All instructions by suite, in the order of `_instruction`."""
-  things = [f"{c} {s}" for s in SHAPES[:3] for c in COLOURS]
+  things = [f"{c} {s}" for s in SHAPES[:3] for c in COLORS]
   ends = [f"put the {{}} {where}" for where in ("in the bowl", "on the plate")]
   ends += [f"push the {{}} to the {where}" for where in ("left", "right", "front", "back")]
   return (
     tuple(f"pick up the {t}" for t in things),
-    tuple(f"pick up the {t} and place it in the {c} bowl" for t in things for c in COLOURS),
-    tuple(f"pick up the {t} {r} the {c} bowl" for t in things for r in RELATIONS for c in COLOURS),
+    tuple(f"pick up the {t} and place it in the {c} bowl" for t in things for c in COLORS),
+    tuple(f"pick up the {t} {r} the {c} bowl" for t in things for r in RELATIONS for c in COLORS),
     tuple(end.format(t) for t in things for end in ends),
     tuple(f"put the {t} in the bowl and the {u} on the plate" for t in things for u in things if u != t),
-    tuple(f"insert the {c} peg into the {d} slot" for c in COLOURS for d in COLOURS),
+    tuple(f"insert the {c} peg into the {d} slot" for c in COLORS for d in COLORS),
   )
 
 
@@ -211,8 +211,8 @@ def seed_key(seed: int | Int[Array, ""], split: str = "train") -> PRNGKeyArray:
 
 
 def _allowed(held_out: bool) -> np.ndarray:
-  """bool[24]: combinations (shape * 6 + colour) inside, or outside, HELD_OUT."""
-  return np.array([((c, s) in HELD_OUT) == held_out for s in SHAPES for c in COLOURS])
+  """bool[24]: combinations (shape * 6 + color) inside, or outside, HELD_OUT."""
+  return np.array([((c, s) in HELD_OUT) == held_out for s in SHAPES for c in COLORS])
 
 
 def _choose(
@@ -224,10 +224,10 @@ def _choose(
 
 
 def _things(key: PRNGKeyArray, suite: Int[Array, ""], split: str) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
-  """Draws kinds and colours i32[n]: the target, distractors that share its shape or its colour, the containers."""
+  """Draws kinds and colors i32[n]: the target, distractors that share its shape or its color, the containers."""
   noise = jax.random.gumbel(key, (5, 24))
   combo = jnp.arange(24)
-  shape, colour = combo // 6, combo % 6
+  shape, color = combo // 6, combo % 6
   target_pool = jnp.asarray(_allowed(held_out=split == "unseen"))
   pool = target_pool | (split == "unseen")
   right_shape = jnp.where(suite == ALIGN, shape == PEG, shape != PEG)
@@ -237,7 +237,7 @@ def _things(key: PRNGKeyArray, suite: Int[Array, ""], split: str) -> tuple[Int[A
   b = _choose(noise[1], distinct & jnp.where(suite == LONG, target_pool, shape == a // 6), distinct)
   b = jnp.where(suite == SPATIAL, a, b)
   distinct = pool & (shape != PEG) & (combo != a) & (combo != b)
-  c = _choose(noise[2], distinct & (colour == a % 6) & (shape != a // 6), distinct)
+  c = _choose(noise[2], distinct & (color == a % 6) & (shape != a // 6), distinct)
 
   free = (jnp.arange(6) != a % 6) & ((suite != LONG) | (jnp.arange(6) != b % 6))
   first = _choose(noise[3, :6], free)
@@ -297,13 +297,13 @@ def _goals(key: PRNGKeyArray, suite: Int[Array, ""], place: Float[Array, "n 2"],
 
 
 def _instruction(
-  suite: Int[Array, ""], kind: Int[Array, " n"], colour: Int[Array, " n"], relation: Int[Array, ""], end: Int[Array, ""]
+  suite: Int[Array, ""], kind: Int[Array, " n"], color: Int[Array, " n"], relation: Int[Array, ""], end: Int[Array, ""]
 ) -> Int[Array, ""]:
   """The index into INSTRUCTIONS, from the integers of a task."""
-  a, b = kind[0] * 6 + colour[0], kind[1] * 6 + colour[1]
-  bowl = colour[3]
+  a, b = kind[0] * 6 + color[0], kind[1] * 6 + color[1]
+  bowl = color[3]
   local = jnp.stack(
-    [a, a * 6 + bowl, (a * 4 + relation) * 6 + bowl, a * 6 + end, a * 17 + b - (b > a), colour[0] * 6 + bowl]
+    [a, a * 6 + bowl, (a * 4 + relation) * 6 + bowl, a * 6 + end, a * 17 + b - (b > a), color[0] * 6 + bowl]
   )
   return (jnp.asarray(_OFFSET)[suite] + local[suite]).astype(jnp.int32)
 
@@ -315,7 +315,7 @@ def reset(key: PRNGKeyArray, suite: str | int | Int[Array, ""], split: str = "tr
   Args:
     key: all randomness; `seed_key` keeps the layouts of splits apart.
     suite: a name, a number, or a traced number, so that `vmap` mixes suites in one batch.
-    split: "train" and "heldout" hold only seen combinations of colour and shape; in "unseen" every target is one of
+    split: "train" and "heldout" hold only seen combinations of color and shape; in "unseen" every target is one of
       HELD_OUT and distractors are any.
 
   Raises:
@@ -323,12 +323,12 @@ def reset(key: PRNGKeyArray, suite: str | int | Int[Array, ""], split: str = "tr
   """
   suite = jnp.asarray(suite_index(suite), jnp.int32)
   k_things, k_relation, k_layout, k_goal, k_pose = jax.random.split(key, 5)
-  kind, colour = _things(k_things, suite, check_split(split))
+  kind, color = _things(k_things, suite, check_split(split))
   relation = jax.random.randint(k_relation, (), 0, 4)
   place = _layout(k_layout, suite, kind, jnp.stack([relation, relation ^ 1]))  # ^ 1: the opposite direction
   verb, target, destination, end = _goals(k_goal, suite, place, kind)
   noise = jax.random.uniform(k_pose, (MAX_OBJECTS + 3,), minval=-1.0)
-  centre = jnp.concatenate([place, jnp.asarray(HALF)[kind, 2:]], -1)
+  center = jnp.concatenate([place, jnp.asarray(HALF)[kind, 2:]], -1)
   zero = jnp.zeros((), jnp.int32)
   return State(
     position=jnp.array([0.0, -0.02, 0.20]) + 0.03 * noise[MAX_OBJECTS:],
@@ -338,8 +338,8 @@ def reset(key: PRNGKeyArray, suite: str | int | Int[Array, ""], split: str = "tr
     grip=jnp.zeros(3),
     grip_yaw=jnp.zeros(()),
     kind=kind,
-    colour=colour,
-    centre=centre,
+    color=color,
+    center=center,
     yaw=noise[:MAX_OBJECTS] * jnp.asarray(YAW)[kind],
     origin=place,
     suite=suite,
@@ -347,7 +347,7 @@ def reset(key: PRNGKeyArray, suite: str | int | Int[Array, ""], split: str = "tr
     target=target,
     destination=destination,
     relation=relation,
-    instruction=_instruction(suite, kind, colour, relation, end),
+    instruction=_instruction(suite, kind, color, relation, end),
     time=zero,
   )
 

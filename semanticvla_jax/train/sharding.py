@@ -1,6 +1,6 @@
 """The mesh, one rule for parameters, and batches placed on it.
 
-replica   copies of everything on several slices; gradients cross the data-centre network once a step
+replica   copies of everything on several slices; gradients cross the data-center network once a step
 data      copies inside a slice
 fsdp      examples and parameters are split (ZeRO-3, Rajbhandari et al. 2020)
 tensor    attention heads and MLP columns are split (Megatron-LM, Shoeybi et al. 2019)

@@ -79,7 +79,7 @@ def test_patches_agree_with_the_variants():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_normalisation_is_that_of_the_released_data(case):
+def test_normalization_is_that_of_the_released_data(case):
   config = load(case, "tiny")
   for name, _ in mixtures.mixture(config.data.mixture):
     assert config.data.normalisation == datasets.spec(name).mode

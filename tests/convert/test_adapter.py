@@ -76,12 +76,12 @@ def test_an_adapter_of_another_kind_is_refused_by_the_field(field, source, tmp_p
 
 
 @pytest.mark.parametrize("value", ["pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "Pissa", 3, ["pissa"]])
-def test_initialisations_that_change_the_base_are_refused(value):
+def test_initializations_that_change_the_base_are_refused(value):
   assert adapter.problems_of({"init_lora_weights": value})
 
 
 @pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal"])
-def test_initialisations_that_leave_the_base_alone_pass(value):
+def test_initializations_that_leave_the_base_alone_pass(value):
   assert not adapter.problems_of({"init_lora_weights": value})
 
 

@@ -11,7 +11,7 @@ from semanticvla_jax.convert.to_orbax import Options, table, to_orbax
 PROCESSOR = ("preprocessor_config.json", "tokenizer_config.json", "added_tokens.json", "processing_prismatic.py")
 
 
-def test_tokenisers_of_the_source_and_of_a_folder_come_together(tmp_path):
+def test_tokenizers_of_the_source_and_of_a_folder_come_together(tmp_path):
   source, folder = checkpoints.oft(tmp_path / "source", "full"), tmp_path / "tokenizers"
   said = []
   report = to_orbax([source], tmp_path / "none", checkpoints.config("full"), say=said.append)
@@ -39,7 +39,7 @@ def test_processor_files_come_back_without_a_base(tmp_path):
   assert report["statistics"] == ["tiny"] and report["dtypes"] == {"float32": sum(report["files"].values())}
 
 
-def test_a_folder_without_tokenisers_is_refused(tmp_path):
+def test_a_folder_without_tokenizers_is_refused(tmp_path):
   config = checkpoints.config("openvla")
   with pytest.raises(ValueError, match="No tokenizers"):
     to_orbax([checkpoints.openvla(tmp_path / "s")], tmp_path / "p", config, Options(tokenizers=tmp_path))

@@ -185,8 +185,8 @@ def test_pictures_of_eight_bits_are_read_as_tensorflow_reads_them(mode):
     np.linspace(0, 1, 81, dtype=np.float32).reshape(9, 9),
   ],
 )
-def test_numbers_that_are_no_colours_are_refused(values):
-  with pytest.raises(ValueError, match="mode '[IF]'.*expected colours of 8 or 16 bits"):
+def test_numbers_that_are_no_colors_are_refused(values):
+  with pytest.raises(ValueError, match="mode '[IF]'.*expected colors of 8 or 16 bits"):
     images.decode(encoded(Image.fromarray(values), "TIFF"))
 
 

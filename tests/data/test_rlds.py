@@ -243,7 +243,7 @@ def test_resume_and_host_count(kind, dataset, other, tokenizers):
   assert not np.array_equal(changed[0].observation.images, straight[0].observation.images)
 
 
-def test_a_mixture_normalises_each_dataset_by_its_own_statistics(dataset, other, tokenizers):
+def test_a_mixture_normalizes_each_dataset_by_its_own_statistics(dataset, other, tokenizers):
   found = batches([(dataset, 1.0), (other, 1.0)], tokenizers, 20)
   proprio = np.concatenate([batch.observation.proprio for batch in found])
   own = [statistics.normalize(one.proprio, one.statistics.proprio) for one in (dataset, other)]
@@ -388,7 +388,7 @@ def test_bad_arguments(data_dir, dataset, tokenizers):
     ({"start_step": -1}, "start_step -1"),
     ({"trajectory_end": "wrap"}, "Unknown trajectory end"),
     ({"window": 0}, "window=0"),
-    ({"jitter": loader.Jitter(-0.01)}, "got -0.01 metres"),
+    ({"jitter": loader.Jitter(-0.01)}, "got -0.01 meters"),
     ({"jitter": loader.Jitter(0.0, 0.6)}, "0.6 radians"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -41,7 +41,7 @@ def test_compute_equals_numpy():
   assert got.mask.tolist() == list(MASK)
 
 
-def test_normalise_by_hand():
+def test_normalize_by_hand():
   zeros = np.zeros(4, np.float32)
   stats = Statistics(
     mean=zeros,
@@ -65,7 +65,7 @@ def test_normalise_by_hand():
   assert statistics.unnormalize(np.ones(4, np.float32), wide, eps=0.0)[0] == 0.0
 
 
-def test_unnormalise_inverts_normalise_inside_the_bounds():
+def test_unnormalize_inverts_normalize_inside_the_bounds():
   x = values(7)
   stats = statistics.compute(x)
   inside = np.clip(x, stats.q01, stats.q99)

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.sim, libero_assets.skipped]
 class Half(Policy):
   """Walks in even episodes, stands in odd ones; what `odd` names gives no numbers."""
 
-  replay, config, image_size = 8, {"model": {}}, 32
+  replan_steps, config, image_size = 8, {"model": {}}, 32
   bare = types.SimpleNamespace(prunes_by_instruction=False)
   metadata = {"chunk": 8, "policy_hash": "h", "folder": "f"}
 

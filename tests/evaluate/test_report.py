@@ -249,7 +249,7 @@ def test_films_show_both_outcomes():
   assert choose(np.array([0, 1], bool), 1) == [1]
 
 
-def test_a_task_has_no_colours():
+def test_a_task_has_no_colors():
   assert task("pick up the red cube and place it in the blue bowl") == "pick up the cube and place it in the bowl"
   assert task("pick up the orange ball left of the purple bowl") == "pick up the ball left of the bowl"
 

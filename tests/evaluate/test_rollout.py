@@ -18,7 +18,7 @@ REPLAY, MAX_STEPS, SEEDS = 2, 40, range(12)
 
 def pick(state: tasks.State) -> jax.Array:
   """Over the target, down, close, up: the expert in six lines (and quick to compile)."""
-  target, held = state.centre[0], state.held == 0
+  target, held = state.center[0], state.held == 0
   over = jnp.linalg.norm(target[:2] - state.position[:2]) < 0.008
   goal = target.at[2].set(jnp.where(held, 0.2, jnp.where(over, target[2], 0.12)))
   close = held | (over & (jnp.abs(state.position[2] - target[2]) < 0.008))
@@ -50,7 +50,7 @@ def on_device() -> tuple:
 class Scripted:
   """The same on the host; it looks at the environment's state."""
 
-  replay = REPLAY
+  replan_steps = REPLAY
 
   def __init__(self, environment):
     self.environment = environment
@@ -101,13 +101,13 @@ def test_kept_states_are_the_episode():
   i, steps = 0, int(ended.steps[0])
   around = jax.tree.map(lambda x: x[steps - 1 : steps + 1, i], states)
   assert jax.jit(jax.vmap(physics.success))(around).tolist() == [False, True]
-  np.testing.assert_array_equal(states.centre[steps, i], states.centre[-1, i])
+  np.testing.assert_array_equal(states.center[steps, i], states.center[-1, i])
 
 
 def chunk_by_chunk(policy, environment, states, steps, replan_steps):
   """Where the host's own loop goes from each state in which the policy is asked: its states, and those expected.
 
-  From query to query, because rounding grows over an episode: a random policy answers a grey level with centimetres.
+  From query to query, because rounding grows over an episode: a random policy answers a grey level with centimeters.
   """
   for first in range(0, steps, replan_steps):
     environment.state = jax.tree.map(lambda x: jnp.asarray(x[first]), states)  # noqa: B023
@@ -150,7 +150,7 @@ def test_a_policy_that_gives_no_number_fails_on_device_and_is_in_the_rate():
 class Still:
   """Walks there in four steps, unless a seed has actions of its own."""
 
-  replay = 3
+  replan_steps = 3
 
   def __init__(self, actions=None):
     self.actions = actions or {}
@@ -166,7 +166,7 @@ class Still:
 @pytest.mark.parametrize("trouble", ["raise", "nan"])
 def test_an_environment_that_breaks_on_the_host_is_an_error_of_that_episode_alone(trouble, tmp_path, caplog):
   host = OnHost(Still(), Point(str(tmp_path / "log"), {1: trouble}), instruction=lambda seed: f"goal {seed}")
-  host.policy.replay = host.replan_steps = 1
+  host.policy.replan_steps = host.replan_steps = 1
   episodes = host.run([0, 1, 2], progress=lambda *numbers: None)
   assert episodes.error.tolist() == [False, True, False] and (episodes.valid, episodes.broken, host.broken) == (2, 1, 1)
   assert episodes.instruction[1] == "go to goal 0" and "Episode 1 broke after" in caplog.text

@@ -17,7 +17,7 @@ from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, EpisodeResult, OnS
 class Half:
   """Walks in even episodes (there in four steps), stands still in odd ones; keeps what it was asked."""
 
-  replay = 3
+  replan_steps = 3
 
   def __init__(self):
     self.asked, self.sizes, self.stop = [], [], None

@@ -66,7 +66,7 @@ def test_kept_patches_stay_and_the_rest_goes_dark():
   assert shown[40:].max() < 0.5 * image[40:].max() and (shown[0, 16:32] == 255).all()
 
 
-def test_the_brightest_colour_lies_on_the_greatest_weight():
+def test_the_brightest_color_lies_on_the_greatest_weight():
   weights = np.full(16, 0.05)
   weights[6] = 0.25
   shown = visualize.heat_overlay(np.full((64, 64, 3), 128, np.uint8), weights).astype(int).sum(axis=2)

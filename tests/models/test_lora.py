@@ -56,7 +56,7 @@ def test_merging_twice_is_refused(params):
     merge(params, 8, 8.0)
 
 
-def test_initialisation_follows_peft():
+def test_initialization_follows_peft():
   layer = LoRA(nn.Dense(300), 16, 32.0, targets=".*")
   params = layer.init(jax.random.key(0), jnp.ones((1, 400)))["params"]
   assert params["lora_a"].shape == (400, 16) and params["lora_b"].shape == (16, 300)

@@ -67,7 +67,7 @@ def test_controls_do_not_look_at_the_instruction(rule):
   assert len(set(np.asarray(a.kept[0]).tolist())) == 5
 
 
-def test_centre_and_uniform_controls_are_what_they_say():
+def test_center_and_uniform_controls_are_what_they_say():
   scores = anchor_scores("centre", jnp.zeros((1, 16, 1)), PATCHES[:1], PATCHES[:1, :1], MASK[:1, :1])
   assert sorted(np.argsort(-np.asarray(scores[0]))[:4].tolist()) == [5, 6, 9, 10]
   assert prune(anchor_rule="uniform", anchors=4).kept[0].tolist() == [0, 4, 8, 12]

@@ -58,7 +58,7 @@ def test_attention_weights_of_queries_sum_to_one():
   np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
 
 
-def test_normalise_uses_the_encoders_own_constants():
+def test_normalize_uses_the_encoders_own_constants():
   model, params, _ = make(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
   white = jnp.full((1, 8, 8, 3), 255, jnp.uint8)
   x = model.apply({"params": params}, white, method="normalize")

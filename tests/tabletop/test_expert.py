@@ -72,4 +72,4 @@ def test_it_recovers_from_any_moment_and_from_noise():
 
 def test_rollout_draws_its_own_episode():
   result = jax.eval_shape(lambda key: expert.rollout(key, "long", "unseen", 0.1, 7), physics.seed_key(0, "unseen"))
-  assert result.actions.shape == (7, 7) and result.states.centre.shape == (7, tasks.MAX_OBJECTS, 3)
+  assert result.actions.shape == (7, 7) and result.states.center.shape == (7, tasks.MAX_OBJECTS, 3)

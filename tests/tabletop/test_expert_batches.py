@@ -56,11 +56,11 @@ def test_projection_lands_on_the_object():
   keys = jax.vmap(lambda i: physics.seed_key(i, "heldout"))(jnp.arange(64))
   states = jax.jit(jax.vmap(lambda key: tasks.reset(key, tasks.PICK, "heldout")))(keys)
   views = jax.jit(jax.vmap(lambda s: render.views(s, 96)))(states)
-  at = jax.vmap(lambda s: render.project(s, s.centre[s.target[0]]))(states)[:, 0]
+  at = jax.vmap(lambda s: render.project(s, s.center[s.target[0]]))(states)[:, 0]
   row, column = np.floor(np.asarray(at) * 96).astype(int).T
   pixels = np.asarray(views)[np.arange(64), 0, row, column].astype(float)
-  colours = render.PALETTE[np.asarray(states.colour)[np.arange(64), np.asarray(states.target[:, 0])]]
-  cosine = (pixels * colours).sum(-1) / np.linalg.norm(pixels, axis=-1) / np.linalg.norm(colours, axis=-1)
+  colors = render.PALETTE[np.asarray(states.color)[np.arange(64), np.asarray(states.target[:, 0])]]
+  cosine = (pixels * colors).sum(-1) / np.linalg.norm(pixels, axis=-1) / np.linalg.norm(colors, axis=-1)
   assert (cosine > 0.97).mean() > 0.85
 
 
@@ -72,18 +72,18 @@ def test_targets_name_the_objects_and_where_they_are():
   for i in range(16):
     state = jax.tree.map(lambda x: x[i], states)  # noqa: B023
     for j in range(3):
-      shape, colour = tasks.SHAPES[states.kind[i, j]], tasks.COLOURS[states.colour[i, j]]
-      assert tasks.INSTRUCTIONS[sentences[i, 1 + j]] == f"pick up the {colour} {shape}"
+      shape, color = tasks.SHAPES[states.kind[i, j]], tasks.COLORS[states.color[i, j]]
+      assert tasks.INSTRUCTIONS[sentences[i, 1 + j]] == f"pick up the {color} {shape}"
       assert tasks.SHAPES[shapes[i, j]] == shape
       yaw = np.arctan2(edges[i, j, :, 1], edges[i, j, :, 0]) / 4  # the gripper hangs straight: both views agree
       np.testing.assert_allclose(yaw, states.yaw[i, j] if shape == "cube" else 0, atol=1e-5)
     assert tasks.INSTRUCTIONS[sentences[i, 0]] == tasks.INSTRUCTIONS[states.instruction[i]]
     row, column = np.divmod(np.arange(36), 6)
     for j in range(3):  # the mean of a distribution is where the object is, to within the picture's border
-      at = np.asarray(render.project(state, state.centre[j]))[0] * 6 - 0.5
+      at = np.asarray(render.project(state, state.center[j]))[0] * 6 - 0.5
       if (at > 0).all() and (at < 5).all():
         np.testing.assert_allclose([where[i, 1 + j, 0] @ row, where[i, 1 + j, 0] @ column], at, atol=1e-4)
-  reach = np.asarray(states.centre[:, 3] - states.position) / 0.1  # the bowl
+  reach = np.asarray(states.center[:, 3] - states.position) / 0.1  # the bowl
   np.testing.assert_allclose(away[:, 3:6], reach, atol=1e-5)
   turn = jnp.asarray(away[0, 6:] * auxiliary_losses.TURN)
   turned = physics.compose(turn, states.rotation[0])  # where the expert will have turned

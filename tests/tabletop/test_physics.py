@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from semanticvla_jax.tabletop import physics, render, tasks
-from semanticvla_jax.tabletop.tasks import BALL, BOWL, COLOURS, CUBE, HALF, NONE, PEG, PLATE, SHAPES, SLOT, SUITES
+from semanticvla_jax.tabletop.tasks import BALL, BOWL, COLORS, CUBE, HALF, NONE, PEG, PLATE, SHAPES, SLOT, SUITES
 
 RESET = jax.jit(physics.reset, static_argnames="split")
 RESETS = jax.jit(jax.vmap(physics.reset, in_axes=(0, 0, None)), static_argnums=2)
@@ -26,13 +26,13 @@ def scene(*objects: tuple, position=(0.0, 0.0, 0.15), yaw: float = 0.0, finger: 
   items = list(objects) + [(NONE, 10.0, 10.0, 0.0)] * (tasks.MAX_OBJECTS - len(objects))
   items.sort(key=lambda item: BOWL <= item[0] < NONE)
   kind = np.array([item[0] for item in items], np.int32)
-  centre = np.array([(x, y, HALF[k, 2]) for k, x, y, _ in items], np.float32)
+  center = np.array([(x, y, HALF[k, 2]) for k, x, y, _ in items], np.float32)
   numbers = functools.partial(jnp.asarray, dtype=jnp.float32)
   return state.replace(
     kind=jnp.asarray(kind),
-    centre=numbers(centre),
+    center=numbers(center),
     yaw=numbers([item[3] for item in items]),
-    origin=numbers(centre[:, :2]),
+    origin=numbers(center[:, :2]),
     position=numbers(position),
     rotation=numbers([0.0, 0.0, yaw]),
     finger=numbers(finger),
@@ -40,7 +40,7 @@ def scene(*objects: tuple, position=(0.0, 0.0, 0.15), yaw: float = 0.0, finger: 
 
 
 def act(state: tasks.State, move=(0.0, 0.0, 0.0), turn=(0.0, 0.0, 0.0), grip=-1.0, times: int = 1) -> tasks.State:
-  """Steps `times` times with a motion in metres and radians a step."""
+  """Steps `times` times with a motion in meters and radians a step."""
   action = np.concatenate([np.divide(move, physics.TRANSLATION), np.divide(turn, physics.ROTATION), [grip]])
   for _ in range(times):
     state = STEP(state, jnp.asarray(action, jnp.float32))
@@ -69,7 +69,7 @@ def test_a_missed_object_stays(offset, yaw):
   before = scene((CUBE, 0.05, 0.02, 0), position=np.add((0.05, 0.02, 0.0225), offset), yaw=yaw)
   after = act(before, grip=1, times=3)
   assert int(after.held) == -1 and float(after.finger) == 0.0
-  np.testing.assert_allclose(after.centre, before.centre, atol=1e-6)
+  np.testing.assert_allclose(after.center, before.center, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -92,19 +92,19 @@ def test_a_grasp_needs_the_yaw(kind, yaw, caught):
   "offset, caught",
   [((0.015, 0, 0), True), ((0, 0.015, 0), True), ((0, 0, 0.015), True), ((0, 0.022, 0), False), ((0, 0, 0.024), False)],
 )
-def test_a_grasp_tolerates_fifteen_millimetres(offset, caught):
+def test_a_grasp_tolerates_fifteen_millimeters(offset, caught):
   after = act(scene((CUBE, 0, 0, 0), position=np.add((0, 0, 0.0225), offset)), grip=1, times=2)
   assert (int(after.held) == 0) == caught
 
 
-def test_a_held_object_follows_and_the_pads_centre_it():
+def test_a_held_object_follows_and_the_pads_center_it():
   state = act(scene((CUBE, 0, 0, 0.2), position=(0.01, 0.01, 0.0225)), grip=1, times=2)
-  np.testing.assert_allclose(state.centre[0], [0.01, 0, 0.0225], atol=1e-5)
+  np.testing.assert_allclose(state.center[0], [0.01, 0, 0.0225], atol=1e-5)
   assert abs(float(state.yaw[0])) < 1e-5, "the pads align a box with themselves"
   state = act(state, move=(0.02, 0.0, 0.03), turn=(0, 0, 0.25), grip=1, times=2)
   np.testing.assert_allclose(state.position, [0.05, 0.01, 0.0825], atol=1e-5)
   np.testing.assert_allclose(state.yaw[0], 0.5, atol=1e-5)
-  np.testing.assert_allclose(state.centre[0], [0.05 + 0.01 * np.sin(0.5), 0.01 - 0.01 * np.cos(0.5), 0.0825], atol=1e-5)
+  np.testing.assert_allclose(state.center[0], [0.05 + 0.01 * np.sin(0.5), 0.01 - 0.01 * np.cos(0.5), 0.0825], atol=1e-5)
   assert bool(SUCCESS(act(state, move=(0, 0, 0.02), grip=1)))
 
 
@@ -123,30 +123,30 @@ def test_a_dropped_object_falls_onto_what_lies_below(below, height):
   state = act(state, move=(-0.05, 0, 0), grip=1, times=2)
   state = act(state, times=3)
   assert int(state.held) == -1
-  np.testing.assert_allclose(state.centre[0], [0, 0, height + HALF[CUBE, 2]], atol=1e-5)
+  np.testing.assert_allclose(state.center[0], [0, 0, height + HALF[CUBE, 2]], atol=1e-5)
 
 
 def test_an_object_dropped_on_the_wall_of_a_bowl_slides_off_it():
   for x, inside in ((0.052, True), (0.064, False)):
     state = act(grasped((BALL, x, 0.15, 0), (BOWL, 0, 0, 0)), move=(0, -0.05, 0), grip=1, times=3)
     state = act(act(state, times=3), move=(0, 0, 0.05), times=2)
-    distance = float(jnp.linalg.norm(state.centre[0, :2]))
+    distance = float(jnp.linalg.norm(state.center[0, :2]))
     assert distance < 0.03 if inside else distance > 0.08
 
 
 def test_open_fingers_push_from_the_side_and_rest_on_top():
   pushed = act(scene((CUBE, 0, 0, 0), position=(-0.1, 0, 0.02)), move=(0.04, 0, 0))
-  assert float(pushed.centre[0, 0]) > 0.008 and abs(float(pushed.centre[0, 1])) < 1e-6
+  assert float(pushed.center[0, 0]) > 0.008 and abs(float(pushed.center[0, 1])) < 1e-6
   above = act(scene((CUBE, 0, 0, 0), position=(0.046, 0, 0.10)), move=(0, 0, -0.05), times=3)
   np.testing.assert_allclose(above.position[2], 0.045 + 0.010, atol=1e-4)
-  np.testing.assert_allclose(above.centre[0], [0, 0, 0.0225], atol=1e-6)
+  np.testing.assert_allclose(above.center[0], [0, 0, 0.0225], atol=1e-6)
 
 
 def test_a_wall_stops_a_held_object():
   state = act(grasped((BALL, 0.15, 0, 0), (BOWL, 0, 0, 0)), move=(0, 0, -0.05), grip=1, times=2)
   state = act(state, move=(-0.05, 0, 0), grip=1, times=4)
-  np.testing.assert_allclose(state.centre[0, 0], HALF[BOWL, 0] + HALF[BALL, 0], atol=1e-4)
-  np.testing.assert_allclose(state.position[0], state.centre[0, 0], atol=1e-4)
+  np.testing.assert_allclose(state.center[0, 0], HALF[BOWL, 0] + HALF[BALL, 0], atol=1e-4)
+  np.testing.assert_allclose(state.position[0], state.center[0, 0], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,9 @@ def test_a_peg_enters_a_slot_only_aligned(x, turn, goes_in):
   state = act(act(state, times=2), move=(0, 0, 0.05), times=2)
   asked = state.replace(verb=jnp.array([tasks.INSERT, 0]), destination=jnp.array([4, 4]))
   assert bool(SUCCESS(asked)) == goes_in
-  assert (float(state.centre[0, 2]) < 0.03) == goes_in
+  assert (float(state.center[0, 2]) < 0.03) == goes_in
   if goes_in:
-    np.testing.assert_allclose([*state.centre[0, :2], state.yaw[0]], [0, 0, 0.6], atol=1e-5)
+    np.testing.assert_allclose([*state.center[0, :2], state.yaw[0]], [0, 0, 0.6], atol=1e-5)
 
 
 def test_the_wrong_object_is_no_success():
@@ -173,7 +173,7 @@ def test_a_push_counts_from_where_the_object_was_let_go():
   state = grasped((CUBE, 0, 0, 0)).replace(verb=jnp.array([tasks.PUSH, 0]), destination=jnp.array([1, 0]))
   carried = act(act(state, move=(0.05, 0, 0), grip=1, times=2), times=3)
   assert not bool(SUCCESS(carried))
-  moved = carried.replace(centre=carried.centre.at[0, 0].add(0.07))
+  moved = carried.replace(center=carried.center.at[0, 0].add(0.07))
   assert bool(SUCCESS(moved)) and not bool(SUCCESS(moved.replace(destination=jnp.array([0, 0]))))
 
 
@@ -206,7 +206,7 @@ def row(states: tasks.State, i: int) -> tasks.State:
 def test_a_seed_is_an_episode_and_a_split_owns_its_seeds():
   key = physics.seed_key(7)
   jax.tree.map(np.testing.assert_array_equal, RESET(key, tasks.PLACE), RESET(key, tasks.PLACE))
-  layouts = {split: seeds(tasks.PLACE, split).centre.reshape(COUNT, -1) for split in tasks.SPLITS}
+  layouts = {split: seeds(tasks.PLACE, split).center.reshape(COUNT, -1) for split in tasks.SPLITS}
   everything = np.concatenate(list(layouts.values()))
   assert len(np.unique(everything, axis=0)) == len(everything)
 
@@ -223,22 +223,22 @@ def test_batched_and_eager_give_the_same():
     jax.tree.map(close, row(after, 0), physics.step(row(states, 0), actions[0]))
 
 
-def meant(state: tasks.State, colour: str, shape: str) -> list[int]:
-  """All objects of a colour and shape."""
+def meant(state: tasks.State, color: str, shape: str) -> list[int]:
+  """All objects of a color and shape."""
   kinds = list(SHAPES) + ["bowl", "plate", "slot"]
   return [
     i
     for i in range(tasks.MAX_OBJECTS)
     if state.kind[i] != NONE
     and kinds[state.kind[i]] == shape
-    and (colour in ("", "the") or COLOURS[state.colour[i]] == colour)
+    and (color in ("", "the") or COLORS[state.color[i]] == color)
   ]
 
 
 def related(state: tasks.State, candidates: list[int], relation: str, anchor: int) -> list[int]:
   """Those of the candidates that lie in a direction of the anchor, more than in any other."""
   axis, sign = {"left of": (0, -1), "right of": (0, 1), "in front of": (1, -1), "behind": (1, 1)}[relation]
-  apart = state.centre[candidates, :2] - state.centre[anchor, :2]
+  apart = state.center[candidates, :2] - state.center[anchor, :2]
   return [c for c, d in zip(candidates, apart) if sign * d[axis] > abs(d[1 - axis])]
 
 
@@ -252,26 +252,26 @@ def test_the_instruction_means_one_object(suite):
     assert sentence in physics.instructions(SUITES[suite])
     targets = [meant(state, *found) for found in re.findall(thing, sentence)]
     if suite == tasks.SPATIAL:
-      relation, colour = re.search(r"(left of|right of|in front of|behind) the (\w+) bowl", sentence).groups()
-      (anchor,) = meant(state, colour, "bowl")
+      relation, color = re.search(r"(left of|right of|in front of|behind) the (\w+) bowl", sentence).groups()
+      (anchor,) = meant(state, color, "bowl")
       assert len(targets[0]) == 2, "only the relation tells"
       targets = [related(state, targets[0], relation, anchor)]
     assert targets == [[t] for t in state.target[: len(targets)]]
     assert len(targets) == 1 + (suite == tasks.LONG)
     places = re.findall(r"(?:in|into|on) the (\w+ )?(bowl|plate|slot)", sentence) if suite != tasks.SPATIAL else []
-    for (colour, kind), destination in zip(places, state.destination):
-      assert meant(state, colour.strip(), kind) == [destination]
+    for (color, kind), destination in zip(places, state.destination):
+      assert meant(state, color.strip(), kind) == [destination]
     if "push" in sentence:
       assert sentence.split()[-1] == ("left", "right", "front", "back")[state.destination[0]]
-    same_colour = [j for j in range(3) if state.colour[j] == state.colour[0]]
-    assert len(same_colour) > 1, "a distractor shares the colour"
+    same_color = [j for j in range(3) if state.color[j] == state.color[0]]
+    assert len(same_color) > 1, "a distractor shares the color"
 
 
 @pytest.mark.parametrize("suite", range(6), ids=SUITES)
 def test_held_out_combinations_are_never_seen_in_training(suite):
 
   def combination(states, j):
-    return {(COLOURS[c], SHAPES[k]) for c, k in zip(states.colour[:, j], states.kind[:, j])}
+    return {(COLORS[c], SHAPES[k]) for c, k in zip(states.color[:, j], states.kind[:, j])}
 
   targets = (0, 1) if suite == tasks.LONG else (0,)
   for split in ("train", "heldout"):
@@ -283,11 +283,11 @@ def test_held_out_combinations_are_never_seen_in_training(suite):
 def test_layouts_leave_room_for_the_gripper():
   for suite in range(6):
     states = seeds(suite)
-    for kind, centre in zip(states.kind, states.centre[..., :2]):
-      centre, foot = centre[kind != NONE], tasks.FOOT[kind[kind != NONE]]
-      gap = np.linalg.norm(centre[:, None] - centre, axis=-1) - foot[:, None] - foot
+    for kind, center in zip(states.kind, states.center[..., :2]):
+      center, foot = center[kind != NONE], tasks.FOOT[kind[kind != NONE]]
+      gap = np.linalg.norm(center[:, None] - center, axis=-1) - foot[:, None] - foot
       assert gap[~np.eye(len(gap), dtype=bool)].min() > 0.02
-      assert np.abs(centre).max() < 0.21
+      assert np.abs(center).max() < 0.21
 
 
 def test_instructions_are_one_table():
@@ -297,9 +297,9 @@ def test_instructions_are_one_table():
   assert counts["put"] > 100 and counts["push"] > 40
 
 
-def hue(colour: np.ndarray) -> np.ndarray:
-  """A colour without its brightness."""
-  return colour / np.linalg.norm(colour, axis=-1, keepdims=True).clip(1e-6)
+def hue(color: np.ndarray) -> np.ndarray:
+  """A color without its brightness."""
+  return color / np.linalg.norm(color, axis=-1, keepdims=True).clip(1e-6)
 
 
 def test_views_show_the_target():
@@ -307,14 +307,14 @@ def test_views_show_the_target():
   views = np.asarray(VIEWS(states))
   assert views.shape == (32, 2, 64, 64, 3) and views.dtype == np.uint8
   assert views.std(axis=(2, 3, 4)).min() > 20
-  wanted = hue(render.PALETTE[states.colour[:, 0]])[:, None, None]
+  wanted = hue(render.PALETTE[states.color[:, 0]])[:, None, None]
   close = np.linalg.norm(hue(views[:, 0].astype(float)) - wanted, axis=-1) < 0.12
-  assert np.mean(close.sum((1, 2)) >= 20) > 0.95, "the target and one distractor have this colour"
+  assert np.mean(close.sum((1, 2)) >= 20) > 0.95, "the target and one distractor have this color"
 
 
 def test_views_follow_what_happens():
   state = jax.tree.map(jnp.asarray, row(seeds(tasks.PICK), 0))
-  moved = state.replace(centre=state.centre.at[0, 0].add(0.05))
+  moved = state.replace(center=state.center.at[0, 0].add(0.05))
   lifted = state.replace(position=state.position.at[2].add(0.05))
   batch = jax.tree.map(lambda *x: jnp.stack(x + x[:1] * 29), state, moved, lifted)
   pictures = np.asarray(VIEWS(batch)).astype(int)

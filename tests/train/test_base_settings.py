@@ -119,7 +119,7 @@ def test_released_ways_of_starting_pass(config, caplog):
   assert "says nothing of the model" in caplog.text
 
 
-def test_another_tokeniser_is_refused_where_its_rows_are_taken(tmp_path):
+def test_another_tokenizer_is_refused_where_its_rows_are_taken(tmp_path):
   there, here = (shutil.copytree(text.EMBEDDED, tmp_path / name) for name in ("there", "here"))
   base_settings.check_tokenizers("BASE", epath.Path(there), epath.Path(here), PATHS)
   base_settings.check_tokenizers("BASE", None, epath.Path(here), PATHS)

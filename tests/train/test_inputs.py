@@ -32,7 +32,7 @@ def source(data, base=None, **changes):
 
 
 @pytest.mark.parametrize("mode", statistics.MODES)
-def test_the_normalisation_of_the_config_is_the_one_trained_on(data, dataset, mode):
+def test_the_normalization_of_the_config_is_the_one_trained_on(data, dataset, mode):
   batch, _ = source(data, normalisation=mode)
   own = statistics.normalize(dataset.proprio, dataset.statistics.proprio, mode=mode)
   other = next(name for name in statistics.MODES if name != mode)
@@ -150,7 +150,7 @@ def test_suites_of_the_expert_are_six_weights(suites):
     training.check(config)
 
 
-def test_another_normalisation_with_the_expert_is_refused():
+def test_another_normalization_with_the_expert_is_refused():
   config = expert_config(**{"data.normalisation": "bounds"})
   with pytest.raises(ValueError, match="config.data.normalisation: got 'bounds' with mixture 'expert'"):
     training.check(config)

@@ -219,7 +219,7 @@ def test_nan_stops_with_step_and_family(data, tmp_path):
     command.debug_batch(config, tmp_path / "sound", saved)
 
 
-def test_tokenisers_of_another_model_are_refused(data):
+def test_tokenizers_of_another_model_are_refused(data):
   config = make_config(data)
   _, bare = command.init.make_model(common.get_config("7b"))
   with pytest.raises(ValueError, match="got 499 pieces, expected nearly 32064.*tokenizer.model"):
