@@ -4,15 +4,14 @@
     policy.infer({"observation/image": …, "observation/wrist_image": …, "observation/state": …, "prompt": "pick up …"})
     {"actions": f32[k a], "policy_timing": {"prepare_ms": …, "infer_ms": …, "total_ms": …}}
 
-Images, text and numbers take the same path here as in training (`data.images`, `data.text`, `data.statistics`).
-Evaluation and serving use nothing else; evaluation on the device uses the same parts inside jit.
+Images, text and numbers take the same path here as in training (`preparation`), the model runs in compiled programs
+(`inference`). Evaluation and serving use nothing else; evaluation on the device uses the same parts inside jit.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import logging
 import numbers
 import os
 import re
@@ -25,21 +24,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Float
 
-from semanticvla_jax import observation_dict, policy_folder
-from semanticvla_jax.data import gripper as grippers
+from semanticvla_jax import inference, policy_folder
 from semanticvla_jax.data import images, statistics, text
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.models import checks, lora
+from semanticvla_jax.models import checks, lora, serving
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
 from semanticvla_jax.observation_dict import VIEWS
+from semanticvla_jax.preparation import Preparation
 from semanticvla_jax.types import Observation
 
 NORMALIZATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bounds"}
 GRIPPERS = ("command", "raw")
 ADAPTERS = ("merge", "keep")
-SENTENCES = 1024  # whose tokens are remembered; instructions may be free text, and a policy may serve for weeks
 _PIXELS = re.compile(r"(dino|siglip)/embedding/(kernel|lora_b)")  # what every pixel goes through
 
 
@@ -55,6 +52,9 @@ class Policy:
       of the image that a policy trained on random crops sees, or None), jpeg_quality (None: no round trip) and dct
       (how JPEGs are decoded, "accurate" unless it says otherwise).
     batch_sizes: sizes to compile for; () for none, when it only runs inside another program.
+    prompt_lengths: lengths of the prompt (tokens) to compile for besides the tokenizers' own: an instruction runs at
+      the shortest that holds it. `warm` finds them from instructions.
+    remember: how many sentences the device keeps the model's states of; 0 computes them at every call.
     replan_steps: actions of a chunk to execute before asking again, for those who ask; None for the whole chunk.
     gripper: "command" gives the gripper as -1 open, +1 closed, "raw" as it was learned: 1 open, 0 closed (what clients
       of OpenVLA expect, who convert it themselves).
@@ -73,6 +73,8 @@ class Policy:
     config: Mapping,
     *,
     batch_sizes: Any = (1,),  # what comes from users is checked by value, not by type
+    prompt_lengths: Any = (),
+    remember: int = inference.SENTENCES,
     replan_steps: Any = None,
     gripper: str = "command",
     metadata: Mapping | None = None,
@@ -80,9 +82,8 @@ class Policy:
     self.model, self.params, self.stats, self.tokenizers, self.config = model, params, stats, tokenizers, config
     self.bare: SemanticVLA = model.model if isinstance(model, lora.LoRA) else model
     data = config.get("data") or {}
-    sizes = _batch_sizes(batch_sizes)
-    self.mode = _choice("normalisation", data.get("normalisation", "q99"), NORMALIZATIONS)
-    self.mode = NORMALIZATIONS[self.mode]
+    sizes, lengths = _whole_numbers("batch_sizes", batch_sizes), _whole_numbers("prompt_lengths", prompt_lengths)
+    self.mode = NORMALIZATIONS[_choice("normalisation", data.get("normalisation", "q99"), NORMALIZATIONS)]
     self.gripper = _choice("gripper", gripper, GRIPPERS)
     self._picture = dict(
       size=self.image_size,
@@ -92,11 +93,24 @@ class Policy:
     )
     self.chunk = self.bare.chunk if self.bare.coupler is not None else 1
     self.replan_steps = self.chunk if replan_steps is None else replan_steps
-    self._extra, self._told = dict(metadata or {}), set()
-    self._encode = functools.lru_cache(maxsize=SENTENCES)(self._encode)
+    self._extra = dict(metadata or {})
     self._check()
-    self._apply = jax.jit(lambda params, observation: model.apply({"params": params}, observation).actions)
-    self._compiled = {b: self._compile(b) for b in sizes}
+    self.preparation = Preparation(
+      stats,
+      tokenizers,
+      self._picture,
+      name=self._extra.get("dataset", "the policy"),
+      mode=self.mode,
+      views=VIEWS[self.bare.num_views],
+      proprio_dim=self.bare.proprio_dim,
+      reads_words=self.bare.text is not None,
+      gripper=self.gripper,
+    )
+    words = (tokenizers.prompt_length, tokenizers.instruction_length)
+    self.inference = inference.Inference(model, *words, remember)
+    if sizes:
+      longest = tokenizers.prompt_length
+      self.inference.compile(params, sizes, {longest, *(self._prompt_length(length) for length in lengths)})
 
   @classmethod
   def load(
@@ -118,7 +132,7 @@ class Policy:
       adapters: "merge" folds LoRA into the kernels, "keep" runs it beside them; of no effect on a merged policy.
       dtype: of parameters and computation; None for the ones it was trained with.
       sharding, verify: see `policy_folder.load_policy`.
-      **options: batch_sizes, replan_steps and gripper of the constructor.
+      **options: batch_sizes, prompt_lengths, remember, replan_steps and gripper of the constructor.
 
     Raises:
       ValueError: the folder is missing or damaged, does not say which statistics or tokenizers to use, or a dtype that
@@ -127,11 +141,17 @@ class Policy:
     if dtype not in (None, *checks.CHOICES["dtype"]):
       raise refuse("Policy", f"dtype={dtype!r}", f"one of {checks.CHOICES['dtype']}", "choose one, or None")
     files = policy_folder.load_policy(folder, sharding=sharding, dtype=dtype, verify=verify)
-    run = {"scan_encoders": False}  # compiled once: the loop would stack the encoders' weights at every call
-    run |= {} if dtype is None else {"dtype": dtype}
+    run = {"scan_encoders": False} | ({} if dtype is None else {"dtype": dtype})
     config = files.config | {"model": files.config["model"] | run}
-    bare = build(config["model"])
-    model, params = _adapted(bare, files.params, config, _choice("adapters", adapters, ADAPTERS))
+    model, params = _adapted(build(config["model"]), files.params, config, _choice("adapters", adapters, ADAPTERS))
+    files = files._replace(params={})  # nothing else holds the arrays while they are laid out anew
+    if not isinstance(model, lora.LoRA):
+      check_params(params, _parameter_shapes(model))
+      config |= {"model": config["model"] | serving.LAYOUT}
+      model, flat = build(config["model"]), flatten_dict(params, sep="/")
+      del params
+      params = serving.lay_out(flat)
+    bare = model.model if isinstance(model, lora.LoRA) else model
     if files.tokenizers is None:
       raise refuse(
         f"Policy {files.folder} has no tokenizers",
@@ -166,7 +186,9 @@ class Policy:
       self.stats,
       self.tokenizers,
       config,
-      batch_sizes=(*self._compiled,),
+      batch_sizes=self.inference.sizes,
+      prompt_lengths=self.inference.lengths,
+      remember=self.inference.remember,
       replan_steps=self.replan_steps,
       gripper=self.gripper,
       metadata={**self._extra, "variant": fields},
@@ -204,7 +226,8 @@ class Policy:
       "dtype": str(jnp.dtype(self.bare.llm.dtype)),
       **{name: self._picture[name] for name in ("crop_area", "jpeg_quality", "dct")},
       "pruner_text": None if self.bare.text is None else self.tokenizers.pruner_text,
-      "batch_sizes": [*self._compiled],
+      "batch_sizes": [*self.inference.sizes],
+      "prompt_lengths": [*self.inference.lengths],
     }
 
   def reset(self) -> None:
@@ -231,82 +254,70 @@ class Policy:
         "a list of observation dicts",
         "pass [observation], or call infer",
       )
-    if not self._compiled:
-      raise refuse("Policy is not compiled", "batch_sizes=()", "a size to infer with", "pass (1,)")
-    largest, results = max(self._compiled), []
+    self._check_compiled()
+    largest, results = max(self.inference.sizes), []
     for first in range(0, len(observations), largest):
       results += self._infer(observations[first : first + largest])
     return results
 
+  def warm(self, instructions: Sequence[str]) -> None:
+    """Makes the first call with any of these as fast as later ones: compiles for their length, and remembers them.
+
+    The sequence's length changes, by padding that nothing reads, and with it the last bits of the actions.
+    """
+    self._check_compiled()
+    prompts = [self.preparation.words([sentence])[1] for sentence in instructions]
+    lengths = {self._prompt_length(int(mask.sum())) for mask in prompts}
+    self.inference.compile(self.params, self.inference.sizes, lengths)
+    dummy = self.inference.dummy(1)
+    for sentence in instructions:
+      words = self.preparation.words([sentence])
+      jax.block_until_ready(self.device_step(Observation(dummy.images, dummy.proprio, *words)))
+
   def observe(self, observations: Sequence[Any]) -> Observation:
     """Observation dicts → what the model reads, numpy arrays of batch len(observations)."""
-    views, width = VIEWS[self.bare.num_views], self.bare.proprio_dim
-    found = [observation_dict.read(observation, views, width) for observation in observations]
-    views = [[images.prepare(image, **self._picture) for image in one["views"]] for one in found]
-    proprio = None
-    if self.bare.proprio_dim is not None:
-      state = np.stack([one["state"] for one in found])
-      self._warn_of_other_units(state)
-      proprio = statistics.normalize(state, self.stats.proprio, mode=self.mode)
-    words = self.words([one["instruction"] for one in found])
-    return Observation(np.stack([np.stack(one) for one in views]), proprio, *words)
+    return self.preparation.observe(observations)
 
   def words(self, instructions: Sequence[str]) -> tuple[np.ndarray | None, ...]:
     """Instructions → (prompt, prompt_mask, instruction, instruction_mask), the last two None without an ID-Pruner."""
-    rows = zip(*(self._encode(sentence) for sentence in instructions))
-    return tuple(None if column[0] is None else np.concatenate(column) for column in rows)
+    return self.preparation.words(instructions)
 
-  def _encode(self, sentence: str) -> tuple[np.ndarray | None, ...]:
-    """One row of `words`; the constructor puts a bounded memory before it."""
-    pruner = (None, None) if self.bare.text is None else self.tokenizers.instruction([sentence])
-    return (*self.tokenizers.prompt([sentence]), *pruner)
+  def device_step(self, observation: Observation) -> jax.Array:
+    """What `observe` gave, or that on the device → normalized actions f32[size k a], not waited for.
 
-  def _warn_of_other_units(self, state: Float[np.ndarray, "b p"]) -> None:
-    """Says once of each dimension that it lies further outside the data's range than that is wide: other units?"""
-    stats = self.stats.proprio
-    low, high = np.where(np.isnan(stats.min), stats.q01, stats.min), np.where(np.isnan(stats.max), stats.q99, stats.max)
-    margin = np.maximum(high - low, 1e-3)
-    outside = (state < low - margin) | (state > high + margin)
-    for i in sorted({*np.flatnonzero(outside.any(axis=0)).tolist()} - self._told):
-      self._told.add(i)
-      value = state[outside[:, i], i][0]
-      logging.warning(
-        "Observation, state: got %g in dimension %d; expected about %g to %g, as in the data of %s; it is clipped to "
-        "that range: check its unit and order. (Said once for each dimension.)",
-        value,
-        i,
-        low[i],
-        high[i],
-        self._extra.get("dataset", "the policy"),
-      )
+    `size` is the smallest compiled batch size that holds the observation; further rows repeat the last.
+    """
+    return self.inference(self.params, observation)
+
+  @property
+  def executables(self) -> dict[tuple[str, int, int], jax.stages.Compiled]:
+    """The compiled programs: ("sentence", 1, length), ("join", size, length) and ("actions", size, length)."""
+    return self.inference.executables
 
   def _infer(self, observations: Sequence[Any]) -> list[dict]:
     n, begin = len(observations), time.perf_counter()
-    size = min(b for b in self._compiled if b >= n)
     observation = self.observe(observations)
-    padded = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], size - n, axis=0)]), observation)
     prepared = time.perf_counter()
-    actions = np.asarray(self._compiled[size](self.params, padded))[:n]
+    actions = np.asarray(self.device_step(observation))[:n]
     inferred = time.perf_counter()
-    actions = statistics.unnormalize(actions.astype(np.float32), self.stats.action, mode=self.mode)
-    if self.gripper == "command":
-      actions = grippers.to_commands(actions, self.stats.action.mask).astype(np.float32)
+    actions = self.preparation.actions(actions)
     timing = {"prepare_ms": prepared - begin, "infer_ms": inferred - prepared, "total_ms": time.perf_counter() - begin}
     timing = {name: 1e3 * seconds for name, seconds in timing.items()}
     return [{"actions": chunk, "policy_timing": dict(timing)} for chunk in actions]
 
-  def _compile(self, size: int) -> Callable:
-    observation = dummy_observation(self.bare, size, self.tokenizers.prompt_length)
-    m = self.tokenizers.instruction_length
-    if observation.instruction is not None:
-      observation = observation.replace(
-        instruction=np.zeros((size, m), np.int32), instruction_mask=np.ones((size, m), bool)
+  def _prompt_length(self, tokens: int) -> int:
+    if tokens > self.tokenizers.prompt_length:
+      raise refuse(
+        "Policy",
+        f"a prompt length of {tokens}",
+        f"at most {self.tokenizers.prompt_length}, the tokenizers' own",
+        "choose shorter ones",
       )
-    observation = jax.tree.map(np.asarray, observation)
-    with jax.enable_x64(False):  # whatever the process around it is set to
-      compiled = self._apply.lower(self.params, observation).compile()
-    jax.block_until_ready(compiled(self.params, observation))
-    return compiled
+    return self.inference.length_for(self.params, tokens)
+
+  def _check_compiled(self) -> None:
+    if not self.inference.sizes:
+      raise refuse("Policy is not compiled", "batch_sizes=()", "a size to infer with", "pass (1,)")
 
   def _check(self) -> None:
     check_params(self.params, _parameter_shapes(self.model))
@@ -404,14 +415,15 @@ def _is_whole(number: Any) -> bool:
   return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
-def _batch_sizes(sizes: Any) -> list[int]:
-  """The sizes to compile for, ascending. Raises ValueError for anything else than a positive integer."""
-  found = [*sizes] if isinstance(sizes, Sequence | set | frozenset | range) and not isinstance(sizes, str) else [None]
-  if not all(_is_whole(size) and size >= 1 for size in found):
+def _whole_numbers(name: str, numbers: Any) -> list[int]:
+  """Sizes or lengths to compile for, ascending. Raises ValueError for anything else than positive integers."""
+  is_list = isinstance(numbers, Sequence | set | frozenset | range) and not isinstance(numbers, str)
+  found = [*numbers] if is_list else [None]
+  if not all(_is_whole(number) and number >= 1 for number in found):
     raise refuse(
       "Policy",
-      f"batch_sizes={sizes!r}",
-      "a tuple of positive integers, such as (1, 8), or () to compile none",
+      f"{name}={numbers!r}",
+      "a tuple of positive integers, such as (1, 8), or () for none",
       "choose others",
     )
-  return sorted({int(size) for size in found})
+  return sorted({int(number) for number in found})

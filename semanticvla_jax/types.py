@@ -38,6 +38,25 @@ class Observation:
 
 
 @flax.struct.dataclass
+class Sentence:
+  """What the instruction alone decides in the model: a policy computes it once per sentence (`SemanticVLA.sentence`).
+
+  Attributes:
+    prompt: f[b t D], the prompt's embeddings; prompt_mask: bool[b t], True at real tokens.
+    condition: of each encoder with FiLM: f[b e], the pooled instruction, or f[b depth 2 d], every block's γ and β.
+    words: f[b m e], the text tower's states; None without one. words_mask: bool[b m].
+    projected: of each pruner that projects words: f[b m d].
+  """
+
+  prompt: Array
+  prompt_mask: Array
+  condition: dict[str, Array]
+  words: Array | None = None
+  words_mask: Array | None = None
+  projected: dict[str, Array] = flax.struct.field(default_factory=dict)
+
+
+@flax.struct.dataclass
 class Batch:
   """One training batch.
 

@@ -265,7 +265,7 @@ def tree(step):
   whole = np.random.default_rng(step).normal(size=(4, 4096)).astype(np.float32)
   return {"w": jax.make_array_from_callback(whole.shape, where, whole.__getitem__)}
 shape = {"train": {"w": jax.ShapeDtypeStruct((4, 4096), np.float32, sharding=where)}}
-with checkpoint.Checkpointer(folder) as checkpointer:
+with checkpoints.Checkpointer(folder) as checkpointer:
   for step in (1, 2):
     checkpointer.save(step, {"train": tree(step)}, {})
   checkpointer.wait()
@@ -273,7 +273,7 @@ if me == 1:
   for path in (folder / "checkpoints" / "2" / "train" / "ocdbt.process_1").rglob("d/*"):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 policy_folder.barrier("cut")
-with checkpoint.Checkpointer(folder) as checkpointer:
+with checkpoints.Checkpointer(folder) as checkpointer:
   found = checkpointer.restore(shape)
   print("RESTORED", found.step, checkpointer.steps)
 """

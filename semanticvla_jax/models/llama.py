@@ -2,6 +2,7 @@
 
 Parameters lie either stacked (`layers/…` with a leading axis over depth: one compiled body, for training) or apart
 (`layers_{i}/…`: no copies out of a stack, for inference). `stack_layers` and `unstack_layers` convert, bit for bit.
+With `fused`, projections of one input are one product (`qkv_proj`, `gate_up_proj`): see `models/serving.py`.
 """
 
 from __future__ import annotations
@@ -32,20 +33,37 @@ def rope(x: Float[Array, "b l h c"], positions: Int[Array, "b l"], theta: float)
   return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
+def take(x: Array, at: Int[Array, "b w"]) -> Array:
+  """The positions `at` of x [b l …]: [b w …]."""
+  return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
 class Attention(nn.Module):
-  """Rotary multi-head attention; with a cache, new keys and values are written at `write_at`."""
+  """Rotary multi-head attention; with a cache, new keys and values are written at `write_at`.
+
+  With `queries` i32[b w], only these positions ask: the output is f[b w d].
+  """
 
   num_heads: int
   theta: float
+  fused: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b l d"], positions, mask: Bool[Array, "b l s"], cache, write_at):
+  def __call__(self, x: Float[Array, "b l d"], positions, mask: Bool[Array, "b l s"], cache, write_at, queries=None):
     d = x.shape[-1]
     dense = dict(use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
     heads = (self.num_heads, d // self.num_heads)
-    q, k, v = (nn.DenseGeneral(heads, name=name, **dense)(x) for name in ("q_proj", "k_proj", "v_proj"))
-    q, k = rope(q, positions, self.theta), rope(k, positions, self.theta)
+    if self.fused:
+      qkv = nn.DenseGeneral((3, *heads), name="qkv_proj", **dense)(x)
+      q, k, v = (qkv[:, :, i] for i in range(3))
+      q, at = (q, positions) if queries is None else (take(q, queries), take(positions, queries))
+    else:
+      asking, at = (x, positions) if queries is None else (take(x, queries), take(positions, queries))
+      inputs = (("q_proj", asking), ("k_proj", x), ("v_proj", x))
+      q, k, v = (nn.DenseGeneral(heads, name=name, **dense)(y) for name, y in inputs)
+    mask = mask if queries is None else take(mask, queries)
+    q, k = rope(q, at, self.theta), rope(k, positions, self.theta)
     if cache is not None:
       k, v = (
         jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), write_at, axis=1)
@@ -60,33 +78,39 @@ class MLP(nn.Module):
   """SwiGLU (Shazeer 2020)."""
 
   mlp_dim: int
+  fused: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
     dense = dict(use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
-    gate = nn.Dense(self.mlp_dim, name="gate_proj", **dense)(x)
-    up = nn.Dense(self.mlp_dim, name="up_proj", **dense)(x)
+    if self.fused:
+      both = nn.DenseGeneral((2, self.mlp_dim), name="gate_up_proj", **dense)(x)
+      gate, up = both[..., 0, :], both[..., 1, :]
+    else:
+      gate = nn.Dense(self.mlp_dim, name="gate_proj", **dense)(x)
+      up = nn.Dense(self.mlp_dim, name="up_proj", **dense)(x)
     return nn.Dense(x.shape[-1], name="down_proj", **dense)(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
-  """One decoder layer; the carry is the residual stream."""
+  """One decoder layer; the carry is the residual stream, all of it or that of the positions `queries` i32[b w]."""
 
   num_heads: int
   mlp_dim: int
   eps: float
   theta: float
+  fused: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b l d"], positions, mask, cache, write_at):
+  def __call__(self, x: Float[Array, "b l d"], positions, mask, cache, write_at, queries=None):
     norm = dict(epsilon=self.eps, dtype=self.dtype)
-    y, cache = Attention(self.num_heads, self.theta, self.dtype, name="attn")(
-      nn.RMSNorm(name="input_norm", **norm)(x), positions, mask, cache, write_at
+    y, cache = Attention(self.num_heads, self.theta, self.fused, self.dtype, name="attn")(
+      nn.RMSNorm(name="input_norm", **norm)(x), positions, mask, cache, write_at, queries
     )
-    x = x + y
-    x = x + MLP(self.mlp_dim, self.dtype, name="mlp")(nn.RMSNorm(name="post_attention_norm", **norm)(x))
+    x = y + (x if queries is None else take(x, queries))
+    x = x + MLP(self.mlp_dim, self.fused, self.dtype, name="mlp")(nn.RMSNorm(name="post_attention_norm", **norm)(x))
     x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
     self.sow("intermediates", "hidden", x)
     return x, cache
@@ -98,7 +122,7 @@ class Llama(nn.Module):
   Attributes:
     vocab, width, depth, num_heads, mlp_dim: sizes. eps: of RMSNorm (1e-6 in OpenVLA's config, not Llama-2's 1e-5).
     theta: rotary base. scan: stacked layers (True) or layers apart (False). remat: None, 'full' or 'dots', what the
-    backward pass recomputes of each layer: nothing, all, all but matrix products.
+    backward pass recomputes of each layer: nothing, all, all but matrix products. fused: see models/serving.py.
   """
 
   vocab: int
@@ -110,13 +134,15 @@ class Llama(nn.Module):
   theta: float = 10000.0
   scan: bool = True
   remat: str | None = None
+  fused: bool = False
   dtype: Any = jnp.float32
 
   def setup(self):
     if self.remat not in REMAT:
       raise ValueError(f"llama: got remat {self.remat!r}, expected one of {list(REMAT)}; set model.remat.")
     self.embed = nn.Embed(self.vocab, self.width, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype)
-    sizes = dict(num_heads=self.num_heads, mlp_dim=self.mlp_dim, eps=self.eps, theta=self.theta, dtype=self.dtype)
+    sizes = dict(num_heads=self.num_heads, mlp_dim=self.mlp_dim, eps=self.eps, theta=self.theta)
+    sizes |= dict(fused=self.fused, dtype=self.dtype)
     block = Block
     if self.remat:
       block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
@@ -151,6 +177,23 @@ class Llama(nn.Module):
         caches.append(layer_cache)
       cache = cache and tuple(jnp.stack(part) for part in zip(*caches))
     return self.norm(x), cache
+
+  def states_at(
+    self, x: Float[Array, "b l d"], positions: Int[Array, "b l"], mask: Bool[Array, "b l l"], at: Int[Array, "b w"]
+  ) -> tuple[Float[Array, "b l d"], Float[Array, "b w d"]]:
+    """Embeddings → (states after the final norm, those of the positions `at`).
+
+    With layers apart the second are computed on their own, so that the last layer's queries and MLP of all other
+    positions are never run where nothing reads the first (under jit).
+    """
+    if self.scan:
+      states, _ = self(x, positions, mask)
+      return states, take(states, at)
+    for layer in self.layers[:-1]:
+      x, _ = layer(x, positions, mask, None, 0)
+    states, _ = self.layers[-1](x, positions, mask, None, 0)
+    some, _ = self.layers[-1](x, positions, mask, None, 0, at)
+    return self.norm(states), self.norm(some)
 
   @nn.nowrap
   def empty_cache(self, batch: int, length: int) -> tuple[Float[Array, "L b s h c"], Float[Array, "L b s h c"]]:

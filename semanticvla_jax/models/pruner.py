@@ -46,11 +46,13 @@ class Words:
     states: f[b m e], of the text tower.
     mask: bool[b m], which states are words.
     noise: f32[b n m], standard normal numbers in training; None outside it.
+    projected: f[b m d], what the pruner's `project` made of the states, if it has been called already.
   """
 
   states: Float[Array, "b m e"]
   mask: Bool[Array, "b m"]
   noise: Float[Array, "b n m"] | None = None
+  projected: Float[Array, "b m d"] | None = None
 
 
 @flax.struct.dataclass
@@ -74,11 +76,13 @@ class Pruner(Protocol):
   Attributes:
     keeps: name of its token set: the Sparse-Fuser's parameters go by "{encoder}_{keeps}" where it projects each set.
     reads_words: whether `prune` needs the instruction; the model has a text tower if a pruner does.
+    reads_patches: whether `prune` needs the patches as the encoder leaves them (taken for True where it is missing).
     num_queries: tokens that `queries` appends to the encoder's sequence; 0 where it is not called.
   """
 
   keeps: ClassVar[str]
   reads_words: ClassVar[bool]
+  reads_patches: ClassVar[bool]
   num_queries: int
 
   @classmethod
@@ -87,6 +91,12 @@ class Pruner(Protocol):
 
   def queries(self) -> Float[Array, "1 q d"]:
     """Learned tokens that ride through the encoder behind the patches."""
+
+  def project(self, states: Float[Array, "b m e"], width: int) -> Float[Array, "b m d"]:
+    """What `prune` would make of the text tower's states alone, for `Words.projected`: once per sentence.
+
+    A pruner may do without this method.
+    """
 
   def prune(self, encoded: Encoded, words: Words | None) -> Pruned:
     """What is kept of the encoder's tokens; `words` is None unless `reads_words`."""
@@ -266,6 +276,7 @@ class IDPruner(nn.Module):
 
   keeps: ClassVar[str] = "anchors"
   reads_words: ClassVar[bool] = True
+  reads_patches: ClassVar[bool] = True
   num_queries: ClassVar[int] = 0
 
   @classmethod
@@ -277,10 +288,17 @@ class IDPruner(nn.Module):
 
   def prune(self, encoded: Encoded, words: Words) -> Pruned:
     """Anchors as tokens, and cues; `info` has the whole IDPruned as "pruned"."""
-    found = self(encoded.patches, words.states, words.mask, words.noise)
+    projected = words.projected
+    if projected is None:
+      projected = self.project(words.states, encoded.patches.shape[-1])
+    found = self.select(encoded.patches, projected, words.mask, words.noise)
     return Pruned(found.anchors, found.cues, {"pruned": found})
 
   @nn.compact
+  def project(self, states: Float[Array, "b m e"], width: int) -> Float[Array, "b m d"]:
+    """The text tower's states in the patches' width (W_l of Eq. 2)."""
+    return MLP((width, width), dtype=self.dtype, name="text_projector")(states)
+
   def __call__(
     self,
     patches: Float[Array, "b n d"],
@@ -289,8 +307,7 @@ class IDPruner(nn.Module):
     normal: Float[Array, "b n m"] | None = None,
   ) -> IDPruned:
     """Patches, text-tower states, which states are words, and standard normal noise (training) or None."""
-    width = patches.shape[-1]
-    return self.select(patches, MLP((width, width), dtype=self.dtype, name="text_projector")(words), mask, normal)
+    return self.select(patches, self.project(words, patches.shape[-1]), mask, normal)
 
   @nn.nowrap
   def select(
@@ -330,6 +347,7 @@ class SAPruner(nn.Module):
 
   keeps: ClassVar[str] = "aggregated"
   reads_words: ClassVar[bool] = False
+  reads_patches: ClassVar[bool] = False
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any], width: int, name: str) -> SAPruner:

@@ -40,7 +40,7 @@ from semanticvla_jax.models.mlp import MLP
 from semanticvla_jax.models.pruner import KINDS, Encoded, Words, kinds
 from semanticvla_jax.models.text import TextEncoder
 from semanticvla_jax.models.vit import ViT
-from semanticvla_jax.types import Observation
+from semanticvla_jax.types import Observation, Sentence
 
 STOP = 2  # </s>
 GREEDY_TOKENS = 7  # OpenVLA speaks one token per action dimension
@@ -89,6 +89,7 @@ class SemanticVLA(nn.Module):
     train: bool = False,
     pixels: dict | None = None,
     part: tuple[Int[Array, ""], int] | None = None,
+    sentence: Sentence | None = None,
   ) -> Output:
     """Observation → actions.
 
@@ -97,11 +98,12 @@ class SemanticVLA(nn.Module):
       train: draws the pruners' noise (needs an rng named 'noise').
       pixels: {encoder: f[b v h w 3]}, images that are normalized already, instead of `observation.images`.
       part: (i, p) where these are the examples i, i + p, i + 2p, … of a batch: their noise is what they have in it.
+      sentence: what `self.sentence` made of the instructions; the observation's own are not read then (may be None).
     """
     if self.coupler is None:
-      ids, _ = self.generate(observation, pixels)
+      ids, _ = self.generate(observation, pixels, sentence=sentence)
       return Output(tokens_to_actions(ids, self.spoken_vocab)[:, None, :], {"ids": ids})
-    x, valid, seen = self.read(observation, train, pixels, part)
+    x, valid, seen = self.read(observation, train, pixels, part, sentence)
     b, prefix = valid.shape
     n = self.chunk * self.coupler.tokens
     stop = self.llm.embed_tokens(jnp.full((b, 1), STOP))
@@ -109,28 +111,58 @@ class SemanticVLA(nn.Module):
     valid = jnp.concatenate([valid, jnp.ones((b, n + 1), bool)], axis=1)
     block = jnp.arange(prefix + n + 1) >= prefix
     allowed, positions = masks.attention_mask(valid, block, self.mask), masks.positions(valid)
-    hidden, _ = self.llm(x, positions, allowed)
-    states = hidden[:, prefix : prefix + n]
+    read = jnp.broadcast_to(prefix + jnp.arange(n), (b, n))
     if self.shift:
-      states = jnp.concatenate([_last(hidden, seen["context"], observation.prompt_mask), states[:, :-1]], axis=1)
+      read = jnp.concatenate([_last(seen["context"], seen["prompt_mask"])[:, None], read[:, :-1]], axis=1)
+    hidden, states = self.llm.states_at(x, positions, allowed, read)
     actions = self.coupler(states)
     seen |= dict(sequence=x, valid=valid, allowed=allowed, positions=positions, hidden=hidden, action_states=states)
     return Output(actions, seen)
 
-  def read(self, observation: Observation, train: bool = False, pixels: dict | None = None, part: tuple | None = None):
+  def sentence(self, observation: Observation, modulate: bool = False) -> Sentence:
+    """What the instruction alone decides; with `modulate`, every block's FiLM too. Images are not looked at."""
+    prompt, mask = self.llm.embed_tokens(observation.prompt), observation.prompt_mask
+    condition = {}
+    if self.film:
+      pooled, encoders = self.pool(prompt, mask), self._encoders()
+      condition = {name: encoders[name].modulations(pooled) if modulate else pooled for name in self.film}
+    if self.text is None:
+      return Sentence(prompt, mask, condition)
+    if observation.instruction is None:
+      raise ValueError(
+        "observation: got no instruction tokens, expected i32[b m] of the SigLIP tokenizer (this model prunes by the "
+        "instruction); tokenize the instruction with semanticvla_jax.data.text."
+      )
+    words = self.text(observation.instruction, observation.instruction_mask)
+    projected = {
+      pruner.name: pruner.project(words, vit.width)
+      for name, vit in self._encoders().items()
+      for pruner in self.pruners[name]
+      if pruner.reads_words and hasattr(pruner, "project")
+    }
+    return Sentence(prompt, mask, condition, words, observation.instruction_mask, projected)
+
+  def read(
+    self,
+    observation: Observation,
+    train: bool = False,
+    pixels: dict | None = None,
+    part: tuple | None = None,
+    sentence: Sentence | None = None,
+  ):
     """[ <s> | visual | proprio | prompt ] as embeddings f[b l D], their validity bool[b l], and intermediates."""
     self._check(observation)
-    prompt, mask = self.llm.embed_tokens(observation.prompt), observation.prompt_mask
-    condition = self.pool(prompt, mask) if self.film else None
+    sentence = self.sentence(observation) if sentence is None else sentence
+    prompt, mask = sentence.prompt, sentence.prompt_mask
     pixels = self.normalize(observation.images) if pixels is None else pixels
-    words = (observation.instruction, observation.instruction_mask)
-    visual, seen = self.see(pixels, condition, *words, train, part)
+    visual, seen = self.see(pixels, sentence, train, part)
     parts = [prompt[:, :1], visual]
     if self.proprio_projector is not None:
       parts.append(self.proprio_projector(observation.proprio.astype(visual.dtype))[:, None])
     context = jnp.concatenate(parts, axis=1)
     valid = jnp.concatenate([jnp.ones(context.shape[:2], bool), mask[:, 1:]], axis=1)
-    return jnp.concatenate([context, prompt[:, 1:]], axis=1), valid, seen | {"context": context, "prompt": prompt}
+    seen |= {"context": context, "prompt": prompt, "prompt_mask": mask}
+    return jnp.concatenate([context, prompt[:, 1:]], axis=1), valid, seen
 
   def pool(self, prompt: Float[Array, "b t D"], mask: Bool[Array, "b t"]) -> Float[Array, "b D"]:
     """The pooled instruction behind FiLM (Eq. 6): mean embedding of the prompt, `<s>` … 29871, and of `</s>`.
@@ -147,26 +179,20 @@ class SemanticVLA(nn.Module):
     return {name: vit.normalize(images) for name, vit in self._encoders().items()}
 
   def see(
-    self,
-    pixels: dict,
-    condition: Float[Array, "b e"] | None,
-    instruction: Int[Array, "b m"] | None,
-    instruction_mask: Bool[Array, "b m"] | None,
-    train: bool = False,
-    part: tuple | None = None,
+    self, pixels: dict, sentence: Sentence, train: bool = False, part: tuple | None = None
   ) -> tuple[Float[Array, "b n D"], dict]:
     """Pixels of all views → the visual tokens of the language model, view after view, and intermediates."""
     v = next(iter(pixels.values())).shape[1]
-    seen = self.encode(pixels, condition)
+    seen = self.encode(pixels, sentence.condition)
     if self.text is not None:
-      seen["words"] = self.text(instruction, instruction_mask)
-      states, mask = (repeat(x, "b m ... -> (b v) m ...", v=v) for x in (seen["words"], instruction_mask))
+      seen["words"] = sentence.words
     kept, cues = {}, {}
     for name in self._encoders():
       for pruner, encoded in self._pruners(name, seen):
         words = None
         if pruner.reads_words:
-          words = Words(states, mask, self._noise(encoded.patches, states, v, part) if train else None)
+          words = self._words(pruner.name, sentence, v)
+          words = words.replace(noise=self._noise(encoded.patches, words.states, v, part) if train else None)
         pruned = pruner.prune(encoded, words)
         kept[f"{name}_{pruner.keeps}"] = pruned.tokens
         cues |= {} if pruned.cues is None else {name: pruned.cues}
@@ -177,11 +203,11 @@ class SemanticVLA(nn.Module):
     seen["views"] = self.sparse_fuser(kept, cues)
     return rearrange(seen["views"], "(b v) n d -> b (v n) d", v=v), seen
 
-  def encode(self, pixels: dict, condition: Float[Array, "b e"] | None) -> dict[str, Array]:
+  def encode(self, pixels: dict, condition: Mapping[str, Array]) -> dict[str, Array]:
     """Both encoders, block by block, the Dense-Fuser's exchanges in between (Eq. 7-8); tokens by name, f[(b v) n d]."""
     encoders = self._encoders()
     v = next(iter(pixels.values())).shape[1]
-    condition = None if condition is None else repeat(condition, "b e -> (b v) e", v=v)
+    condition = {name: repeat(x, "b ... -> (b v) ...", v=v) for name, x in condition.items()}
     x, done, attention, seen = {}, dict.fromkeys(encoders, 0), {}, {}
     for name, vit in encoders.items():
       queries = [pruner.queries() for pruner in self.pruners[name] if pruner.num_queries]
@@ -189,8 +215,7 @@ class SemanticVLA(nn.Module):
       x[name] = vit.embed(rearrange(pixels[name], "b v h w c -> (b v) h w c"), queries)
 
     def run(name, stop):
-      modulated = condition if name in self.film else None
-      x[name], weights = encoders[name].run(x[name], done[name], stop, modulated)
+      x[name], weights = encoders[name].run(x[name], done[name], stop, condition.get(name))
       done[name], attention[name] = stop, weights if weights is not None else attention.get(name)
 
     for level, pair in enumerate(self.dense_fuser.pairs if self.dense_fuser is not None else ()):
@@ -201,11 +226,21 @@ class SemanticVLA(nn.Module):
         x[name] = x[name].at[:, vit.num_prefix : vit.num_prefix + vit.num_patches].add(update)
         seen[f"{name}_after_pair_{level}"] = x[name]
     for name, vit in encoders.items():
-      run(name, vit.depth if self.vision_layer == "last" else vit.depth - 1)
+      stop, queries = vit.depth if self.vision_layer == "last" else vit.depth - 1, None
+      if self._reads_queries_alone(name) and done[name] < stop - 1 and not vit.scan:
+        # The last block runs for the queries, and once more for all tokens, which is no work where nothing reads them.
+        run(name, stop - 1)
+        queries = vit.tail(x[name], stop - 1, condition.get(name))
+      run(name, stop)
       seen[f"{name}_patches"] = vit.patches(x[name])
       if vit.queries:
-        seen[f"{name}_queries"], seen[f"{name}_attention"] = x[name][:, -vit.queries :], attention[name]
+        seen[f"{name}_queries"] = x[name][:, -vit.queries :] if queries is None else queries
+        seen[f"{name}_attention"] = attention[name]
     return seen
+
+  def _reads_queries_alone(self, name: str) -> bool:
+    """Whether an encoder's patches go nowhere behind its last block."""
+    return bool(self.pruners[name]) and not any(getattr(p, "reads_patches", True) for p in self.pruners[name])
 
   def logits(self, observation: Observation, pixels: dict | None = None) -> tuple[Float[Array, "b t vocab"], dict]:
     """Next-token logits at every prompt position (teacher forcing: the prompt holds the action tokens too)."""
@@ -217,15 +252,22 @@ class SemanticVLA(nn.Module):
     states = jnp.concatenate([hidden[:, :1], hidden[:, context:]], axis=1)
     return self.llm.logits(states), seen | dict(sequence=x, valid=valid, allowed=allowed, hidden=hidden)
 
-  def generate(self, observation: Observation, pixels: dict | None = None, tokens: int = GREEDY_TOKENS):
+  def generate(
+    self,
+    observation: Observation,
+    pixels: dict | None = None,
+    tokens: int = GREEDY_TOKENS,
+    sentence: Sentence | None = None,
+  ):
     """Greedy decoding with a key/value cache (OpenVLA): ids i32[b n] and the logits behind them f32[b n vocab]."""
-    x, valid, seen = self.read(observation, False, pixels)
+    x, valid, seen = self.read(observation, False, pixels, None, sentence)
     b, l = valid.shape
     allowed = masks.attention_mask(valid, jnp.zeros(l, bool), "causal")
     cache = self.llm.empty_cache(b, l + tokens)
     allowed = jnp.pad(allowed, ((0, 0), (0, 0), (0, tokens)))
     hidden, cache = self.llm(x, masks.positions(valid), allowed, cache, 0)
-    first = self.llm.logits(_last(hidden, seen["context"], observation.prompt_mask))[:, 0]
+    last = _last(seen["context"], seen["prompt_mask"])
+    first = self.llm.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
     length, slots = valid.sum(axis=-1, dtype=jnp.int32), jnp.arange(l + tokens)
     valid = jnp.pad(valid, ((0, 0), (0, tokens)))
 
@@ -275,6 +317,12 @@ class SemanticVLA(nn.Module):
       queries = (seen[f"{name}_queries"][:, own], seen[f"{name}_attention"][:, :, own]) if pruner.num_queries else ()
       yield pruner, Encoded(patches, *queries)
 
+  @nn.nowrap
+  def _words(self, pruner: str, sentence: Sentence, v: int) -> Words:
+    """The instruction as one pruner reads it, repeated for each view."""
+    found = Words(sentence.words, sentence.words_mask, projected=sentence.projected.get(pruner))
+    return jax.tree.map(lambda x: repeat(x, "b m ... -> (b v) m ...", v=v), found)
+
   def _noise(self, patches: Array, words: Array, v: int, part: tuple | None) -> Float[Array, "bv n m"]:
     """Standard normal numbers; of a part of a batch, those that its examples have in the whole of it."""
     (bv, n, _), m = patches.shape, words.shape[1]
@@ -298,19 +346,11 @@ class SemanticVLA(nn.Module):
         f"observation: got proprioception of width {width}, expected {self.proprio_dim} (model.proprio_dim); "
         "use the config of this robot, or retrain."
       )
-    if self.text is not None and observation.instruction is None:
-      raise ValueError(
-        "observation: got no instruction tokens, expected i32[b m] of the SigLIP tokenizer (this model prunes by the "
-        "instruction); tokenize the instruction with semanticvla_jax.data.text."
-      )
 
 
-def _last(
-  hidden: Float[Array, "b l D"], context: Float[Array, "b c D"], prompt_mask: Bool[Array, "b t"]
-) -> Float[Array, "b 1 D"]:
-  """The state of each prompt's last real token (29871); `context` is what stands before the prompt's second token."""
-  index = context.shape[1] + prompt_mask.sum(axis=-1) - 2
-  return jnp.take_along_axis(hidden, index[:, None, None], axis=1)
+def _last(context: Float[Array, "b c D"], prompt_mask: Bool[Array, "b t"]) -> Int[Array, "b"]:
+  """Where each prompt's last real token (29871) stands; `context` is what stands before the prompt's second token."""
+  return context.shape[1] + prompt_mask.sum(axis=-1) - 2
 
 
 def build(config: Any) -> SemanticVLA:
@@ -332,7 +372,7 @@ def build(config: Any) -> SemanticVLA:
     dense_fuser=_dense_fuser(c, dtype),
     sparse_fuser=SparseFuser(width, joint=c["sparse_fuser"] == "joint", dtype=dtype),
     proprio_projector=None if c["proprio_dim"] is None else MLP((width, width), dtype=dtype),
-    llm=Llama(**sizes["llm"], scan=c["scan"], remat=c["remat"], dtype=dtype),
+    llm=Llama(**sizes["llm"], scan=c["scan"], remat=c["remat"], fused=c["fused"], dtype=dtype),
     coupler=_coupler(c, width, dtype),
     film=tuple(name for name in c["encoders"] if name in c["film"]),
     film_pool=c["film_pool"],
@@ -351,7 +391,7 @@ def _encoder(c: Mapping[str, Any], name: str, pruners: tuple[nn.Module, ...] | N
   own = dict(gelu="erf", mean=DINO_MEAN, std=DINO_STD) if name == "dino" else dict(gelu=c["siglip_gelu"])
   sizes = c["variant"]
   queries = sum(pruner.num_queries for pruner in pruners)
-  how = dict(queries=queries, remat=bool(c["remat"]), scan=c["scan_encoders"], dtype=dtype)
+  how = dict(queries=queries, remat=bool(c["remat"]), scan=c["scan_encoders"], fused=c["fused"], dtype=dtype)
   return ViT(sizes["image"], sizes["patch"], **sizes[name], **own, **how)
 
 

@@ -53,20 +53,25 @@ class Attention(nn.Module):
   """Multi-head attention with big_vision's parameter names; returns queries and keys too."""
 
   num_heads: int
+  fused: bool = False  # queries, keys and values of one input as one product: see models/serving.py
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "b l d"], y: Float[Array, "b s d"], mask: Bool[Array, "b 1 l_or_1 s"] | None = None
   ) -> tuple[Float[Array, "b l d"], Float[Array, "b l h c"], Float[Array, "b s h c"]]:
+    """`x` asks, `y` is asked. When fused, `x` is the last l tokens of `y`."""
     d = x.shape[-1]
     if d % self.num_heads:
       raise ValueError(f"attention: width {d} is not a multiple of {self.num_heads} heads; change one of the two.")
     init = nn.initializers.xavier_uniform()
     heads = (self.num_heads, d // self.num_heads)
-    q = nn.DenseGeneral(heads, kernel_init=init, dtype=self.dtype, name="query")(x)
-    k = nn.DenseGeneral(heads, kernel_init=init, dtype=self.dtype, name="key")(y)
-    v = nn.DenseGeneral(heads, kernel_init=init, dtype=self.dtype, name="value")(y)
+    if self.fused:
+      qkv = nn.DenseGeneral((3, *heads), kernel_init=init, dtype=self.dtype, name="qkv")(y)
+      q, k, v = qkv[:, y.shape[1] - x.shape[1] :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    else:
+      inputs = (("query", x), ("key", y), ("value", y))
+      q, k, v = (nn.DenseGeneral(heads, kernel_init=init, dtype=self.dtype, name=name)(z) for name, z in inputs)
     out = jax.nn.dot_product_attention(q, k, v, mask=mask)  # softmax in float32
     out = nn.DenseGeneral(d, axis=(-2, -1), kernel_init=init, dtype=self.dtype, name="out")(out)
     return out, q, k
@@ -96,11 +101,15 @@ class FiLM(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b l d"], condition: Float[Array, "b e"]) -> Float[Array, "b l d"]:
-    d = x.shape[-1]
-    gamma = nn.Dense(d, kernel_init=torch_kernel_init, dtype=self.dtype, name="scale")(condition)
-    beta = nn.Dense(d, kernel_init=torch_kernel_init, dtype=self.dtype, name="shift")(condition)
-    return x * (1 + gamma[:, None]) + beta[:, None]
+  def __call__(self, condition: Float[Array, "b e"], width: int) -> Float[Array, "b 2 d"]:
+    """The pooled instruction → scale γ and shift β of one block (`modulate` applies them)."""
+    dense = dict(kernel_init=torch_kernel_init, dtype=self.dtype)
+    return jnp.stack([nn.Dense(width, name=name, **dense)(condition) for name in ("scale", "shift")], axis=1)
+
+
+def modulate(x: Float[Array, "b l d"], by: Float[Array, "b 2 d"]) -> Float[Array, "b l d"]:
+  """x·(1 + γ) + β, the same for every token."""
+  return x * (1 + by[:, :1]) + by[:, 1:]
 
 
 class Block(nn.Module):
@@ -111,24 +120,44 @@ class Block(nn.Module):
   gelu: str = "erf"
   layer_scale: float | None = None
   probe: int = 0  # the attention weights of this many last tokens are returned
+  fused: bool = False
   dtype: Any = jnp.float32
+
+  def setup(self):
+    self.LayerNorm_0 = layer_norm(dtype=self.dtype)
+    self.MultiHeadDotProductAttention_0 = Attention(self.num_heads, self.fused, self.dtype)
+    self.film = FiLM(self.dtype)
+    self.LayerNorm_1 = layer_norm(dtype=self.dtype)
+    self.MlpBlock_0 = MlpBlock(self.mlp_dim, self.gelu, self.dtype)
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, "b l d"],
-    condition: Float[Array, "b e"] | None = None,
+    condition: Float[Array, "b e"] | Float[Array, "b 2 d"] | None = None,
     mask: Bool[Array, "b 1 l_or_1 l"] | None = None,
-  ) -> tuple[Float[Array, "b l d"], Float[Array, "b h q l"]]:
-    y = layer_norm("LayerNorm_0", self.dtype)(x)
-    y, q, k = Attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(y, y, mask)
-    x = x + self._scaled("ls1", y)
+    tail: int | None = None,
+  ) -> tuple[Float[Array, "b l_or_tail d"], Float[Array, "b h q l"]]:
+    """Tokens → (tokens, the attention weights of the `probe` last ones).
+
+    Args:
+      condition: the pooled instruction, or what `modulation` made of it. mask: True where a key may be read.
+      tail: how many last tokens are wanted; the others are only read. None: all of them.
+    """
+    y = self.LayerNorm_0(x)
+    first = 0 if tail is None else x.shape[1] - tail
+    y, q, k = self.MultiHeadDotProductAttention_0(y[:, first:], y, mask)
+    x = x[:, first:] + self._scaled("ls1", y)
     if condition is not None:
-      x = FiLM(self.dtype, name="film")(x, condition)
-    y = layer_norm("LayerNorm_1", self.dtype)(x)
-    x = x + self._scaled("ls2", MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y))
+      x = modulate(x, condition if condition.ndim == 3 else self.film(condition, x.shape[-1]))
+    y = self.LayerNorm_1(x)
+    x = x + self._scaled("ls2", self.MlpBlock_0(y))
     x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
     return x, attention_weights(q[:, x.shape[1] - self.probe :], k)
+
+  def modulation(self, condition: Float[Array, "b e"], width: int) -> Float[Array, "b 2 d"]:
+    """The pooled instruction → this block's γ and β."""
+    return self.film(condition, width)
 
   def _scaled(self, name: str, y: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
     if self.layer_scale is None:
@@ -151,31 +180,45 @@ class Transformer(nn.Module):
   probe: int = 0
   remat: bool = False
   scan: bool = False
+  fused: bool = False
   dtype: Any = jnp.float32
 
   def setup(self):
-    block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+    block = nn.remat(Block, prevent_cse=not self.scan, static_argnums=(4,)) if self.remat else Block
     self.encoderblock = [
-      block(self.num_heads, self.mlp_dim, self.gelu, self.layer_scale, self.probe, self.dtype)
+      block(self.num_heads, self.mlp_dim, self.gelu, self.layer_scale, self.probe, self.fused, self.dtype)
       for _ in range(self.depth)
     ]
     self.encoder_norm = layer_norm(dtype=self.dtype)
 
   def __call__(self, x: Float[Array, "b l d"], start: int, stop: int, condition=None, mask=None):
-    """Runs blocks start … stop-1; returns the tokens and the last block's attention weights of the `probe` tokens."""
+    """Runs blocks start … stop-1; returns the tokens and the last block's attention weights of the `probe` tokens.
+
+    `condition` is the pooled instruction f[b e], or the `modulations` of all blocks f[b depth 2 d], or None.
+    """
     blocks, weights = self.encoderblock[start:stop], None
-    if self.scan and len(blocks) > 1 and not self.is_initializing():
+    each = condition is not None and condition.ndim == 4
+    if self.scan and len(blocks) > 1 and not self.is_initializing() and not each:
       return self._scanned(blocks, x, condition, mask)
-    for block in blocks:
-      x, weights = block(x, condition, mask)
+    for i, block in enumerate(blocks, start):
+      x, weights = block(x, condition[:, i] if each else condition, mask, None)
     return x, weights
+
+  def tail(self, x: Float[Array, "b l d"], block: int, count: int, condition=None) -> Float[Array, "b count d"]:
+    """One block's last `count` tokens, without the work for the others."""
+    each = condition is not None and condition.ndim == 4
+    return self.encoderblock[block](x, condition[:, block] if each else condition, None, count)[0]
+
+  def modulations(self, condition: Float[Array, "b e"], width: int) -> Float[Array, "b depth 2 d"]:
+    """The pooled instruction → γ and β of every block."""
+    return jnp.stack([block.modulation(condition, width) for block in self.encoderblock], axis=1)
 
   def _scanned(self, blocks: Sequence[Block], x: Float[Array, "b l d"], condition, mask):
     """`blocks` one after the other, as a loop over their stacked parameters."""
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(block.variables["params"] for block in blocks))
 
     def body(block, carry):
-      return block(carry[0], condition, mask), None
+      return block(carry[0], condition, mask, None), None
 
     def loop(block, carry):
       return nn.scan(body, variable_axes={"params": 0}, split_rngs={}, length=len(blocks))(block, carry)[0]
@@ -201,7 +244,7 @@ class MAPHead(nn.Module):
     b, _, d = x.shape
     probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
     probe = jnp.broadcast_to(probe, (b, 1, d)).astype(x.dtype)
-    x, _, _ = Attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(probe, x)
+    x, _, _ = Attention(self.num_heads, dtype=self.dtype, name="MultiHeadDotProductAttention_0")(probe, x)
     y = layer_norm("LayerNorm_0", self.dtype)(x)
     return (x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y))[:, 0]
 
@@ -218,7 +261,7 @@ class ViT(nn.Module):
     queries: how many tokens an SA-Pruner appends in `embed`.
     position_init: how the learned position embedding begins: 'normal' (big_vision's), or 'sincos', from which a model
       that learns from scratch can read where a patch is at once.
-    scan: one loop over the blocks between two taps, see Transformer.
+    scan: one loop over the blocks between two taps, see Transformer. fused: see models/serving.py.
     mean, std: normalisation of RGB in [0, 1].
   """
 
@@ -237,6 +280,7 @@ class ViT(nn.Module):
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   remat: bool = False
   scan: bool = False
+  fused: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -261,7 +305,7 @@ class ViT(nn.Module):
     if self.registers is not None:
       self.cls = self.param("cls", nn.initializers.normal(1e-6), (1, 1, d))
       self.reg = self.param("reg", nn.initializers.normal(1e-6), (1, self.registers, d))
-    how = dict(probe=self.queries, remat=self.remat, scan=self.scan, dtype=self.dtype)
+    how = dict(probe=self.queries, remat=self.remat, scan=self.scan, fused=self.fused, dtype=self.dtype)
     self.Transformer = Transformer(self.depth, self.num_heads, self.mlp_dim, self.gelu, self.layer_scale, **how)
     self.MAPHead_0 = MAPHead(self.num_heads, self.mlp_dim, self.gelu, self.dtype)
 
@@ -298,9 +342,20 @@ class ViT(nn.Module):
       parts = [*parts, queries]
     return jnp.concatenate([jnp.broadcast_to(part, (b, *part.shape[1:])).astype(x.dtype) for part in parts], axis=1)
 
-  def run(self, x: Float[Array, "b l d"], start: int, stop: int, condition: Float[Array, "b e"] | None = None):
-    """Blocks start … stop-1, no final norm; (tokens, attention weights f32[b h q l] of the appended queries)."""
+  def run(self, x: Float[Array, "b l d"], start: int, stop: int, condition: Array | None = None):
+    """Blocks start … stop-1, no final norm; (tokens, attention weights f32[b h q l] of the appended queries).
+
+    `condition`: the pooled instruction f[b e] or the `modulations` made of it.
+    """
     return self.Transformer(x, start, stop, condition)
+
+  def tail(self, x: Float[Array, "b l d"], block: int, condition: Array | None = None) -> Float[Array, "b q d"]:
+    """The queries as block `block` leaves them, without the work for the other tokens."""
+    return self.Transformer.tail(x, block, self.queries, condition)
+
+  def modulations(self, condition: Float[Array, "b e"]) -> Float[Array, "b depth 2 d"]:
+    """The pooled instruction → γ and β of every block (FiLM)."""
+    return self.Transformer.modulations(condition, self.width)
 
   def patches(self, x: Float[Array, "b l d"]) -> Float[Array, "b n d"]:
     """The patch tokens, in raster order."""

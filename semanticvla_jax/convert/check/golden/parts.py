@@ -207,10 +207,11 @@ def _encode(weights: dict, inputs: dict, c: dict, case: dict) -> Iterator[tuple[
   model = _encoders(weights, c, case)
   pixels = pixels_of(inputs["pixel_values"])
   condition = inputs["language_embeddings"].mean(axis=1)
-  init = functools.partial(model.init, jax.random.key(0), pixels, condition, method="encode")
+  conditions = {name: condition for name in model.film}
+  init = functools.partial(model.init, jax.random.key(0), pixels, conditions, method="encode")
   params = fit(semanticvla.rules_for(model), semanticvla.unused(model) | _off(model), weights, init)
   run = functools.partial(model.apply, method="encode", capture_intermediates=_every_block, mutable=["intermediates"])
-  seen, inner = jax.jit(run)({"params": params}, pixels, condition)
+  seen, inner = jax.jit(run)({"params": params}, pixels, conditions)
   yield "film.mean", condition
   for v, (name, source) in enumerate(zip(ENCODERS, ("patches", "patches_fused"))):
     captured = inner["intermediates"][name]
@@ -218,7 +219,8 @@ def _encode(weights: dict, inputs: dict, c: dict, case: dict) -> Iterator[tuple[
     x = None
     for i in range(getattr(model, name).depth):
       block = captured["Transformer"].get(f"encoderblock_{i}")
-      x = _extra_block(weights, model, name, i, x, condition) if block is None else block["__call__"][0][0]
+      # A last block that ran for the queries alone ran for all tokens after that.
+      x = _extra_block(weights, model, name, i, x, condition) if block is None else block["__call__"][-1][0]
       yield f"vit{v}.block{i}", x
     for p in range(0 if model.dense_fuser is None else len(model.dense_fuser.pairs)):
       yield f"vit{v}.after_pair{p}", seen[f"{name}_after_pair_{p}"]

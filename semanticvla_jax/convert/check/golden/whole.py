@@ -153,7 +153,7 @@ def _whole(
     yield "loss_l1", np.abs(np.asarray(out.actions) - inputs[f"{case}.actions"]).mean()
   if model.text is not None:
     yield "text_last_hidden_state", seen["words"]
-    yield "text_projected", sown["intermediates"]["siglip_id_pruner"]["text_projector"]["__call__"][0][::v]
+    yield "text_projected", sown["intermediates"]["siglip_id_pruner"]["text_projector"]["__call__"][0]
   yield from _per_view(seen, v)
 
 
