@@ -9,64 +9,53 @@ call ever compiles, and a short sentence does not pay for the longest one.
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semanticvla_jax.models import lora
-from semanticvla_jax.models.semanticvla import SemanticVLA, dummy_observation
-from semanticvla_jax.types import Array, Observation, Sentence
+from semanticvla_jax.types import Array, Observation
 
 SENTENCES = 64  # remembered: at most; a megabyte each at 7B
 MULTIPLE = 8  # positions: matrix units work on sequences of whole eights, and GPU libraries pad others at every product
-
-
-def sentence_program(model: nn.Module):
-  """(params, words of an Observation) → what the model makes of the instructions alone."""
-  named = {"call": "sentence"} if isinstance(model, lora.LoRA) else {"method": "sentence"}
-  return lambda params, words: model.apply({"params": params}, Observation(None, None, *words), True, **named)
-
-
-def actions_program(model: nn.Module):
-  """(params, sentences, images u8[b v h w 3], proprio f32[b p]) → normalized actions f32[b k a]."""
-
-  def run(params: Mapping, sentence: Sentence, images: Array, proprio: Array | None) -> Array:
-    return model.apply({"params": params}, Observation(images, proprio, None, None), sentence=sentence).actions
-
-  return run
 
 
 class Inference:
   """The programs of one model, for the batch sizes and prompt lengths that were compiled.
 
   Args:
-    model: of `build`, or that in LoRA.
-    prompt_length, instruction_length: of the arrays that come in; the longest prompt there can be.
+    sentence: (params, [prompt, its mask, instruction, its mask]) → a pytree of arrays with the batch in front.
+    actions: (params, such a pytree, images, proprioception) → normalized actions f32[b k a].
+    dummy: batch size → an observation of the shapes that come in; its prompt is the longest one.
+    beside: params → how many positions the model's sequence has beside the prompt's.
     remember: how many sentences are kept on the device, the latest ones. 0: each is computed at every call.
   """
 
-  def __init__(self, model: nn.Module, prompt_length: int, instruction_length: int, remember: int = SENTENCES):
-    self.model = model
-    self.bare: SemanticVLA = model.model if isinstance(model, lora.LoRA) else model
-    self.prompt_length, self.instruction_length, self.remember = prompt_length, instruction_length, remember
+  def __init__(
+    self,
+    sentence: Callable,
+    actions: Callable,
+    dummy: Callable[[int], Observation],
+    beside: Callable[[Mapping], int],
+    remember: int = SENTENCES,
+  ):
+    self.dummy, self.remember = dummy, remember
     self.executables: dict[tuple[str, int, int], jax.stages.Compiled] = {}  # by ("actions", batch, prompt length), …
     self.sizes: tuple[int, ...] = ()
     self.lengths: tuple[int, ...] = ()
-    self._programs = {"sentence": sentence_program(model), "actions": actions_program(model), "join": _join}
-    self._sentences: collections.OrderedDict[tuple, Sentence] = collections.OrderedDict()
+    self._programs = {"sentence": sentence, "actions": actions, "join": _join}
+    self._sentences: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
     self._params: Mapping | None = None  # whose sentences these are
-    self._beside: int | None = None  # positions of the sequence beside the prompt's
+    self._beside, self._count = beside, None
 
   def compile(self, params: Mapping, sizes: Collection[int], lengths: Collection[int]) -> None:
     """Compiles all these batch sizes at all these prompt lengths (with those there are already), and runs each once."""
     self.sizes, self.lengths = (tuple(sorted({*a, *b})) for a, b in ((self.sizes, sizes), (self.lengths, lengths)))
     with jax.enable_x64(False):  # whatever the process around it is set to
       for length in self.lengths:
-        sentence = self._compiled("sentence", 1, length, params, _words(self.dummy(1), length))
+        sentence = self._compiled("sentence", 1, length, params, words(self.dummy(1), length))
         for size in self.sizes:
           joined = sentence if size == 1 else self._compiled("join", size, length, *[sentence] * size)
           dummy = self.dummy(size)
@@ -75,14 +64,14 @@ class Inference:
   def length_for(self, params: Mapping, tokens: int) -> int:
     """The prompt length for prompts of so many tokens that gives the sequence a multiple of 8 positions.
 
-    At most `prompt_length`.
+    At most the longest there can be.
     """
-    if self._beside is None:
-      read = {"call": "read"} if self.model is not self.bare else {"method": "read"}
-      x = jax.eval_shape(lambda p, o: self.model.apply({"params": p}, o, **read)[0], params, self.dummy(1))
-      own = 0 if self.bare.coupler is None else self.bare.chunk * self.bare.coupler.tokens + 1
-      self._beside = x.shape[1] + own - self.prompt_length
-    return min(tokens + -(self._beside + tokens) % MULTIPLE, self.prompt_length)
+    return min(tokens + -(self.beside(params) + tokens) % MULTIPLE, self.dummy(1).prompt.shape[1])
+
+  def beside(self, params: Mapping) -> int:
+    """How many positions the sequence has beside the prompt's; the parameters' shapes decide, not their values."""
+    self._count = self._beside(params) if self._count is None else self._count
+    return self._count
 
   def __call__(self, params: Mapping, observation: Observation) -> jax.Array:
     """Normalized actions f32[size k a] on the device; rows beyond the observation's batch repeat its last.
@@ -97,14 +86,14 @@ class Inference:
     if params is not self._params:
       self._sentences.clear()
       self._params = params
-    words = [None if x is None else np.asarray(x) for x in _words(observation, length)]
-    rows = [self._sentence(params, [x if x is None else x[i : i + 1] for x in words], length) for i in range(batch)]
+    said = [None if x is None else np.asarray(x) for x in words(observation, length)]
+    rows = [self._sentence(params, [x if x is None else x[i : i + 1] for x in said], length) for i in range(batch)]
     rows += rows[-1:] * (size - batch)
     sentence = rows[0] if size == 1 else self.executables["join", size, length](*rows)
     images, proprio = (_padded(x, size) for x in (observation.images, observation.proprio))
     return self.executables["actions", size, length](params, sentence, images, proprio)
 
-  def _sentence(self, params: Mapping, words: Sequence[np.ndarray | None], length: int) -> Sentence:
+  def _sentence(self, params: Mapping, words: Sequence[np.ndarray | None], length: int) -> Any:
     """What the model makes of one instruction, remembered."""
     key = (length, *(None if x is None else x.tobytes() for x in words))
     found = self._sentences.pop(key, None)
@@ -123,20 +112,12 @@ class Inference:
       self.executables[key] = jax.jit(self._programs[name]).lower(*args).compile()
     return self.executables[key](*args)
 
-  def dummy(self, size: int) -> Observation:
-    """An observation of zeros of the lengths that come in."""
-    observation = dummy_observation(self.bare, size, self.prompt_length)
-    if observation.instruction is not None:
-      shape = (size, self.instruction_length)
-      observation = observation.replace(instruction=np.zeros(shape, np.int32), instruction_mask=np.ones(shape, bool))
-    return jax.tree.map(np.asarray, observation)
 
-
-def _join(*rows: Sentence) -> Sentence:
+def _join(*rows: Any) -> Any:
   return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
 
 
-def _words(observation: Observation, length: int) -> list[Array | None]:
+def words(observation: Observation, length: int) -> list[Array | None]:
   """Prompt and instruction with their masks; the prompt cut to `length`, behind which there is only padding."""
   prompt = [observation.prompt[:, :length], observation.prompt_mask[:, :length]]
   return [*prompt, observation.instruction, observation.instruction_mask]

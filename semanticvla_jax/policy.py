@@ -15,7 +15,6 @@ import functools
 import numbers
 import os
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,14 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from semanticvla_jax import inference, policy_folder
+from semanticvla_jax import exported, inference, policy_folder
+from semanticvla_jax.base_policy import BasePolicy
 from semanticvla_jax.data import images, statistics, text
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.models import checks, lora, serving
+from semanticvla_jax.models import checks, lora, programs, serving
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
 from semanticvla_jax.observation_dict import VIEWS
 from semanticvla_jax.preparation import Preparation
-from semanticvla_jax.types import Observation
+from semanticvla_jax.types import Observation, Sentence
 
 NORMALIZATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bounds"}
 GRIPPERS = ("command", "raw")
@@ -40,7 +40,7 @@ ADAPTERS = ("merge", "keep")
 _PIXELS = re.compile(r"(dino|siglip)/embedding/(kernel|lora_b)")  # what every pixel goes through
 
 
-class Policy:
+class Policy(BasePolicy):
   """Parameters with all they need to act. Compiled for its batch sizes, and warm, when the constructor returns.
 
   Args:
@@ -63,6 +63,8 @@ class Policy:
   Raises:
     ValueError: the parts do not fit together.
   """
+
+  sentence_type = Sentence  # what its sentence program returns
 
   def __init__(
     self,
@@ -106,8 +108,8 @@ class Policy:
       reads_words=self.bare.text is not None,
       gripper=self.gripper,
     )
-    words = (tokenizers.prompt_length, tokenizers.instruction_length)
-    self.inference = inference.Inference(model, *words, remember)
+    named = (programs.sentence(model), programs.actions(model))
+    self.inference = inference.Inference(*named, self._dummy, self._positions, remember)
     if sizes:
       longest = tokenizers.prompt_length
       self.inference.compile(params, sizes, {longest, *(self._prompt_length(length) for length in lengths)})
@@ -205,6 +207,18 @@ class Policy:
     other.params, other._extra = unflatten_dict(grey, sep="/"), {**self._extra, "variant": {"images": "grey"}}
     return other
 
+  def export(self, path: str | os.PathLike, platforms: Sequence[str] = exported.PLATFORMS) -> None:
+    """Writes the policy as one file that runs without this package's models or Flax: see `exported`.
+
+    The programs of its prompt lengths, for any batch size.
+
+    Raises:
+      ValueError: a platform that does not exist, or no room on the disk.
+    """
+    named = {"sentence": programs.sentence(self.model), "actions": programs.actions(self.model)}
+    lengths = self.inference.lengths or (self.tokenizers.prompt_length,)
+    exported.write(path, self, named, lengths, platforms)
+
   @property
   def image_size(self) -> int:
     """Pixels of a side of the model's images."""
@@ -230,80 +244,20 @@ class Policy:
       "prompt_lengths": [*self.inference.lengths],
     }
 
-  def reset(self) -> None:
-    """Begins an episode. A policy remembers nothing from one call to the next."""
+  def _dummy(self, size: int) -> Observation:
+    """An observation of zeros of the shapes that `observe` gives."""
+    observation = dummy_observation(self.bare, size, self.tokenizers.prompt_length)
+    if observation.instruction is not None:
+      shape = (size, self.tokenizers.instruction_length)
+      observation = observation.replace(instruction=np.zeros(shape, np.int32), instruction_mask=np.ones(shape, bool))
+    return jax.tree.map(np.asarray, observation)
 
-  def infer(self, observation: Any) -> dict:
-    """One observation → {"actions": f32[k a], "policy_timing": …}.
-
-    Args:
-      observation: a dict of u8[h w 3] images, f32[p] state in raw units and the instruction, under any name of
-        observation_dict.ALIASES; other entries are ignored.
-
-    Raises:
-      ValueError: something is missing, ambiguous or of the wrong kind.
-    """
-    return self.infer_batch([observation])[0]
-
-  def infer_batch(self, observations: Any) -> list[dict]:
-    """A list of observations at once, padded to a compiled size, in parts where there are more than the largest."""
-    if isinstance(observations, Mapping | str) or not isinstance(observations, Sequence):
-      raise refuse(
-        "Observations",
-        f"{type(observations).__name__}",
-        "a list of observation dicts",
-        "pass [observation], or call infer",
-      )
-    self._check_compiled()
-    largest, results = max(self.inference.sizes), []
-    for first in range(0, len(observations), largest):
-      results += self._infer(observations[first : first + largest])
-    return results
-
-  def warm(self, instructions: Sequence[str]) -> None:
-    """Makes the first call with any of these as fast as later ones: compiles for their length, and remembers them.
-
-    The sequence's length changes, by padding that nothing reads, and with it the last bits of the actions.
-    """
-    self._check_compiled()
-    prompts = [self.preparation.words([sentence])[1] for sentence in instructions]
-    lengths = {self._prompt_length(int(mask.sum())) for mask in prompts}
-    self.inference.compile(self.params, self.inference.sizes, lengths)
-    dummy = self.inference.dummy(1)
-    for sentence in instructions:
-      words = self.preparation.words([sentence])
-      jax.block_until_ready(self.device_step(Observation(dummy.images, dummy.proprio, *words)))
-
-  def observe(self, observations: Sequence[Any]) -> Observation:
-    """Observation dicts → what the model reads, numpy arrays of batch len(observations)."""
-    return self.preparation.observe(observations)
-
-  def words(self, instructions: Sequence[str]) -> tuple[np.ndarray | None, ...]:
-    """Instructions → (prompt, prompt_mask, instruction, instruction_mask), the last two None without an ID-Pruner."""
-    return self.preparation.words(instructions)
-
-  def device_step(self, observation: Observation) -> jax.Array:
-    """What `observe` gave, or that on the device → normalized actions f32[size k a], not waited for.
-
-    `size` is the smallest compiled batch size that holds the observation; further rows repeat the last.
-    """
-    return self.inference(self.params, observation)
-
-  @property
-  def executables(self) -> dict[tuple[str, int, int], jax.stages.Compiled]:
-    """The compiled programs: ("sentence", 1, length), ("join", size, length) and ("actions", size, length)."""
-    return self.inference.executables
-
-  def _infer(self, observations: Sequence[Any]) -> list[dict]:
-    n, begin = len(observations), time.perf_counter()
-    observation = self.observe(observations)
-    prepared = time.perf_counter()
-    actions = np.asarray(self.device_step(observation))[:n]
-    inferred = time.perf_counter()
-    actions = self.preparation.actions(actions)
-    timing = {"prepare_ms": prepared - begin, "infer_ms": inferred - prepared, "total_ms": time.perf_counter() - begin}
-    timing = {name: 1e3 * seconds for name, seconds in timing.items()}
-    return [{"actions": chunk, "policy_timing": dict(timing)} for chunk in actions]
+  def _positions(self, params: Mapping) -> int:
+    """How many positions the sequence has beside the prompt's; the parameters' shapes decide, not their values."""
+    read = {"method": "read"} if self.model is self.bare else {"call": "read"}
+    run = lambda p, o: self.model.apply({"params": p}, o, **read)[0]  # noqa: E731
+    own = 0 if self.bare.coupler is None else self.bare.chunk * self.bare.coupler.tokens + 1
+    return jax.eval_shape(run, params, self._dummy(1)).shape[1] + own - self.tokenizers.prompt_length
 
   def _prompt_length(self, tokens: int) -> int:
     if tokens > self.tokenizers.prompt_length:
@@ -314,10 +268,6 @@ class Policy:
         "choose shorter ones",
       )
     return self.inference.length_for(self.params, tokens)
-
-  def _check_compiled(self) -> None:
-    if not self.inference.sizes:
-      raise refuse("Policy is not compiled", "batch_sizes=()", "a size to infer with", "pass (1,)")
 
   def _check(self) -> None:
     check_params(self.params, _parameter_shapes(self.model))

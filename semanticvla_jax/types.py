@@ -7,15 +7,26 @@ Letters, everywhere in this package: `b` batch, `v` views, `h w` image height an
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-import flax.struct
+import jax
 
 # Leaves are jax or numpy arrays; as pytrees of shardings, shapes or None these classes hold other things too.
 Array = Any
 
 
-@flax.struct.dataclass
+def _pytree(cls: type) -> type:
+  """A frozen dataclass whose fields are a pytree's children; `replace` as flax's dataclasses have it.
+
+  Not flax's own, so that an exported policy runs without Flax.
+  """
+  cls = dataclasses.dataclass(frozen=True)(cls)
+  cls.replace = dataclasses.replace
+  return jax.tree_util.register_dataclass(cls)
+
+
+@_pytree
 class Observation:
   """What a policy sees at one moment, ready for the model.
 
@@ -37,7 +48,7 @@ class Observation:
   instruction_mask: Array | None = None
 
 
-@flax.struct.dataclass
+@_pytree
 class Sentence:
   """What the instruction alone decides in the model: a policy computes it once per sentence (`SemanticVLA.sentence`).
 
@@ -53,10 +64,10 @@ class Sentence:
   condition: dict[str, Array]
   words: Array | None = None
   words_mask: Array | None = None
-  projected: dict[str, Array] = flax.struct.field(default_factory=dict)
+  projected: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
-@flax.struct.dataclass
+@_pytree
 class Batch:
   """One training batch.
 
@@ -74,7 +85,7 @@ class Batch:
   aux: Any = None
 
 
-@flax.struct.dataclass
+@_pytree
 class Statistics:
   """Per-dimension statistics of one array of a dataset (actions or proprioception), in raw units.
 

@@ -1,0 +1,109 @@
+"""What every policy does with its preparation and its compiled programs, wherever these come from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from semanticvla_jax.errors import refuse
+from semanticvla_jax.inference import Inference
+from semanticvla_jax.preparation import Preparation
+from semanticvla_jax.types import Observation
+
+
+class BasePolicy:
+  """Observation dicts in, chunks of actions out.
+
+  Attributes:
+    params: of the programs. preparation: from dicts to arrays, and back to the robot's units. inference: the programs.
+  """
+
+  params: Mapping
+  preparation: Preparation
+  inference: Inference
+
+  def reset(self) -> None:
+    """Begins an episode. A policy remembers nothing from one call to the next."""
+
+  def infer(self, observation: Any) -> dict:
+    """One observation → {"actions": f32[k a], "policy_timing": …}.
+
+    Args:
+      observation: a dict of u8[h w 3] images, f32[p] state in raw units and the instruction, under any name of
+        observation_dict.ALIASES; other entries are ignored.
+
+    Raises:
+      ValueError: something is missing, ambiguous or of the wrong kind.
+    """
+    return self.infer_batch([observation])[0]
+
+  def infer_batch(self, observations: Any) -> list[dict]:
+    """A list of observations at once, padded to a compiled size, in parts where there are more than the largest."""
+    if isinstance(observations, Mapping | str) or not isinstance(observations, Sequence):
+      raise refuse(
+        "Observations",
+        f"{type(observations).__name__}",
+        "a list of observation dicts",
+        "pass [observation], or call infer",
+      )
+    self._check_compiled()
+    largest, results = max(self.inference.sizes), []
+    for first in range(0, len(observations), largest):
+      results += self._infer(observations[first : first + largest])
+    return results
+
+  def warm(self, instructions: Sequence[str]) -> None:
+    """Makes the first call with any of these as fast as later ones: compiles for their length, and remembers them.
+
+    The sequence's length changes, by padding that nothing reads, and with it the last bits of the actions.
+    """
+    self._check_compiled()
+    prompts = [self.preparation.words([sentence])[1] for sentence in instructions]
+    lengths = {self.inference.length_for(self.params, int(mask.sum())) for mask in prompts}
+    self.inference.compile(self.params, self.inference.sizes, lengths)
+    self._remember(instructions)
+
+  def _remember(self, instructions: Sequence[str]) -> None:
+    dummy = self.inference.dummy(1)
+    for sentence in instructions:
+      words = self.preparation.words([sentence])
+      jax.block_until_ready(self.device_step(Observation(dummy.images, dummy.proprio, *words)))
+
+  def observe(self, observations: Sequence[Any]) -> Observation:
+    """Observation dicts → what the model reads, numpy arrays of batch len(observations)."""
+    return self.preparation.observe(observations)
+
+  def words(self, instructions: Sequence[str]) -> tuple[np.ndarray | None, ...]:
+    """Instructions → (prompt, prompt_mask, instruction, instruction_mask), the last two None without an ID-Pruner."""
+    return self.preparation.words(instructions)
+
+  def device_step(self, observation: Observation) -> jax.Array:
+    """What `observe` gave, or that on the device → normalized actions f32[size k a], not waited for.
+
+    `size` is the smallest compiled batch size that holds the observation; further rows repeat the last.
+    """
+    return self.inference(self.params, observation)
+
+  @property
+  def executables(self) -> dict[tuple[str, int, int], jax.stages.Compiled]:
+    """The compiled programs: ("sentence", 1, length), ("join", size, length) and ("actions", size, length)."""
+    return self.inference.executables
+
+  def _infer(self, observations: Sequence[Any]) -> list[dict]:
+    n, begin = len(observations), time.perf_counter()
+    observation = self.observe(observations)
+    prepared = time.perf_counter()
+    actions = np.asarray(self.device_step(observation))[:n]
+    inferred = time.perf_counter()
+    actions = self.preparation.actions(actions)
+    timing = {"prepare_ms": prepared - begin, "infer_ms": inferred - prepared, "total_ms": time.perf_counter() - begin}
+    timing = {name: 1e3 * seconds for name, seconds in timing.items()}
+    return [{"actions": chunk, "policy_timing": dict(timing)} for chunk in actions]
+
+  def _check_compiled(self) -> None:
+    if not self.inference.sizes:
+      raise refuse("Policy is not compiled", "batch_sizes=()", "a size to infer with", "pass (1,)")

@@ -1,0 +1,33 @@
+"""The two programs of a policy, as functions of arrays: a sentence alone, and actions from images and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import flax.linen as nn
+
+from semanticvla_jax.models.lora import LoRA
+from semanticvla_jax.types import Array, Observation, Sentence
+
+
+def sentence(model: nn.Module) -> Callable[..., Sentence]:
+  """(params, [prompt i32[b t], mask bool[b t], instruction i32[b m], mask bool[b m]]) → what they alone decide.
+
+  Args:
+    model: of `build`, or that in LoRA.
+  """
+  method = {"call": "sentence"} if isinstance(model, LoRA) else {"method": "sentence"}
+
+  def run(params: Mapping, words: Sequence[Array | None]) -> Sentence:
+    return model.apply({"params": params}, Observation(None, None, *words), True, **method)
+
+  return run
+
+
+def actions(model: nn.Module) -> Callable[..., Array]:
+  """(params, sentences, images u8[b v h w 3], proprioception f32[b p]) → normalized actions f32[b k a]."""
+
+  def run(params: Mapping, sentences: Sentence, images: Array, proprio: Array | None) -> Array:
+    return model.apply({"params": params}, Observation(images, proprio, None, None), sentence=sentences).actions
+
+  return run

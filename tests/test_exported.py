@@ -1,0 +1,85 @@
+"""A policy as one file: the same actions without models or Flax, for any batch size, and what is refused."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import policies
+import pytest
+
+from semanticvla_jax import exported
+from semanticvla_jax.exported import ExportedPolicy
+
+SEEN = [policies.observation(i, prompt=("pick up the red cube", "pick up the green ball")[i % 2]) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def policy():
+  return policies.policy(batch_sizes=(1, 3))
+
+
+@pytest.fixture(scope="module")
+def path(policy, tmp_path_factory):
+  path = tmp_path_factory.mktemp("exported") / "policy.svla"
+  policy.export(path)
+  return path
+
+
+def test_the_file_gives_the_same_actions_to_the_last_bit(policy, path):
+  loaded = ExportedPolicy.load(path, batch_sizes=(1, 3))
+  np.testing.assert_array_equal(loaded.infer(SEEN[0])["actions"], policy.infer(SEEN[0])["actions"])
+  ours, theirs = ([one["actions"] for one in p.infer_batch(SEEN)] for p in (loaded, policy))
+  np.testing.assert_array_equal(ours, theirs)
+  facts = loaded.metadata
+  assert facts.pop("exported_by") and facts == policy.metadata
+  assert json.loads(zipfile.ZipFile(path).read("policy.json"))["platforms"] == ["cpu", "cuda", "tpu"]
+
+
+def test_it_runs_without_models_flax_or_tensorflow(policy, path, tmp_path):
+  np.save(tmp_path / "actions.npy", policy.infer(SEEN[0])["actions"])
+  np.savez(tmp_path / "seen.npz", **{key.replace("/", "|"): x for key, x in SEEN[0].items()})
+  program = """
+import sys
+for name in ("flax", "orbax", "tensorflow", "semanticvla_jax.models", "semanticvla_jax.policy"):
+  sys.modules[name] = None
+import numpy as np
+from semanticvla_jax.exported import ExportedPolicy
+seen = {key.replace("|", "/"): x for key, x in np.load(sys.argv[2]).items()}
+np.testing.assert_array_equal(ExportedPolicy.load(sys.argv[1]).infer(seen)["actions"], np.load(sys.argv[3]))
+"""
+  words = [sys.executable, "-c", program, path, tmp_path / "seen.npz", tmp_path / "actions.npy"]
+  done = subprocess.run(words, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+
+
+def test_what_is_no_exported_policy_is_refused(path, tmp_path):
+  text = tmp_path / "text"
+  text.write_text("hello")
+  for bad in (text, tmp_path / "nothing"):
+    with pytest.raises(ValueError, match="what cannot be read .*; expected a file that Policy.export wrote"):
+      ExportedPolicy.load(bad)
+  later, settings = tmp_path / "later", json.loads(zipfile.ZipFile(path).read("policy.json"))
+  for change, message in (
+    ({"format": 99}, f"format 99; expected at most {exported.FORMAT}"),
+    ({"platforms": ["tpu"]}, r"programs for \['tpu'\]; expected one for cpu"),
+  ):
+    with zipfile.ZipFile(later, "w") as archive:
+      archive.writestr("policy.json", json.dumps(settings | change))
+    with pytest.raises(ValueError, match=message):
+      ExportedPolicy.load(later)
+
+
+def test_a_failed_export_leaves_nothing(policy, tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match=r"platforms=\('abacus',\); expected some of"):
+    policy.export(tmp_path / "policy.svla", platforms=("abacus",))
+
+  def full(*args, **options):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(jax.export, "export", full)
+  with pytest.raises(OSError, match="No space left"):
+    policy.export(tmp_path / "policy.svla")
+  assert not [*tmp_path.iterdir()]
