@@ -37,6 +37,7 @@ from semanticvla_jax.types import Observation, Sentence
 NORMALIZATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bounds"}
 GRIPPERS = ("command", "raw")
 ADAPTERS = ("merge", "keep")
+WEIGHTS = ("full", "int8")
 _PIXELS = re.compile(r"(dino|siglip)/embedding/(kernel|lora_b)")  # what every pixel goes through
 
 
@@ -82,7 +83,7 @@ class Policy(BasePolicy):
     metadata: Mapping | None = None,
   ):
     self.model, self.params, self.stats, self.tokenizers, self.config = model, params, stats, tokenizers, config
-    self.bare: SemanticVLA = model.model if isinstance(model, lora.LoRA) else model
+    self.bare: SemanticVLA = programs.bare(model)
     data = config.get("data") or {}
     sizes, lengths = _whole_numbers("batch_sizes", batch_sizes), _whole_numbers("prompt_lengths", prompt_lengths)
     self.mode = NORMALIZATIONS[_choice("normalisation", data.get("normalisation", "q99"), NORMALIZATIONS)]
@@ -122,6 +123,7 @@ class Policy(BasePolicy):
     dataset: str | None = None,
     adapters: str = "merge",
     dtype: str | None = None,
+    weights: str = "full",
     sharding: jax.sharding.Sharding | Callable[[dict], dict] | None = None,
     verify: bool = True,
     **options: Any,
@@ -133,6 +135,7 @@ class Policy(BasePolicy):
       dataset: whose statistics to use; needed where the policy was trained on several.
       adapters: "merge" folds LoRA into the kernels, "keep" runs it beside them; of no effect on a merged policy.
       dtype: of parameters and computation; None for the ones it was trained with.
+      weights: "int8" rounds the decoder's kernels to 8 bits, one scale per output channel: half of bfloat16's bytes.
       sharding, verify: see `policy_folder.load_policy`.
       **options: batch_sizes, prompt_lengths, remember, replan_steps and gripper of the constructor.
 
@@ -153,7 +156,13 @@ class Policy(BasePolicy):
       model, flat = build(config["model"]), flatten_dict(params, sep="/")
       del params
       params = serving.lay_out(flat)
-    bare = model.model if isinstance(model, lora.LoRA) else model
+    if _choice("weights", weights, WEIGHTS) == "int8":
+      if isinstance(model, lora.LoRA):
+        raise refuse(
+          "Policy", "weights='int8' with adapters beside the kernels", "merged ones", "load with adapters='merge'"
+        )
+      model, params = serving.Int8(model), serving.quantize(params)
+    bare = programs.bare(model)
     if files.tokenizers is None:
       raise refuse(
         f"Policy {files.folder} has no tokenizers",
@@ -180,8 +189,8 @@ class Policy(BasePolicy):
     """The same parameters in a model with other values of `config["model"]`, e.g. anchor_rule; compiled as this one."""
     config = {**self.config, "model": {**self.config["model"], **fields}}
     model = build(config["model"])
-    if isinstance(self.model, lora.LoRA):
-      model = lora.LoRA(model, self.model.rank, self.model.alpha, self.model.targets)
+    if self.model is not self.bare:
+      model = self.model.clone(model=model)
     return Policy(
       model,
       self.params,
@@ -238,6 +247,7 @@ class Policy(BasePolicy):
       "gripper": self.gripper,
       "normalisation": self.mode,
       "dtype": str(jnp.dtype(self.bare.llm.dtype)),
+      "weights": "int8" if isinstance(self.model, serving.Int8) else "full",
       **{name: self._picture[name] for name in ("crop_area", "jpeg_quality", "dct")},
       "pruner_text": None if self.bare.text is None else self.tokenizers.pruner_text,
       "batch_sizes": [*self.inference.sizes],
@@ -254,7 +264,7 @@ class Policy(BasePolicy):
 
   def _positions(self, params: Mapping) -> int:
     """How many positions the sequence has beside the prompt's; the parameters' shapes decide, not their values."""
-    read = {"method": "read"} if self.model is self.bare else {"call": "read"}
+    read = programs.named(self.model, "read")
     run = lambda p, o: self.model.apply({"params": p}, o, **read)[0]  # noqa: E731
     own = 0 if self.bare.coupler is None else self.bare.chunk * self.bare.coupler.tokens + 1
     return jax.eval_shape(run, params, self._dummy(1)).shape[1] + own - self.tokenizers.prompt_length
@@ -309,8 +319,8 @@ class Policy(BasePolicy):
 
 @functools.lru_cache(maxsize=16)
 def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-  bare = model.model if isinstance(model, lora.LoRA) else model
-  return {name: x.shape for name, x in flatten_dict(abstract_params(model, dummy_observation(bare)), sep="/").items()}
+  observation = dummy_observation(programs.bare(model))
+  return {name: x.shape for name, x in flatten_dict(abstract_params(model, observation), sep="/").items()}
 
 
 def check_params(params: Mapping, wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -7,9 +7,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 from helpers import TINY, jit_apply, random_observation, random_params, tiny
 
+from semanticvla_jax import policy_folder
+from semanticvla_jax.data import statistics, text
 from semanticvla_jax.models import serving
 from semanticvla_jax.models.semanticvla import build
-from semanticvla_jax.policy import check_params
+from semanticvla_jax.policy import Policy, check_params
 from semanticvla_jax.types import Observation
 
 OFT = dict(dino_pruner=None, siglip_pruner=None, dense_fuser=None, film=(), coupler="single", mask="full")
@@ -129,3 +131,26 @@ def test_warming_compiles_for_the_sentences_there_are():
     policies.policy(batch_sizes=(1,), prompt_lengths=(99,))
   with pytest.raises(ValueError, match=r"prompt_lengths=\(0,\); expected a tuple of positive integers"):
     policies.policy(prompt_lengths=(0,))
+
+
+def test_weights_of_eight_bits(tmp_path):
+  """The decoder's kernels alone are rounded, by at most half a step of their channel; actions move little."""
+  folder = tmp_path / "policy"
+  entries = {"tabletop_place": statistics.to_openvla(policies.stats())}
+  policy_folder.save_policy(
+    folder, random_params(tiny()), config=policies.CONFIG, statistics=entries, tokenizers=text.EMBEDDED
+  )
+  whole, rounded = Policy.load(folder), Policy.load(folder, weights="int8")
+  ours, theirs = (flatten_dict(policy.params, sep="/") for policy in (rounded, whole))
+  changed = {name for name in theirs if ours[name].dtype == np.int8}
+  assert len(changed) == 2 * 4 and all(name.startswith("llm/layers_") for name in changed)
+  for name in changed:
+    scale = ours[name.replace("/kernel", "/scale")]
+    assert np.abs(ours[name] * scale - theirs[name]).max() <= scale.max() * 0.501
+  for name in theirs.keys() - changed:
+    np.testing.assert_array_equal(ours[name], theirs[name])
+  seen = policies.observation()
+  a, b = (policy.device_step(policy.observe([seen])) for policy in (whole, rounded))
+  assert 0 < np.std(a - b) < 0.1 * np.std(a) and rounded.metadata["weights"] == "int8"
+  with pytest.raises(ValueError, match="weights='int4'; expected one of"):
+    Policy.load(folder, weights="int4")

@@ -6,17 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 
-from semanticvla_jax.models.lora import LoRA
 from semanticvla_jax.types import Array, Observation, Sentence
+
+
+def bare(model: nn.Module) -> nn.Module:
+  """The model without its wrapper."""
+  return getattr(model, "model", model)
+
+
+def named(model: nn.Module, method: str) -> dict[str, str]:
+  """Keyword of `model.apply` that runs a method of the model, through its wrapper if it has one."""
+  return {"method": method} if bare(model) is model else {"call": method}
 
 
 def sentence(model: nn.Module) -> Callable[..., Sentence]:
   """(params, [prompt i32[b t], mask bool[b t], instruction i32[b m], mask bool[b m]]) → what they alone decide.
 
   Args:
-    model: of `build`, or that in LoRA.
+    model: of `build`, or that in a wrapper (`lora.LoRA`, `serving.Int8`).
   """
-  method = {"call": "sentence"} if isinstance(model, LoRA) else {"method": "sentence"}
+  method = named(model, "sentence")
 
   def run(params: Mapping, words: Sequence[Array | None]) -> Sentence:
     return model.apply({"params": params}, Observation(None, None, *words), True, **method)

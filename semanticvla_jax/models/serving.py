@@ -11,10 +11,12 @@ at every call: for 7 billion parameters 6.7 of 31.5 GB moved. Laid out once, whe
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 LAYOUT = {"scan": False, "scan_encoders": False, "fused": True}  # the fields of a model config that say so
 _FUSED = (
@@ -44,3 +46,54 @@ def lay_out(flat: dict[str, Any]) -> dict:
       parts = [flat.pop(f"{module}/{name}/{leaf}") for name in names]
       flat[f"{module}/{joined}/{leaf}"] = jnp.stack(parts, axis=1 if leaf == "kernel" else 0)
   return unflatten_dict({path: flat.pop(path) for path in [*flat]}, sep="/")
+
+
+class Int8(nn.Module):
+  """Runs `model` with the decoder's kernels as int8 and one scale per output channel (`quantize` makes them).
+
+  Weights alone are rounded (to 1/254 of a channel's largest); products are in the model's compute type.
+  """
+
+  model: nn.Module
+
+  def setup(self):
+    nn.share_scope(self, self.model)
+
+  def __call__(self, *args, call: str = "__call__", **kwargs):
+    """Runs the method `call` of the wrapped model with the same arguments."""
+    with nn.intercept_methods(_int8_product):
+      return getattr(self.model, call)(*args, **kwargs)
+
+
+def quantize(params: Mapping[str, Any]) -> dict:
+  """Parameters in the serving layout → those of `Int8` around the model; the tree's own arrays are not changed."""
+  flat = flatten_dict(params, sep="/")
+  for path in [path for path in flat if path.endswith("/kernel") and _is_int8(path.removesuffix("/kernel"))]:
+    kernel = flat[path].astype(jnp.float32)
+    inputs = tuple(range(_inputs(path)))
+    scale = jnp.maximum(jnp.abs(kernel).max(axis=inputs), jnp.finfo(jnp.float32).tiny) / 127
+    flat[path] = jnp.round(kernel / scale).astype(jnp.int8)
+    flat[f"{path.removesuffix('kernel')}scale"] = scale
+  return unflatten_dict(flat, sep="/")
+
+
+def _is_int8(path: str) -> bool:
+  return re.fullmatch(r"llm/layers_\d+/(attn|mlp)/\w+_proj", path) is not None
+
+
+def _inputs(path: str) -> int:
+  """How many axes of a kernel are summed over: heads and channels of the attention's output, else the width."""
+  return 2 if "/o_proj" in path else 1
+
+
+def _int8_product(call, args, kwargs, context):
+  layer, path = context.module, "/".join(context.module.path).removeprefix("model/")
+  if context.method_name != "__call__" or not _is_int8(path):
+    return call(*args, **kwargs)
+  (x,), count = args, _inputs(path)
+  features = layer.features if isinstance(layer.features, tuple) else (layer.features,)
+  shape = (*x.shape[x.ndim - count :], *features)
+  kernel = layer.param("kernel", lambda _: jnp.zeros(shape, jnp.int8))
+  scale = layer.param("scale", lambda _: jnp.ones(features, jnp.float32))
+  x = x.astype(layer.dtype or x.dtype)
+  return (jnp.tensordot(x, kernel.astype(x.dtype), axes=count) * scale).astype(x.dtype)
