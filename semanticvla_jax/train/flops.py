@@ -49,39 +49,54 @@ def count(function: Callable, *args: Any) -> int:
   Args:
     function: what to count. args: arrays or ShapeDtypeStructs; nothing is computed.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+  return total(jax.make_jaxpr(function)(*args).jaxpr, operations)
 
 
-def _count(jaxpr: Jaxpr) -> int:
+def total(jaxpr: Jaxpr, measure: Callable[[Any], int]) -> int:
+  """`measure` of every product and convolution of a program that an output needs, loops as often as they run."""
   # Backwards, keeping the set of values that an output still needs: what only feeds dropped outputs (an auxiliary
   # result, the primal of a gradient) is removed by the compiler too, and would otherwise be counted.
-  needed, total = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, 0
+  needed, found = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, 0
   for equation in reversed(jaxpr.eqns):
     if not needed.intersection(equation.outvars) and not equation.effects:
       continue
     needed.update(v for v in equation.invars if not isinstance(v, Literal))
-    total += _operations(equation)
-  return total
+    found += _measured(equation, measure)
+  return found
 
 
-def _operations(equation: Any) -> int:
+def _measured(equation: Any, measure: Callable[[Any], int]) -> int:
   name, params = equation.primitive.name, equation.params
-  if name == "dot_general":
+  if name in ("dot_general", "conv_general_dilated"):
+    return measure(equation)
+  inside = [total(part, measure) for part in parts(params.values())]
+  if name == "cond":
+    return max(inside)  # only one branch runs
+  return sum(inside) * (params["length"] if name == "scan" else 1)
+
+
+def operations(equation: Any) -> int:
+  """Floating-point operations of a product or convolution."""
+  params = equation.params
+  if equation.primitive.name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
-  if name == "conv_general_dilated":
-    kernel, out_axis = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(np.delete(kernel, out_axis).tolist())
-  inner = [_count(part) for value in params.values() for part in _jaxprs(value)]
-  if name == "cond":
-    return max(inner)  # only one branch runs
-  return sum(inner) * (params["length"] if name == "scan" else 1)
+  kernel, out_axis = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
+  return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(np.delete(kernel, out_axis).tolist())
 
 
-def _jaxprs(value: Any) -> list[Jaxpr]:
-  if isinstance(value, (tuple, list)):
-    return [part for item in value for part in _jaxprs(item)]
-  if isinstance(value, ClosedJaxpr):
-    return [value.jaxpr]
-  return [value] if isinstance(value, Jaxpr) else []
+def nbytes(aval: Any) -> int:
+  """Bytes of an abstract array; 0 of what is none."""
+  return math.prod(aval.shape) * np.dtype(aval.dtype).itemsize if hasattr(aval, "shape") else 0
+
+
+def parts(values: Any) -> list[Jaxpr]:
+  """The programs among the parameters of an equation: bodies of loops, branches, what is computed again."""
+  found = []
+  for value in values:
+    if isinstance(value, (tuple, list)):
+      found += parts(value)
+    elif isinstance(value, (ClosedJaxpr, Jaxpr)):
+      found.append(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+  return found

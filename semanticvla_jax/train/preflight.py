@@ -1,27 +1,27 @@
 """python -m semanticvla_jax.train.preflight --config=configs/libero.py:full@7b --topology=v5e:4x4 --batch=128
 
-Does this config fit that slice? Compiles the real training step (or, with --program=policy, the forward pass of the
-policy) ahead of time with abstract arguments, and prints what it needs: for a TPU slice that is not there, through
-libtpu's compiler (`make aot` installs it), or for the devices that are. Nothing runs and nothing is allocated: it tells
-about memory, sharding and compilation, not about speed.
+Does this config fit those devices? Compiles the real training step (or, with --program=policy, the forward pass of the
+policy) ahead of time with abstract arguments, and prints what it needs: for TPU slices or GPUs that are not there, or
+for the devices that are. Nothing runs and nothing is allocated: it tells about memory, sharding, collectives, launches
+and bytes, not about speed.
 
-    --topology  v5e:4x4, v6e:4x4, v5p:2x2x2, v4:2x2x2, …; none: the devices present
+    --topology  v5e:4x4, v6e:4x4, v5p:2x2x2, … (make aot) or h100:8, h200, a100:8, l40s, b200:8 (make aot-gpu);
+                none: the devices present
     --slices    several such slices, mesh axis `replica`
     --batch     global batch; none: the config's
     --sweep     finds the largest batch that fits
+    --plan      compares remat policies, meshes and accumulation by an estimate; compiles nothing
+    --verify    with --plan: compiles the fastest one
 
 Exit status: 0 fits, 3 does not, 1 an error.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,23 +33,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from semanticvla_jax import cli, sources
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.semanticvla import abstract_params, dummy_observation
-from semanticvla_jax.train import command_line, explain, flops, init, program, sharding
+from semanticvla_jax.train import command_line, explain, flops, hardware, init, program, sharding
+from semanticvla_jax.train import plan as planning
 from semanticvla_jax.train import step as stepping
+from semanticvla_jax.train.hlo_traffic import BYTES, Traffic, traffic
 from semanticvla_jax.train.step import AuxLoss
-
-# libtpu looks for a TPU VM's metadata and takes a lock; there is neither a VM nor a device here.
-OFFLINE = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_WORKER_ID": "0",
-}
-# GiB of one device, as the makers publish it (the compiler keeps some); the first name that the device kind contains.
-HBM = (("TPU v4", 32), ("TPU v5 lite", 16), ("TPU v5e", 16), ("TPU v5", 95), ("TPU v6", 32), ("TPU7x", 96))
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
 
 class Report(NamedTuple):
@@ -57,8 +47,8 @@ class Report(NamedTuple):
 
   Attributes:
     batch: global. seconds: to compile. memory: bytes a device by kind, {} where it did not fit. problem: the compiler's
-    message where it did not fit. largest: (bytes, description), …. collectives: (kind, how many, bytes), …, a scanned
-    body counted once. limit: bytes a device has, None where unknown.
+    message where it did not fit. largest: (bytes, description), …. traffic: what a call moves, None where it did not
+    fit. limit: bytes a device has, None where unknown.
   """
 
   batch: int
@@ -66,7 +56,7 @@ class Report(NamedTuple):
   memory: dict[str, int]
   problem: str | None
   largest: list[tuple[int, str]]
-  collectives: list[tuple[str, int, int]]
+  traffic: Traffic | None
   limit: int | None
 
   @property
@@ -76,35 +66,6 @@ class Report(NamedTuple):
   @property
   def fits(self) -> bool:
     return self.problem is None and (self.limit is None or self.peak <= self.limit)
-
-
-def slice_devices(topology: str | None, slices: int = 1) -> list:
-  """The devices of a TPU slice that need not be there, or those present.
-
-  Raises:
-    ValueError: libtpu is not installed, or does not know the topology.
-  """
-  if topology is None:
-    return jax.devices()
-  if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
-    raise ValueError(
-      f"--topology: got {topology!r} without libtpu, expected its compiler; make aot installs it, then start this with "
-      "PYTHONPATH=.venv-aot before it."
-    )
-  for name, value in OFFLINE.items():
-    os.environ.setdefault(name, value)
-  from jax.experimental import topologies
-
-  options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
-  if topology.startswith("v4"):
-    options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
-  try:
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
-  except Exception as error:  # libtpu raises what it likes
-    raise ValueError(
-      f"--topology: got {topology!r}, expected a slice that libtpu knows, such as v5e:4x4, v6e:4x4, v5p:2x2x2 or "
-      f"v4:2x2x2 (chips, not cores). ({str(error).splitlines()[0][:200]})"
-    ) from error
 
 
 def lower_train(config: Any, mesh: Mesh, aux_loss: AuxLoss | None = None) -> Callable[[], Any]:
@@ -118,7 +79,8 @@ def lower_train(config: Any, mesh: Mesh, aux_loss: AuxLoss | None = None) -> Cal
 def lower_policy(config: Any, mesh: Mesh, aux_loss: AuxLoss | None = None) -> Callable[[], Any]:
   """A function that lowers the forward pass, adapters folded in, all weights in the compute type."""
   del aux_loss  # a policy has none
-  _, bare = init.make_model(config)
+  # A policy runs its encoders block by block: the loop would stack their weights at every call.
+  _, bare = init.make_model(program.changed(config, **{"model.scan_encoders": False}))
   shapes = abstract_params(bare, dummy_observation(bare))
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.model.dtype)), shapes)
   where = sharding.param_sharding(params, mesh, sharding.rule_of(config.mesh))
@@ -143,23 +105,36 @@ def compile_for(config: Any, mesh: Mesh, which: str = "train", aux_loss: AuxLoss
   began, limit = time.perf_counter(), _limit(mesh.devices.flat[0])
   try:
     with stepping.over(mesh):
-      compiled = lower().compile()
+      compiled = lower().compile(compiler_options=hardware.GPU_OPTIONS if described_gpu(mesh) else None)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
       raise
     seconds = time.perf_counter() - began
-    return Report(config.data.batch_size, seconds, {}, _shorten(str(error)), [], [], limit)
+    return Report(config.data.batch_size, seconds, {}, _shorten(str(error)), [], None, limit)
   seconds = time.perf_counter() - began
   text = compiled.as_text()
   memory = _memory(compiled.memory_analysis(), config, mesh, which, aux_loss)
-  return Report(config.data.batch_size, seconds, memory, None, largest(text), collectives(text), limit)
+  return Report(config.data.batch_size, seconds, memory, None, largest(text), traffic(text), limit)
+
+
+def described_gpu(mesh: Mesh) -> bool:
+  """Whether the devices of a mesh are GPUs that are not there."""
+  return mesh.devices.flat[0].platform == "gpu" and not _present(mesh.devices.flat[0])
+
+
+def _present(device: Any) -> bool:
+  try:
+    device.memory_stats()
+    return True
+  except Exception:  # a device that is only described
+    return False
 
 
 def _limit(device: Any) -> int | None:
-  try:
+  if _present(device):
     return (device.memory_stats() or {}).get("bytes_limit")
-  except Exception:  # a device that is only described
-    return None
+  known = hardware.facts(device.device_kind)  # libtpu refuses by itself what does not fit
+  return int(known.memory) if known is not None and device.platform == "gpu" else None
 
 
 def _shorten(message: str) -> str:
@@ -211,20 +186,6 @@ def largest(text: str, count: int = 6) -> list[tuple[int, str]]:
   return sorted(seen.values(), reverse=True)[:count]
 
 
-def collectives(text: str) -> list[tuple[str, int, int]]:
-  """How many of each kind stand in the program, and the bytes they make; those in a scan's body count once."""
-  counts, sizes = Counter(), Counter()
-  pattern = re.compile(rf" ({'|'.join(COLLECTIVES)})(-start)?\(")
-  for line in text.splitlines():
-    if " = " in line and (found := pattern.search(line)):
-      shapes = re.findall(r"(\w+)\[([\d,]*)\]", line.split(" = ")[1][: found.start()].split(found.group(1))[0])
-      counts[found.group(1)] += 1
-      sizes[found.group(1)] += max(
-        (BYTES.get(kind, 0) * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in shapes), default=0
-      )
-  return [(kind, counts[kind], sizes[kind]) for kind in COLLECTIVES if counts[kind]]
-
-
 def remedies(config: Any, mesh: Mesh, which: str = "train") -> list[str]:
   """What would make it smaller, the cheapest first."""
   rows, turns = sharding.devices_of_rows(mesh), config.optim.accumulate
@@ -271,25 +232,42 @@ def describe(report: Report, config: Any, mesh: Mesh, which: str = "train", aux_
     lines += ["", "memory of a device"]
     lines += [f"  {name:<26}{explain.size(size)}" for name, size in report.memory.items()]
     lines += ["", "largest arrays", *(f"  {explain.size(size)}  {what}" for size, what in report.largest)]
-    lines += ["", "collectives (a scanned body counted once)"]
-    lines += [f"  {kind:<20}{n:>5}  {explain.size(size)}" for kind, n, size in report.collectives] or ["  none"]
+    lines += _moves(report.traffic, hardware.facts(kind))
   if which == "train":
     work, best = program.example_flops(config, aux_loss) * report.batch, flops.peak(kind)
     floor = f"; at peak {1e3 * work / best / mesh.size:.0f} ms" if best else ""
     lines += ["", f"arithmetic: {work / 1e12:.3g} TFLOP a step{floor}"]
   if report.fits:
-    has = next((gib for name, gib in HBM if name in kind), None)
-    has = has if report.limit is None else round(report.limit / 2**30, 2)
+    known = hardware.facts(kind)
+    has = report.limit if report.limit is not None or known is None else known.memory
     lines += [
       "",
       f"memory of this device is not known: {report.peak / 2**30:.2f} GiB a device"
       if has is None
-      else f"fits: {report.peak / 2**30:.2f} of {has:g} GiB a device",
+      else f"fits: {report.peak / 2**30:.2f} of {round(has / 2**30, 2):g} GiB a device",
     ]
   else:
     lines += ["", f"DOES NOT FIT: {report.problem or f'{report.peak / 2**30:.2f} GiB needed'}"]
     lines += ["what would help:", *(f"  {remedy}" for remedy in remedies(config, mesh, which))]
   return "\n".join(lines)
+
+
+def _moves(found: Traffic, known: hardware.Facts | None) -> list[str]:
+  """Collectives, launches and bytes of one call, as lines."""
+  lines = ["", "collectives of a call"]
+  lines += [f"  {kind:<20}{n:>6}  {explain.size(size)}" for kind, n, size in found.collectives] or ["  none"]
+  stray = {kind: found.count(kind) for kind in ("collective-permute", "all-to-all")}
+  if any(stray.values()):
+    told = ", ".join(f"{n} {kind}" for kind, n in stray.items() if n)
+    lines.append(f"  WARNING: {told}: arrays change their layout between devices; parameters should only be gathered")
+  at = f", {1e3 * found.bytes / known.bandwidth:.1f} ms at {known.bandwidth / 1e9:.0f} GB/s" if known else ""
+  lines += [
+    "",
+    f"launches of a call: {found.launches}, {found.products} of them with matrix products",
+    f"bytes moved: {explain.size(found.bytes).strip()}{at}",
+    f"weights copied again: {explain.size(found.copied_weights).strip()}",
+  ]
+  return lines + [f"  {explain.size(size)}  {n:>3} × {what}" for size, n, what in found.copies[:6]]
 
 
 def print_line(report: Report) -> None:
@@ -298,40 +276,62 @@ def print_line(report: Report) -> None:
   print(f"batch {report.batch}: {outcome} ({report.seconds:.0f} s)", flush=True)
 
 
+def show_plan(config: Any, aux_loss: AuxLoss | None) -> None:
+  """Prints the plan and, with --verify, the compiled program of its first line; exits."""
+  where = hardware.topology(_TOPOLOGY.value)
+  found = planning.candidates(config, where, _SLICES.value, aux_loss)
+  print(planning.describe(found, config, where, _SLICES.value))
+  best = found[0]
+  if not _VERIFY.value or not planning.fits(best, where):
+    sys.exit(0 if planning.fits(best, where) else 3)
+  chosen = planning.applied(config, best)
+  mesh = sharding.make_mesh(chosen.mesh, hardware.devices(where.name, _SLICES.value))
+  report = compile_for(chosen, mesh, "train", aux_loss)
+  print(f"\n{describe(report, chosen, mesh, 'train', aux_loss)}")
+  print(f"estimated: {best.memory / 2**30:.2f} GiB a device")
+  sys.exit(0 if report.fits else 3)
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  config = _CONFIG.value
+  config, which = _CONFIG.value, _PROGRAM.value
   try:
     if _BATCH.value is not None:
       config = program.changed(config, **{"data.batch_size": _BATCH.value})
-    elif _PROGRAM.value == "policy":
+    elif which == "policy":
       config = program.changed(config, **{"data.batch_size": 1})
     if _TOPOLOGY.value is not None:
-      jax.config.update("jax_platforms", "cpu")  # libtpu compiles only
-    devices = slice_devices(_TOPOLOGY.value, _SLICES.value)
-    sizes = dict(config.mesh.items()) if _PROGRAM.value == "train" else {"tensor": len(devices)}
-    if _PROGRAM.value == "train" and _SLICES.value > 1:
+      jax.config.update("jax_platforms", "cpu")  # such devices compile only
+    aux_loss = sources.aux_loss(config)
+    if _PLAN.value:
+      if _TOPOLOGY.value is None or which == "policy":
+        raise refuse("--plan", f"--topology={_TOPOLOGY.value} --program={which}", "a topology to train on", "name one")
+      show_plan(config, aux_loss)
+    devices = hardware.devices(_TOPOLOGY.value, _SLICES.value)
+    sizes = dict(config.mesh.items()) if which == "train" else {"tensor": len(devices)}
+    if which == "train" and _SLICES.value > 1:
       sizes["replica"] = _SLICES.value
     mesh = sharding.make_mesh(sizes, devices)
-    aux_loss = sources.aux_loss(config)
     if _SWEEP.value:
-      best = sweep(config, mesh, print_line, _PROGRAM.value, aux_loss)
+      best = sweep(config, mesh, print_line, which, aux_loss)
       print(f"largest batch that fits: {best}")
       sys.exit(0 if best else 3)
-    report = compile_for(config, mesh, _PROGRAM.value, aux_loss)
+    report = compile_for(config, mesh, which, aux_loss)
   except ValueError as error:
     sys.exit(f"error: {error}")
-  print(describe(report, config, mesh, _PROGRAM.value, aux_loss))
+  print(describe(report, config, mesh, which, aux_loss))
   sys.exit(0 if report.fits else 3)
 
 
 if __name__ == "__main__":  # here, so that the module can be imported by a command that defines --config too
   _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file and argument, e.g. configs/libero.py:full@7b")
-  _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice to compile for, e.g. v5e:4x4; none: the devices present")
+  _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to compile for, e.g. v5e:4x4, h100:8; none: those present")
   _SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices")
   _BATCH = flags.DEFINE_integer("batch", None, "Global batch size; none: the config's")
   _PROGRAM = flags.DEFINE_enum("program", "train", sorted(PROGRAMS), "Program to compile")
   _SWEEP = flags.DEFINE_bool("sweep", False, "Search for the largest batch that fits")
+  _PLAN = flags.DEFINE_bool("plan", False, "Compare remat policies, meshes and accumulation by an estimate")
+  _VERIFY = flags.DEFINE_bool("verify", False, "With --plan: compile the fastest of them")
   flags.mark_flag_as_required("config")
   cli.run(lambda _: app.run(main, flags_parser=command_line.parse))
