@@ -41,9 +41,11 @@ def demonstrate(args: argparse.Namespace) -> list[str] | None:
   if facts.exists():
     found = _read(facts, "remove that folder, and they are made again")
     if any(found.get(key) != value for key, value in wanted.items()):
-      raise ValueError(
-        f"{facts.parent}: got demonstrations of { {key: found.get(key) for key in wanted} }, expected {wanted}; choose "
-        "another --out, or remove that folder."
+      raise refuse(
+        f"{facts.parent}",
+        f"demonstrations of { {key: found.get(key) for key in wanted} }",
+        wanted,
+        "choose another --out, or remove that folder",
       )
     return None
   flags = [f"--{key}={value}" for key, value in wanted.items()]
@@ -190,13 +192,13 @@ def _check(args: argparse.Namespace) -> None:
   from semanticvla_jax.evaluate import controls  # takes seconds to import, which --help need not wait for
 
   if not (args.base / "config.json").exists():
-    raise ValueError(f"Base: got {args.base}, expected a policy folder; run from the repository or pass --base.")
+    raise refuse("Base", args.base, "a policy folder", "run from the repository or pass --base")
   config = Path(args.config.partition(".py:")[0] + ".py" if ".py:" in args.config else args.config)
   if not config.is_file():
-    raise ValueError(f"Config: got {config}, expected a file; run from the repository or pass --config.")
+    raise refuse("Config", config, "a file", "run from the repository or pass --config")
   for name in ("demonstrations", "episodes", "steps", "size"):
     if (count := getattr(args, name)) is not None and count < 1:
-      raise ValueError(f"--{name}: got {count}, expected at least 1; pass a positive number.")
+      raise refuse(f"--{name}", count, "at least 1", "pass a positive number")
   controls.check(args.controls.split(",") if args.controls else [])
   _check_folders(args.out)
 

@@ -92,7 +92,7 @@ def test_the_whole_chain_and_again(command):
 
 
 def test_a_missing_base_is_named(command):
-  with pytest.raises(SystemExit, match=r"Base: got nowhere, expected a policy folder.*--base"):
+  with pytest.raises(SystemExit, match=r"Base: got nowhere; expected a policy folder.*--base"):
     quickstart.main(["--base=nowhere"])
 
 
@@ -212,10 +212,10 @@ def test_a_file_where_a_folder_belongs_is_said_before_a_stage_runs(tmp_path, com
   [
     ("--controls=shufled", r"Controls: got \['shufled'\]; expected some of"),
     ("--controls=blind,blind", "name none twice"),
-    ("--episodes=0", "--episodes: got 0, expected at least 1"),
-    ("--demonstrations=-1", "--demonstrations: got -1, expected at least 1"),
-    ("--steps=0", "--steps: got 0, expected at least 1"),
-    ("--config=configs/none.py:tiny", "Config: got configs/none.py, expected a file"),
+    ("--episodes=0", "--episodes: got 0; expected at least 1"),
+    ("--demonstrations=-1", "--demonstrations: got -1; expected at least 1"),
+    ("--steps=0", "--steps: got 0; expected at least 1"),
+    ("--config=configs/none.py:tiny", "Config: got configs/none.py; expected a file"),
   ],
 )
 def test_what_a_later_stage_would_refuse_is_said_before_a_stage_runs(tmp_path, command, flag, message, monkeypatch):

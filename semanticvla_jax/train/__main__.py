@@ -335,7 +335,7 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
     return None
   first, _, last = text.partition(":")
   if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-    raise ValueError(f"--profile-steps: got {text!r}, expected FIRST:LAST with 1 ≤ FIRST ≤ LAST, such as 10:12.")
+    raise refuse("--profile-steps", f"{text!r}", "FIRST:LAST with 1 ≤ FIRST ≤ LAST", "give it such as 10:12")
   return int(first), int(last)
 
 
@@ -352,7 +352,7 @@ def main(argv: list[str]) -> None:
       print(explaining.explain(_CONFIG.value, _EXPLAIN_DEVICES.value, sources.aux_loss(_CONFIG.value)))
       return
     if _WORKDIR.value is None:
-      raise ValueError("--workdir: got nothing, expected a folder for checkpoints, metrics and the policy; name one.")
+      raise refuse("--workdir", "nothing", "a folder for checkpoints, metrics and the policy", "name one")
     who = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _MULTIHOST.value)
     distributed.initialize(*who, _HOST_DEADLINE.value, json.dumps([resume.plain(_CONFIG.value), _WORKDIR.value]))
     distributed.set_up_logging()
