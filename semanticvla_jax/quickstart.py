@@ -72,6 +72,7 @@ def evaluate(args: argparse.Namespace) -> list[str] | None:
   report, policy = args.out / "report", args.out / "policy"
   command = [
     "semanticvla_jax.evaluate",
+    "run",
     f"--policy={policy}",
     f"--baseline={args.base}",
     f"--suite={args.suite}",
@@ -106,7 +107,7 @@ def outdated(results: Path, command: Sequence[str], policies: Mapping[str, Path]
 
   Args:
     results: the file.
-    command: of the evaluation, with all its flags.
+    command: of the evaluation, with all its flags, which alone are compared.
     policies: folders by the kind of their row in the results.
   """
   from semanticvla_jax import policy_folder  # takes seconds to import, and most runs do not need it
@@ -117,7 +118,7 @@ def outdated(results: Path, command: Sequence[str], policies: Mapping[str, Path]
     hashes = {row["kind"]: row["fingerprint"]["policy"]["policy_hash"] for row in found["results"]}
   except (ValueError, KeyError, TypeError, AttributeError):
     return "holds a results.json that cannot be read"
-  if other := [flag for flag in command if flag not in flags]:
+  if other := [word for word in command if word.startswith("--") and word not in flags]:
     return f"was measured without {' '.join(other)}"
   there = [kind for kind in policies if kind in hashes or found.get("finished", True)]  # others are yet to be measured
   other = [kind for kind in there if hashes.get(kind) != policy_folder.policy_hash(policies[kind])]

@@ -73,7 +73,7 @@ def test_the_whole_chain_and_again(command):
   first = run(command)
   assert first.returncode == 0, first.stdout + first.stderr
   out = command[-1].removeprefix("--out=")
-  for stage in ("demonstrate --suite=pick --split=unseen", "train --config=", "evaluate --policy="):
+  for stage in ("demonstrate --suite=pick --split=unseen", "train --config=", "evaluate run --policy="):
     assert f"$ python -m semanticvla_jax.{stage}" in first.stdout
   end = first.stdout[first.stdout.index("before fine-tuning") :]
   assert "after fine-tuning" in end and "control: told another episode's instruction" in end
@@ -118,7 +118,10 @@ def measured(tmp_path, monkeypatch):
 
 
 def test_a_report_of_the_same_evaluation_is_kept(measured):
-  args, _ = measured
+  args, command = measured
+  assert quickstart.evaluate(args) is None and (args.out / "report").exists()
+  without_subcommand = shlex.join(word for word in command if word != "run")
+  whole(args, command=f"python -m {without_subcommand}")
   assert quickstart.evaluate(args) is None and (args.out / "report").exists()
 
 
