@@ -82,5 +82,5 @@ def explain(error: Exception) -> str:
     )
   if PARSING in text:  # a traceback; its last line is what the file said
     return lines[-1].removeprefix("ValueError: ")
-  got = ": ".join(lines).rstrip(".")
+  got = ": ".join(lines).rstrip(".?")
   return str(refuse("--config", got, "fields and values as in configs/common.py", "correct --config.FIELD=VALUE"))

@@ -11,7 +11,7 @@ from semanticvla_jax.evaluate.benchmarks import BENCHMARKS, of_suites
   "words, got, nearest",
   [
     ("libero_objct", "libero_objct", "'libero_object'"),
-    ("object", "object", r"'libero_object'\?$"),
+    ("object", "object", r"'libero_object'\?\)\.$"),
     ("pick,plcae", "plcae", "'place'"),
     ("goals", "goals", "'goal'"),
     ("xyz", "xyz", "'"),
