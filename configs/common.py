@@ -21,7 +21,8 @@ def split(arg: str | None, modes: tuple[str, ...]) -> tuple[str, str]:
   mode, variant = mode or modes[0], variant or "7b"
   if mode not in modes or variant not in PATCHES:
     raise ValueError(
-      f"config argument: got {arg!r}, expected MODE@VARIANT with MODE one of {modes} and VARIANT one of {(*PATCHES,)}."
+      f"config argument: got {arg!r}; expected MODE@VARIANT with MODE one of {modes} and VARIANT one of {(*PATCHES,)}; "
+      "correct what follows the colon."
     )
   return mode, variant
 

@@ -38,7 +38,7 @@ VARIANTS = {"object": ROW, "spatial": ROW, "object@small64": "small64", "spatial
 def get_config(arg=None):
   arg = arg or "object"
   if arg not in VARIANTS:
-    raise ValueError(f"config argument: got {arg!r}, expected one of {(*VARIANTS,)}.")
+    raise ValueError(f"config argument: got {arg!r}; expected one of {(*VARIANTS,)}; correct what follows the colon.")
   suite, _, smaller = arg.partition("@")
   config = common.get_config(smaller or "small", ratio=4)
   config.lora = None

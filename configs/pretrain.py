@@ -22,7 +22,9 @@ RUNS = (None, "", "aim", "turn")
 
 def get_config(arg=None):
   if arg not in RUNS:
-    raise ValueError(f"config argument: got {arg!r}, expected nothing, 'aim' or 'turn'.")
+    raise ValueError(
+      f"config argument: got {arg!r}; expected nothing, 'aim' or 'turn'; correct what follows the colon."
+    )
   config = common.get_config("small64", ratio=4)
   config.lora = None
   config.trainable = ".*"

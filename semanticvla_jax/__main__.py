@@ -7,6 +7,7 @@ import runpy
 import sys
 
 from semanticvla_jax import cli
+from semanticvla_jax.errors import refuse
 
 VERBS = {
   "quickstart": "demonstrations, fine-tuning, evaluation and a report on the embedded tabletop",
@@ -39,7 +40,7 @@ def _without_verb(argv: list[str]) -> None:
     print(usage())
     return
   (near,) = difflib.get_close_matches(argv[0], VERBS, 1, 0.0)
-  raise ValueError(f"got the verb {argv[0]!r}; expected one of {', '.join(VERBS)}; did you mean {near!r}?")
+  raise refuse("verb", f"{argv[0]!r}", f"one of {', '.join(VERBS)}", f"choose one of them (did you mean {near!r}?)")
 
 
 if __name__ == "__main__":

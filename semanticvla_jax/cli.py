@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from semanticvla_jax.errors import refuse
+
 TRACEBACK = "--traceback"  # understood by every command
 _LONGEST = 400  # characters of a foreign message
 
@@ -197,5 +199,5 @@ def subcommand(prog: str, description: str, commands: Mapping[str, str], argv: S
     return "", [*argv]
   if argv[0] not in commands:
     (near,) = difflib.get_close_matches(argv[0], commands, 1, 0.0)
-    raise ValueError(f"{prog}: got {argv[0]!r}; expected one of {', '.join(commands)}; did you mean {near!r}?")
+    raise refuse(prog, f"{argv[0]!r}", f"one of {', '.join(commands)}", f"choose one of them (did you mean {near!r}?)")
   return argv[0], [*argv[1:]]

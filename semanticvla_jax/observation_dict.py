@@ -87,9 +87,11 @@ def _find(observation: Mapping[str, Any], name: str) -> Any:
   taken = {alias for aliases in ALIASES.values() for alias in aliases}  # a camera is never proposed as another one
   near = difflib.get_close_matches(ALIASES[name][0], [key for key in have if key not in taken], 1, 0.75)
   listing = ", ".join(text.short(key) for key in have[:20]) + (f" and {len(have) - 20} more" if len(have) > 20 else "")
-  raise ValueError(
-    f"Observation lacks {name!r}: got {listing or 'nothing'}; expected one of {[*ALIASES[name]]}"
-    + (f"; did you mean to rename {near[0]!r}?" if near else "; add it.")
+  raise refuse(
+    f"Observation lacks {name!r}",
+    listing or "nothing",
+    f"one of {[*ALIASES[name]]}",
+    f"add it (did you mean to rename {near[0]!r}?)" if near else "add it",
   )
 
 

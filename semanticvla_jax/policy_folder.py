@@ -169,9 +169,11 @@ def load_policy(
   except Exception as error:  # Orbax may raise a bare Exception
     raise _unreadable(folder, error) from error
   if verify and (got := params_hash(params)) != metadata["params_sha256"]:
-    raise ValueError(
-      f"Policy {folder} is not what was saved: got parameters of hash {got[:12]}…, expected "
-      f"{metadata['params_sha256'][:12]}… (metadata.json); copy the folder again from where it was made."
+    raise refuse(
+      f"Policy {folder} is not what was saved",
+      f"parameters of hash {got[:12]}…",
+      f"{metadata['params_sha256'][:12]}… (metadata.json)",
+      "copy the folder again from where it was made",
     )
   if dtype is not None:
     params = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
@@ -210,17 +212,21 @@ def read_policy_json(folder: Path) -> PolicyJson:
   folder = absolute(folder)
   if not folder.exists():
     near = sorted(str(path.parent) for path in folder.parent.glob("*/metadata.json")) if folder.parent.exists() else []
-    raise ValueError(
-      f"No policy: got {folder}, which does not exist; expected a policy folder; "
-      + (f"nearby are {', '.join(near[:5])}." if near else "train, convert or fetch one first.")
+    raise refuse(
+      "No policy",
+      f"{folder}, which does not exist",
+      "a policy folder",
+      f"name one (nearby are {', '.join(near[:5])})" if near else "train, convert or fetch one first",
     )
   missing = [name for name in ("params", *FILES) if not (folder / name).exists()]
   if missing:
     have = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else "a file"
     inside = sorted(str(path.parent) for path in folder.glob("*/metadata.json"))
-    raise ValueError(
-      f"Policy {folder} is not complete: got {have}; expected {', '.join(missing)} too; "
-      + (f"did you mean {inside[-1]}?" if inside else "copy the folder again from where it was made.")
+    raise refuse(
+      f"Policy {folder} is not complete",
+      have,
+      f"{', '.join(missing)} too",
+      f"name a whole one (did you mean {inside[-1]}?)" if inside else "copy the folder again from where it was made",
     )
   contents = []
   for name in FILES:
@@ -234,7 +240,7 @@ def read_policy_json(folder: Path) -> PolicyJson:
         "copy the folder again from where it was made",
       ) from error
   if "params_sha256" not in contents[-1]:
-    raise ValueError(f"{folder / 'metadata.json'} lacks params_sha256: got {sorted(contents[-1])}; save it again.")
+    raise refuse(f"{folder / 'metadata.json'}", sorted(contents[-1]), "params_sha256 too", "save the policy again")
   return PolicyJson(*contents)
 
 

@@ -41,9 +41,11 @@ def demonstrate(args: argparse.Namespace) -> list[str] | None:
   if facts.exists():
     found = _read(facts, "remove that folder, and they are made again")
     if any(found.get(key) != value for key, value in wanted.items()):
-      raise ValueError(
-        f"{facts.parent}: got demonstrations of { {key: found.get(key) for key in wanted} }, expected {wanted}; choose "
-        "another --out, or remove that folder."
+      raise refuse(
+        f"{facts.parent}",
+        f"demonstrations of { {key: found.get(key) for key in wanted} }",
+        wanted,
+        "choose another --out, or remove that folder",
       )
     return None
   flags = [f"--{key}={value}" for key, value in wanted.items()]
@@ -70,6 +72,7 @@ def evaluate(args: argparse.Namespace) -> list[str] | None:
   report, policy = args.out / "report", args.out / "policy"
   command = [
     "semanticvla_jax.evaluate",
+    "run",
     f"--policy={policy}",
     f"--baseline={args.base}",
     f"--suite={args.suite}",
@@ -104,7 +107,7 @@ def outdated(results: Path, command: Sequence[str], policies: Mapping[str, Path]
 
   Args:
     results: the file.
-    command: of the evaluation, with all its flags.
+    command: of the evaluation, with all its flags, which alone are compared.
     policies: folders by the kind of their row in the results.
   """
   from semanticvla_jax import policy_folder  # takes seconds to import, and most runs do not need it
@@ -115,7 +118,7 @@ def outdated(results: Path, command: Sequence[str], policies: Mapping[str, Path]
     hashes = {row["kind"]: row["fingerprint"]["policy"]["policy_hash"] for row in found["results"]}
   except (ValueError, KeyError, TypeError, AttributeError):
     return "holds a results.json that cannot be read"
-  if other := [flag for flag in command if flag not in flags]:
+  if other := [word for word in command if word.startswith("--") and word not in flags]:
     return f"was measured without {' '.join(other)}"
   there = [kind for kind in policies if kind in hashes or found.get("finished", True)]  # others are yet to be measured
   other = [kind for kind in there if hashes.get(kind) != policy_folder.policy_hash(policies[kind])]
@@ -190,13 +193,13 @@ def _check(args: argparse.Namespace) -> None:
   from semanticvla_jax.evaluate import controls  # takes seconds to import, which --help need not wait for
 
   if not (args.base / "config.json").exists():
-    raise ValueError(f"Base: got {args.base}, expected a policy folder; run from the repository or pass --base.")
+    raise refuse("Base", args.base, "a policy folder", "run from the repository or pass --base")
   config = Path(args.config.partition(".py:")[0] + ".py" if ".py:" in args.config else args.config)
   if not config.is_file():
-    raise ValueError(f"Config: got {config}, expected a file; run from the repository or pass --config.")
+    raise refuse("Config", config, "a file", "run from the repository or pass --config")
   for name in ("demonstrations", "episodes", "steps", "size"):
     if (count := getattr(args, name)) is not None and count < 1:
-      raise ValueError(f"--{name}: got {count}, expected at least 1; pass a positive number.")
+      raise refuse(f"--{name}", count, "at least 1", "pass a positive number")
   controls.check(args.controls.split(",") if args.controls else [])
   _check_folders(args.out)
 

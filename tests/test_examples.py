@@ -49,7 +49,7 @@ def test_a_misspelt_verb_is_one_line(capsys, monkeypatch):
     commands.main()
   assert ended.value.code == 1
   (line,) = capsys.readouterr().err.splitlines()
-  assert line.startswith("error: got the verb 'evalute'") and line.endswith("did you mean 'evaluate'?")
+  assert line.startswith("error: verb: got 'evalute'; expected ") and line.endswith("(did you mean 'evaluate'?).")
 
 
 def test_a_verb_gets_its_arguments():

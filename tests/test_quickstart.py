@@ -73,7 +73,7 @@ def test_the_whole_chain_and_again(command):
   first = run(command)
   assert first.returncode == 0, first.stdout + first.stderr
   out = command[-1].removeprefix("--out=")
-  for stage in ("demonstrate --suite=pick --split=unseen", "train --config=", "evaluate --policy="):
+  for stage in ("demonstrate --suite=pick --split=unseen", "train --config=", "evaluate run --policy="):
     assert f"$ python -m semanticvla_jax.{stage}" in first.stdout
   end = first.stdout[first.stdout.index("before fine-tuning") :]
   assert "after fine-tuning" in end and "control: told another episode's instruction" in end
@@ -92,7 +92,7 @@ def test_the_whole_chain_and_again(command):
 
 
 def test_a_missing_base_is_named(command):
-  with pytest.raises(SystemExit, match=r"Base: got nowhere, expected a policy folder.*--base"):
+  with pytest.raises(SystemExit, match=r"Base: got nowhere; expected a policy folder.*--base"):
     quickstart.main(["--base=nowhere"])
 
 
@@ -118,7 +118,10 @@ def measured(tmp_path, monkeypatch):
 
 
 def test_a_report_of_the_same_evaluation_is_kept(measured):
-  args, _ = measured
+  args, command = measured
+  assert quickstart.evaluate(args) is None and (args.out / "report").exists()
+  without_subcommand = shlex.join(word for word in command if word != "run")
+  whole(args, command=f"python -m {without_subcommand}")
   assert quickstart.evaluate(args) is None and (args.out / "report").exists()
 
 
@@ -212,10 +215,10 @@ def test_a_file_where_a_folder_belongs_is_said_before_a_stage_runs(tmp_path, com
   [
     ("--controls=shufled", r"Controls: got \['shufled'\]; expected some of"),
     ("--controls=blind,blind", "name none twice"),
-    ("--episodes=0", "--episodes: got 0, expected at least 1"),
-    ("--demonstrations=-1", "--demonstrations: got -1, expected at least 1"),
-    ("--steps=0", "--steps: got 0, expected at least 1"),
-    ("--config=configs/none.py:tiny", "Config: got configs/none.py, expected a file"),
+    ("--episodes=0", "--episodes: got 0; expected at least 1"),
+    ("--demonstrations=-1", "--demonstrations: got -1; expected at least 1"),
+    ("--steps=0", "--steps: got 0; expected at least 1"),
+    ("--config=configs/none.py:tiny", "Config: got configs/none.py; expected a file"),
   ],
 )
 def test_what_a_later_stage_would_refuse_is_said_before_a_stage_runs(tmp_path, command, flag, message, monkeypatch):

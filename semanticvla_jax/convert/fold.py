@@ -69,9 +69,11 @@ def _settings(folder: PolicyFolder) -> dict[str, Any]:
   """Rank, alpha and targets as the converter records them."""
   lora = folder.config.get("lora")
   if not lora:
-    raise ValueError(
-      f"Policy {folder.folder} has adapters and no `lora` in config.json: expected their rank, alpha and targets; copy "
-      "the folder again from where it was made."
+    raise refuse(
+      f"Policy {folder.folder}",
+      "adapters and no `lora` in config.json",
+      "their rank, alpha and targets",
+      "copy the folder again from where it was made",
     )
   return {"rank": int(lora["rank"]), "alpha": float(lora["alpha"]), "targets": lora.get("targets", "release")}
 

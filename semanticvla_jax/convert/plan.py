@@ -117,9 +117,8 @@ class Plan:
     entry = self.entries[path]
     dtypes = {source.tensors[key].dtype for keys in entry.keys for key in keys}
     if len(dtypes) > 1:
-      raise Mismatch(
-        f"{path}: got layers stored as {sorted(map(str, dtypes))}, expected one type; pass --dtype bfloat16 or float32."
-      )
+      stored = f"layers stored as {sorted(map(str, dtypes))}"
+      raise Mismatch(str(refuse(path, stored, "one type", "pass --dtype bfloat16 or float32")))
     dtype = dtypes.pop()
     if str(dtype) not in _WEIGHTS:
       raise refuse(

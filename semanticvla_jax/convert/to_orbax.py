@@ -138,9 +138,11 @@ def _statistics(source: Source, config: Mapping, need: bool, say: Callable[[str]
   entries = {name: statistics.from_openvla(x, f"{where}: {name}") for name, x in source.statistics.items()}
   problems = _unusable(entries, config) if source.layout.fine_tune else []
   if need and problems and len(problems) == len(entries):
-    raise ValueError(
-      f"{problems[0]}\nExpected statistics of the fine-tune's own data in {where}; copy them from where it was "
-      "trained, use the config of its training, or pass --no-statistics."
+    raise refuse(
+      f"{where}",
+      " ".join(problems[0].split()),
+      "statistics of the fine-tune's own data",
+      "copy them from where it was trained, use the config of its training, or pass --no-statistics",
     )
   for problem in problems:
     say(f"WARNING: {problem}")

@@ -182,6 +182,9 @@ def spec(name: str) -> DatasetSpec:
   for prefix, found in SPECS.items():
     if name.startswith(prefix):
       return found
-  raise ValueError(
-    f"No spec for dataset {name!r}: expected a name starting with one of {sorted(SPECS)}; pass a DatasetSpec for it."
+  raise refuse(
+    "Dataset without a spec",
+    f"{name!r}",
+    f"a name starting with one of {sorted(SPECS)}",
+    "pass a DatasetSpec for it",
   )

@@ -148,10 +148,19 @@ def center_crop(images: UInt8[Any, "*b h w 3"], area: float = 0.9) -> UInt8[Any,
 
   Of numpy, or of jax, in jit too (where XLA rounds a few pixels in a thousand to the other side).
   """
-  xp, side = images.__array_namespace__(), float(np.sqrt(area))
+  side = float(np.sqrt(area))
+  offset = (1 - side) / 2
+  if isinstance(images, np.ndarray):  # image by image, in place: the temporaries of a batch would not fit the cache
+    out = np.empty(images.shape, np.uint8)
+    for i in np.ndindex(images.shape[:-3]):
+      planes = _unit(images[i][None])
+      _crop(planes[0], offset, offset, side)
+      out[i] = _to_uint8(planes)[0]
+    return out
+  xp = images.__array_namespace__()
   x = images.astype(np.float32) * np.float32(1 / 255)
   for axis in (-2, -3):
-    first, second, fraction = _taps(images.shape[axis], (1 - side) / 2, side)
+    first, second, fraction = _taps(images.shape[axis], offset, side)
     low, high = xp.take(x, first, axis=axis), xp.take(x, second, axis=axis)
     x = low + (high - low) * fraction.reshape(-1, *(1,) * (-1 - axis))
   return (xp.clip(x, 0, 1) * np.float32(255.5)).astype(np.uint8)

@@ -128,9 +128,11 @@ def load(
   try:
     instructions = builder.info.splits[split].file_instructions
   except (KeyError, ValueError) as error:
-    raise ValueError(
-      f"Dataset {name!r} has no split {split!r}: got {sorted(builder.info.splits)}; expected one of them, or a part "
-      "such as 'train[:95%]'."
+    raise refuse(
+      f"Dataset {name!r} has no split {split!r}",
+      sorted(builder.info.splits),
+      "one of them, or a part such as 'train[:95%]'",
+      "correct the split",
     ) from error
   parts = [tfrecord_index.Part(one.filename, one.skip, one.take) for one in instructions]
   return assemble(name, spec, tfrecord_index.index(parts, spec.columns, spec.views, cache_dir, name), given)
@@ -171,9 +173,11 @@ def find(data_dir: str, name: str) -> str:
     )
   if not versions:
     close = difflib.get_close_matches(name, have, n=1, cutoff=0.0)
-    raise ValueError(
-      f"No dataset {name!r}: got {have[:20]} in {data_dir}; expected {name}/1.0.0/features.json; "
-      + (f"did you mean {close[0]!r}?" if close else "check data_dir.")
+    raise refuse(
+      f"No dataset {name!r}",
+      f"{have[:20]} in {data_dir}",
+      f"{name}/1.0.0/features.json",
+      f"correct the name (did you mean {close[0]!r}?)" if close else "check data_dir",
     )
   newest = str(max(versions, key=lambda path: [int(part) for part in path.name.split(".")]))
   if others:
@@ -247,7 +251,12 @@ def assemble(
   if silent:
     logging.warning("%s: %d of %d episodes have no instruction and are dropped", name, silent, len(index.lengths))
   if not found:
-    raise ValueError(f"Dataset {name!r} is empty: got {len(index.lengths)} episodes; expected some with language.")
+    raise refuse(
+      f"Dataset {name!r} is empty",
+      f"{len(index.lengths)} episodes without an instruction",
+      "some with language",
+      "name another split or dataset",
+    )
   actions, proprio, frames = (np.concatenate(parts) for parts in zip(*found, strict=True))
   lengths = np.array([len(trajectory.actions) for trajectory in found])
   if given is None:

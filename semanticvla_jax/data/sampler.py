@@ -57,7 +57,7 @@ class IndexSampler:
     if len(probabilities) != len(episodes) or not all(p > 0 for p in probabilities):
       raise refuse("Bad weights", f"{list(probabilities)}", f"{len(episodes)} positive numbers", "fix them")
     if seed < 0 or (window is not None and window < 1):
-      raise ValueError(f"Bad order: got seed={seed}, window={window}; expected seed >= 0 and window >= 1 or None.")
+      raise refuse("Bad order", f"seed={seed}, window={window}", "seed >= 0 and window >= 1 or None", "fix them")
     self._episodes, self._seed, self._window = tuple(episodes), seed, window
     self._edges = np.cumsum(probabilities)[:-1] / np.sum(probabilities)
     self._before = [np.zeros(len(episodes), np.int64)]  # examples of each dataset before each block

@@ -154,45 +154,53 @@ def check(
   """
   problems = _problems("action", statistics.action, action_dim, mode) + _gripper_problems(statistics.action)
   if proprio_dim is not None and statistics.proprio is None:
-    problems.append(f"proprio: got no statistics; expected width {proprio_dim}; use the statistics of this dataset")
+    problems.append(refuse("proprio", "no statistics", f"width {proprio_dim}", "use the statistics of this dataset"))
   elif proprio_dim is not None:
     problems += _problems("proprio", statistics.proprio, proprio_dim, mode)
   if problems:
-    raise ValueError(f"Statistics of dataset {name!r} cannot be used:\n  " + "\n  ".join(problems))
+    raise ValueError(f"Statistics of dataset {name!r} cannot be used:\n  " + "\n  ".join(map(str, problems)))
   for kind in ("action", "proprio"):
     if (part := getattr(statistics, kind)) is not None and (constant := np.flatnonzero(part.min == part.max)).size:
       logging.info("%s: %s dimensions %s never change and are normalized to 0", name, kind, constant.tolist())
 
 
-def _problems(kind: str, statistics: Statistics, width: int, mode: str) -> list[str]:
+def _problems(kind: str, statistics: Statistics, width: int, mode: str) -> list[ValueError]:
   low_name, high_name = _ends(mode)
   low, high = getattr(statistics, low_name), getattr(statistics, high_name)
   if len(low) != width:
-    return [f"{kind}: got width {len(low)}; expected {width}; use the statistics of this dataset, or fix the config"]
+    return [refuse(kind, f"width {len(low)}", width, "use the statistics of this dataset, or fix the config")]
   problems = []
   for i in np.flatnonzero(statistics.mask):
     where, extent = f"{kind} dimension {i}", float(statistics.max[i] - statistics.min[i])
     span = float(high[i] - low[i])
     if not np.isfinite([low[i], high[i], statistics.mean[i], statistics.std[i]]).all():
-      problems.append(f"{where}: got {low_name}={low[i]}, {high_name}={high[i]}; expected finite; recompute them")
+      problems.append(refuse(where, f"{low_name}={low[i]}, {high_name}={high[i]}", "finite", "recompute them"))
     elif span < 0:
-      problems.append(f"{where}: got {low_name}={low[i]} above {high_name}={high[i]}; expected below; recompute them")
+      problems.append(refuse(where, f"{low_name}={low[i]} above {high_name}={high[i]}", "below", "recompute them"))
     elif extent != 0 and (span < 1e-6 or span < 1e-3 * extent):
       problems.append(
-        f"{where}: got a range {high_name} - {low_name} = {span:.3g} while values span {extent:.3g}; expected at least "
-        f"1e-3 of the span and 1e-6; drop outliers, normalize by 'bounds', or take the dimension out of the mask"
+        refuse(
+          where,
+          f"a range {high_name} - {low_name} = {span:.3g} while values span {extent:.3g}",
+          "at least 1e-3 of the span and 1e-6",
+          "drop outliers, normalize by 'bounds', or take the dimension out of the mask",
+        )
       )
   return problems
 
 
-def _gripper_problems(statistics: Statistics) -> list[str]:
+def _gripper_problems(statistics: Statistics) -> list[ValueError]:
   problems = []
   for i in np.flatnonzero(~np.asarray(statistics.mask)):
     low, high = float(statistics.min[i]), float(statistics.max[i])
     if not (low >= -1e-6 and high <= 1 + 1e-6):
       problems.append(
-        f"action dimension {i}: got gripper commands in [{low:.4g}, {high:.4g}]; expected [0, 1] with 1 open and 0 "
-        "closed; map them in the standardizing function (LIBERO: 1 - clip(g, 0, 1))"
+        refuse(
+          f"action dimension {i}",
+          f"gripper commands in [{low:.4g}, {high:.4g}]",
+          "[0, 1] with 1 open and 0 closed",
+          "map them in the standardizing function (LIBERO: 1 - clip(g, 0, 1))",
+        )
       )
   return problems
 
@@ -250,7 +258,12 @@ def load(path: str | pathlib.Path) -> dict[str, DatasetStatistics]:
   except json.JSONDecodeError as error:
     raise refuse(f"{path} is not JSON", f"{error}", "statistics", "write the file again") from error
   if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
-    raise ValueError(f"{path} holds no statistics: got {type(content).__name__}; expected one object a dataset.")
+    raise refuse(
+      f"{path} holds no statistics",
+      type(content).__name__,
+      "one object a dataset",
+      "name a dataset_statistics.json",
+    )
   norm_stats = content.get("norm_stats", {})
   if "actions" not in norm_stats:
     return {name: from_openvla(entry, f"{path}: {name}") for name, entry in (norm_stats or content).items()}

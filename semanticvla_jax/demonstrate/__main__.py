@@ -23,6 +23,7 @@ import time
 
 from semanticvla_jax import cli
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.libero import demonstrations as replays
 from semanticvla_jax.libero import suites
 from semanticvla_jax.tabletop import demonstrations, tasks
@@ -121,10 +122,13 @@ def expert(argv: list[str]) -> None:
   """Writes a dataset of the tabletop's expert; problems end the program with their message."""
   args = _arguments(argv)
   if args.suite in suites.SUITES:
-    sys.exit(
-      f"Demonstrations: got --suite={args.suite} without --from-hdf5; expected a folder of LIBERO's recorded "
-      f"demonstrations, because the expert knows only {', '.join(tasks.SUITES)}; add --from-hdf5=DIR."
+    refusal = refuse(
+      "Demonstrations",
+      f"--suite={args.suite} without --from-hdf5",
+      f"a folder of LIBERO's recorded demonstrations, because the expert knows only {', '.join(tasks.SUITES)}",
+      "add --from-hdf5=DIR",
     )
+    sys.exit(f"error: {refusal}")
   name = args.name or f"tabletop_{args.suite}"
   options = demonstrations.Options(
     args.suite, args.split, args.episodes, args.seed, args.size, args.noise, args.label, args.perturbed

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from semanticvla_jax.errors import refuse
+
 LOGGER = logging.getLogger(__name__)  # what an environment tells it is heard on the other side
 _TAIL = 4000  # characters of what a dead process printed last
 
@@ -233,7 +235,7 @@ class Process:
 
   def _current(self) -> StepResult:
     if self._moment is None:
-      raise ValueError("No episode is running; expected reset(seed) before anything else: call reset first.")
+      raise refuse("Environment", "no running episode", "reset(seed) before anything else", "call reset first")
     return self._moment
 
 

@@ -23,8 +23,11 @@ def of_suites(words: str, benchmarks: Mapping[str, Benchmark] = BENCHMARKS) -> t
   names = [word.strip() for word in words.split(",")]
   for name in names:
     if name not in owner:
-      raise ValueError(
-        f"--suite: got {name!r}; expected one of {', '.join(owner)}; did you mean {_nearest(name, [*owner])}?"
+      raise refuse(
+        "--suite",
+        f"{name!r}",
+        f"one of {', '.join(owner)}",
+        f"choose one of them (did you mean {_nearest(name, [*owner])}?)",
       )
   if len(set(names)) < len(names):
     raise refuse("--suite", f"{words!r}", "each suite once", "name none twice")

@@ -36,7 +36,12 @@ def paired_interval(both: int, first: int, second: int, neither: int, confidence
   """
   n = both + first + second + neither
   if min(both, first, second, neither) < 0 or not n:
-    raise ValueError(f"Paired interval: got counts {(both, first, second, neither)}; expected at least one episode.")
+    raise refuse(
+      "Paired interval",
+      f"counts {(both, first, second, neither)}",
+      "at least one episode and none below 0",
+      "compare results that share episodes",
+    )
   rates = [(both + first) / n, (both + second) / n]
   (low1, high1), (low2, high2) = (wilson(round(rate * n), n, confidence) for rate in rates)
   margins = (both + first) * (second + neither) * (both + second) * (first + neither)
@@ -67,12 +72,17 @@ def read(folder: str | Path) -> dict[str, dict]:
   path = Path(folder)
   path = path / "results.json" if path.is_dir() else path
   if not path.exists():
-    raise ValueError(f"Result: got {path}, which does not exist; expected a folder that evaluate wrote (--out).")
+    raise refuse("Result", f"{path}, which does not exist", "a folder that evaluate wrote (--out)", "check the path")
   try:
     rows = json.loads(path.read_text(encoding="utf-8"))["results"]
     return {row["suite"]: _checked(row) for row in rows if row["kind"] == "policy"}
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"Result: got {path}, which is not evaluate's results.json ({error!r}); run it again.") from error
+    raise refuse(
+      "Result",
+      f"{path}, which is not evaluate's results.json ({error!r})",
+      "one that evaluate wrote",
+      "run it again",
+    ) from error
 
 
 def _checked(row: Mapping) -> Mapping:
@@ -147,10 +157,11 @@ def compare(first: Mapping, second: Mapping, anyway: bool = False) -> list[str]:
   """
   found, suite = differences(first["fingerprint"], second["fingerprint"]), first["suite"]
   if found.environment and not anyway:
-    listing = "\n  ".join(found.environment)
-    raise ValueError(
-      f"Results cannot be compared: got different\n  {listing}\nexpected equal ones; run both alike, or compare with "
-      "--anyway."
+    raise refuse(
+      "Results cannot be compared",
+      f"different {'; '.join(found.environment)}",
+      "equal ones",
+      "run both alike, or compare with --anyway",
     )
   lines = [f"{suite}: all episodes", f"  A  {_count(first)}", f"  B  {_count(second)}"]
   lines += [f"  NOT ALIKE: {line}" for line in found.environment]
@@ -241,7 +252,12 @@ def main(argv: list[str]) -> None:
     first, second = read(args.first), read(args.second)
     suites = [suite for suite in first if suite in second]
     if not suites:
-      raise ValueError(f"Results cannot be compared: got suites {[*first]} and {[*second]}; expected one in common.")
+      raise refuse(
+        "Results cannot be compared",
+        f"suites {[*first]} and {[*second]}",
+        "one in common",
+        "measure one suite in both",
+      )
     for suite in sorted(first.keys() ^ second.keys()):
       print(f"{suite}: only {'A' if suite in first else 'B'} has it")
     for suite in suites:

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from semanticvla_jax.errors import refuse
+
 PACKAGES = ("semanticvla_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 # Fields in which compared results may differ: that is what is compared. `require_alike` wants all others equal.
 COMPARED = (
@@ -98,8 +100,7 @@ def require_alike(first: Mapping, second: Mapping, but: Sequence[str] = ()) -> N
   """Raises ValueError unless two fingerprints are equal in all but the fields COMPARED, NOTED and `but`."""
   lines = unlike(first, second, (*COMPARED, *NOTED, *but))
   if lines:
-    listing = "\n  ".join(lines)
-    raise ValueError(f"Results cannot be compared: got different\n  {listing}\nexpected equal ones; run both alike.")
+    raise refuse("Results cannot be compared", f"different {'; '.join(lines)}", "equal ones", "run both alike")
 
 
 def unlike(first: Mapping, second: Mapping, but: Sequence[str] = ()) -> list[str]:

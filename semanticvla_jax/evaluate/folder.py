@@ -122,9 +122,11 @@ def merged(before: Mapping, now: Mapping, out: pathlib.Path) -> dict:
   """
   now = json.loads(json.dumps(now))
   if lines := fingerprint.unlike(before, now, _MAY_DIFFER):
-    listing = "\n  ".join(lines)
-    raise ValueError(
-      f"{out} holds episodes that were measured differently: got\n  {listing}\nexpected the same; choose another --out."
+    raise refuse(
+      f"{out} holds episodes that were measured differently",
+      "; ".join(lines),
+      "the same",
+      "choose another --out",
     )
   parts = [part for each in (before, now) for part in each.get("sources", "").split()]
   return now | {"sources": " ".join(dict.fromkeys(parts))}

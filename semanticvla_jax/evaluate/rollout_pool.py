@@ -193,7 +193,7 @@ class OnSimulators:
     retries: int = 2,
   ):
     if workers < 1 or retries < 0:
-      raise ValueError(f"Simulators: got workers={workers}, retries={retries}; expected at least 1 and 0.")
+      raise refuse("Simulators", f"workers={workers}, retries={retries}", "at least 1 and 0", "change them")
     self.policy, self.workers, self.retries = policy, workers, retries
     self.seen: Callable[[EpisodeResult, list[dict]], None] | None = None
     self.replan_steps, self.broken = policy.replan_steps if replan_steps is None else replan_steps, 0

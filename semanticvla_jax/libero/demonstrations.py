@@ -81,7 +81,12 @@ def write(
   if folder.exists():
     raise refuse("Dataset exists", f"{folder}", "a new folder", "remove it or choose another name")
   if not name.startswith("libero"):
-    raise ValueError(f"Dataset name {name!r} would be read as another dataset; expected one that starts with 'libero'.")
+    raise refuse(
+      "Dataset name",
+      f"{name!r}, which would be read as another dataset",
+      "one that starts with 'libero'",
+      "choose another --name",
+    )
   demonstrations = collect(options)
   facts = _facts(options, demonstrations)
   with files.alone(parts):

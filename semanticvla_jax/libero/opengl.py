@@ -18,6 +18,7 @@ import warnings
 from typing import NamedTuple
 
 from semanticvla_jax.envs.subprocess_env import environment
+from semanticvla_jax.errors import refuse
 
 RENDERERS = ("egl", "osmesa")
 PACKAGES = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}  # of Debian and Ubuntu
@@ -73,7 +74,7 @@ def choose(renderer: str, device: int | None = None) -> int | None:
       return _first(os.environ.get("MUJOCO_EGL_DEVICE_ID"), os.environ.get("CUDA_VISIBLE_DEVICES"))
     found = draw(renderer, device)
   if found.renderer is None:
-    raise ValueError(_refusal(renderer, device, found))
+    raise _refusal(renderer, device, found)
   return device
 
 
@@ -92,26 +93,30 @@ def _first(wished: str | None, visible: str | None) -> int:
         logging.warning("%s; EGL device %d draws: %s.", "; ".join(failed), device, found.renderer)
       return device
     failed.append(f"EGL device {device} cannot draw ({found.error})")
-  raise ValueError(_refusal("egl", None, first))
+  raise _refusal("egl", None, first)
 
 
 def _number(word: str | None) -> int | None:
   return int(word) if word and word.strip().isascii() and word.strip().isdecimal() else None
 
 
-def _refusal(renderer: str, device: int | None, found: Drawn) -> str:
-  """A message in one line for what cannot draw."""
+def _refusal(renderer: str, device: int | None, found: Drawn) -> ValueError:
+  """The error to raise for what cannot draw."""
   if device is not None and found.devices and not 0 <= device < found.devices:
     there = f"{found.devices} EGL device{'s' if found.devices > 1 else ''}"
-    return (
-      f"EGL device: got {device}; expected 0 to {found.devices - 1}, for this machine has {there}; change --egl-device "
-      "or leave it out."
+    return refuse(
+      "EGL device",
+      device,
+      f"0 to {found.devices - 1}, for this machine has {there}",
+      "change --egl-device or leave it out",
     )
   name = {"egl": "EGL", "osmesa": "OSMesa"}[renderer] + ("" if device is None else f" device {device}")
   other = "another --egl-device or " if found.devices and found.devices > 1 else ""
-  return (
-    f"OpenGL: got no picture from {name} ({found.error}); expected a context that draws; apt-get install "
-    f"{PACKAGES[renderer]}, or choose {other}--renderer={'osmesa' if renderer == 'egl' else 'egl'}."
+  return refuse(
+    "OpenGL",
+    f"no picture from {name} ({found.error})",
+    "a context that draws",
+    f"apt-get install {PACKAGES[renderer]}, or choose {other}--renderer={'osmesa' if renderer == 'egl' else 'egl'}",
   )
 
 

@@ -111,9 +111,11 @@ class Simulator:
     """Acts once; returns (observation or None, done). Raises ValueError for an action that is not 7 finite numbers."""
     action = np.asarray(action, np.float64)
     if action.shape != (7,) or not np.isfinite(action).all():
-      raise ValueError(
-        f"Action has shape {action.shape} and values {action}; expected 7 finite numbers: translation, "
-        "axis-angle, gripper."
+      raise refuse(
+        "Action",
+        f"shape {action.shape} and values {action.tolist()}",
+        "7 finite numbers: translation, axis-angle, gripper",
+        "correct what the policy returns",
       )
     self._current()
     self._open = observe
@@ -141,12 +143,19 @@ class Simulator:
   def _first_state(self, episode: int, task: int, trial: int) -> np.ndarray:
     if self._beginnings is not None:
       if episode not in self._beginnings:
-        raise ValueError(f"LIBERO: got episode {episode}; expected one of the {len(self._beginnings)} given ones.")
+        raise refuse(
+          "LIBERO",
+          f"episode {episode}",
+          f"one of the {len(self._beginnings)} given ones",
+          "choose one of them",
+        )
       return self._beginnings[episode].state
     if not 0 <= task < len(self._tasks):
-      raise ValueError(
-        f"LIBERO: got episode {episode}; expected 0 to {suites.EPISODES * len(self._tasks) - 1} in "
-        f"{self.settings.suite}."
+      raise refuse(
+        "LIBERO",
+        f"episode {episode}",
+        f"0 to {suites.EPISODES * len(self._tasks) - 1} in {self.settings.suite}",
+        "choose one of them",
       )
     found = suites.first_states(self._tasks[task])
     if trial >= len(found):
@@ -255,7 +264,7 @@ class Simulator:
 
   def _current(self) -> int:
     if self._task is None:
-      raise ValueError("No episode is running; expected a call of reset first; call reset.")
+      raise refuse("Environment", "no running episode", "a call of reset first", "call reset")
     return self._task
 
 

@@ -112,9 +112,11 @@ def check(settings: Settings) -> None:
     if getattr(settings, name) not in allowed:
       raise refuse("LIBERO", f"{name}={getattr(settings, name)!r}", f"one of {allowed}", "choose one of them")
   if settings.size < 8 or settings.wait_steps < 1 or (settings.max_steps is not None and settings.max_steps < 1):
-    raise ValueError(
-      f"LIBERO: got size={settings.size}, wait_steps={settings.wait_steps}, max_steps={settings.max_steps}; expected "
-      "at least 8 pixels, 1 step to wait and 1 to act."
+    raise refuse(
+      "LIBERO",
+      f"size={settings.size}, wait_steps={settings.wait_steps}, max_steps={settings.max_steps}",
+      "at least 8 pixels, 1 step to wait and 1 to act",
+      "raise what is below",
     )
   if settings.egl_device is not None and settings.renderer != "egl":
     raise refuse(
@@ -230,7 +232,7 @@ def first_states(task: Task) -> Float[np.ndarray, "n s"]:
       "install hf-libero again",
     ) from error
   if found.ndim != 2 or not np.isfinite(found).all():
-    raise ValueError(f"First states: got {found.shape} in {task.states}; expected finite numbers [n s].")
+    raise refuse("First states", f"{found.shape} in {task.states}", "finite numbers [n s]", "install hf-libero again")
   return found
 
 

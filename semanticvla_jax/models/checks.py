@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import masks
 from semanticvla_jax.models.llama import REMAT
 from semanticvla_jax.models.pruner import ANCHOR_RULES, KINDS, kinds
@@ -58,7 +59,7 @@ def check(c: Mapping[str, Any]) -> None:
 
 
 def _refuse(field: str, got: Any, expected: str, remedy: str) -> None:
-  raise ValueError(f"model config: got {field}={got!r}, expected {expected}; {remedy}.")
+  raise refuse("model config", f"{field}={got!r}", expected, remedy)
 
 
 def _is_count(x: Any, least: int) -> bool:
@@ -106,14 +107,16 @@ def _check_variant(c: Mapping[str, Any]) -> None:
   parts = [*c["encoders"], *(["text"] if uses_text else []), "llm"]
   needed = ["image", "patch", *parts, *(["pairs"] if c["dense_fuser"] == "variant" else [])]
   if missing := [name for name in needed if name not in row or row[name] is None]:
-    raise ValueError(f"model config: got a variant without {missing}, expected {needed}; {remedy}.")
+    raise refuse("model config", f"a variant without {missing}", needed, remedy)
   for part in parts:
     missing = [name for name in SIZES[part] if name not in row[part]]
     unknown = [name for name in row[part] if name not in (*SIZES[part], *OPTIONS[part])]
     if missing or unknown:
-      raise ValueError(
-        f"model config: got variant.{part} without {missing} and with unknown {unknown}, expected {SIZES[part]} and "
-        f"perhaps {OPTIONS[part]}; {remedy}."
+      raise refuse(
+        "model config",
+        f"variant.{part} without {missing} and with unknown {unknown}",
+        f"{SIZES[part]} and perhaps {OPTIONS[part]}",
+        remedy,
       )
   sizes = {name: row[name] for name in ("image", "patch")}
   sizes |= {f"{part}.{name}": row[part][name] for part in parts for name in SIZES[part]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from semanticvla_jax.errors import refuse
+
 # Sizes; everything else is the same code. `pairs`: where the Dense-Fuser sits, (dino block, siglip block), 0-based.
 VARIANTS = {
   "tiny": dict(
@@ -74,14 +76,16 @@ def resolve(config: Any) -> dict[str, Any]:
   for name in config:
     if name not in DEFAULTS:
       near = difflib.get_close_matches(name, DEFAULTS, n=1)
-      hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(DEFAULTS)}."
-      raise ValueError(f"model config: got unknown field {name!r}, expected a field of semanticvla.DEFAULTS; {hint}")
+      remedy = "choose one of them" + (f" (did you mean {near[0]!r}?)" if near else "")
+      raise refuse("model config", f"unknown field {name!r}", f"one of {', '.join(DEFAULTS)}", remedy)
   resolved = DEFAULTS | {name: config[name] for name in config}
   if isinstance(resolved["variant"], str):
     if resolved["variant"] not in VARIANTS:
-      raise ValueError(
-        f"model config: got variant {resolved['variant']!r}, expected one of {sorted(VARIANTS)}; set model.variant to "
-        "one of them, or to a row of sizes."
+      raise refuse(
+        "model config",
+        f"variant {resolved['variant']!r}",
+        f"one of {sorted(VARIANTS)}",
+        "set model.variant to one of them, or to a row of sizes",
       )
     resolved["variant"] = VARIANTS[resolved["variant"]]
   resolved["remat"] = None if resolved["remat"] == "none" else resolved["remat"]

@@ -24,9 +24,11 @@ Groups = tuple[tuple[str, tuple[int, ...]], ...]
 def grouped(action_dim: int) -> Groups:
   """Translation, rotation and gripper dimensions of one arm (7) or of two arms (14: [t r g] left, [t r g] right)."""
   if action_dim % 7:
-    raise ValueError(
-      f"coupler: got action_dim {action_dim}, expected a multiple of 7 (3 translation, 3 rotation, 1 gripper an arm); "
-      "use the 'single' coupler for other robots."
+    raise refuse(
+      "coupler",
+      f"action_dim {action_dim}",
+      "a multiple of 7 (3 translation, 3 rotation, 1 gripper an arm)",
+      "use the 'single' coupler for other robots",
     )
   starts = range(0, action_dim, 7)
   return (
@@ -100,9 +102,11 @@ class Coupler(nn.Module):
         "set model.coupler, which chooses both",
       )
     if length % self.tokens or (self.read == "own" and self.tokens % len(self.groups)):
-      raise ValueError(
-        f"coupler: got {length} states, {self.tokens} tokens a step and {len(self.groups)} heads, expected states that "
-        "the tokens divide (and tokens that the heads divide, where each reads its own); pass chunk × tokens states."
+      raise refuse(
+        "coupler",
+        f"{length} states, {self.tokens} tokens a step and {len(self.groups)} heads",
+        "states that the tokens divide (and tokens that the heads divide, where each reads its own)",
+        "pass chunk × tokens states",
       )
 
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.mlp import MLP, dense_normal_init
 
 
@@ -41,9 +42,11 @@ def check_pairs(pairs: tuple[tuple[int, int], ...], depths: tuple[int, int]) -> 
   for which, depth in enumerate(depths):
     blocks = [pair[which] for pair in pairs]
     if any(not 0 <= block < depth for block in blocks) or blocks != sorted(set(blocks)):
-      raise ValueError(
-        f"dense fuser: got blocks {blocks} for encoder {which}, expected rising numbers in 0..{depth - 1} (0-based); "
-        "set model.dense_fuser to pairs that exist (negative numbers do not count from the end)."
+      raise refuse(
+        "dense fuser",
+        f"blocks {blocks} for encoder {which}",
+        f"rising numbers in 0..{depth - 1} (0-based)",
+        "set model.dense_fuser to pairs that exist (negative numbers do not count from the end)",
       )
 
 
@@ -76,9 +79,11 @@ class SparseFuser(nn.Module):
       return jnp.concatenate(tokens + [self._project(f"{name}_projector", x) for name, x in kept.items()], axis=1)
     counts = {name: x.shape[1] for name, x in kept.items()}
     if len(set(counts.values())) > 1:
-      raise ValueError(
-        f"sparse fuser: got {counts} tokens, expected as many from each pruner (they are fused one by one); "
-        "give both encoders a pruner, or none."
+      raise refuse(
+        "sparse fuser",
+        f"{counts} tokens",
+        "as many from each pruner (they are fused one by one)",
+        "give both encoders a pruner, or none",
       )
     return jnp.concatenate([*tokens, self._project("projector", jnp.concatenate([*kept.values()], axis=-1))], axis=1)
 

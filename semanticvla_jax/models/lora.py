@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from semanticvla_jax.errors import refuse
+
 # Which layers the released fine-tuning adapts: every linear layer of openvla-7b except its projectors; modules created
 # after the adapters (FiLM, fusers, text projector, coupler, proprioception) and the frozen text tower have none. The
 # release also adapts SigLIP's unused pooling head and the unused lm_head: dead weights, which this model does not have.
@@ -49,7 +51,7 @@ class LoRA(nn.Module):
 
   def setup(self):
     if self.rank < 1:
-      raise ValueError(f"LoRA: got rank {self.rank}, expected 1 or more; to train without adapters, do not wrap.")
+      raise refuse("LoRA", f"rank {self.rank}", "1 or more", "to train without adapters, do not wrap")
     nn.share_scope(self, self.model)
 
   def __call__(self, *args, call: str = "__call__", **kwargs):
@@ -101,15 +103,20 @@ def merge(params: dict, rank: int, alpha: float | int) -> dict:
   flat = flatten_dict(params)
   adapted = [path[:-1] for path in flat if path[-1] == "lora_a"]
   if not adapted:
-    raise ValueError(
-      "LoRA merge: got a tree without lora_a / lora_b, expected an adapted one; it is already merged, or was never "
-      "wrapped in LoRA. Load the unmerged parameters."
+    raise refuse(
+      "LoRA merge",
+      "a tree without lora_a / lora_b",
+      "an adapted one (this is already merged, or was never wrapped in LoRA)",
+      "load the unmerged parameters",
     )
   for layer in adapted:
     kernel, a, b = flat[*layer, "kernel"], flat.pop((*layer, "lora_a")), flat.pop((*layer, "lora_b"))
     if a.shape[-1] != rank:
-      raise ValueError(
-        f"LoRA merge: {'/'.join(layer)} has rank {a.shape[-1]}, expected {rank}; pass the rank (and alpha) of training."
+      raise refuse(
+        f"LoRA merge: {'/'.join(layer)}",
+        f"rank {a.shape[-1]}",
+        rank,
+        "pass the rank (and alpha) of training",
       )
     flat[*layer, "kernel"] = (kernel.astype(jnp.float32) + (alpha / rank) * outer(kernel, a, b)).astype(kernel.dtype)
   return unflatten_dict(flat)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from semanticvla_jax.errors import refuse
+
 KINDS = ("block", "full", "causal")
 
 
@@ -43,5 +45,5 @@ def attention_mask(valid: Bool[Array, "b l"], block: Bool[Array, "l"], kind: str
   causal = jnp.tri(valid.shape[-1], dtype=bool)
   rules = {"block": causal | (block[:, None] & block[None, :]), "full": jnp.ones_like(causal), "causal": causal}
   if kind not in rules:
-    raise ValueError(f"attention mask: got {kind!r}, expected one of {KINDS}; set model.mask to one of them.")
+    raise refuse("attention mask", f"{kind!r}", f"one of {KINDS}", "set model.mask to one of them")
   return rules[kind][None] & valid[:, None, :]

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from semanticvla_jax.errors import refuse
+
 # PyTorch's default for nn.Linear (Kaiming uniform with a = sqrt(5)): kernel and bias from U(-1/sqrt(in), 1/sqrt(in)).
 # The released code never overrides it for FiLM, the Dense-Fuser, the text projector and the proprioception projector.
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -18,7 +20,7 @@ torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def gelu(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
   """GELU, exact (`erf`: timm, the released code) or its tanh approximation (`tanh`: big_vision, SigLIP's text)."""
   if kind not in ("erf", "tanh"):
-    raise ValueError(f"gelu kind: got {kind!r}, expected 'erf' or 'tanh'; set the model's `gelu` field to one of them.")
+    raise refuse("gelu kind", f"{kind!r}", "'erf' or 'tanh'", "set the model's `gelu` field to one of them")
   return nn.gelu(x, approximate=kind == "tanh")
 
 

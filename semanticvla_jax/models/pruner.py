@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.mlp import MLP
 
 
@@ -137,9 +138,7 @@ def top_indices(scores: Float[Array, "b n"], k: int, what: str) -> Int[Array, "b
   """Indices of the k highest scores, ascending (raster or text order, not by score: the released code re-sorts)."""
   n = scores.shape[-1]
   if k > n:
-    raise ValueError(
-      f"pruner: asked to keep {k} {what} of {n}, expected {n} or fewer; lower model.keep (patches) or model.cues."
-    )
+    raise refuse("pruner", f"{k} {what} to keep of {n}", f"{n} or fewer", "lower model.keep (patches) or model.cues")
   return jnp.sort(jax.lax.top_k(scores, k)[1], axis=-1)
 
 
@@ -201,17 +200,22 @@ def anchor_rule(name: Any) -> Callable[[Any], Rule]:  # what comes from users is
     ValueError: the name of a rule of this package, or what cannot be called with four arguments.
   """
   if not isinstance(name, str) or not name or name in _OWN_RULES:
-    raise ValueError(
-      f"anchor rule: got the name {name!r}, expected a text other than {(*ANCHOR_RULES,)}; choose a name of your own."
+    raise refuse(
+      "anchor rule",
+      f"the name {name!r}",
+      f"a text other than {(*ANCHOR_RULES,)}",
+      "choose a name of your own",
     )
 
   def register(rule: Any) -> Rule:
     try:
       inspect.signature(rule).bind(*range(4))
     except (TypeError, ValueError) as error:
-      raise ValueError(
-        f"anchor rule {name!r}: got {rule!r} ({error}), expected a function of (similarity, patches, words, mask); "
-        "give it these four arguments."
+      raise refuse(
+        f"anchor rule {name!r}",
+        f"{rule!r} ({error})",
+        "a function of (similarity, patches, words, mask)",
+        "give it these four arguments",
       ) from None
     ANCHOR_RULES[name] = rule
     return rule
@@ -232,18 +236,18 @@ def anchor_scores(
     ValueError: the rule is not registered, or returns anything but one number for each patch.
   """
   if rule not in ANCHOR_RULES:
-    raise ValueError(
-      f"anchor rule: got {rule!r}, expected one of {(*ANCHOR_RULES,)}; set model.anchor_rule to one of them, or "
-      "register your own with pruner.anchor_rule."
+    raise refuse(
+      "anchor rule",
+      f"{rule!r}",
+      f"one of {(*ANCHOR_RULES,)}",
+      "set model.anchor_rule to one of them, or register your own with pruner.anchor_rule",
     )
   b, n, _ = similarity.shape
   scores = ANCHOR_RULES[rule](similarity, patches, words, mask)
   shape, dtype = getattr(scores, "shape", None), getattr(scores, "dtype", None)
   if shape not in ((n,), (b, n)) or not jnp.issubdtype(dtype, jnp.number):
     got = type(scores).__name__ if shape is None else f"{dtype}{[*shape]}"
-    raise ValueError(
-      f"anchor rule {rule!r}: got scores {got}, expected numbers [{b}, {n}] or [{n}]; return one for each patch."
-    )
+    raise refuse(f"anchor rule {rule!r}", f"scores {got}", f"numbers [{b}, {n}] or [{n}]", "return one for each patch")
   return jnp.broadcast_to(scores.astype(jnp.float32), (b, n))
 
 

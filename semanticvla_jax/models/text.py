@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.vit import Transformer
 
 
@@ -38,9 +39,11 @@ class TextEncoder(nn.Module):
     """Token ids (and which of them are words; None: all) → states."""
     _, m = ids.shape
     if m > self.positions:
-      raise ValueError(
-        f"text encoder: the instruction has {m} tokens, the tower has {self.positions} positions; "
-        "shorten the instruction (nothing is truncated silently)."
+      raise refuse(
+        "text encoder",
+        f"an instruction of {m} tokens",
+        f"at most the tower's {self.positions} positions",
+        "shorten the instruction (nothing is truncated silently)",
       )
     x = self.Embed_0(ids) + self.pos_embedding[:, :m].astype(self.dtype)
     keys = None if mask is None else mask[:, None, None, :]

@@ -213,6 +213,7 @@ def aim(predicted: Float[Array, "b v 2"], targets: Targets, count: Float[Array, 
   return divided((error * is_cube).sum(), count)
 
 
+# The same as train.losses.divided: a benchmark may not import training, and one line is no reason for a shared module.
 def divided(total: Float[Array, "*d"], count: Float[Array, ""]) -> Float[Array, "*d"]:
   """A sum over a count; where nothing was counted, the sum, which is 0 then."""
   return total / jnp.maximum(count, 1.0)

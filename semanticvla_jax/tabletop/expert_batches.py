@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from semanticvla_jax.data import gripper, statistics
 from semanticvla_jax.data.text import Tokenizers
 from semanticvla_jax.tabletop import auxiliary_losses, expert, physics, render, tasks
+from semanticvla_jax.tabletop.auxiliary_losses import PHRASES
 from semanticvla_jax.types import Batch, Observation
 
 NOISE = 0.3
 EPISODE = 48  # steps of the noisy expert among which the moment is drawn
-NAMED = auxiliary_losses.PHRASES
 GRIPPER_PASSES = np.array([True] * 6 + [False])
 
 
@@ -108,17 +108,17 @@ def targets(state: tasks.State, side: int) -> StateTargets:
   target, puts = state.target[0], (state.verb[0] == tasks.PUT) | (state.verb[0] == tasks.INSERT)
   destination = jnp.where(puts, state.destination[0], target)
   own = spot(state, target, side) + spot(state, destination, side)
-  where = jnp.stack([own] + [spot(state, jnp.asarray(i), side) for i in range(NAMED)])
+  where = jnp.stack([own] + [spot(state, jnp.asarray(i), side) for i in range(PHRASES)])
   where = where / jnp.maximum(where.sum(axis=-1, keepdims=True), 1e-6)
-  kind, color = state.kind[:NAMED], state.color[:NAMED]
+  kind, color = state.kind[:PHRASES], state.color[:PHRASES]
   is_named = kind < tasks.PEG
   sentences = jnp.append(state.instruction, jnp.where(is_named, kind * len(tasks.COLORS) + color, 0))
   where = where * jnp.append(True, is_named)[:, None, None]
   away = jnp.concatenate([state.center[i] - state.position for i in (target, destination)]) / auxiliary_losses.UNIT
   turn = expert.turn_left(state) / auxiliary_losses.TURN
-  yaw = 4 * (state.yaw[:NAMED, None] - jnp.stack([jnp.zeros(()), physics.heading(state.rotation)]))
+  yaw = 4 * (state.yaw[:PHRASES, None] - jnp.stack([jnp.zeros(()), physics.heading(state.rotation)]))
   edges = jnp.stack([jnp.cos(yaw), jnp.sin(yaw)], axis=-1) * (kind == tasks.CUBE)[:, None, None]
-  aim = edges[target] * (target < NAMED)
+  aim = edges[target] * (target < PHRASES)
   return StateTargets(where, sentences, jnp.append(away, turn), jnp.where(is_named, kind, 0), edges, aim)
 
 

@@ -234,7 +234,7 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
     ready = ready._replace(state=None)  # the step's state is donated
     distributed.barrier("ready to train", deadline)
     history = deque(saved.get("losses", ()), maxlen=200)
-    run = Run(config, workdir, checkpointer, step, source.batches, frozen, facts, history)
+    run = Run(config, workdir, checkpointer, step, source.batches, frozen, facts, history, aux_loss)
     try:
       state = loop(run, state, start, profile)
     except diverged.Diverged as error:
@@ -251,6 +251,7 @@ class Run(NamedTuple):
     frozen: parameters without gradients.
     facts: JSON that checkpoints carry.
     history: losses of the last updates, to know a spike by; saved and added to.
+    aux_loss: what is trained beside the actions, for the count of operations; None without one.
   """
 
   config: Any
@@ -261,6 +262,7 @@ class Run(NamedTuple):
   frozen: dict
   facts: dict
   history: deque
+  aux_loss: stepping.AuxLoss | None
 
 
 def loop(run: Run, state: stepping.State, start: int, profile: tuple[int, int] | None = None) -> stepping.State:
@@ -270,7 +272,7 @@ def loop(run: Run, state: stepping.State, start: int, profile: tuple[int, int] |
     NotFinite, Diverged: the loss broke. Preempted: after SIGTERM, all saved.
   """
   config, workdir, checkpointer, history = run.config, run.workdir, run.checkpointer, run.history
-  rates = program.rates(config, sources.aux_loss(config)) if start < config.train.steps else {}
+  rates = program.rates(config, run.aux_loss) if start < config.train.steps else {}
   metrics = Metrics(workdir, config.train.steps, config.train.log_every, start, config.data.batch_size, **rates)
   metrics.also_to_wandb(config.train.get("wandb"), resume.plain(config))
   ahead: deque = deque()  # losses of updates that the device may still be busy with
@@ -335,7 +337,7 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
     return None
   first, _, last = text.partition(":")
   if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-    raise ValueError(f"--profile-steps: got {text!r}, expected FIRST:LAST with 1 ≤ FIRST ≤ LAST, such as 10:12.")
+    raise refuse("--profile-steps", f"{text!r}", "FIRST:LAST with 1 ≤ FIRST ≤ LAST", "give it such as 10:12")
   return int(first), int(last)
 
 
@@ -352,7 +354,7 @@ def main(argv: list[str]) -> None:
       print(explaining.explain(_CONFIG.value, _EXPLAIN_DEVICES.value, sources.aux_loss(_CONFIG.value)))
       return
     if _WORKDIR.value is None:
-      raise ValueError("--workdir: got nothing, expected a folder for checkpoints, metrics and the policy; name one.")
+      raise refuse("--workdir", "nothing", "a folder for checkpoints, metrics and the policy", "name one")
     who = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _MULTIHOST.value)
     distributed.initialize(*who, _HOST_DEADLINE.value, json.dumps([resume.plain(_CONFIG.value), _WORKDIR.value]))
     distributed.set_up_logging()

@@ -16,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.pruner import SAPruner
 from semanticvla_jax.models.semanticvla import SemanticVLA, build, resolve
 from semanticvla_jax.train.partition import LORA
@@ -78,11 +79,11 @@ def check(source: str, base: Mapping, config: Any, paths: Sequence[str]) -> None
     return
   problems = _adapters(base, config, paths) + _parts(base, config, paths) + _numbers(base, config, paths)
   if problems:
-    listing = "\n  ".join(problems)
-    raise ValueError(
-      f"init_from {source}: its parameters were trained for other settings, got (there → here)\n  {listing}\nexpected "
-      "the same, for its numbers mean something else otherwise; set them as the base has them, or train from another "
-      "base."
+    raise refuse(
+      f"init_from {source}: its parameters were trained for other settings",
+      f"{'; '.join(problems)} (there → here)",
+      "the same, for its numbers mean something else otherwise",
+      "set them as the base has them, or train from another base",
     )
   if lines := _listing(base, config):
     logging.info("init_from %s: settings differ (there → here), those here are taken: %s", source, "; ".join(lines))
@@ -100,9 +101,11 @@ def check_tokenizers(source: str, there: epath.Path | None, here: epath.Path, pa
       continue
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files]
     if hashes[0] != hashes[1]:
-      raise ValueError(
-        f"init_from {source}: got {name} of hash {hashes[1]} ({here}), expected {hashes[0]}, the base's: its "
-        f"embeddings have a row for each piece; set config.data.tokenizers={there}."
+      raise refuse(
+        f"init_from {source}",
+        f"{name} of hash {hashes[1]} ({here})",
+        f"{hashes[0]}, the base's: its embeddings have a row for each piece",
+        f"set config.data.tokenizers={there}",
       )
 
 

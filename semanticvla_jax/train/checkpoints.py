@@ -125,7 +125,12 @@ class Checkpointer:
     """
     self.wait()
     if step is not None and step not in self.steps:
-      raise ValueError(f"No checkpoint of step {step}: got steps {self.steps} in {self.folder}; ask for one of them.")
+      raise refuse(
+        f"No checkpoint of step {step}",
+        f"steps {self.steps} in {self.folder}",
+        "one of them",
+        "ask for one of them",
+      )
     steps = [step] if step is not None else self.steps[::-1]
     problems = {}
     for candidate in steps:
@@ -268,10 +273,13 @@ class _OtherConfig(ValueError):
 def _mismatch(folder: epath.Path, lines: list[str]) -> str:
   more = f"\n  … and {len(lines) - 12} more" if len(lines) > 12 else ""
   listing = "\n  ".join(lines[:12])
-  return (
-    f"Checkpoint {folder} is of another config: got the arrays marked -, expected those marked +; use the config of "
-    f"that run, or a new workdir.\n  {listing}{more}"
+  refusal = refuse(
+    f"Checkpoint {folder} is of another config",
+    "the arrays marked -",
+    "those marked +",
+    "use the config of that run, or a new workdir",
   )
+  return f"{refusal}\n  {listing}{more}"
 
 
 def json_values(name: str, value: Any) -> Any:

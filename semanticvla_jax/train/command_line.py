@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from semanticvla_jax import cli
+from semanticvla_jax.errors import refuse
 
 PARSING = "Error whilst parsing config file"  # ml_collections' words before a traceback of the config file
 
@@ -71,11 +72,15 @@ def explain(error: Exception) -> str:
   lines = [line.strip(" '\"\\") for line in text.splitlines() if line.strip()] or [type(error).__name__]
   if isinstance(error, OSError):
     named = next((word.partition("=")[2] for word in sys.argv if word.startswith("--config=")), None)
-    return (
-      f"--config: got {named}, which cannot be loaded ({lines[-1]}), expected a Python file with get_config; name one "
-      "of configs/, such as configs/libero.py:lite@7b."
+    return str(
+      refuse(
+        "--config",
+        f"{named}, which cannot be loaded ({lines[-1]})",
+        "a Python file with get_config",
+        "name one of configs/, such as configs/libero.py:lite@7b",
+      )
     )
   if PARSING in text:  # a traceback; its last line is what the file said
     return lines[-1].removeprefix("ValueError: ")
-  what = ": ".join(lines)
-  return f"--config: got {what} Expected fields and values as in configs/common.py; correct --config.FIELD=VALUE."
+  got = ": ".join(lines).rstrip(".?")
+  return str(refuse("--config", got, "fields and values as in configs/common.py", "correct --config.FIELD=VALUE"))

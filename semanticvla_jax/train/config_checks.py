@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from semanticvla_jax.errors import refuse
+
 
 class Rule(NamedTuple):
   """What a field may be: whether it fits, and the same in words. None passes where a field may be absent."""
@@ -71,12 +73,16 @@ def check(config: Any) -> None:
     value = None if node is None else node.get(name)
     absent = node is None or name not in node or (value is None and rule.absent)
     if not absent and not rule.fits(value):
-      problems.append(f"config.{field}: got {value!r}, expected {rule.words}; set --config.{field}=…")
+      problems.append(refuse(f"config.{field}", f"{value!r}", rule.words, f"set --config.{field}=…"))
   optim = config.get("optim") or {}
   if (optim.get("drop_at") is None) != (optim.get("drop_to") is None):
     problems.append(
-      f"config.optim: got drop_at={optim.get('drop_at')}, drop_to={optim.get('drop_to')}, expected both or neither: at "
-      "that step the learning rate is multiplied by that number; set the other one too."
+      refuse(
+        "config.optim",
+        f"drop_at={optim.get('drop_at')}, drop_to={optim.get('drop_to')}",
+        "both or neither: at that step the learning rate is multiplied by that number",
+        "set the other one too",
+      )
     )
   if problems:
-    raise ValueError("\n  ".join(problems))
+    raise ValueError("\n  ".join(map(str, problems)))

@@ -55,21 +55,25 @@ def initialize(
   """
   given = [x is not None for x in (coordinator, processes, process)]
   if any(given) and not all(given):
-    raise ValueError(
-      f"distributed: got --coordinator={coordinator} --processes={processes} --process={process}, expected all three "
-      "or none; --process counts from 0."
+    raise refuse(
+      "distributed",
+      f"--coordinator={coordinator} --processes={processes} --process={process}",
+      "all three or none",
+      "give them all; --process counts from 0",
     )
   devices = None
   if not any(given):
     if multihost not in METHODS:
-      raise ValueError(f"distributed: got --multihost={multihost}, expected one of {METHODS}.")
+      raise refuse("distributed", f"--multihost={multihost}", f"one of {METHODS}", "choose one of them")
     if multihost == "none" or (multihost == "auto" and not several_hosts(os.environ) and not on_tpu_vm()):
       return
     coordinator, processes, process, devices = detect(multihost, deadline)
   if processes < 1 or not 0 <= process < processes or ":" not in coordinator:
-    raise ValueError(
-      f"distributed: got process {process} of {processes} with coordinator {coordinator!r}, expected 0 … processes-1 "
-      "and host:port; fix --process, --processes, --coordinator."
+    raise refuse(
+      "distributed",
+      f"process {process} of {processes} with coordinator {coordinator!r}",
+      "0 … processes-1 and host:port",
+      "fix --process, --processes, --coordinator",
     )
   check_all_processes_joined(coordinator, processes, process, deadline, config)
   raise_cpu_collective_timeout(deadline)
@@ -149,9 +153,11 @@ def _ask(port: int, processes: int, end: float, deadline: float, config: str) ->
     family = socket.AF_INET6 if dual else socket.AF_INET
     server = socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=processes)
   except OSError as error:
-    raise ValueError(
-      f"distributed: process 0 cannot listen on port {port}: got {error}, expected a free port; choose another one for "
-      "--coordinator, or end the run that holds it."
+    raise refuse(
+      f"distributed: process 0 cannot listen on port {port}",
+      error,
+      "a free port",
+      "choose another one for --coordinator, or end the run that holds it",
     ) from error
   with server, contextlib.ExitStack() as stack:
     while len(present) < processes - 1 and (left := end - time.monotonic()) > 0:
@@ -185,9 +191,11 @@ def _answer(host: str, port: int, process: int, end: float, deadline: float, con
     except OSError:
       pass
     if time.monotonic() >= end:
-      raise ValueError(
-        f"distributed: process {process} waited {deadline:g} s for process 0 at {host}:{port}, which is missing; "
-        "expected it there; look at its log, and whether that port is open between the hosts."
+      raise refuse(
+        f"distributed: process {process} waited {deadline:g} s for process 0 at {host}:{port}",
+        "no answer",
+        "it there",
+        "look at its log, and whether that port is open between the hosts",
       )
     time.sleep(min(0.5, max(0.0, end - time.monotonic())))
   said = json.loads(reply)
@@ -197,14 +205,18 @@ def _answer(host: str, port: int, process: int, end: float, deadline: float, con
 def _check_the_roll(missing: list[int], other: list[int], processes: int | None, deadline: float) -> None:
   of = "" if processes is None else f" of {processes}"
   if missing:
-    raise ValueError(
-      f"distributed: process {', '.join(map(str, missing))}{of} did not come within {deadline:g} s, expected all of "
-      "them; look at the logs of those hosts, start the command on every host, or give them longer: --host_deadline."
+    raise refuse(
+      f"distributed: process {', '.join(map(str, missing))}{of} did not come within {deadline:g} s",
+      "no call from there",
+      "one from every process",
+      "look at the logs of those hosts, start the command on every host, or give them longer: --host-deadline",
     )
   if other:
-    raise ValueError(
-      f"distributed: process {', '.join(map(str, other))}{of} got another config than process 0, expected the same "
-      "command and files on every host; start them alike."
+    raise refuse(
+      f"distributed: process {', '.join(map(str, other))}{of}",
+      "another config than process 0",
+      "the same command and files on every host",
+      "start them alike",
     )
 
 
@@ -214,18 +226,22 @@ def barrier(name: str, deadline: float) -> None:
     return
   client = jax_internals.coordination_client()
   if client is None:
-    raise ValueError(
-      f"distributed: got {jax.process_count()} processes that have not joined, expected jax.distributed; start with "
-      "--multihost=tpu, --multihost=slurm, or --coordinator, --processes and --process."
+    raise refuse(
+      "distributed",
+      f"{jax.process_count()} processes that have not joined",
+      "jax.distributed",
+      "start with --multihost=tpu, --multihost=slurm, or --coordinator, --processes and --process",
     )
   try:
     client.wait_at_barrier(name, int(1000 * deadline))
   except jax.errors.JaxRuntimeError as error:
     late = sorted({int(task) for task in re.findall(r"/task:(\d+)", str(error).partition("timed out task")[2])})
     who = f"process {', '.join(map(str, late))}" if late else "another process"
-    raise ValueError(
-      f"distributed: {who} did not come to {name!r} within {deadline:g} s, expected all {jax.process_count()}; look at "
-      f"the logs of those hosts, or give them longer: --host_deadline. ({str(error).splitlines()[0][:200]})"
+    raise refuse(
+      f"distributed: {who} did not come to {name!r} within {deadline:g} s",
+      str(error).splitlines()[0][:200],
+      f"all {jax.process_count()}",
+      "look at the logs of those hosts, or give them longer: --host-deadline",
     ) from error
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.lora import TARGETS, LoRA
 from semanticvla_jax.models.semanticvla import GREEDY_TOKENS, SemanticVLA, abstract_params, build, dummy_observation
 from semanticvla_jax.train.partition import LORA, combine, partition
@@ -35,17 +36,18 @@ def make_model(config: Any, aux_loss: AuxLoss | None = None) -> tuple[nn.Module,
   bare = build(config.model)
   spoken = (config.model.chunk, config.model.action_dim)
   if bare.coupler is None and spoken != (1, GREEDY_TOKENS):
-    raise ValueError(
-      f"config.model.coupler: got None (OpenVLA's action tokens) with chunk, action_dim = {spoken}; expected "
-      f"(1, {GREEDY_TOKENS}): one token for each dimension of one action. See configs/openvla.py, or set "
-      "model.coupler='single' (configs/openvla_oft.py)."
+    raise refuse(
+      "config.model.coupler",
+      f"None (OpenVLA's action tokens) with chunk, action_dim = {spoken}",
+      f"(1, {GREEDY_TOKENS}): one token for each dimension of one action",
+      "see configs/openvla.py, or set model.coupler='single' (configs/openvla_oft.py)",
     )
   if aux_loss is not None:
     return aux_loss.wrap(bare), bare
   if config.lora is None:
     return bare, bare
   if config.lora.targets not in TARGETS:
-    raise ValueError(f"config.lora.targets: got {config.lora.targets!r}, expected one of {sorted(TARGETS)}.")
+    raise refuse("config.lora.targets", f"{config.lora.targets!r}", f"one of {sorted(TARGETS)}", "choose one of them")
   return LoRA(bare.clone(), config.lora.rank, config.lora.alpha, TARGETS[config.lora.targets]), bare
 
 
@@ -113,11 +115,13 @@ def assign_sources(
   _, frozen = partition(wanted, trainable)
   noise = sorted(set(flatten_dict(frozen, sep="/")) & set(left))
   if noise and not random:
-    raise ValueError(
-      f"config.init_from: got {', '.join(found) or None}, which leaves {len(noise)} frozen parameters without values "
-      f"({', '.join(noise[:3])}, …), expected a base that has them: adapters on random weights learn nothing of use. "
-      "Name a policy folder (several with commas: the later ones give what the first lacks), let config.trainable "
-      f"cover them, or ask for random values with --config.init_from={','.join([*found, RANDOM])}."
+    raise refuse(
+      "config.init_from",
+      f"{', '.join(found) or None}, which leaves {len(noise)} frozen parameters without values "
+      f"({', '.join(noise[:3])}, …)",
+      "a base that has them: adapters on random weights learn nothing of use",
+      "name a policy folder (several with commas: the later ones give what the first lacks), let config.trainable "
+      f"cover them, or ask for random values with --config.init_from={','.join([*found, RANDOM])}",
     )
   if left:
     logging.info("drew %d new parameters (%s …)", len(left), ", ".join(sorted(left)[:2]))
@@ -144,8 +148,10 @@ def match_base(wanted: dict, base: dict, source: str, whole: bool = True) -> lis
   both = sorted(set(theirs) & set(ours))
   wrong = [f"{k}: {theirs[k].shape} there, {ours[k].shape} here" for k in both if theirs[k].shape != ours[k].shape]
   if extra or wrong:
-    raise ValueError(
-      f"init_from {source}: got {len(extra)} parameters the model does not have ({extra[:4]}) and {len(wrong)} of "
-      f"another shape ({wrong[:4]}), expected a base of this config; pass the config it was trained with."
+    raise refuse(
+      f"init_from {source}",
+      f"{len(extra)} parameters the model does not have ({extra[:4]}) and {len(wrong)} of another shape ({wrong[:4]})",
+      "a base of this config",
+      "pass the config it was trained with",
     )
   return both

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semanticvla_jax.data import statistics, text
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.train import sharding
 from semanticvla_jax.types import Batch
 
@@ -35,14 +36,18 @@ def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
     **folder,
   )
   if config.data.pruner_text_eval not in (None, *text.PRUNER_TEXTS):
-    raise ValueError(
-      f"config.data.pruner_text_eval: got {config.data.pruner_text_eval!r}, expected None (as trained) or one of "
-      f"{text.PRUNER_TEXTS}; change it."
+    raise refuse(
+      "config.data.pruner_text_eval",
+      f"{config.data.pruner_text_eval!r}",
+      f"None (as trained) or one of {text.PRUNER_TEXTS}",
+      "change it",
     )
   if not bare.llm.vocab - 64 <= tokenizers.pad_id < bare.llm.vocab:
-    raise ValueError(
-      f"config.data.tokenizers={config.data.tokenizers!r}: got {tokenizers.pad_id} pieces, expected nearly "
-      f"{bare.llm.vocab} (the model's embedding rows); name the folder of the base checkpoint's tokenizer.model."
+    raise refuse(
+      f"config.data.tokenizers={config.data.tokenizers!r}",
+      f"{tokenizers.pad_id} pieces",
+      f"nearly {bare.llm.vocab} (the model's embedding rows)",
+      "name the folder of the base checkpoint's tokenizer.model",
     )
   return tokenizers
 
@@ -57,10 +62,11 @@ def image_options(data: Any) -> dict:
 
   area = data.crop_area
   if (data.augment and area is None) or (area is not None and not 0 < area <= 1):
-    raise ValueError(
-      f"config.data: got augment={data.augment}, crop_area={area}, expected a share of the image in (0, 1], which the "
-      "random crops of training keep and evaluation cuts out of the middle; set crop_area=0.9 as released, 1.0 to crop "
-      "nothing, or augment=False."
+    raise refuse(
+      "config.data",
+      f"augment={data.augment}, crop_area={area}",
+      "a share of the image in (0, 1], which the random crops of training keep and evaluation cuts out of the middle",
+      "set crop_area=0.9 as released, 1.0 to crop nothing, or augment=False",
     )
   if not data.augment:
     return dict(crop_area=area, dct=data.dct)
@@ -74,9 +80,11 @@ def kept_statistics(base: dict, name: str) -> statistics.DatasetStatistics:
     ValueError: it has several, none of that name.
   """
   if name not in base and len(base) != 1:
-    raise ValueError(
-      f"config.data.keep_statistics: got statistics of {sorted(base)} in the base, expected those of {name!r} or of "
-      "one dataset alone; set it to False, or name the dataset as the base does."
+    raise refuse(
+      "config.data.keep_statistics",
+      f"statistics of {sorted(base)} in the base",
+      f"those of {name!r} or of one dataset alone",
+      "set it to False, or name the dataset as the base does",
     )
   return base[name] if name in base else next(iter(base.values()))
 
@@ -87,9 +95,11 @@ def check_widths(config: Any, bare: Any, name: str, spec: Any) -> None:
   have = (len(spec.views), spec.proprio_dim, len(spec.normalized))
   want = (bare.num_views, proprio, config.model.action_dim)
   if have != want:
-    raise ValueError(
-      f"Dataset {name!r} is of another robot than the model: got (views, proprio_dim, action_dim) {have}, expected "
-      f"{want}; take the config of that robot, e.g. configs/aloha.py or configs/bridge.py, or set config.model."
+    raise refuse(
+      f"Dataset {name!r} is of another robot than the model",
+      f"(views, proprio_dim, action_dim) {have}",
+      want,
+      "take the config of that robot, e.g. configs/aloha.py or configs/bridge.py, or set config.model",
     )
 
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from semanticvla_jax import files
+from semanticvla_jax.errors import refuse
 
 
 class Trace:
@@ -115,8 +116,11 @@ class Metrics:
     try:
       import wandb
     except ImportError as error:
-      raise ValueError(
-        f"config.train.wandb: got {project!r} without wandb, expected it installed; pip install wandb, or unset it."
+      raise refuse(
+        "config.train.wandb",
+        f"{project!r} without wandb",
+        "it installed",
+        "pip install wandb, or unset it",
       ) from error
     folder, known = self.path.parent, self.path.parent / "wandb_id.txt"
     if self._start == 0 or not known.exists():

@@ -10,6 +10,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from optax.contrib import MuonDimensionNumbers
 
+from semanticvla_jax.errors import refuse
+
 
 def schedule(c: Any) -> optax.Schedule:
   """Learning rate over steps from config.optim.
@@ -53,7 +55,7 @@ def transform(c: Any) -> optax.GradientTransformation:
       consistent_rms=0.2,
     )
   else:
-    raise ValueError(f"config.optim.name: got {c.name!r}, expected 'adamw' or 'muon'.")
+    raise refuse("config.optim.name", f"{c.name!r}", "'adamw' or 'muon'", "choose one of them")
   steps = [] if c.clip_norm is None else [optax.clip_by_global_norm(c.clip_norm)]
   steps += [update] if c.get("ema") is None else [update, averaged(c.ema)]
   return optax.chain(*steps)
@@ -72,7 +74,7 @@ def averaged(decay: float) -> optax.GradientTransformation:
   0 < decay < 1.
   """
   if not 0 < decay < 1:
-    raise ValueError(f"config.optim.ema: got {decay}, expected a decay between 0 and 1 (0.999, say), or None.")
+    raise refuse("config.optim.ema", decay, "a decay between 0 and 1 (0.999, say), or None", "change it")
 
   def update(updates, state, params):
     after = optax.apply_updates(params, updates)

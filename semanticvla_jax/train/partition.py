@@ -7,6 +7,8 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from semanticvla_jax.errors import refuse
+
 LORA = r".*/lora_[ab]"
 
 
@@ -25,9 +27,11 @@ def partition(params: dict, trainable: str | None) -> tuple[dict, dict]:
   flat = flatten_dict(params)
   chosen = {path: x for path, x in flat.items() if pattern.fullmatch("/".join(path))}
   if not chosen:
-    raise ValueError(
-      f"partition: no parameter matches config.trainable={trainable!r}; expected at least one of "
-      f"{sorted({path[0] for path in flat})}; widen the expression, or add adapters with config.lora."
+    raise refuse(
+      "partition",
+      f"config.trainable={trainable!r}, which matches no parameter",
+      f"at least one of {sorted({path[0] for path in flat})}",
+      "widen the expression, or add adapters with config.lora",
     )
   return unflatten_dict(chosen), unflatten_dict({path: x for path, x in flat.items() if path not in chosen})
 

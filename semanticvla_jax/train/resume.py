@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics, text
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.train import checkpoints, init, inputs
 
 # Config fields that runs of earlier versions did not store, with the value they had.
@@ -68,9 +69,11 @@ def restore(checkpointer: checkpoints.Checkpointer, state: Any, config: dict) ->
   if restored is None:
     return state, 0, {}
   if lines := differences(restored.json["config"], config):
-    raise ValueError(
-      f"workdir {checkpointer.folder.parent}: its run had another config, got {'; '.join(lines)} (before → now), "
-      "expected the same; use a new --workdir, or the config it began with."
+    raise refuse(
+      f"workdir {checkpointer.folder.parent}: its run had another config",
+      f"{'; '.join(lines)} (before → now)",
+      "the same",
+      "use a new --workdir, or the config it began with",
     )
   logging.info("resumed from step %d", restored.step)
   return restored.trees["train"], restored.step, restored.json
@@ -116,9 +119,11 @@ def check_origin(saved: dict, now: dict, workdir: Path) -> None:
   differing = [name for name in known if not (same if name == "statistics" else operator.eq)(saved[name], now[name])]
   if differing:
     changes = "; ".join(f"{name} {describe(saved[name])} → {describe(now[name])}" for name in differing)
-    raise ValueError(
-      f"workdir {workdir}: its run had another {' and '.join(differing)}, got {changes} (before → now), expected the "
-      "same under any path; pass the base (config.init_from), tokenizers and data it began with, or a new --workdir."
+    raise refuse(
+      f"workdir {workdir}: its run had another {' and '.join(differing)}",
+      f"{changes} (before → now)",
+      "the same under any path",
+      "pass the base (config.init_from), tokenizers and data it began with, or a new --workdir",
     )
 
 

@@ -23,6 +23,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
+from semanticvla_jax.errors import refuse
+
 AXES = ("replica", "data", "fsdp", "tensor")
 ROWS = AXES[:3]  # the examples of a batch lie over these
 # Logical axes of activations (nn.with_logical_constraint in the models) → mesh axes.
@@ -73,9 +75,11 @@ def mesh_shape(sizes: Any, devices: int) -> dict[str, int]:
     known = -math.prod(shape)
     shape[shape.index(-1)] = max(1, devices // known)
   if math.prod(shape) != devices or min(shape) < 1:
-    raise ValueError(
-      f"mesh: got {dict(zip(AXES, shape))} for {devices} devices, expected sizes that multiply to {devices}; set "
-      "config.mesh (one size may be -1)."
+    raise refuse(
+      "mesh",
+      f"{dict(zip(AXES, shape))} for {devices} devices",
+      f"sizes that multiply to {devices}",
+      "set config.mesh (one size may be -1)",
     )
   return dict(zip(AXES, shape))
 
@@ -90,9 +94,11 @@ def make_mesh(sizes: Any, devices: list | None = None) -> Mesh:
   shape = mesh_shape(sizes, len(devices))
   slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
   if shape["replica"] % slices:
-    raise ValueError(
-      f"mesh: got replica {shape['replica']} on {slices} slices, expected a multiple of {slices}, so that only "
-      f"gradients cross from slice to slice; set config.mesh.replica={slices}."
+    raise refuse(
+      "mesh",
+      f"replica {shape['replica']} on {slices} slices",
+      f"a multiple of {slices}, so that only gradients cross from slice to slice",
+      f"set config.mesh.replica={slices}",
     )
   inside = (shape["replica"] // slices, *(shape[axis] for axis in AXES[1:]))
   if slices > 1:
@@ -150,9 +156,11 @@ def _override(pattern: str, names: tuple, path: str, shape: tuple[int, ...], mes
   known = [name for name in names if name is not None]
   fits = len(names) == len(shape) and len(set(known)) == len(known) and set(known) <= set(AXES)
   if not fits or any(size % mesh.shape[name] for size, name in zip(shape, names) if name):
-    raise ValueError(
-      f"config.mesh.overrides: got {pattern!r} → {names} for {path} of shape {shape}, expected for each axis None or a "
-      f"name of {AXES} that divides it (sizes now: {dict(mesh.shape)}), none twice; change the override or the mesh."
+    raise refuse(
+      "config.mesh.overrides",
+      f"{pattern!r} → {names} for {path} of shape {shape}",
+      f"for each axis None or a name of {AXES} that divides it (sizes now: {dict(mesh.shape)}), none twice",
+      "change the override or the mesh",
     )
   return _spec(names)
 
@@ -181,9 +189,11 @@ def check(params: Any, mesh: Mesh | AbstractMesh, rule: Rule = DEFAULT_RULE) -> 
   shapes = {path: tuple(x.shape) for path, x in flatten_dict(params, sep="/").items()}
   for pattern, _ in rule.overrides:
     if not any(_matches(pattern, path) for path in shapes):
-      raise ValueError(
-        f"config.mesh.overrides: got {pattern!r}, which matches no parameter, expected a regular expression over whole "
-        f"paths such as {next(iter(shapes))!r}; see the names with --explain."
+      raise refuse(
+        "config.mesh.overrides",
+        f"{pattern!r}, which matches no parameter",
+        f"a regular expression over whole paths such as {next(iter(shapes))!r}",
+        "see the names with --explain",
       )
   n = mesh.shape["tensor"]
   whole = [path for path, s in shapes.items() for pattern, at in TENSOR if _matches(pattern, path) and s[at] % n]
@@ -223,9 +233,11 @@ def check_rows(size: int, n: int, turns: int = 1) -> None:
   """Raises ValueError unless `size` examples divide over `n` devices and the turns of config.optim.accumulate."""
   if turns < 1 or size % (n * turns):
     more = "" if turns == 1 else f" times the {turns} turns of config.optim.accumulate"
-    raise ValueError(
-      f"batch: got {size} examples, expected a multiple of the {n} devices that share them (mesh replica × data × "
-      f"fsdp){more}; change config.data.batch_size."
+    raise refuse(
+      "batch",
+      f"{size} examples",
+      f"a multiple of the {n} devices that share them (mesh replica × data × fsdp){more}",
+      "change config.data.batch_size",
     )
 
 

@@ -86,7 +86,7 @@ def test_normalization_is_that_of_the_released_data(case):
 
 
 def test_bad_arguments():
-  with pytest.raises(ValueError, match=r"got 'fulll@7b', expected MODE@VARIANT"):
+  with pytest.raises(ValueError, match=r"got 'fulll@7b'; expected MODE@VARIANT"):
     load("libero:fulll", "7b")
   with pytest.raises(ValueError, match="VARIANT one of"):
     load("libero:full", "13b")

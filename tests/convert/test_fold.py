@@ -135,7 +135,7 @@ def test_policies_that_cannot_be_folded(policy, tmp_path):
   with pytest.raises(ValueError, match="adapters and no `lora`"):
     fold.fold(policy)
   (policy / "config.json").write_text(json.dumps(config | {"lora": RELEASE | {"rank": 8}}))
-  with pytest.raises(ValueError, match="rank 4, expected 8"):
+  with pytest.raises(ValueError, match="rank 4; expected 8"):
     fold.fold(policy)
   (policy / "config.json").write_text(json.dumps(config))
   (policy / "metadata.json").write_text(json.dumps(metadata | {"params_sha256": "0" * 64}))

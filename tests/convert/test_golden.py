@@ -103,7 +103,7 @@ def test_a_broken_folder_says_what_is_wrong(name, edit, message, tmp_path):
   ("content", "message"),
   [
     (None, "No such file"),
-    ("{}", r"got .* without 'action_head' \(keys \[\]\), expected the layout of full_size_keys.json"),
+    ("{}", r"got .* without 'action_head' \(keys \[\]\); expected the layout of full_size_keys.json"),
     ('{"base_hf_state_dict": {}}', "without 'action_head'"),
   ],
 )

@@ -114,7 +114,7 @@ def test_recipes_by_name():
   assert datasets.spec("aloha_scoop") is datasets.ALOHA
   assert datasets.spec("bridge_orig").chunk == 5
   assert datasets.spec("tabletop_pick").proprio_dim == 8
-  with pytest.raises(ValueError, match="No spec for dataset 'droid'"):
+  with pytest.raises(ValueError, match="without a spec: got 'droid'"):
     datasets.spec("droid")
 
 

@@ -11,7 +11,7 @@ from semanticvla_jax.evaluate.benchmarks import BENCHMARKS, of_suites
   "words, got, nearest",
   [
     ("libero_objct", "libero_objct", "'libero_object'"),
-    ("object", "object", r"'libero_object'\?$"),
+    ("object", "object", r"'libero_object'\?\)\.$"),
     ("pick,plcae", "plcae", "'place'"),
     ("goals", "goals", "'goal'"),
     ("xyz", "xyz", "'"),
@@ -24,7 +24,7 @@ def test_a_suite_that_does_not_exist_is_refused_with_the_nearest_of_all_benchmar
 ):
   monkeypatch.chdir(tmp_path)
   known = ", ".join(suite for benchmark in BENCHMARKS.values() for suite in benchmark.suites)
-  message = f"--suite: got '{got}'; expected one of {known}; did you mean {nearest}"
+  message = f"--suite: got '{got}'; expected one of {known}; choose one of them .did you mean {nearest}"
   with pytest.raises(SystemExit, match=message) as ended:
     main(["--policy=nowhere", f"--suite={words}"])
   assert "\n" not in ended.value.code and not [*tmp_path.iterdir()]
@@ -60,7 +60,7 @@ def test_the_help_lists_the_subcommands_and_the_flags_of_all_benchmarks(capsys):
 
 
 def test_a_misspelt_subcommand_names_the_nearest():
-  with pytest.raises(ValueError, match="got 'comprae'; expected one of run, compare, doctor; did you mean 'compare'"):
+  with pytest.raises(ValueError, match="got 'comprae'; expected one of run, compare, doctor; .*did you mean 'compare'"):
     main(["comprae", "a", "b"])
 
 

@@ -156,7 +156,7 @@ def test_what_was_measured_otherwise_is_refused_with_its_fields(tmp_path):
     ({"split": "unseen"}, "split: heldout against unseen"),
     ({"policy": {"policy_hash": "q"}}, "policy.policy_hash: p against q"),
   ):
-    with pytest.raises(ValueError, match=f"(?s)measured differently.*{line}.*choose another --out"):
+    with pytest.raises(ValueError, match=f"measured differently.*{line}.*choose another --out"):
       results(tmp_path).check({KEY: MARK | change}, range(4))
   elsewhere = {"policy": {"policy_hash": "p", "folder": "there"}, "sources": "b", "seeds": "0..9", "episodes": 10}
   results(tmp_path).check({KEY: MARK | elsewhere}, range(10))

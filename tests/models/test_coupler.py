@@ -16,7 +16,7 @@ def apply(coupler, states=STATES, bias=None):
 def test_groups_cover_every_dimension_of_both_robots():
   for a in (7, 14):
     assert sorted(d for _, dims in grouped(a) for d in dims) == list(range(a))
-  with pytest.raises(ValueError, match="got action_dim 8, expected a multiple of 7"):
+  with pytest.raises(ValueError, match="got action_dim 8; expected a multiple of 7"):
     grouped(8)
 
 

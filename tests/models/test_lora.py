@@ -52,7 +52,7 @@ def test_merging_twice_is_refused(params):
   merged = merge(params, 4, 8.0)
   with pytest.raises(ValueError, match="already merged"):
     merge(merged, 4, 8.0)
-  with pytest.raises(ValueError, match="has rank 4, expected 8; pass the rank"):
+  with pytest.raises(ValueError, match="got rank 4; expected 8; pass the rank"):
     merge(params, 8, 8.0)
 
 

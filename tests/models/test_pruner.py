@@ -74,7 +74,9 @@ def test_center_and_uniform_controls_are_what_they_say():
 
 
 def test_too_many_tokens_and_unknown_rule():
-  with pytest.raises(ValueError, match=r"keep 17 anchors \(patches\) of 16, expected 16 or fewer; lower model\.keep"):
+  with pytest.raises(
+    ValueError, match=r"got 17 anchors \(patches\) to keep of 16; expected 16 or fewer; lower model\.keep"
+  ):
     prune(anchors=17)
   with pytest.raises(ValueError, match=r"keep 7 cues \(instruction tokens\) of 6"):
     prune(cues=7)
@@ -98,7 +100,7 @@ def test_a_rule_of_ones_own(own_rules):
   run = jax.jit(lambda p, x: model.apply({"params": p}, x).intermediates["siglip_pruned"].kept)
   np.testing.assert_array_equal(run(params, observation), [[*range(8)]] * 4)
   del own_rules["first"]
-  with pytest.raises(ValueError, match="got anchor_rule='first', expected one of .*; set .*, or register your own"):
+  with pytest.raises(ValueError, match="got anchor_rule='first'; expected one of .*; set .*, or register your own"):
     build(TINY | dict(anchor_rule="first"))
 
 
@@ -113,16 +115,16 @@ def test_a_rule_of_ones_own(own_rules):
 )
 def test_a_rule_gives_one_number_for_each_patch(own_rules, scores, got):
   anchor_rule("bad")(scores)
-  with pytest.raises(ValueError, match=rf"rule 'bad': got scores {got}, expected numbers \[2, 16\] or \[16\]; return"):
+  with pytest.raises(ValueError, match=rf"rule 'bad': got scores {got}; expected numbers \[2, 16\] or \[16\]; return"):
     prune(anchor_rule="bad")
 
 
 def test_what_cannot_be_registered(own_rules):
   for name in ("similarity", "", 3):
-    with pytest.raises(ValueError, match="got the name .*, expected a text other than .*; choose a name of your own"):
+    with pytest.raises(ValueError, match="got the name .*; expected a text other than .*; choose a name of your own"):
       anchor_rule(name)
   for rule in (lambda similarity: similarity, "norm"):
-    with pytest.raises(ValueError, match="anchor rule 'bad': got .*, expected a function of .*; give it these four"):
+    with pytest.raises(ValueError, match="anchor rule 'bad': got .*; expected a function of .*; give it these four"):
       anchor_rule("bad")(rule)
   assert "bad" not in own_rules
 

@@ -188,7 +188,7 @@ def test_observations_that_do_not_fit(params):
     apply(images=jnp.zeros((1, 3, 32, 32, 3), jnp.uint8))
   with pytest.raises(ValueError, match="got images of 28×28 pixels, expected 32×32"):
     apply(images=jnp.zeros((1, 2, 28, 28, 3), jnp.uint8))
-  with pytest.raises(ValueError, match="the instruction has 40 tokens, the tower has 32 positions"):
+  with pytest.raises(ValueError, match="an instruction of 40 tokens; expected at most the tower's 32 positions"):
     apply(instruction=jnp.zeros((1, 40), jnp.int32), instruction_mask=jnp.ones((1, 40), bool))
   with pytest.raises(ValueError, match="got no instruction tokens"):
     apply(instruction=None, instruction_mask=None)
@@ -207,38 +207,38 @@ NO_DEPTH = {name: value for name, value in ROW["llm"].items() if name != "depth"
   ("changes", "message"),
   [
     (dict(kepe=3), "got unknown field 'kepe'.*did you mean 'keep'"),
-    (dict(variant="8b"), "got variant '8b', expected one of .*; set model.variant"),
-    (dict(variant=NO_TEXT), r"got a variant without \['text'\], expected .*; copy a row"),
+    (dict(variant="8b"), "got variant '8b'; expected one of .*; set model.variant"),
+    (dict(variant=NO_TEXT), r"got a variant without \['text'\]; expected .*; copy a row"),
     (dict(variant=ROW | dict(llm=NO_DEPTH)), r"got variant.llm without \['depth'\].*; copy a row"),
     (dict(variant=ROW | dict(llm=ROW["llm"] | dict(heads=2))), r"got variant.llm .* unknown \['heads'\].*; copy a row"),
-    (dict(variant=ROW | dict(patch=0)), "got variant.patch=0, expected a whole number from 1; copy a row"),
-    (dict(encoders=("clip",)), r"got encoders=\('clip',\), expected one or both of .*; one of them is written"),
+    (dict(variant=ROW | dict(patch=0)), "got variant.patch=0; expected a whole number from 1; copy a row"),
+    (dict(encoders=("clip",)), r"got encoders=\('clip',\); expected one or both of .*; one of them is written"),
     (dict(encoders=("siglip", "dino")), "got encoders=.*in this order; .*DINOv2's channels come first"),
-    (dict(encoders=()), r"got encoders=\(\), expected one or both"),
-    (dict(encoders="siglip"), "got encoders='siglip', expected one or both"),
-    (dict(film=("dinoo",)), r"got film=\('dinoo',\), expected some of the encoders .*; \(\) leaves FiLM out"),
-    (dict(film="dino"), "got film='dino', expected some of the encoders"),
-    (dict(encoders=("siglip",), dense_fuser=None), r"got film=\('dino',\), expected some of .* \('siglip',\)"),
-    (dict(encoders=("siglip",), film=()), "got dense_fuser='variant', expected None beside the one encoder.*; set"),
-    (dict(dense_fuser="none"), "got dense_fuser='none', expected 'variant', None or pairs .*; None "),
-    (dict(dense_fuser=(1, 2)), r"got dense_fuser=\(1, 2\), expected 'variant', None or pairs"),
-    (dict(dense_fuser=((0, 9),)), "dense fuser: got blocks .*, expected rising numbers .*; set model.dense_fuser"),
-    (dict(dino_pruner="both"), "got dino_pruner='both', expected one of .*; set model.dino_pruner"),
-    (dict(mask="bidirectional"), "got mask='bidirectional', expected one of .*; set model.mask"),
-    (dict(coupler="mlp"), "got coupler='mlp', expected one of .*; set model.coupler"),
-    (dict(action_dim=8), "got action_dim 8, expected a multiple of 7 .*; use the 'single' coupler"),
-    (dict(anchor_rule="best"), "got anchor_rule='best', expected one of .*; set model.anchor_rule"),
-    (dict(remat="some"), "got remat='some', expected one of .*; set model.remat"),
-    (dict(dtype="float8"), "got dtype='float8', expected one of .*; set model.dtype"),
-    (dict(keep=0), "got keep=0, expected a whole number from 1; set model.keep"),
-    (dict(keep=-1), "got keep=-1, expected a whole number from 1; set model.keep"),
-    (dict(keep=8.0), "got keep=8.0, expected a whole number from 1"),
-    (dict(cues=-1), "got cues=-1, expected a whole number from 0; set model.cues"),
-    (dict(num_views=0), "got num_views=0, expected a whole number from 1; set model.num_views"),
-    (dict(chunk=0), "got chunk=0, expected a whole number from 1; set model.chunk"),
-    (dict(proprio_dim=0), "got proprio_dim=0, expected a whole number from 1, or None; None leaves"),
-    (dict(temperature=0), "got temperature=0, expected a number above 0; small ones"),
-    (dict(similarity_noise=-0.1), "got similarity_noise=-0.1, expected a number from 0; set"),
+    (dict(encoders=()), r"got encoders=\(\); expected one or both"),
+    (dict(encoders="siglip"), "got encoders='siglip'; expected one or both"),
+    (dict(film=("dinoo",)), r"got film=\('dinoo',\); expected some of the encoders .*; \(\) leaves FiLM out"),
+    (dict(film="dino"), "got film='dino'; expected some of the encoders"),
+    (dict(encoders=("siglip",), dense_fuser=None), r"got film=\('dino',\); expected some of .* \('siglip',\)"),
+    (dict(encoders=("siglip",), film=()), "got dense_fuser='variant'; expected None beside the one encoder.*; set"),
+    (dict(dense_fuser="none"), "got dense_fuser='none'; expected 'variant', None or pairs .*; None "),
+    (dict(dense_fuser=(1, 2)), r"got dense_fuser=\(1, 2\); expected 'variant', None or pairs"),
+    (dict(dense_fuser=((0, 9),)), "dense fuser: got blocks .*; expected rising numbers .*; set model.dense_fuser"),
+    (dict(dino_pruner="both"), "got dino_pruner='both'; expected one of .*; set model.dino_pruner"),
+    (dict(mask="bidirectional"), "got mask='bidirectional'; expected one of .*; set model.mask"),
+    (dict(coupler="mlp"), "got coupler='mlp'; expected one of .*; set model.coupler"),
+    (dict(action_dim=8), "got action_dim 8; expected a multiple of 7 .*; use the 'single' coupler"),
+    (dict(anchor_rule="best"), "got anchor_rule='best'; expected one of .*; set model.anchor_rule"),
+    (dict(remat="some"), "got remat='some'; expected one of .*; set model.remat"),
+    (dict(dtype="float8"), "got dtype='float8'; expected one of .*; set model.dtype"),
+    (dict(keep=0), "got keep=0; expected a whole number from 1; set model.keep"),
+    (dict(keep=-1), "got keep=-1; expected a whole number from 1; set model.keep"),
+    (dict(keep=8.0), "got keep=8.0; expected a whole number from 1"),
+    (dict(cues=-1), "got cues=-1; expected a whole number from 0; set model.cues"),
+    (dict(num_views=0), "got num_views=0; expected a whole number from 1; set model.num_views"),
+    (dict(chunk=0), "got chunk=0; expected a whole number from 1; set model.chunk"),
+    (dict(proprio_dim=0), "got proprio_dim=0; expected a whole number from 1, or None; None leaves"),
+    (dict(temperature=0), "got temperature=0; expected a number above 0; small ones"),
+    (dict(similarity_noise=-0.1), "got similarity_noise=-0.1; expected a number from 0; set"),
   ],
 )
 def test_configs_that_do_not_build(changes, message):
@@ -247,5 +247,7 @@ def test_configs_that_do_not_build(changes, message):
 
 
 def test_more_patches_than_there_are():
-  with pytest.raises(ValueError, match=r"keep 65 anchors \(patches\) of 64, expected 64 or fewer; lower model.keep"):
+  with pytest.raises(
+    ValueError, match=r"got 65 anchors \(patches\) to keep of 64; expected 64 or fewer; lower model.keep"
+  ):
     random_params(build(TINY | dict(keep=65)))

@@ -19,5 +19,5 @@ def test_words_do_not_see_padding():
 
 
 def test_instruction_longer_than_the_positions():
-  with pytest.raises(ValueError, match="the instruction has 7 tokens, the tower has 6 positions; shorten"):
+  with pytest.raises(ValueError, match="an instruction of 7 tokens; expected at most the tower's 6 positions; shorten"):
     MODEL.init(jax.random.key(0), jnp.zeros((1, 7), jnp.int32), None)

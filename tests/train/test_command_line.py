@@ -36,9 +36,12 @@ def test_dashes_and_init_from(parse):
   ("arguments", "message"),
   [
     (["--config=configs/no_such.py"], r"got configs/no_such.py, which .*expected a Python file.*name one"),
-    (["--config=configs/libero.py:fulll@tiny"], "error: config argument: got 'fulll@tiny', expected MODE@VARIANT"),
-    (["--config=configs/libero.py:full@tiny", "--config.optim.lrr=1"], r'--config: got .*Did you mean "lr".* Expected'),
-    (["--config=configs/libero.py:full@tiny", "--config.optm.lr=1"], r'got .*Did you mean "optim".* Expected'),
+    (["--config=configs/libero.py:fulll@tiny"], "error: config argument: got 'fulll@tiny'; expected MODE@VARIANT"),
+    (
+      ["--config=configs/libero.py:full@tiny", "--config.optim.lrr=1"],
+      r'--config: got .*Did you mean "lr".*; expected',
+    ),
+    (["--config=configs/libero.py:full@tiny", "--config.optm.lr=1"], r'got .*Did you mean "optim".*; expected'),
   ],
 )
 def test_what_is_no_config_is_told_in_one_line(parse, arguments, message):

@@ -34,7 +34,7 @@ from semanticvla_jax.train import config_checks, explain, program
 def test_a_number_that_no_run_can_have_is_refused_by_its_field(field, value):
   config = common.get_config("tiny")
   config.update_from_flattened_dict({field: value})
-  with pytest.raises(ValueError, match=rf"config.{field}: got .*, expected an? .*; set --config.{field}="):
+  with pytest.raises(ValueError, match=rf"config.{field}: got .*; expected an? .*; set --config.{field}="):
     program.from_config(config)
   with pytest.raises(ValueError, match=f"config.{field}"):
     explain.explain(config, None)

@@ -54,7 +54,7 @@ def test_kept_statistics_are_those_of_the_dataset(data, dataset):
     np.testing.assert_array_equal(stats[NAME].proprio.q99, expected.proprio.q99)
   _, stats = source(data, {"a": other})
   np.testing.assert_array_equal(stats[NAME].proprio.q99, dataset.statistics.proprio.q99)
-  with pytest.raises(ValueError, match=rf"statistics of \['a', 'b'\] in the base, expected those of '{NAME}'"):
+  with pytest.raises(ValueError, match=rf"statistics of \['a', 'b'\] in the base; expected those of '{NAME}'"):
     source(data, {"a": one, "b": other}, keep_statistics=True)
 
 
@@ -67,7 +67,7 @@ def test_data_of_another_robot_is_refused_before_it_is_read(tmp_path):
   config = aloha.get_config("@tiny")
   _, bare = init.make_model(config)
   config.data.update(mixture="libero_object_no_noops", dir=str(tmp_path))
-  with pytest.raises(ValueError, match=r"got \(views, proprio_dim, action_dim\) \(2, 8, 7\), expected \(3, 14, 14\)"):
+  with pytest.raises(ValueError, match=r"got \(views, proprio_dim, action_dim\) \(2, 8, 7\); expected \(3, 14, 14\)"):
     inputs.rlds_source(config, bare, inputs.load_tokenizers(config, bare), np.arange(8), 0, None)
 
 
@@ -97,7 +97,7 @@ def test_jpegs_are_decoded_as_the_config_says(data, dataset):
 def test_text_of_the_pruner_at_evaluation_leaves_training_alone(data):
   one, other = (source(data, pruner_text_eval=written)[0].observation for written in (None, "prompt"))
   np.testing.assert_array_equal(one.instruction, other.instruction)
-  with pytest.raises(ValueError, match="pruner_text_eval: got 'answer', expected None"):
+  with pytest.raises(ValueError, match="pruner_text_eval: got 'answer'; expected None"):
     source(data, pruner_text_eval="answer")
 
 
@@ -113,7 +113,7 @@ def test_without_augmentation_training_sees_what_evaluation_will(data, dataset, 
 
 @pytest.mark.parametrize("augment, area", [(True, None), (True, 0.0), (False, 1.1)])
 def test_crops_that_evaluation_could_not_repeat_are_refused(data, augment, area):
-  with pytest.raises(ValueError, match=f"augment={augment}, crop_area={area}, expected a share"):
+  with pytest.raises(ValueError, match=f"augment={augment}, crop_area={area}; expected a share"):
     source(data, augment=augment, crop_area=area)
 
 

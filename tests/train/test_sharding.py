@@ -178,7 +178,7 @@ def test_explain_tells_mesh_families_and_bytes():
   assert "batch: 8, 2 a device" in text
   assert "llm/layers/attn/q_proj/lora_b" in text and " trainable " in text and " frozen " in text
   assert "gradients" in text
-  with pytest.raises(ValueError, match="got 8 examples, expected a multiple of the 16 devices"):
+  with pytest.raises(ValueError, match="got 8 examples; expected a multiple of the 16 devices"):
     explain.explain(config(fsdp=16), 16)
 
 

@@ -99,5 +99,5 @@ def test_going_on_in_the_middle_is_exact_with_averages():
 def test_a_batch_divides_over_devices_and_turns():
   sharding.check_rows(16, 4, 2)
   for size, n, turns in ((16, 4, 8), (16, 4, 0)):
-    with pytest.raises(ValueError, match=f"got 16 examples, expected a multiple of the 4 .* {turns} turns"):
+    with pytest.raises(ValueError, match=f"got 16 examples; expected a multiple of the 4 .* {turns} turns"):
       sharding.check_rows(size, n, turns)

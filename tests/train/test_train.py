@@ -89,7 +89,7 @@ def test_one_device_gives_the_losses_of_eight(straight, data, tmp_path, monkeypa
 def test_a_base_whose_adapters_count_otherwise_is_refused_before_a_weight_is_read(straight, data, tmp_path):
   config = make_config(data, steps=1)
   config.init_from, config.lora.alpha = str(straight[1]), 16.0
-  with pytest.raises(ValueError, match=r"trained for other settings(.|\n)*lora.alpha: 4.0 → 16.0"):
+  with pytest.raises(ValueError, match=r"trained for other settings: got .*lora.alpha: 4.0 → 16.0"):
     command.train(config, tmp_path)
 
 
@@ -97,7 +97,7 @@ def test_workdir_of_another_config_is_refused(straight, data):
   config = make_config(data)
   config.optim.lr = 5e-3
   before = sorted(p.name for p in (straight[0] / "checkpoints").iterdir())
-  with pytest.raises(ValueError, match=r"its run had another config, got optim.lr: 0.01 → 0.005 \(before"):
+  with pytest.raises(ValueError, match=r"its run had another config: got optim.lr: 0.01 → 0.005 \(before"):
     command.train(config, straight[0])
   assert sorted(p.name for p in (straight[0] / "checkpoints").iterdir()) == before
 
@@ -150,11 +150,11 @@ def test_a_run_goes_on_with_its_base_data_and_tokenizers(caplog):
   saved = {"config": {}, "base": ["ab"], "tokenizers": "cd", "statistics": stats}
   rounded = {"tabletop": {"action": {"mean": [0.1 + 1e-8, 0.2], "mask": [True, False]}, "num_transitions": 100}}
   resume.check_origin(saved, saved | {"statistics": rounded}, run)
-  with pytest.raises(ValueError, match=r"workdir run: its run had another base, got base \['ab'\] → \['ef'\]"):
+  with pytest.raises(ValueError, match=r"workdir run: its run had another base: got base \['ab'\] → \['ef'\]"):
     resume.check_origin(saved, saved | {"base": ["ef"]}, run)
   more = {"tabletop": stats["tabletop"] | {"num_transitions": 120}}
   data = {"data": {"tabletop": "01"}}
-  with pytest.raises(ValueError, match=r"another data, got data \{'tabletop': '01'\} → \{'tabletop': '02'\}"):
+  with pytest.raises(ValueError, match=r"another data: got data \{'tabletop': '01'\} → \{'tabletop': '02'\}"):
     resume.check_origin(saved | data, saved | {"data": {"tabletop": "02"}}, run)
   with pytest.raises(ValueError, match=r"got statistics tabletop \(100 frames\) → tabletop \(120 frames\)"):
     resume.check_origin(saved, saved | {"statistics": more}, run)
@@ -222,7 +222,7 @@ def test_nan_stops_with_step_and_family(data, tmp_path):
 def test_tokenizers_of_another_model_are_refused(data):
   config = make_config(data)
   _, bare = command.init.make_model(common.get_config("7b"))
-  with pytest.raises(ValueError, match="got 499 pieces, expected nearly 32064.*tokenizer.model"):
+  with pytest.raises(ValueError, match="got 499 pieces; expected nearly 32064.*tokenizer.model"):
     inputs.load_tokenizers(config, bare)
 
 

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from semanticvla_jax.convert.check.golden.fixtures import read_json
 from semanticvla_jax.convert.check.golden.whole import OFT, OPENVLA
 from semanticvla_jax.convert.rules import engine, semanticvla
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.lora import ALL_LINEAR_TARGETS, RELEASE_TARGETS, LoRA
 from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_observation
 
@@ -32,9 +33,11 @@ def verify(path: str | Path) -> list[str]:
     else:
       reports, notes = list(_oft(keys)), []
   except KeyError as error:
-    raise ValueError(
-      f"verify-golden: got {path} without {error} (keys {sorted(keys)[:12]}), expected the layout of "
-      "full_size_keys.json or full_size_keys_oft.json; copy the file whole."
+    raise refuse(
+      "verify-golden",
+      f"{path} without {error} (keys {sorted(keys)[:12]})",
+      "the layout of full_size_keys.json or full_size_keys_oft.json",
+      "copy the file whole",
     ) from error
   return [line for report in reports for line in _lines(*report)] + notes
 
@@ -66,9 +69,11 @@ def _rank(shapes: Mapping[str, Any]) -> int:
   """The rank of a file's adapters."""
   ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key}
   if len(ranks) != 1:
-    raise ValueError(
-      f"verify-golden: got adapters of ranks {sorted(ranks)}, expected one rank in lora_A of every adapted layer; copy "
-      "the file whole."
+    raise refuse(
+      "verify-golden",
+      f"adapters of ranks {sorted(ranks)}",
+      "one rank in lora_A of every adapted layer",
+      "copy the file whole",
     )
   return ranks.pop()
 

@@ -116,7 +116,5 @@ def load_state(module: Any, state: State, what: str) -> None:
     )
   if wrong := [key for key, x in own.items() if x.shape != state[key].shape]:
     key = wrong[0]
-    raise ValueError(
-      f"{what}: got {key} {tuple(state[key].shape)}, expected {tuple(own[key].shape)}; verify a policy of this source."
-    )
+    raise refuse(what, f"{key} {tuple(state[key].shape)}", tuple(own[key].shape), "verify a policy of this source")
   module.load_state_dict({key: state[key] for key in own})

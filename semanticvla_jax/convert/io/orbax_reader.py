@@ -114,9 +114,11 @@ class PolicyFolder:
       digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
     got, wanted = digest.hexdigest(), self.metadata["params_sha256"]
     if got != wanted:
-      raise ValueError(
-        f"Policy {self.folder} is not what was saved: got parameters of hash {got[:12]}…, expected {wanted[:12]}… "
-        "(metadata.json); copy the folder again from where it was made."
+      raise refuse(
+        f"Policy {self.folder} is not what was saved",
+        f"parameters of hash {got[:12]}…",
+        f"{wanted[:12]}… (metadata.json)",
+        "copy the folder again from where it was made",
       )
 
 

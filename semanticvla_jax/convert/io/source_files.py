@@ -60,7 +60,7 @@ def _collect(path: Path, found: Found) -> None:
     _sort_file(path, found)
     return
   if (path / "metadata.json").exists() and (path / "params").exists():
-    raise ValueError(f"Source {path} is a policy folder already: expected a PyTorch checkpoint; load it as it is.")
+    raise refuse("Source", f"{path}, which is a policy folder already", "a PyTorch checkpoint", "load it as it is")
   names = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
   found.ignored += [p for p in names if _TRAINING.fullmatch(p.name)]
   names = [p for p in names if p not in found.ignored]

@@ -140,10 +140,13 @@ def _check_types(path: Path, header: dict) -> None:
 
 
 def _unread(path: Path, name: str, dtype: str) -> UnreadType:
-  return UnreadType(
-    f"{path} has a tensor of a type that is not read: got {name} of {dtype}; expected one of {', '.join(DTYPES)} in "
-    "every tensor; the file may be whole: pass the weights before they were quantised or packed."
+  refusal = refuse(
+    f"{path} has a tensor of a type that is not read",
+    f"{name} of {dtype}",
+    f"one of {', '.join(DTYPES)} in every tensor",
+    "the file may be whole: pass the weights before they were quantised or packed",
   )
+  return UnreadType(str(refusal))
 
 
 def _check_header(path: Path, fields: list[tuple], room: int) -> None:
@@ -180,7 +183,12 @@ def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) ->
     count = math.prod(shape)
     values = direct_io.read(path, offset, count * dtype.itemsize)
     if values.nbytes != count * dtype.itemsize:
-      raise ValueError(f"{path} became shorter: got {values.nbytes:,} bytes of a tensor; expected {count:,} numbers.")
+      raise refuse(
+        f"{path} became shorter",
+        f"{values.nbytes:,} bytes of a tensor",
+        f"{count:,} numbers",
+        "copy the file again",
+      )
     return values.view(dtype).reshape(shape)
 
   return read

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from semanticvla_jax.convert.check.golden import fixtures, parts, whole
+from semanticvla_jax.errors import refuse
 
 TOLERANCE = 5e-5
 
@@ -40,25 +41,26 @@ def verify(folder: str | Path) -> list[Row]:
   """
   folder = Path(folder)
   if not (folder / "config.json").exists():
-    raise ValueError(
-      f"verify-golden: got {folder}, expected a folder with config.json (or a *_keys*.json file); check the path."
-    )
+    raise refuse("verify-golden", folder, "a folder with config.json (or a *_keys*.json file)", "check the path")
   config = fixtures.read_json(folder / "config.json")
   kind = _kind(config)
   try:
     with jax.default_matmul_precision("highest"):
       rows = [Row(name, _error(ours, theirs)) for name, ours, theirs in KINDS[kind](folder, config)]
   except KeyError as error:
-    raise ValueError(
-      f"verify-golden: got no {error} in {folder}, expected what a folder of kind {kind!r} holds; complete config.json "
-      "or the tensors."
+    raise refuse(
+      "verify-golden",
+      f"no {error} in {folder}",
+      f"what a folder of kind {kind!r} holds",
+      "complete config.json or the tensors",
     ) from error
   missed = _stored_outputs(folder, kind) - {row.name for row in rows}
   if missed or not rows:
-    raise ValueError(
-      f"verify-golden: got {len(missed)} stored outputs in {folder} that nothing was compared with "
-      f"({sorted(missed)[:8]}), expected names of a folder of kind {kind!r}; rename them, or let "
-      "convert/check/golden compute them."
+    raise refuse(
+      "verify-golden",
+      f"{len(missed)} stored outputs in {folder} that nothing was compared with ({sorted(missed)[:8]})",
+      f"names of a folder of kind {kind!r}",
+      "rename them, or let convert/check/golden compute them",
     )
   return rows
 
@@ -76,9 +78,11 @@ def _kind(config: dict) -> str:
     return "dense_fuser" if "pairs" in config.get("config", {}) else "id_pruner"
   if "constants" in config:
     return "full"
-  raise ValueError(
-    f"verify-golden: got config.json with keys {sorted(config)}, expected one that identifies the folder (parts, "
-    "adapter_keys, sources, cases or constants); compare a folder of the reference's."
+  raise refuse(
+    "verify-golden",
+    f"config.json with keys {sorted(config)}",
+    "one that identifies the folder (parts, adapter_keys, sources, cases or constants)",
+    "compare a folder of the reference's",
   )
 
 

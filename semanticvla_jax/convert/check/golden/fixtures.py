@@ -56,9 +56,11 @@ def ids_of(config: dict) -> Ids:
 def expect(what: str, got: Any, expected: Any) -> None:
   """Raises ValueError for a value of config.json that this model has no field for."""
   if got != expected:
-    raise ValueError(
-      f"verify-golden: got {what} = {got!r} in config.json, expected {expected!r}, which is built into this model; "
-      "compare a folder that was made with it."
+    raise refuse(
+      "verify-golden",
+      f"{what} = {got!r} in config.json",
+      f"{expected!r}, which is built into this model",
+      "compare a folder that was made with it",
     )
 
 
@@ -68,11 +70,11 @@ def read_json(path: str | Path) -> dict:
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
-    raise ValueError(f"verify-golden: got {path} ({error.strerror}), expected a JSON file; check the path.") from None
+    raise refuse("verify-golden", f"{path} ({error.strerror})", "a JSON file", "check the path") from None
   except ValueError as error:
     raise refuse("verify-golden", f"{path}, which is not JSON ({error})", "an object", "copy it again") from None
   if not isinstance(found, dict):
-    raise ValueError(f"verify-golden: got a {type(found).__name__} in {path}, expected an object; copy it again.")
+    raise refuse("verify-golden", f"a {type(found).__name__} in {path}", "an object", "copy it again")
   return found
 
 
@@ -198,9 +200,11 @@ def encoder_fields(switches: dict, sizes: dict, fuses: bool) -> dict:
     kept.add(_count(sampler, "vision_topk", sizes, "vision_topk"))
     fields |= dict(cues=_count(sampler, "text_topk", sizes, "text_topk"), temperature=sampler.get("temp", 1.0))
   if len(kept) > 1:
-    raise ValueError(
-      f"verify-golden: got {sorted(kept)} queries and kept patches in config.json, expected as many of each (they are "
-      "fused one by one); compare a folder where they agree."
+    raise refuse(
+      "verify-golden",
+      f"{sorted(kept)} queries and kept patches in config.json",
+      "as many of each (they are fused one by one)",
+      "compare a folder where they agree",
     )
   return fields | ({"keep": kept.pop()} if kept else {})
 

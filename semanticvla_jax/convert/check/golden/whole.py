@@ -30,6 +30,7 @@ from semanticvla_jax.convert.check.golden.fixtures import (
 )
 from semanticvla_jax.convert.rules import engine, semanticvla
 from semanticvla_jax.data import statistics
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.coupler import BINS, actions_to_tokens, tokens_to_actions
 from semanticvla_jax.models.lora import LoRA, merge
 from semanticvla_jax.models.semanticvla import STOP, SemanticVLA, build, dummy_observation
@@ -75,8 +76,11 @@ def _model(config: dict, weights: dict, inputs: dict, outputs: dict, **fields) -
   """The model that a whole-model folder describes; widths of actions and proprioception come from its tensors."""
   case = next((case for case in _cases(outputs) if case.startswith("predict")), None)
   if case is None:
-    raise ValueError(
-      "verify-golden: got outputs without a case predict0, predict1, …, expected one; its actions give chunk and width."
+    raise refuse(
+      "verify-golden",
+      "outputs without a case predict0, predict1, …",
+      "one, whose actions give chunk and width",
+      "compare a folder that has it",
     )
   proprio = inputs.get(f"{case}.proprio")
   own = dict(num_views=config["config"]["num_images"], proprio_dim=None if proprio is None else proprio.shape[-1])
@@ -248,9 +252,7 @@ def _adapted_source(folder: Path) -> dict[str, Any]:
   """The files of a fine-tuning checkpoint; all carry the number of the same step."""
   vision = sorted(folder.glob("vision_backbone--*"))
   if len(vision) != 1:
-    raise ValueError(
-      f"verify-golden: got {len(vision)} files vision_backbone--* in {folder}, expected one; copy the folder whole."
-    )
+    raise refuse("verify-golden", f"{len(vision)} files vision_backbone--* in {folder}", "one", "copy the folder whole")
   step = vision[0].name.removeprefix("vision_backbone--")
   names = ("base_hf.safetensors", f"non_lora_trainables--{step}", "lora_adapter/adapter_model.safetensors")
   source = load(folder, *names, vision[0].name)
