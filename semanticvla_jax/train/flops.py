@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -49,34 +50,45 @@ def count(function: Callable, *args: Any) -> int:
   Args:
     function: what to count. args: arrays or ShapeDtypeStructs; nothing is computed.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+  return sum(by_scope(function, *args).values())
 
 
-def _count(jaxpr: Jaxpr) -> int:
+def by_scope(function: Callable, *args: Any) -> dict[str, int]:
+  """`count`, split by where in the modules each operation is: {"/SemanticVLA/llm/layers/mlp/up_proj": …, …}.
+
+  The names are jax's name scopes, which flax's modules open: the path of a module, with the methods on the way to it;
+  of a gradient they are inside "jvp(…)" and "transpose(…)". The values add up to `count`.
+  """
+  return dict(_count(jax.make_jaxpr(function)(*args).jaxpr, ""))
+
+
+def _count(jaxpr: Jaxpr, scope: str) -> Counter[str]:
   # Backwards, keeping the set of values that an output still needs: what only feeds dropped outputs (an auxiliary
   # result, the primal of a gradient) is removed by the compiler too, and would otherwise be counted.
-  needed, total = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, 0
+  needed, total = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, Counter()
   for equation in reversed(jaxpr.eqns):
     if not needed.intersection(equation.outvars) and not equation.effects:
       continue
     needed.update(v for v in equation.invars if not isinstance(v, Literal))
-    total += _operations(equation)
+    total.update(_operations(equation, f"{scope}/{equation.source_info.name_stack}"))
   return total
 
 
-def _operations(equation: Any) -> int:
+def _operations(equation: Any, scope: str) -> Counter[str]:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
     left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+    return Counter({scope: 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)})
   if name == "conv_general_dilated":
     kernel, out_axis = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(np.delete(kernel, out_axis).tolist())
-  inner = [_count(part) for value in params.values() for part in _jaxprs(value)]
+    positions = math.prod(np.delete(kernel, out_axis).tolist())
+    return Counter({scope: 2 * math.prod(equation.outvars[0].aval.shape) * positions})
+  inner = [_count(part, scope) for value in params.values() for part in _jaxprs(value)]
   if name == "cond":
-    return max(inner)  # only one branch runs
-  return sum(inner) * (params["length"] if name == "scan" else 1)
+    return max(inner, key=Counter.total)  # only one branch runs
+  times = params["length"] if name == "scan" else 1
+  return Counter({where: times * n for where, n in sum(inner, Counter()).items()})
 
 
 def _jaxprs(value: Any) -> list[Jaxpr]:
