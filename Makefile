@@ -59,7 +59,7 @@ picture: $(VENV)/.main  ## the picture of the README: one episode of the shipped
 	cp runs/picture/place_looks_first_step.png docs/looks.png
 
 bench: $(VENV)/.main  ## speed on this machine, each figure with its peer
-	$(PY) -m semanticvla_jax.benchmark evaluation
+	$(PY) -m semanticvla_jax.benchmark evaluate
 
 DEMONSTRATIONS ?= ../shared/libero/demonstrations
 bench-sim: $(VENV)/.sim  ## LIBERO episodes a minute, two simulators against one (DEMONSTRATIONS=…)

@@ -52,6 +52,7 @@ FORBIDDEN = {  # third-party packages that must not be imported when the module 
   "data": {"torch"},
   "exported": {"flax", "orbax", "tensorflow", "tensorflow_datasets", "torch"},
   "train": {"torch"},
+  "benchmark": {"tensorflow", "tensorflow_datasets", "ml_collections", "torch", "transformers"},
 }
 COMMANDS_OF_TRAINING = {"train/__main__.py", "train/preflight.py"}  # which look a config's benchmark up in a table
 FILES = sorted(ROOT.rglob("*.py"))

@@ -1,63 +1,216 @@
-"""Measures speed on the machine at hand; every figure comes with its peer, measured in the same run.
+"""Measures speed on the machine at hand, each figure with what it is held against, measured in the same run.
 
-    python -m semanticvla_jax.benchmark evaluation --policy=checkpoints/tabletop_small
+    python -m semanticvla_jax.benchmark latency --row=full --size=mid --peer=eager,compile --out=runs/bench/latency.json
 
-evaluation: closed-loop episodes a second on the device against a Python loop over the same policy and environment.
-simulators: episodes a second in the LIBERO simulator, two workers against one (needs make sim, assets, demonstrations).
+Every verb prints its figures as they come; --out=FILE writes them as JSON with a record of how they were made.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import logging
-import sys
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from semanticvla_jax import cli
-from semanticvla_jax.benchmark import evaluation, simulators
-from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
+from semanticvla_jax.benchmark import rows
+from semanticvla_jax.benchmark.record import Result
+from semanticvla_jax.errors import refuse
+
+PROG = "python -m semanticvla_jax.benchmark"
+VERBS = {
+  "flops": "FLOPs of the paper's rows by part of the model, beside the paper's figures; computes nothing",
+  "latency": "a policy's call in layers, its roofline, and the same architecture in PyTorch",
+  "train": "examples a second, MFU, memory and the parts of a LoRA step; SemanticVLA against OpenVLA-OFT",
+  "data": "examples a second of the input pipeline against what a training step needs",
+  "evaluate": "closed-loop episodes a second on the device and in a Python loop",
+  "simulators": "LIBERO episodes a second with several simulators and with one",
+  "convert": "conversion of a random checkpoint of openvla-7b's layout against a plain copy",
+  "compare": "two results side by side; refused where they were not measured alike",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+PEERS = ("eager", "compile")
+
+
+def _list(words: str) -> list[str]:
+  return [word.strip() for word in words.split(",") if word.strip()]
+
+
+def _counts(words: str) -> list[int]:
+  found = [int(word) if word.isdecimal() else 0 for word in _list(words)]
+  if not found or min(found) < 1:
+    raise argparse.ArgumentTypeError(f"got {words!r}; expected whole numbers from 1, such as 1,2,4")
+  return found
+
+
+def _count(word: str) -> int:
+  (found,) = _counts(word) if "," not in word else (0,)
+  return found
+
+
+def _peers(words: str) -> list[str]:
+  found = _list(words)
+  if unknown := [word for word in found if word not in PEERS]:
+    raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; expected some of {', '.join(PEERS)}")
+  return found
+
+
+def _model_flags(parser: argparse.ArgumentParser, row: str, size: str, dtype: str | None) -> None:
+  parser.add_argument("--row", type=_list, default=_list(row), help=f"rows of rows.ROWS, with commas (default: {row})")
+  parser.add_argument("--size", default=size, help=f"one of {', '.join(rows.SIZES)} (default: {size})")
+  parser.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"type to compute in (default: {dtype})")
+  parser.add_argument("--prompt", type=_count, default=32, help="length of the prompt in tokens (default: 32)")
+  parser.add_argument("--seed", type=int, default=0, help="of random weights and inputs (default: 0)")
+  parser.add_argument(
+    "--peer",
+    type=_peers,
+    nargs="?",
+    const=["eager"],
+    default=[],
+    help="also time the same architecture in PyTorch: eager, compile or both (needs requirements-parity.txt)",
+  )
+
+
+def _flops(parser: argparse.ArgumentParser) -> None:
+  tables = [name for table in rows.TABLES.values() for name in table]
+  every = list(dict.fromkeys(tables))
+  parser.add_argument("--row", type=_list, default=every, help="rows of rows.ROWS, with commas (default: all)")
+  parser.add_argument("--size", default="7b", help=f"one of {', '.join(rows.SIZES)} (default: 7b)")
+  parser.add_argument("--prompt", type=_count, default=32, help="length of the prompt in tokens (default: 32)")
+
+
+def _latency(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--policy", help="policy folder to time, instead of rows with random weights")
+  _model_flags(parser, "full", "mid", None)
+  parser.add_argument("--batch", type=_counts, default=[1], help="batch sizes, with commas (default: 1)")
+  parser.add_argument("--calls", type=_count, default=200, help="timed calls of each layer (default: 200)")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+  _model_flags(parser, "full", "mid", "float32")
+  parser.add_argument("--batch", type=_count, default=8, help="examples a step (default: 8)")
+  parser.add_argument("--calls", type=_count, default=10, help="timed steps (default: 10)")
+  parser.add_argument("--remat", choices=("none", "full", "dots"), help="what the backward pass computes again")
+  parser.add_argument("--compare", action="store_true", help="SemanticVLA (full) and OpenVLA-OFT, and their ratio")
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--image-size", type=_count, default=224, help="pixels of a side (default: 224)")
+  parser.add_argument("--batch", type=_count, default=32, help="examples a batch (default: 32)")
+  parser.add_argument("--calls", type=_count, default=20, help="timed batches (default: 20)")
+  parser.add_argument("--step", help="result of the verb train to hold the rate against (a file of --out)")
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+  folder = cli.in_repository("checkpoints/tabletop_small")
+  parser.add_argument("--policy", default=folder, help="policy folder (default: checkpoints/tabletop_small)")
+  parser.add_argument("--suite", default="place", help="suite of the tabletop (default: place)")
+  parser.add_argument("--batch", type=_count, default=64, help="episodes per batch on the device (default: 64)")
+  parser.add_argument("--host-episodes", type=_count, default=16, help="episodes in the Python loop (default: 16)")
+
+
+def _simulators(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--recorded", required=True, metavar="DIR", help="folder of HDF5 demonstrations to replay")
+  parser.add_argument("--suite", default="libero_object", help="suite of LIBERO (default: libero_object)")
+  parser.add_argument("--task", type=int, default=0, help="number of the task (default: 0)")
+  parser.add_argument("--trials", type=_count, default=8, help="number of episodes (default: 8)")
+  parser.add_argument("--workers", type=_count, default=2, help="number of simulators at once (default: 2)")
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("folder", help="where the checkpoint and its conversions go; kept for the next time")
+  parser.add_argument("--layers", type=_count, default=32, help="of the language model; 32 is openvla-7b (default)")
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("results", nargs=2, metavar="FILE", help="two files that a verb wrote with --out")
+  parser.add_argument("--across-devices", action="store_true", help="compares results of different devices and CPUs")
+  parser.add_argument("--across", type=_list, default=[], metavar="FIELDS", help="parts of the record that may differ")
+
+
+FLAGS = {name: globals()[f"_{name}"] for name in VERBS}
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-  parser = cli.ArgumentParser("python -m semanticvla_jax.benchmark", __doc__)
-  verbs = parser.add_subparsers(dest="verb", required=True)
-  verb = verbs.add_parser("evaluation", help="episodes a second on the device and in a Python loop")
-  verb.add_argument(
-    "--policy",
-    type=Path,
-    default=cli.in_repository("checkpoints/tabletop_small"),
-    help="policy folder (default: checkpoints/tabletop_small)",
-  )
-  verb.add_argument("--suite", default="place", help="suite of the tabletop (default: place)")
-  verb.add_argument("--batch", type=int, default=64, help="number of episodes per batch on the device (default: 64)")
-  verb.add_argument("--host-episodes", type=int, default=16, help="number of episodes in the Python loop (default: 16)")
-  verb = verbs.add_parser("simulators", help="LIBERO episodes a second with several simulators and with one")
-  verb.add_argument("--recorded", required=True, metavar="DIR", help="folder of HDF5 demonstrations to replay")
-  verb.add_argument("--suite", default="libero_object", help="suite of LIBERO (default: libero_object)")
-  verb.add_argument("--task", type=int, default=0, help="number of the task (default: 0)")
-  verb.add_argument("--trials", type=int, default=8, help="number of episodes (default: 8)")
-  verb.add_argument("--workers", type=int, default=2, help="number of simulators at once (default: 2)")
-  return parser.parse_args(argv)
+  verb, words = cli.subcommand(PROG, __doc__, VERBS, argv)
+  if not verb:
+    raise refuse(PROG, argv[0], f"a verb first: {', '.join(VERBS)}", "put the verb before its flags")
+  parser = cli.ArgumentParser(f"{PROG} {verb}", VERBS[verb])
+  FLAGS[verb](parser)
+  if verb != "compare":
+    parser.add_argument("--out", metavar="FILE", help="writes figures and the record of how they were made as JSON")
+    parser.add_argument("--smoke", action="store_true", help="smallest model and few calls: does it run?")
+  args = parser.parse_args(words)
+  args.verb = verb
+  if verb == "latency" and args.policy is None:
+    args.dtype = args.dtype or "float32"
+  return _smallest(args) if getattr(args, "smoke", False) else args
 
 
-def _measure(args: argparse.Namespace) -> dict:
-  if args.verb == "simulators":
-    return simulators.measure(args.recorded, args.suite, args.task, args.trials, (1, args.workers))
-  return evaluation.measure(args.policy, args.suite, args.batch, args.host_episodes)
+def _smallest(args: argparse.Namespace) -> argparse.Namespace:
+  """The same command with the smallest model and few calls."""
+  small = {"size": "tiny", "calls": 3, "image_size": 32, "layers": 1, "host_episodes": 2, "trials": 2}
+  for name, value in small.items():
+    if hasattr(args, name):
+      setattr(args, name, value)
+  if args.verb == "flops":
+    args.row = args.row[:3]
+  if args.verb == "evaluate":
+    args.batch = 4
+  return args
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+  """What of the command line the figures depend on."""
+  left_out = ("verb", "out", "results", "across", "across_devices", "step")
+  return {name: value for name, value in vars(args).items() if name not in left_out}
+
+
+def run(args: argparse.Namespace) -> Mapping[str, Any]:
+  """Runs a verb: measures, prints, writes; returns the result as JSON values. Each verb's module is imported here."""
+  module = importlib.import_module(f"semanticvla_jax.benchmark.{args.verb}")
+  if args.verb == "compare":
+    across = (*args.across, *(module.DEVICES if args.across_devices else ()))
+    return module.compare(args.results, across, print)
+  result = Result(args.verb, _settings(args))
+  MEASURE[args.verb](module, result, args)
+  if args.out is not None:
+    result.write(args.out)
+    print(f"wrote {args.out}")
+  return result.to_json()
+
+
+def _measure_latency(module: Any, result: Result, args: argparse.Namespace) -> None:
+  names = (*module.Settings._fields,)
+  given = vars(args) | {"rows": args.row, "batches": args.batch}
+  module.measure(result, module.Settings(**{name: given[name] for name in names}))
+
+
+def _measure_train(module: Any, result: Result, args: argparse.Namespace) -> None:
+  given = vars(args) | {"rows": ["full", "oft"] if args.compare else args.row}
+  module.measure(result, module.Settings(**{name: given[name] for name in module.Settings._fields}))
+
+
+MEASURE: dict[str, Callable] = {
+  "flops": lambda module, result, args: module.measure(result, args.row, args.size, args.prompt),
+  "latency": _measure_latency,
+  "train": _measure_train,
+  "data": lambda module, result, args: module.measure(result, args.image_size, args.batch, args.calls, args.step),
+  "evaluate": lambda module, result, args: module.measure(
+    result, args.policy, args.suite, args.batch, args.host_episodes
+  ),
+  "simulators": lambda module, result, args: module.measure(
+    result, args.recorded, args.suite, args.task, args.trials, (1, args.workers)
+  ),
+  "convert": lambda module, result, args: module.measure(result, args.folder, args.layers),
+}
 
 
 def main(argv: list[str]) -> None:
-  """Measures and prints a table, then the same as one line of JSON."""
+  """Runs one verb; see VERBS."""
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
-  args = _arguments(argv)
-  try:
-    found = _measure(args)
-  except (ValueError, BrokenEnvironment) as error:
-    sys.exit(f"error: {error}")
-  for name, value in found.items():
-    print(f"{name:26}{value:.2f}" if isinstance(value, float) else f"{name:26}{value}")
-  print(json.dumps(found))
+  run(_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
+from semanticvla_jax.benchmark.record import Result
 from semanticvla_jax.evaluate.rollout_pool import OnSimulators, stored_as_jpeg
 from semanticvla_jax.libero import simulator, suites
 from semanticvla_jax.libero.replay_policy import ReplayPolicy
 
 
-def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[int]) -> dict[str, Any]:
+def measure(found: Result, folder: str, suite: str, task: int, trials: int, workers: Sequence[int]) -> None:
   """Times the same episodes of one task with each number of workers, simulators started and warm.
 
   Args:
@@ -19,10 +19,8 @@ def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[i
     suite, task: of LIBERO. trials: episodes.
     workers: numbers of simulators, the first is what the others are compared with.
 
-  Returns:
-    Episodes a second of each, their ratio to the first, actions a second, and successes.
+  Adds episodes a minute of each, their ratio to the first, actions a second, and successes.
   """
-  found: dict[str, Any] = {"suite": suite, "task": task, "episodes": trials}
   seeds = [suites.EPISODES * task + trial for trial in range(trials)]
   policy, first = ReplayPolicy(folder, suite, seeds), None
   for count in workers:
@@ -40,10 +38,7 @@ def measure(folder: str, suite: str, task: int, trials: int, workers: Sequence[i
     finally:
       runner.close()
     first = rate if first is None else first
-    found |= {
-      f"{count} workers, episodes/min": 60 * rate,
-      f"{count} workers, actions/s": float(result.steps.sum()) * rate / trials,
-      f"{count} workers, ratio": rate / first,
-      f"{count} workers, succeeded": f"{result.successes} of {result.valid}",
-    }
-  return found
+    found.add(f"{count} workers", 60 * rate, "episodes/min")
+    found.add(f"{count} workers, actions", float(result.steps.sum()) * rate / trials, "actions/s")
+    found.add(f"{count} workers / {workers[0]}", rate / first, "ratio")
+    found.add(f"{count} workers, succeeded", result.successes, f"of {result.valid} episodes")

@@ -227,7 +227,7 @@ class SemanticVLA(nn.Module):
         seen[f"{name}_after_pair_{level}"] = x[name]
     for name, vit in encoders.items():
       stop, queries = vit.depth if self.vision_layer == "last" else vit.depth - 1, None
-      if self._reads_queries_alone(name) and done[name] < stop - 1 and not vit.scan:
+      if self._reads_queries_alone(name) and done[name] < stop - 1:
         # The last block runs for the queries, and once more for all tokens, which is no work where nothing reads them.
         run(name, stop - 1)
         queries = vit.tail(x[name], stop - 1, condition.get(name))

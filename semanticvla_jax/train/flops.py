@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -49,30 +50,44 @@ def count(function: Callable, *args: Any) -> int:
   Args:
     function: what to count. args: arrays or ShapeDtypeStructs; nothing is computed.
   """
-  return total(jax.make_jaxpr(function)(*args).jaxpr, operations)
+  return sum(by_scope(function, *args).values())
+
+
+def by_scope(function: Callable, *args: Any) -> dict[str, int]:
+  """`count`, split by where in the modules each operation is: {"/SemanticVLA/llm/layers/mlp/up_proj": …, …}.
+
+  The names are jax's name scopes, which flax's modules open: the path of a module, with the methods on the way to it;
+  of a gradient they are inside "jvp(…)" and "transpose(…)". The values add up to `count`.
+  """
+  return dict(_measured(jax.make_jaxpr(function)(*args).jaxpr, operations, ""))
 
 
 def total(jaxpr: Jaxpr, measure: Callable[[Any], int]) -> int:
   """`measure` of every product and convolution of a program that an output needs, loops as often as they run."""
+  return _measured(jaxpr, measure, "").total()
+
+
+def _measured(jaxpr: Jaxpr, measure: Callable[[Any], int], scope: str) -> Counter[str]:
   # Backwards, keeping the set of values that an output still needs: what only feeds dropped outputs (an auxiliary
   # result, the primal of a gradient) is removed by the compiler too, and would otherwise be counted.
-  needed, found = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, 0
+  needed, found = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, Counter()
   for equation in reversed(jaxpr.eqns):
     if not needed.intersection(equation.outvars) and not equation.effects:
       continue
     needed.update(v for v in equation.invars if not isinstance(v, Literal))
-    found += _measured(equation, measure)
+    found.update(_of_equation(equation, measure, f"{scope}/{equation.source_info.name_stack}"))
   return found
 
 
-def _measured(equation: Any, measure: Callable[[Any], int]) -> int:
+def _of_equation(equation: Any, measure: Callable[[Any], int], scope: str) -> Counter[str]:
   name, params = equation.primitive.name, equation.params
   if name in ("dot_general", "conv_general_dilated"):
-    return measure(equation)
-  inside = [total(part, measure) for part in parts(params.values())]
+    return Counter({scope: measure(equation)})
+  inside = [_measured(part, measure, scope) for part in parts(params.values())]
   if name == "cond":
-    return max(inside)  # only one branch runs
-  return sum(inside) * (params["length"] if name == "scan" else 1)
+    return max(inside, key=Counter.total)  # only one branch runs
+  times = params["length"] if name == "scan" else 1
+  return Counter({where: times * n for where, n in sum(inside, Counter()).items()})
 
 
 def operations(equation: Any) -> int:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from semanticvla_jax.benchmark.record import Result
 from semanticvla_jax.evaluate.rollout import OnDevice, OnHost
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics
 
 
-def measure(folder: Path, suite: str, batch: int, host_episodes: int, repeats: int = 3) -> dict[str, Any]:
+def measure(result: Result, folder: str, suite: str, batch: int, host_episodes: int, repeats: int = 3) -> None:
   """Times both loops on held-out episodes, compiled and warm, best of `repeats`.
 
   Args:
@@ -23,9 +22,8 @@ def measure(folder: Path, suite: str, batch: int, host_episodes: int, repeats: i
     batch: episodes run together on the device.
     host_episodes: the first of the same episodes, one after the other, through `Policy.infer`.
 
-  Returns:
-    Episodes a second of each, their ratio, the actions a second, and in how many of the shared episodes both loops
-    agree about success (all, unless rounding tips one over the edge).
+  Adds episodes a second of each, their ratio, actions a second, and in how many of the shared episodes both loops agree
+  about success (all, unless rounding tips one over the edge).
   """
   policy = Policy.load(folder, batch_sizes=(1,))
   device = OnDevice(policy, suite, batch=batch)
@@ -33,18 +31,13 @@ def measure(folder: Path, suite: str, batch: int, host_episodes: int, repeats: i
   fast, fast_result = _best(device, range(batch), repeats)
   slow, slow_result = _best(host, range(host_episodes), repeats)
   agree = fast_result.success[:host_episodes] == slow_result.success
-  return {
-    "device": jax.devices()[0].device_kind,
-    "policy": str(folder),
-    "suite": suite,
-    "batch": batch,
-    "on device, episodes/s": batch / fast,
-    "Python loop, episodes/s": host_episodes / slow,
-    "ratio": batch / fast * slow / host_episodes,
-    "on device, actions/s": int(fast_result.steps.sum()) / fast,
-    "Python loop, actions/s": int(slow_result.steps.sum()) / slow,
-    "same success": f"{int(agree.sum())} of {host_episodes}",
-  }
+  result.models["policy"] = dict(policy.config["model"])
+  result.add("on device", batch / fast, "episodes/s")
+  result.add("Python loop", host_episodes / slow, "episodes/s")
+  result.add("on device / Python loop", batch / fast * slow / host_episodes, "ratio")
+  result.add("actions on device", int(fast_result.steps.sum()) / fast, "actions/s")
+  result.add("actions in the Python loop", int(slow_result.steps.sum()) / slow, "actions/s")
+  result.add("same success", int(agree.sum()), f"of {host_episodes} episodes")
 
 
 def _best(runner: Any, seeds: Sequence[int], repeats: int) -> tuple[float, Any]:

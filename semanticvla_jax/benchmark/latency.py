@@ -1,0 +1,122 @@
+"""A policy's call in layers, from the compiled program alone to `Policy.infer`, against a roofline and a peer.
+
+program: the compiled program on inputs that lie on the device, until its result is ready.
+transfers: the same from host arrays to host actions.
+infer: `Policy.infer_batch`: reading, resizing, tokenizing, normalizing; transfers; un-normalizing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from semanticvla_jax.benchmark import flops, policies, roofline, timing
+from semanticvla_jax.benchmark.record import Result
+from semanticvla_jax.policy import Policy
+
+
+class Settings(NamedTuple):
+  """What is timed, and how often.
+
+  Attributes:
+    policy: a folder; None for random weights of `rows` at `size` in `dtype`.
+    rows, size, dtype, prompt: see policies.random_policy.
+    batches: sizes to time, each in a program of its own.
+    calls: timed calls of each layer, after one untimed call a block.
+    peer: which PyTorch programs run alongside: some of ("eager", "compile").
+    seed: of weights and observations.
+    smoke: small copies and products.
+  """
+
+  policy: str | None
+  rows: Sequence[str]
+  size: str
+  dtype: str | None
+  prompt: int
+  batches: Sequence[int]
+  calls: int
+  peer: Sequence[str] = ()
+  seed: int = 0
+  smoke: bool = False
+
+
+def device_step(policy: Policy, observation: Any, batch: int) -> jax.Array:
+  """The policy's compiled program on an Observation of `batch`: actions f32[b k a], normalized, perhaps not ready."""
+  return executable(policy, batch)(policy.params, observation)
+
+
+def executable(policy: Policy, batch: int) -> Any:
+  """The jax.stages.Compiled behind `device_step`."""
+  return policy._compiled[batch]
+
+
+def measure(result: Result, settings: Settings) -> None:
+  """Times every row, or the policy of a folder, at every batch size."""
+  dtype = settings.dtype or "float32"
+  rates = timing.rates(dtype, settings.smoke)
+  result.add("copy", rates["copy"] / 1e9, "GB/s")
+  result.add("matmul", rates["matmul"] / 1e12, "TFLOP/s")
+  for row in settings.rows if settings.policy is None else ("policy",):
+    begin = time.perf_counter()
+    policy = _load(row, settings)
+    jax.block_until_ready(policy.params)
+    loaded = time.perf_counter() - begin
+    result.add(f"{row} load", loaded, "s")
+    result.models[row] = dict(policy.config["model"])
+    for batch in settings.batches:
+      _measure_batch(result, policy, row, batch, settings, rates)
+    del policy
+
+
+def _load(row: str, settings: Settings) -> Policy:
+  if settings.policy is not None:
+    return Policy.load(settings.policy, dtype=settings.dtype, batch_sizes=())
+  options = dict(prompt=settings.prompt, seed=settings.seed, batch_sizes=())
+  return policies.random_policy(row, settings.size, settings.dtype or "float32", **options)
+
+
+def _measure_batch(
+  result: Result, cold: Policy, row: str, batch: int, settings: Settings, rates: Mapping[str, float]
+) -> None:
+  name = f"{row} batch {batch}" if len(settings.batches) > 1 else row
+  policy, seconds = policies.again(cold, batch_sizes=(batch,))
+  result.add(f"{name} compile", seconds, "s")
+  result.add(f"{name} cold start", seconds + result.value(f"{row} load"), "s")
+  observations = policies.observation_dicts(policy, batch, settings.seed)
+  host = policy.observe(observations)
+  device = jax.device_put(host)
+  layers = {
+    "program": lambda: device_step(policy, device, batch).block_until_ready(),
+    "transfers": lambda: np.asarray(device_step(policy, host, batch)),
+    "infer": lambda: policy.infer_batch(observations),
+  }
+  found = timing.in_turns(layers, settings.calls)
+  for layer, times in found.items():
+    timing.add_quantiles(result, f"{name} {layer}", times)
+  program = executable(policy, batch)
+  ops = flops.of_config(policy.config["model"], host)
+  ideal = roofline.add(result, name, roofline.program_bytes(program, policy.params, host), ops, rates)
+  result.add(f"{name} share of the roofline", ideal / float(np.median(found["program"])), "ratio")
+  result.add(f"{name} program rate", ops / float(np.median(found["program"])) / 1e12, "TFLOP/s")
+  if settings.peer and settings.policy is None:
+    _measure_peer(result, name, layers["program"], row, batch, settings)
+
+
+def _measure_peer(result: Result, name: str, ours: Any, row: str, batch: int, settings: Settings) -> None:
+  """Our program and the same architecture in PyTorch in turns, one PyTorch program after the other."""
+  from semanticvla_jax.benchmark import peer
+
+  model = peer.Peer(row, settings.size, settings.dtype or "float32", settings.prompt, batch)
+  for kind in settings.peer:
+    theirs, seconds = model.forward(kind)
+    result.add(f"{name} PyTorch {kind} compile", seconds, "s")
+    found = timing.in_turns({"ours": ours, "theirs": theirs}, settings.calls, settle=0.3)
+    timing.add_quantiles(result, f"{name} PyTorch {kind}", found["theirs"])
+    timing.add_quantiles(result, f"{name} beside it", found["ours"])
+    result.add(f"{name} PyTorch {kind} / ours", float(np.median(found["theirs"]) / np.median(found["ours"])), "ratio")
+    result.add(f"{name} PyTorch {kind} / ours, minima", float(found["theirs"].min() / found["ours"].min()), "ratio")
+  result.note(peer.LEAVES_OUT)
