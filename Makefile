@@ -58,8 +58,15 @@ picture: $(VENV)/.main  ## the picture of the README: one episode of the shipped
 	$(PY) -m semanticvla_jax.evaluate run --policy=checkpoints/tabletop_small --suite=place --episodes=8 --films=1 --out=runs/picture
 	cp runs/picture/place_looks_first_step.png docs/looks.png
 
-bench: $(VENV)/.main  ## speed on this machine, each figure with its peer
-	$(PY) -m semanticvla_jax.benchmark evaluate
+# On two cores a call at `mid` takes about a second: p95 and p99 of so few calls say little, see docs/performance.md.
+CALLS ?= 10
+BENCH := $(PY) -m semanticvla_jax.benchmark
+bench: $(VENV)/.parity  ## speed on this machine, each figure with its peer: policy call, training step, evaluation (CALLS=…)
+	$(BENCH) flops --row=oft,lite,full --out=runs/bench/flops.json
+	$(BENCH) latency --row=full,lite,oft --size=mid --peer=eager,compile --calls=$(CALLS) --out=runs/bench/latency.json
+	$(BENCH) latency --row=full --size=mid --dtype=bfloat16 --calls=$(CALLS) --out=runs/bench/latency_bfloat16.json
+	$(BENCH) train --compare --size=mid --batch=1 --calls=3 --peer=eager --out=runs/bench/train.json
+	$(BENCH) evaluate --out=runs/bench/evaluate.json
 
 DEMONSTRATIONS ?= ../shared/libero/demonstrations
 bench-sim: $(VENV)/.sim  ## LIBERO episodes a minute, two simulators against one (DEMONSTRATIONS=…)
@@ -84,7 +91,7 @@ aot-gpu: .venv-aot-gpu/.done  ## ahead-of-time compilation for NVIDIA GPUs witho
 	PYTHONPATH=.venv-aot-gpu $(PY) -m pytest -m aot_gpu
 
 bench-convert: $(VENV)/.main  ## conversion of a random 15 GB checkpoint against a plain copy (60 GB of disk; LAYERS=…)
-	$(PY) tests/convert/bench.py runs/bench_convert --layers $(or $(LAYERS),32)
+	$(PY) -m semanticvla_jax.benchmark convert runs/bench_convert --layers $(or $(LAYERS),32) --out=runs/bench/convert.json
 
 lint: $(VENV)/.main  ## ruff: rules and format
 	$(VENV)/bin/ruff check .

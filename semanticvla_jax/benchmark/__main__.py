@@ -85,6 +85,9 @@ def _latency(parser: argparse.ArgumentParser) -> None:
   _model_flags(parser, "full", "mid", None)
   parser.add_argument("--batch", type=_counts, default=[1], help="batch sizes, with commas (default: 1)")
   parser.add_argument("--calls", type=_count, default=200, help="timed calls of each layer (default: 200)")
+  parser.add_argument(
+    "--option", action="append", default=[], metavar="NAME=VALUE", help="of Policy's constructor; may be repeated"
+  )
 
 
 def _train(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ import jax
 
 from semanticvla_jax.benchmark import programs, rows
 from semanticvla_jax.benchmark.record import Result
-from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_observation
+from semanticvla_jax.models.semanticvla import build
 from semanticvla_jax.train import flops
 
 # The first expression that a scope holds names its part: modules by their names, under any methods and transformations.
@@ -71,8 +71,7 @@ def of_config(config: Mapping[str, Any], observation: Any) -> int:
   """FLOPs of a model config's pass over an Observation: of the mathematics, however a policy arranges its program."""
   model = build(config)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), observation)
-  params = abstract_params(model, dummy_observation(model))
-  return flops.count(lambda p, o: model.apply({"params": p}, o).actions, params, shapes)
+  return flops.count(lambda p, o: model.apply({"params": p}, o).actions, programs.param_shapes(model), shapes)
 
 
 def _forward_scopes(name: str, size: str, prompt: int, **fields: Any) -> dict[str, int]:

@@ -7,6 +7,8 @@ infer: `Policy.infer_batch`: reading, resizing, tokenizing, normalizing; transfe
 
 from __future__ import annotations
 
+import ast
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import numpy as np
 
 from semanticvla_jax.benchmark import flops, policies, roofline, timing
 from semanticvla_jax.benchmark.record import Result
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.policy import Policy
 
 
@@ -27,6 +30,7 @@ class Settings(NamedTuple):
     rows, size, dtype, prompt: see policies.random_policy.
     batches: sizes to time, each in a program of its own.
     calls: timed calls of each layer, after one untimed call a block.
+    option: "NAME=VALUE" of Policy's constructor, such as "replan_steps=4".
     peer: which PyTorch programs run alongside: some of ("eager", "compile").
     seed: of weights and observations.
     smoke: small copies and products.
@@ -39,6 +43,7 @@ class Settings(NamedTuple):
   prompt: int
   batches: Sequence[int]
   calls: int
+  option: Sequence[str] = ()
   peer: Sequence[str] = ()
   seed: int = 0
   smoke: bool = False
@@ -52,6 +57,21 @@ def device_step(policy: Policy, observation: Any, batch: int) -> jax.Array:
 def executable(policy: Policy, batch: int) -> Any:
   """The jax.stages.Compiled behind `device_step`."""
   return policy._compiled[batch]
+
+
+def options(given: Sequence[str]) -> dict[str, Any]:
+  """{"replan_steps": 4} from ["replan_steps=4"]. Raises ValueError for what Policy's constructor has no name for."""
+  known = [name for name, x in inspect.signature(Policy).parameters.items() if x.kind is x.KEYWORD_ONLY]
+  found = {}
+  for word in given:
+    name, equals, value = word.partition("=")
+    if not equals or name not in known:
+      raise refuse("--option", repr(word), f"NAME=VALUE with a name of {', '.join(known)}", "choose one of them")
+    try:
+      found[name] = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      found[name] = value  # a word
+  return found
 
 
 def measure(result: Result, settings: Settings) -> None:
@@ -83,7 +103,7 @@ def _measure_batch(
   result: Result, cold: Policy, row: str, batch: int, settings: Settings, rates: Mapping[str, float]
 ) -> None:
   name = f"{row} batch {batch}" if len(settings.batches) > 1 else row
-  policy, seconds = policies.again(cold, batch_sizes=(batch,))
+  policy, seconds = policies.again(cold, batch_sizes=(batch,), **options(settings.option))
   result.add(f"{name} compile", seconds, "s")
   result.add(f"{name} cold start", seconds + result.value(f"{row} load"), "s")
   observations = policies.observation_dicts(policy, batch, settings.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 import zlib
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import numpy as np
 
 from semanticvla_jax.benchmark import programs, rows
 from semanticvla_jax.data import statistics, text
-from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_observation
+from semanticvla_jax.models.semanticvla import build
 from semanticvla_jax.policy import Policy
 
 SENTENCE = "put the red block on the blue square"  # 29 prompt tokens of the embedded tokenizer
@@ -31,7 +30,7 @@ def random_policy(row: str, size: str, dtype: str = "float32", *, prompt: int = 
   """
   config = rows.model(row, size, dtype)
   model = build(config)
-  params = programs.random_params(abstract_params(model, dummy_observation(model)), dtype, seed)
+  params = programs.random_params(programs.param_shapes(model), dtype, seed)
   words = 64 if model.text is None else min(64, model.text.positions)
   data = dict(normalisation="q99", crop_area=0.9, prompt_length=prompt, instruction_length=words)
   stats = _statistics(config.get("action_dim", 7), model.proprio_dim)
@@ -42,9 +41,9 @@ def random_policy(row: str, size: str, dtype: str = "float32", *, prompt: int = 
 def again(policy: Policy, **options: Any) -> tuple[Policy, float]:
   """The same policy compiled for other batch sizes, and the seconds this took: tracing, compilation, a first call."""
   begin = time.perf_counter()
-  known = dict(replan_steps=policy.replan_steps, gripper=policy.gripper)
+  options = dict(replan_steps=policy.replan_steps, gripper=policy.gripper) | options
   parts = (policy.model, policy.params, policy.stats, policy.tokenizers, policy.config)
-  return Policy(*parts, **known, **options), time.perf_counter() - begin
+  return Policy(*parts, **options), time.perf_counter() - begin
 
 
 def observation_dicts(policy: Policy, batch: int, seed: int = 0) -> list[dict]:
@@ -79,9 +78,10 @@ def _statistics(actions: int, proprio: int | None) -> statistics.DatasetStatisti
 
 def _tokenizers(prompt: int, words: int) -> text.Tokenizers:
   lengths: Mapping[str, int] = dict(prompt_length=prompt, instruction_length=words)
-  if importlib.util.find_spec("sentencepiece") is not None:
+  try:
     return text.load(**lengths)
-  return text.Tokenizers(HashedWords(), HashedWords(), **lengths)
+  except ModuleNotFoundError:  # no sentencepiece
+    return text.Tokenizers(HashedWords(), HashedWords(), **lengths)
 
 
 class HashedWords:

@@ -46,7 +46,7 @@ def inference(config: Mapping[str, Any], prompt: int, batch: int = 1) -> Inferen
   """The forward pass of a model config, `prompt` tokens long."""
   model = build(config)
   observation = observation_shapes(model, prompt, batch)
-  params = abstract_params(model, observation)
+  params = param_shapes(model)
   return Inference(lambda p, o: model.apply({"params": p}, o).actions, params, observation)
 
 
@@ -60,7 +60,7 @@ def training(
   """
   recipe, bare = rows.RECIPES[rows.row(name).recipe], build(config)
   model = lora.LoRA(bare.clone(), recipe.rank, recipe.alpha, lora.TARGETS[recipe.targets])
-  trainable, frozen = partition(abstract_params(model, dummy_observation(bare)), recipe.trainable)
+  trainable, frozen = partition(param_shapes(model), recipe.trainable)
   if frozen_dtype is not None:
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(frozen_dtype)), frozen)
 
@@ -68,6 +68,13 @@ def training(
     return stepping.loss_fn(model, combine(trainable, frozen), batch, key)[0]
 
   return Training(model, loss, trainable, frozen, batch_shapes(bare, config, prompt, batch), jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=4)
+def param_shapes(model: nn.Module) -> dict:
+  """The parameters of a model, or of one in LoRA, as shapes; remembered, for a large one takes seconds to trace."""
+  bare = model.model if isinstance(model, lora.LoRA) else model
+  return abstract_params(model, dummy_observation(bare))
 
 
 def observation_shapes(model: SemanticVLA, prompt: int, batch: int) -> Observation:

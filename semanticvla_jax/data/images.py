@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
-from PIL import Image
 
 from semanticvla_jax.errors import refuse
 
@@ -74,6 +73,8 @@ def decode(encoded: bytes, dct: str = "accurate") -> UInt8[np.ndarray, "h w 3"]:
       raise _undecodable(encoded, error) from error
   if dct != "accurate":
     raise refuse("Unknown JPEG transform", f"dct={dct!r}", "'accurate' or 'fast'", "fix the config")
+  from PIL import Image
+
   try:
     with Image.open(io.BytesIO(encoded)) as image:
       return _rgb(image)
@@ -81,8 +82,8 @@ def decode(encoded: bytes, dct: str = "accurate") -> UInt8[np.ndarray, "h w 3"]:
     raise _undecodable(encoded, error) from error
 
 
-def _rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-  """A picture of any mode as RGB; Pillow's own conversion clips 16 bits to 255 instead of scaling them."""
+def _rgb(image: Any) -> UInt8[np.ndarray, "h w 3"]:
+  """A PIL.Image of any mode as RGB; Pillow's own conversion clips 16 bits to 255 instead of scaling them."""
   if image.mode in _EIGHT_BITS:
     return np.array(image.convert("RGB"))
   values = np.asarray(image)
@@ -124,6 +125,8 @@ def jpeg_round_trip(
 
   The quantised coefficients equal those of `tf.io.encode_jpeg`; see `decode` for `dct`.
   """
+  from PIL import Image
+
   buffer = io.BytesIO()
   Image.fromarray(image).save(buffer, "JPEG", quality=quality)
   return decode(buffer.getvalue(), dct)

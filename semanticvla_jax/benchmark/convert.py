@@ -1,16 +1,13 @@
 """How fast conversion is beside a plain copy, how much memory it takes, and what a kill in the middle leaves.
 
-python tests/convert/bench.py runs/bench_convert --layers 32
-
 Writes a random checkpoint of openvla-7b's layout below the folder (or takes the one that is there), then, each in a
 process of its own and from files that are out of the page cache: a sequential copy, to-orbax, to-torch, a comparison of
 what came back with the source, and both conversions killed with -9 in the middle and started again. Needs room for four
-times the checkpoint (15 GB at 32 layers). Exit status 1 where something is not equal.
+times the checkpoint (15 GB at 32 layers).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -21,8 +18,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import full_size
+from semanticvla_jax import cli
+from semanticvla_jax.benchmark import rows
+from semanticvla_jax.benchmark.record import Result
+from semanticvla_jax.errors import refuse
 
+WRITER = "tests/convert/full_size.py"  # reads the released checkpoint's names and shapes, which the tests freeze
 CONFIG = """import json
 import ml_collections
 
@@ -96,17 +97,17 @@ def killed(argv: list[str], target: Path, half: int) -> None:
   process.send_signal(signal.SIGKILL)
   process.wait()
   if target.exists() or not partial.exists():
-    raise SystemExit(f"kill -9 in the middle: got {target} or no {partial}; expected half a conversion.")
+    raise RuntimeError(f"kill -9 in the middle: got {target} or no {partial}; expected half a conversion")
 
 
 def same(what: str, first: str | dict, second: str | dict, target: Path) -> None:
-  """Ends with status 1 unless a conversion that was killed and begun again made what the undisturbed one did."""
+  """Raises RuntimeError unless a conversion that was killed and begun again made what the undisturbed one did."""
   if first != second or target.with_name(f".{target.name}.partial").exists():
-    raise SystemExit(f"{what} after kill -9: got {second}, expected {first} and nothing left over.")
+    raise RuntimeError(f"{what} after kill -9: got {second}, expected {first} and nothing left over")
 
 
 def read(folder: Path, file: str, key: str) -> str | dict:
-  return json.loads((folder / file).read_text())[key]
+  return json.loads((folder / file).read_text(encoding="utf-8"))[key]
 
 
 def written(folder: Path) -> int:
@@ -120,69 +121,73 @@ def written(folder: Path) -> int:
   return total
 
 
-def measure(root: Path, layers: int) -> list[Phase]:
+def measure(result: Result, folder: str, layers: int) -> None:
+  """Times every phase and adds its seconds, rate, share of the copy's rate and peak memory.
+
+  Raises:
+    ValueError: no room on the disk, or not in a checkout of the repository.
+    RuntimeError: a phase failed, or a conversion that was killed and begun again made something else.
+  """
+  root = Path(folder).resolve()
+  root.mkdir(parents=True, exist_ok=True)
   source, policy, back, again = (root / name for name in ("source", "policy", "back", "again"))
-  for folder in (root / "copy", policy, back, again):
-    shutil.rmtree(folder, ignore_errors=True)
+  for old in (root / "copy", policy, back, again):
+    shutil.rmtree(old, ignore_errors=True)
   if not source.exists():
-    full_size.write(source, layers)
+    write(source, layers)
   config, total = _config(root, layers), size(source)
-  if shutil.disk_usage(root).free < 3.1 * total:
-    raise SystemExit(f"disk: got {shutil.disk_usage(root).free:,} bytes free; expected {3.1 * total:,.0f}; make room.")
-  phases = [show(copy(source, root), None)]
+  result.add("checkpoint", total, "byte")
+  if (free := shutil.disk_usage(root).free) < 3.1 * total:
+    raise refuse("Disk too small", f"{free:,} bytes free in {root}", f"{3.1 * total:,.0f}", "make room")
+  show(result, copy(source, root))
   forget(source)
-  phases.append(show(run("to-orbax", total, *to_orbax(source, policy, config)), phases[0]))
+  show(result, run("to-orbax", total, *to_orbax(source, policy, config)))
   forget(source, policy)
   convert = ["-m", "semanticvla_jax.convert"]
   argv = [*convert, "to-torch", "--policy", str(policy), "--target", str(back), "--base", str(source)]
-  phases.append(show(run("to-torch", total, *argv), phases[0]))
-  phases.append(show(run("diff", 2 * total, *convert, "diff", str(source), str(back)), phases[0]))
+  show(result, run("to-torch", total, *argv))
+  show(result, run("diff", 2 * total, *convert, "diff", str(source), str(back)))
   whole = read(back, "conversion.json", "sha256")
   shutil.rmtree(back)
   forget(source, policy)
   killed(argv, back, total // 2)
-  phases.append(show(run("to-torch after kill -9", total, *argv), phases[0]))
+  show(result, run("to-torch after kill -9", total, *argv))
   same("to-torch", whole, read(back, "conversion.json", "sha256"), back)
   shutil.rmtree(back)
   forget(source)
   killed(to_orbax(source, again, config), again, size(policy) // 2)
-  phases.append(show(run("to-orbax after kill -9", total, *to_orbax(source, again, config)), phases[0]))
+  show(result, run("to-orbax after kill -9", total, *to_orbax(source, again, config)))
   same("to-orbax", *(read(folder, "metadata.json", "params_sha256") for folder in (policy, again)), again)
-  for folder in (policy, again):
-    shutil.rmtree(folder)
-  return phases
+  for made in (policy, again):
+    shutil.rmtree(made)
+  result.note(f"{source} stays for the next time")
+
+
+def write(source: Path, layers: int) -> None:
+  """Writes the random checkpoint. Raises ValueError outside a checkout of the repository."""
+  script = Path(cli.in_repository(WRITER))
+  if not script.exists():
+    raise refuse("benchmark convert", f"no {WRITER}", "a checkout of the repository", "run it there")
+  subprocess.run([sys.executable, str(script), str(source), "--layers", str(layers)], check=True)
 
 
 def _config(root: Path, layers: int) -> Path:
-  from semanticvla_jax.convert.check.golden.whole import OPENVLA
-  from semanticvla_jax.models.semanticvla import VARIANTS
-
-  variant = VARIANTS["7b"] | dict(llm=VARIANTS["7b"]["llm"] | dict(depth=layers))
-  model = OPENVLA | dict(num_views=1, proprio_dim=None, variant=variant)
+  variant = rows.SIZES["7b"] | dict(llm=rows.SIZES["7b"]["llm"] | dict(depth=layers))
+  model = dict(rows.ROWS["oft"].fields) | dict(coupler=None, mask="causal", chunk=1, num_views=1, proprio_dim=None)
   path = root / "config.py"
-  path.write_text(CONFIG.format(text=json.dumps({"model": model, "lora": None, "data": {"normalisation": "q99"}})))
+  values = {"model": model | {"variant": variant}, "lora": None, "data": {"normalisation": "q99"}}
+  path.write_text(CONFIG.format(text=json.dumps(values)), encoding="utf-8")
   return path
 
 
-def show(phase: Phase, reference: Phase | None) -> Phase:
-  rate, base = phase.nbytes / phase.seconds, reference and reference.nbytes / reference.seconds
-  ratio = f"{rate / base:6.0%}" if base else "  100%"
-  peak, status = phase.peak / 2**30, f"  exit status {phase.status}" if phase.status else ""
-  rates = f"{phase.seconds:8.1f} s  {phase.cpu:8.1f} CPU s {rate / 1e6:8.1f} MB/s {ratio} of copy"
-  print(f"{phase.name:24s} {rates} {peak:6.2f} GiB{status}", flush=True)
-  return phase
-
-
-def main() -> int:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("folder", type=Path)
-  parser.add_argument("--layers", type=int, default=32, help="of the language model; 32 is openvla-7b")
-  args = parser.parse_args()
-  args.folder.mkdir(parents=True, exist_ok=True)
-  phases = measure(args.folder.resolve(), args.layers)
-  print(f"{phases[0].nbytes:,} bytes in {args.folder / 'source'}, which stays for the next time")
-  return 1 if any(phase.status for phase in phases) else 0
-
-
-if __name__ == "__main__":
-  sys.exit(main())
+def show(result: Result, phase: Phase) -> None:
+  """Adds a phase's figures, held against those of the copy."""
+  if phase.status:
+    raise RuntimeError(f"{phase.name} ended with status {phase.status}")
+  rate = phase.nbytes / phase.seconds
+  result.add(phase.name, phase.seconds, "s")
+  result.add(f"{phase.name}, CPU", phase.cpu, "s")
+  result.add(f"{phase.name}, rate", rate / 1e9, "GB/s")
+  if phase.name != "copy":
+    result.add(f"{phase.name}, rate / copy", rate / 1e9 / result.value("copy, rate"), "ratio")
+  result.add(f"{phase.name}, peak memory", phase.peak, "byte")
