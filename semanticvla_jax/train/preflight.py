@@ -34,8 +34,9 @@ from ml_collections import config_flags
 
 from semanticvla_jax import cli, sources
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.models.semanticvla import abstract_params, dummy_observation
-from semanticvla_jax.train import command_line, explain, flops, hardware, init, program, sharding
+from semanticvla_jax.models import programs, serving
+from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_observation
+from semanticvla_jax.train import command_line, explain, flops, hardware, program, sharding
 from semanticvla_jax.train import plan as planning
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.hlo_traffic import BYTES, Traffic, traffic
@@ -77,19 +78,17 @@ def lower_train(config: Any, mesh: Mesh, aux_loss: AuxLoss | None = None) -> Cal
 
 
 def lower_policy(config: Any, mesh: Mesh, aux_loss: AuxLoss | None = None) -> Callable[[], Any]:
-  """A function that lowers the forward pass, adapters folded in, all weights in the compute type."""
+  """A function that lowers a policy's call: its sentence known, adapters folded in, all weights in the compute type."""
   del aux_loss  # a policy has none
-  # A policy runs its encoders block by block: the loop would stack their weights at every call.
-  _, bare = init.make_model(program.changed(config, **{"model.scan_encoders": False}))
+  bare = build(config.model.to_dict() | serving.LAYOUT)
   shapes = abstract_params(bare, dummy_observation(bare))
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.model.dtype)), shapes)
-  where = sharding.param_sharding(params, mesh, sharding.rule_of(config.mesh))
-  jitted = jax.jit(
-    lambda params, observation: bare.apply({"params": params}, observation).actions,
-    in_shardings=(where, NamedSharding(mesh, P())),
-  )
-  observation = program.abstract_observation(config, bare, config.data.batch_size)
-  return lambda: jitted.lower(params, observation)
+  where, everywhere = sharding.param_sharding(params, mesh, sharding.rule_of(config.mesh)), NamedSharding(mesh, P())
+  o = program.abstract_observation(config, bare, config.data.batch_size)
+  words = [o.prompt, o.prompt_mask, o.instruction, o.instruction_mask]
+  sentence = jax.eval_shape(programs.sentence(bare), params, words)
+  jitted = jax.jit(programs.actions(bare), in_shardings=(where, everywhere, everywhere, everywhere))
+  return lambda: jitted.lower(params, sentence, o.images, o.proprio)
 
 
 PROGRAMS = {"train": lower_train, "policy": lower_policy}

@@ -33,11 +33,11 @@ ACTIVATIONS = (("batch", ROWS), ("length", None), ("embed", None))
 _LLM, _VIT = r"llm/layers(_\d+)?", r".+/encoderblock_\d+"
 # Which axis, counted from the last, `tensor` splits: heads of attention, columns of MLPs.
 TENSOR = (
-  (rf"{_LLM}/attn/[qkv]_proj/(kernel|lora_b)", -2),
+  (rf"{_LLM}/attn/(q|k|v|qkv)_proj/(kernel|lora_b)", -2),
   (rf"{_LLM}/attn/o_proj/(kernel|lora_a)", -3),
-  (rf"{_LLM}/mlp/(gate|up)_proj/(kernel|lora_b)", -1),
+  (rf"{_LLM}/mlp/(gate|up|gate_up)_proj/(kernel|lora_b)", -1),
   (rf"{_LLM}/mlp/down_proj/(kernel|lora_a)", -2),
-  (rf"{_VIT}/MultiHeadDotProductAttention_0/(query|key|value)/(kernel|bias|lora_b)", -2),
+  (rf"{_VIT}/MultiHeadDotProductAttention_0/(query|key|value|qkv)/(kernel|bias|lora_b)", -2),
   (rf"{_VIT}/MultiHeadDotProductAttention_0/out/(kernel|lora_a)", -3),
   (rf"{_VIT}/MlpBlock_0/Dense_0/(kernel|bias|lora_b)", -1),
   (rf"{_VIT}/MlpBlock_0/Dense_1/(kernel|lora_a)", -2),
