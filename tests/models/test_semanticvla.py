@@ -150,7 +150,7 @@ def test_a_loop_over_encoder_blocks_changes_nothing():
   scans = str(jax.make_jaxpr(lambda p: LoRA(looped, 2, 4.0).apply({"params": p}, observation).actions)(params))
   assert (
     scans.count("scan[") == 4
-  )  # two pieces of SigLIP, one of DINOv2, whose last block stands alone, and the decoder
+  )  # SigLIP in two pieces, DINOv2 in one and its last block, decoder
 
 
 def test_unread_intermediates_are_not_computed(params):
