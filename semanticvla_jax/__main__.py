@@ -14,7 +14,7 @@ VERBS = {
   "demonstrate": "demonstrations as an RLDS dataset: the tabletop's expert, or LIBERO's recordings replayed",
   "data": "inspect a dataset, preview its frames, compute its statistics",
   "train": "train or fine-tune a policy on all devices there are; resumes when run again",
-  "train.preflight": "does a training config fit a TPU slice? Compiles it without the hardware",
+  "train.preflight": "does a training config fit a TPU slice or GPUs? Compiles it without the hardware",
   "evaluate": "measure a policy in closed loop on the tabletop or LIBERO; compare results; find known traps",
   "convert": "PyTorch checkpoints to policy folders and back; verify, compare, fold adapters",
   "benchmark": "speed, each figure with the peer it was measured against",

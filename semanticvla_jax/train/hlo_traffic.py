@@ -327,5 +327,6 @@ def _label(x: Instruction) -> str:
 
 
 def _collective_bytes(x: Instruction) -> int:
-  """Of the largest array that a collective makes."""
-  return max(arrays(x.result), default=0)
+  """Of all arrays that a collective makes, wherever they lie; one that starts names its operands before them."""
+  sizes = [_width(kind) * math.prod(map(int, shape.split(","))) for kind, shape, _ in _ARRAY.findall(x.result) if shape]
+  return sum(sizes[len(sizes) // 2 :] if x.operation in ("all-gather-start", "collective-permute-start") else sizes)

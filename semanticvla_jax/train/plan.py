@@ -15,7 +15,6 @@ A step takes at best as long as the longest of the last three, and as long as th
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -229,9 +228,11 @@ def _sums(config: Any) -> int:
   _, bare = init.make_model(config)
   shapes = abstract_params(bare, dummy_observation(bare))
   seen = program.abstract_observation(config, bare, 1)
-  run = functools.partial(bare.apply, train=False)
-  out = jax.eval_shape(lambda params, observation: run({"params": params}, observation), shapes, seen)
-  length = out.intermediates["sequence"].shape[1] if "sequence" in out.intermediates else config.data.prompt_length
+
+  def read(params, observation):
+    return bare.apply({"params": params}, observation).intermediates.get("sequence", observation.prompt)
+
+  length = jax.eval_shape(read, shapes, seen).shape[1]
   total = 2 * bare.llm.depth * length * bare.llm.width
   for vit in (bare.dino, bare.siglip):
     if vit is not None:
@@ -240,23 +241,45 @@ def _sums(config: Any) -> int:
 
 
 def _estimate(setup: _Setup, remat: str | None, shape: dict[str, int], turns: int) -> Candidate:
-  where, w, weights = setup.where, setup.work[remat], setup.weights(shape)
-  replica, data, fsdp, tensor = shape.values()
-  rows = setup.batch / (replica * data * fsdp)  # of a step, on a device
-  again = setup.work[None].block - w.block  # of the largest block, computed again in the backward pass
-  memory = weights.state + weights.gradients * min(2, turns) + 2 * weights.block * (fsdp > 1)
-  memory += rows / turns * (w.kept + (again + setup.work[None].block) / tensor)
-  passes = 2 * turns  # of the weights: forward, backward
-  traffic = rows * w.moved / tensor + turns * w.weights / tensor
-  traffic += passes * weights.gathered * (fsdp > 1) + 7 * weights.gradients  # p, m, v read and written, g read
-  inside = min(where.facts.link, _rate(where, fsdp * tensor))
-  gather = (passes * weights.gathered + turns * weights.trained) * (fsdp - 1) / fsdp
-  sums = 2 * rows * setup.sums * (2 if remat is None else 3) * (tensor - 1) / tensor
-  seconds = gather / inside + sums / where.facts.link
-  seconds += 2 * weights.gradients * (data - 1) / data / _rate(where, where.devices)
-  seconds += 2 * weights.gradients * (replica - 1) / replica / where.facts.network
+  rows = setup.batch / (shape["replica"] * shape["data"] * shape["fsdp"])  # of a step, on a device
+  work, weights, tensor = setup.work[remat], setup.weights(shape), shape["tensor"]
+  block = setup.work[None].block
+  again = block + block - work.block  # the gradients of a block's values, and those of its values that were not kept
+  memory = weights.state + weights.gradients * min(2, turns) + rows / turns * (work.kept + again / tensor)
+  traffic = rows * work.moved / tensor + turns * work.weights / tensor
+  traffic += 7 * weights.gradients  # p, m, v read and written, g read
+  if shape["fsdp"] > 1:
+    memory += 2 * weights.block  # the next is gathered meanwhile
+    traffic += 2 * turns * weights.gathered
   return Candidate(
-    remat, shape, turns, memory, rows * w.flops / tensor / setup.peak, traffic / where.facts.bandwidth, seconds
+    remat,
+    shape,
+    turns,
+    memory,
+    rows * work.flops / tensor / setup.peak,
+    traffic / setup.where.facts.bandwidth,
+    _collectives(setup, shape, turns, rows, passes=2 if remat is None else 3),
+  )
+
+
+def _collectives(setup: _Setup, shape: dict[str, int], turns: int, rows: float, passes: int) -> float:
+  """Seconds of all collectives of a step on a device: what it receives over the rate of its links.
+
+  Args:
+    rows: examples of a step on the device. passes: over the blocks, what is computed again included.
+  """
+  where, weights, (replica, data, fsdp, tensor) = setup.where, setup.weights(shape), shape.values()
+
+  def share(n: int) -> float:  # of a gathered array that comes from the other devices
+    return (n - 1) / n
+
+  fsdp_bytes = turns * (2 * weights.gathered + weights.trained) * share(fsdp)  # for both passes; gradients scattered
+  tensor_bytes = 2 * passes * rows * setup.sums * share(tensor)  # a sum is a scatter and a gather
+  return (
+    fsdp_bytes / _rate(where, fsdp * tensor)
+    + tensor_bytes / where.facts.link
+    + 2 * weights.gradients * share(data) / _rate(where, where.devices)
+    + 2 * weights.gradients * share(replica) / where.facts.network
   )
 
 

@@ -108,6 +108,24 @@ def test_collectives():
   assert (found.count("all-gather"), found.count("all-to-all")) == (1, 0)
 
 
+def test_collectives_of_several_arrays_count_what_they_make():
+  text = """
+ENTRY %main (a: f32[4], b: f32[8]) -> f32[16] {
+  %a = f32[4]{0} parameter(0), metadata={op_name="frozen"}
+  %b = f32[8]{0} parameter(1)
+  %both = ((f32[4]{0}, f32[8]{0}), (f32[8]{0}, f32[16]{0})) all-gather-start(%a, %b), dimensions={0}
+  %done = (f32[8]{0}, f32[16]{0}) all-gather-done(%both)
+  %sums = (f32[4]{0}, f32[8]{0}) all-reduce(%a, %b), to_apply=%add
+  %going = (f32[4]{0}, f32[4]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%a)
+  %gone = f32[4]{0} collective-permute-done(%going)
+  ROOT %last = f32[16]{0} get-tuple-element(%done), index=1
+}
+"""
+  found = {kind: (n, size) for kind, n, size in traffic(text).collectives}
+  assert found == {"all-gather": (1, 4 * 24), "all-reduce": (1, 4 * 12), "collective-permute": (1, 4 * 4)}
+  assert traffic(text).copied_weights == 0  # parameters that are gathered are not copied
+
+
 def test_what_a_tpu_keeps_on_the_chip_moves_nothing():
   fast = made_up().replace("%kv = bf16[8,8]{1,0}", "%kv = bf16[8,8]{1,0:T(8,128)(2,1)S(1)}")
   assert traffic(made_up()).bytes - traffic(fast).bytes == 2 * 8 * 8 * 2

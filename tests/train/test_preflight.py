@@ -124,7 +124,7 @@ def test_toy_step_compiles_for_every_generation(topology):
   mesh = sharding.make_mesh(dict(fsdp=-1), devices)
   report = preflight.compile_for(c, mesh)
   assert report.fits and 0 < report.peak < 2**30 and report.largest
-  assert report.traffic.count("all-gather") > 0 and report.traffic.count("collective-permute") == 0
+  assert report.traffic.count("collective-permute") == 0  # no rings: stepping.TPU_OPTIONS
   assert "TPU" in preflight.describe(report, c, mesh)
 
 
@@ -177,8 +177,7 @@ def test_a_training_step_compiles_for_eight_gpus_that_are_not_there():
   mesh = sharding.make_mesh(dict(fsdp=-1), hardware.devices("h100:8"))
   report = preflight.compile_for(c, mesh)
   assert report.fits and 0 < report.peak < 2**30
-  found = report.traffic
-  assert found.count("all-gather") > 0 and found.count("collective-permute") == found.count("all-to-all") == 0
+  assert report.traffic.count("all-gather") > 0 and report.traffic.products > 100
   text = preflight.describe(report, c, mesh)
   for part in ("8 × NVIDIA H100 80GB HBM3 (fsdp 8)", "of 79.11 GiB a device", "weights copied again: ", "at peak"):
     assert part in text, text
