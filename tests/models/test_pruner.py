@@ -78,7 +78,7 @@ def test_too_many_tokens_and_unknown_rule():
     ValueError, match=r"got 17 anchors \(patches\) to keep of 16; expected 16 or fewer; lower model\.keep"
   ):
     prune(anchors=17)
-  with pytest.raises(ValueError, match=r"keep 7 cues \(instruction tokens\) of 6"):
+  with pytest.raises(ValueError, match=r"got 7 cues \(instruction tokens\) to keep of 6"):
     prune(cues=7)
   with pytest.raises(ValueError, match=r"got 'best'.*model\.anchor_rule.*register your own with pruner\.anchor_rule"):
     prune(anchor_rule="best")

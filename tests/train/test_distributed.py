@@ -57,7 +57,7 @@ def test_a_missing_process_is_named_to_all():
 def test_another_config_is_told_to_all():
   found = roll(3, (0, 1, 2), 10.0, {2: "other"})
   assert "process 2 of 3: got another config than process 0" in found[0]
-  assert all("process 2 got another config" in found[i] for i in (1, 2))
+  assert all("process 2: got another config" in found[i] for i in (1, 2))
 
 
 def test_a_missing_process_0_is_named():
