@@ -13,7 +13,7 @@ from semanticvla_jax.benchmark.record import Result
 _TABLES = ("embed/embedding", "Embed_0/embedding")
 
 
-def ideal_seconds(nbytes: float, flops: float, rates: Mapping[str, float]) -> float:
+def ideal_seconds(nbytes: int | float, flops: int | float, rates: Mapping[str, float]) -> float:
   """The time that the slower of moving `nbytes` at the copy rate and `flops` at the matmul rate takes."""
   return max(nbytes / rates["copy"], flops / rates["matmul"])
 
