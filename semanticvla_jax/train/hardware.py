@@ -53,8 +53,8 @@ TPUS = {
   "v5e": Facts("TPU v5 lite", 16 * 2**30, 819e9, 200e9, 3.125e9),
   "v5p": Facts("TPU v5", 95 * 2**30, 2765e9, 600e9, 6.25e9),
   "v6e": Facts("TPU v6 lite", 32 * 2**30, 1640e9, 448e9, 12.5e9),
-  "7x": Facts("TPU7x", 96 * 2**30, 3690e9, 600e9, 12.5e9),
 }
+TPU7X = Facts("TPU7x", 96 * 2**30, 3690e9, 600e9, 12.5e9)  # half a chip; compiled for where there is one
 # Links: NVLink in one direction; PCIe 4.0 for the L40S. Networks: one adapter a device of 400 Gbit/s, or 200 Gbit/s.
 GPUS = {
   "h100": Facts("NVIDIA H100 80GB HBM3", 84942979072, 3352.32e9, 450e9, 50e9),
@@ -142,7 +142,8 @@ def topology(name: str) -> Topology:
 
 def facts(kind: str) -> Facts | None:
   """Of a device of this `jax.Device.device_kind`; None where it is not known."""
-  named = {"TPU v5p": TPUS["v5p"], "TPU v5e": TPUS["v5e"]} | {x.kind: x for x in (*TPUS.values(), *GPUS.values())}
+  named = {"TPU v5p": TPUS["v5p"], "TPU v5e": TPUS["v5e"]}
+  named |= {x.kind: x for x in (*TPUS.values(), TPU7X, *GPUS.values())}
   return next((named[name] for name in sorted(named, key=len, reverse=True) if name in kind), None)
 
 

@@ -310,8 +310,8 @@ def describe(found: list[Candidate], config: Any, where: hardware.Topology, slic
   ]
   for x in found[:rows]:
     mesh = " ".join(f"{axis} {size}" for axis, size in x.mesh.items() if size > 1) or "one device"
-    times = f"{1e3 * x.arithmetic:>9.0f} ms{1e3 * x.traffic:>7.0f} ms{1e3 * x.collectives:>10.0f} ms"
-    step = f"{1e3 * x.seconds:.0f} to {1e3 * x.longest:.0f} ms"
+    times = f"{1e3 * x.arithmetic:>9.3g} ms{1e3 * x.traffic:>7.3g} ms{1e3 * x.collectives:>10.3g} ms"
+    step = f"{1e3 * x.seconds:.3g} to {1e3 * x.longest:.3g} ms"
     lines.append(f"{x.remat or 'none':<6}{mesh:<34}{x.turns:>5}{x.memory / 2**30:>8.2f}{times}{step:>16}")
   if n:
     return "\n".join([*lines, "", "the first: " + found[0].flags])
