@@ -1,6 +1,7 @@
 """A policy's call in layers, from the compiled program alone to `Policy.infer`, against a roofline and a peer.
 
-program: the compiled program on inputs that lie on the device, until its result is ready.
+program: the compiled program on inputs that lie on the device, until its result is ready; the sentence is one that the
+  policy has been asked before (its option remember=0 computes it at every call).
 transfers: the same from host arrays to host actions.
 infer: `Policy.infer_batch`: reading, resizing, tokenizing, normalizing; transfers; un-normalizing.
 """
@@ -16,10 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from semanticvla_jax.benchmark import flops, policies, roofline, timing
+from semanticvla_jax.benchmark import policies, roofline, timing
 from semanticvla_jax.benchmark.record import Result
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.policy import Policy
+from semanticvla_jax.models import programs
+from semanticvla_jax.policy import WEIGHTS, Policy
+from semanticvla_jax.train import flops as counter
 
 
 class Settings(NamedTuple):
@@ -30,7 +33,7 @@ class Settings(NamedTuple):
     rows, size, dtype, prompt: see policies.random_policy.
     batches: sizes to time, each in a program of its own.
     calls: timed calls of each layer, after one untimed call a block.
-    option: "NAME=VALUE" of Policy's constructor, such as "replan_steps=4".
+    option: "NAME=VALUE" of Policy's constructor, such as "remember=0", or "weights=int8".
     peer: which PyTorch programs run alongside: some of ("eager", "compile").
     seed: of weights and observations.
     smoke: small copies and products.
@@ -49,19 +52,24 @@ class Settings(NamedTuple):
   smoke: bool = False
 
 
-def device_step(policy: Policy, observation: Any, batch: int) -> jax.Array:
-  """The policy's compiled program on an Observation of `batch`: actions f32[b k a], normalized, perhaps not ready."""
-  return executable(policy, batch)(policy.params, observation)
+def executable(policy: Policy, observation: Any) -> Any:
+  """The jax.stages.Compiled that goes from images and known sentences to actions for this Observation."""
+  tokens = int(np.asarray(observation.prompt_mask).sum(axis=1).max())
+  size = min(size for size in policy.inference.sizes if size >= len(observation.images))
+  return policy.executables["actions", size, min(x for x in policy.inference.lengths if x >= tokens)]
 
 
-def executable(policy: Policy, batch: int) -> Any:
-  """The jax.stages.Compiled behind `device_step`."""
-  return policy._compiled[batch]
+def _inputs(policy: Policy, observation: Any) -> tuple:
+  """What `executable` is given besides the parameters, as shapes: sentences, images, proprioception."""
+  words = [observation.prompt, observation.prompt_mask, observation.instruction, observation.instruction_mask]
+  sentences = jax.eval_shape(programs.sentence(policy.model), policy.params, words)
+  return (sentences, *jax.eval_shape(lambda: (observation.images, observation.proprio)))
 
 
 def options(given: Sequence[str]) -> dict[str, Any]:
-  """{"replan_steps": 4} from ["replan_steps=4"]. Raises ValueError for what Policy's constructor has no name for."""
+  """{"replan_steps": 4} from ["replan_steps=4"]. Raises ValueError for what a Policy has no option of this name for."""
   known = [name for name, x in inspect.signature(Policy).parameters.items() if x.kind is x.KEYWORD_ONLY]
+  known = [*known, "weights"]
   found = {}
   for word in given:
     name, equals, value = word.partition("=")
@@ -93,33 +101,36 @@ def measure(result: Result, settings: Settings) -> None:
 
 
 def _load(row: str, settings: Settings) -> Policy:
+  weights = options(settings.option).get("weights", WEIGHTS[0])
   if settings.policy is not None:
-    return Policy.load(settings.policy, dtype=settings.dtype, batch_sizes=())
-  options = dict(prompt=settings.prompt, seed=settings.seed, batch_sizes=())
-  return policies.random_policy(row, settings.size, settings.dtype or "float32", **options)
+    return Policy.load(settings.policy, dtype=settings.dtype, weights=weights, batch_sizes=())
+  own = dict(prompt=settings.prompt, seed=settings.seed, weights=weights, batch_sizes=())
+  return policies.random_policy(row, settings.size, settings.dtype or "float32", **own)
 
 
 def _measure_batch(
   result: Result, cold: Policy, row: str, batch: int, settings: Settings, rates: Mapping[str, float]
 ) -> None:
   name = f"{row} batch {batch}" if len(settings.batches) > 1 else row
-  policy, seconds = policies.again(cold, batch_sizes=(batch,), **options(settings.option))
+  given = {option: value for option, value in options(settings.option).items() if option != "weights"}
+  policy, seconds = policies.again(cold, batch_sizes=(batch,), **given)
   result.add(f"{name} compile", seconds, "s")
   result.add(f"{name} cold start", seconds + result.value(f"{row} load"), "s")
   observations = policies.observation_dicts(policy, batch, settings.seed)
   host = policy.observe(observations)
-  device = jax.device_put(host)
+  # Words stay on the host, where they are looked up among the sentences that the device remembers.
+  device = host.replace(images=jax.device_put(host.images), proprio=jax.device_put(host.proprio))
   layers = {
-    "program": lambda: device_step(policy, device, batch).block_until_ready(),
-    "transfers": lambda: np.asarray(device_step(policy, host, batch)),
+    "program": lambda: policy.device_step(device).block_until_ready(),
+    "transfers": lambda: np.asarray(policy.device_step(host)),
     "infer": lambda: policy.infer_batch(observations),
   }
   found = timing.in_turns(layers, settings.calls)
   for layer, times in found.items():
     timing.add_quantiles(result, f"{name} {layer}", times)
-  program = executable(policy, batch)
-  ops = flops.of_config(policy.config["model"], host)
-  ideal = roofline.add(result, name, roofline.program_bytes(program, policy.params, host), ops, rates)
+  program, inputs = executable(policy, host), _inputs(policy, host)
+  ops = counter.count(programs.actions(policy.model), policy.params, *inputs)
+  ideal = roofline.add(result, name, roofline.program_bytes(program, policy.params, inputs), ops, rates)
   result.add(f"{name} share of the roofline", ideal / float(np.median(found["program"])), "ratio")
   result.add(f"{name} program rate", ops / float(np.median(found["program"])) / 1e12, "TFLOP/s")
   if settings.peer and settings.policy is None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from semanticvla_jax.benchmark import programs, rows
 from semanticvla_jax.data import statistics, text
+from semanticvla_jax.models import serving
 from semanticvla_jax.models.semanticvla import build
 from semanticvla_jax.policy import Policy
 
@@ -18,23 +19,36 @@ SENTENCE = "put the red block on the blue square"  # 29 prompt tokens of the emb
 _CAMERA = 256  # pixels of a side of LIBERO's images
 
 
-def random_policy(row: str, size: str, dtype: str = "float32", *, prompt: int = 32, seed: int = 0, **options) -> Policy:
-  """A row's policy with random weights, made on the device in `dtype`; statistics and tokenizers as a real one has.
+def random_policy(
+  row: str,
+  size: str,
+  dtype: str = "float32",
+  *,
+  prompt: int = 32,
+  seed: int = 0,
+  weights: str = "full",
+  **options: Any,
+) -> Policy:
+  """A row's policy with random weights, made on the device in `dtype`; layout, statistics, tokenizers as a real one's.
 
   Args:
     row, size: of rows.ROWS and rows.SIZES. prompt: padded length of the prompt, in tokens.
+    weights: of Policy.load.
     **options: of Policy (batch_sizes, …).
 
   Raises:
     ValueError: a row or size that does not exist, or a prompt too short for SENTENCE.
   """
-  config = rows.model(row, size, dtype)
+  config = rows.model(row, size, dtype, **serving.LAYOUT)
   model = build(config)
   params = programs.random_params(programs.param_shapes(model), dtype, seed)
+  if weights == "int8":
+    params = serving.quantize(params)
   words = 64 if model.text is None else min(64, model.text.positions)
   data = dict(normalisation="q99", crop_area=0.9, prompt_length=prompt, instruction_length=words)
   stats = _statistics(config.get("action_dim", 7), model.proprio_dim)
   tokenizers = _tokenizers(prompt, words)
+  model = serving.Int8(model) if weights == "int8" else model
   return Policy(model, params, stats, tokenizers, {"model": config, "lora": None, "data": data}, **options)
 
 

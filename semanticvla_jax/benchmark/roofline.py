@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from semanticvla_jax.benchmark.record import Result
 
-_TABLES = ("embed/embedding", "Embed_0/embedding")
+_UNREAD = re.compile(r"text/.*|.*/film/.*|.*/text_projector/.*|llm/embed/embedding")
 
 
 def ideal_seconds(nbytes: int | float, flops: int | float, rates: Mapping[str, float]) -> float:
@@ -19,9 +21,13 @@ def ideal_seconds(nbytes: int | float, flops: int | float, rates: Mapping[str, f
 
 
 def weight_bytes(params: Any) -> int:
-  """Bytes of the parameters that a pass reads; of embedding tables it reads some rows, which are not counted."""
-  read = {name: x for name, x in flatten_dict(params, sep="/").items() if not name.endswith(_TABLES)}
-  return sum(x.size * x.dtype.itemsize for x in read.values())
+  """Bytes of the parameters that a call reads whose sentence is remembered.
+
+  Not the text tower, FiLM and the words' projection, which only a new sentence reads; of embedding tables it reads some
+  rows, which are not counted.
+  """
+  flat = flatten_dict(params, sep="/")
+  return sum(x.size * x.dtype.itemsize for name, x in flat.items() if not _UNREAD.fullmatch(name))
 
 
 def program_bytes(compiled: Any, params: Any, inputs: Any) -> dict[str, int]:
@@ -30,7 +36,10 @@ def program_bytes(compiled: Any, params: Any, inputs: Any) -> dict[str, int]:
   Args:
     compiled: jax.stages.Compiled. params, inputs: its arguments.
   """
-  found = {"weights": weight_bytes(params), "inputs": sum(x.nbytes for x in jax.tree.leaves(inputs))}
+  found = {
+    "weights": weight_bytes(params),
+    "inputs": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(inputs)),
+  }
   memory = compiled.memory_analysis()
   if memory is not None:
     found |= {"outputs": memory.output_size_in_bytes, "temporary": memory.temp_size_in_bytes}

@@ -18,7 +18,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-LAYOUT = {"scan": False, "scan_encoders": False, "fused": True, "remat": None}  # the fields of a model config that say so
+LAYOUT = {
+  "scan": False,
+  "scan_encoders": False,
+  "fused": True,
+  "remat": None,
+}  # the fields of a model config that say so
 _FUSED = (
   (re.compile(r"(llm/layers_\d+/attn)/q_proj/(\w+)"), ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
   (re.compile(r"(llm/layers_\d+/mlp)/gate_proj/(\w+)"), ("gate_proj", "up_proj"), "gate_up_proj"),

@@ -148,9 +148,7 @@ def test_a_loop_over_encoder_blocks_changes_nothing():
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, wanted)
   scans = str(jax.make_jaxpr(lambda p: LoRA(looped, 2, 4.0).apply({"params": p}, observation).actions)(params))
-  assert (
-    scans.count("scan[") == 4
-  )  # SigLIP in two pieces, DINOv2 in one and its last block, decoder
+  assert scans.count("scan[") == 4  # SigLIP in two pieces, DINOv2 in one and its last block, decoder
 
 
 def test_unread_intermediates_are_not_computed(params):

@@ -24,6 +24,7 @@ def stored(tmp_path_factory):
   return folder, json.loads((folder / "expected.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_an_earlier_training_resumes(stored, monkeypatch, caplog):
   folder, expected = stored
   device = jax.devices()[:1]
