@@ -21,8 +21,8 @@ from semanticvla_jax.train import losses, sharding
 from semanticvla_jax.train.partition import combine
 from semanticvla_jax.types import Batch
 
-# The TPU compiler would split products with a gathered weight into rings of small permutations, a turn a device: twenty
-# times the launches and twice the time to compile. Without, weights are gathered whole, one block ahead.
+# The TPU compiler would split products with a gathered weight into rings of small permutations, a turn a device: for a
+# small model on sixteen chips 23,166 permutations and twenty times the launches.
 TPU_OPTIONS = {
   "xla_tpu_enable_windowed_einsum_for_all_gather": False,
   "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
