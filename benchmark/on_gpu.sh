@@ -3,9 +3,10 @@
 #
 #   [SIZE=7b] [DTYPE=bfloat16] [CALLS=200] [BATCHES=1,2,4,8] [OUT=runs/gpu] [PYTHON=python3] benchmark/on_gpu.sh
 #
-# Needs jax, flax, optax, orbax, einops and jaxtyping; PyTorch and transformers for the peer. Weights are random and made
-# on the device. Every step has a time limit and a process of its own: what fails is said in one line, and the rest goes
-# on. OUT holds a JSON file for each step, to be read with `python -m semanticvla_jax.benchmark compare`.
+# Needs jax, flax, optax, orbax, einops and jaxtyping; PyTorch and transformers for the peer; sentencepiece to run the
+# shipped policy. Weights are random and made on the device. Every step has a time limit (SLOWER=4 makes it four times as
+# long) and a process of its own: what fails is said in one line, and the rest goes on. OUT holds what each step printed
+# (.txt), its errors (.log), and its result (.json), to be read with `python -m semanticvla_jax.benchmark compare`.
 
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -21,15 +22,17 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=1
 failed=0
 # step NAME SECONDS VERB FLAG…: one verb of the benchmark, its figures in OUT/NAME.json.
 step() {
-  local name=$1 limit=$2 began=$SECONDS
+  local name=$1 limit=$(($2 * ${SLOWER:-1})) began=$SECONDS
   shift 2
   printf '\n== %s: %s\n' "$name" "$*"
-  timeout --kill-after=5 "$limit" "$PYTHON" -m semanticvla_jax.benchmark "$@" --out="$OUT/$name.json" 2>"$OUT/$name.log"
-  local status=$?
+  timeout --kill-after=5 "$limit" "$PYTHON" -m semanticvla_jax.benchmark "$@" --out="$OUT/$name.json" \
+    2>"$OUT/$name.log" | tee "$OUT/$name.txt"
+  local status=${PIPESTATUS[0]} why
   if ((status)); then
     failed=$((failed + 1))
-    printf 'failed: %s, status %s after %s s (limit %s s): %s\n' \
-      "$name" "$status" $((SECONDS - began)) "$limit" "$(tail -n 1 "$OUT/$name.log" 2>/dev/null | cut -c1-200)"
+    why=$(tail -n 1 "$OUT/$name.log" | cut -c1-200)
+    ((status != 124 && status != 137)) || why="time limit of $limit s"
+    printf 'failed: %s, status %s after %s s: %s\n' "$name" "$status" $((SECONDS - began)) "$why"
   fi
 }
 
@@ -56,6 +59,6 @@ for word in ${OPTIONS:-prompt_lengths=(24,) remember=0 weights=int8}; do
 done
 step batches 90 latency --row=full "${model[@]}" --calls=$(((CALLS + 3) / 4)) --batch="$BATCHES"
 step train 150 train --compare "${model[@]}" --batch="$TRAIN_BATCH" --calls="$STEPS"
-step tabletop 60 evaluate --policy="$POLICY" --batch=256 --host-episodes=2
+step tabletop 60 evaluate --policy="$POLICY" --batch="${EPISODES:-256}" --host-episodes=2
 printf '\n%s s, %s steps failed; results in %s\n' "$SECONDS" "$failed" "$OUT"
 exit $((failed > 0))

@@ -147,7 +147,7 @@ def _measure_peer(result: Result, name: str, ours: Any, row: str, batch: int, se
     result.add(f"{name} PyTorch {kind} compile", seconds, "s")
     found = timing.in_turns({"ours": ours, "theirs": theirs}, settings.calls, settle=0.3)
     timing.add_quantiles(result, f"{name} PyTorch {kind}", found["theirs"])
-    timing.add_quantiles(result, f"{name} beside it", found["ours"])
+    timing.add_quantiles(result, f"{name} ours beside PyTorch {kind}", found["ours"])
     result.add(f"{name} PyTorch {kind} / ours", float(np.median(found["theirs"]) / np.median(found["ours"])), "ratio")
     result.add(f"{name} PyTorch {kind} / ours, minima", float(found["theirs"].min() / found["ours"].min()), "ratio")
   result.note(peer.LEAVES_OUT)

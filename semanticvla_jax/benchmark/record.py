@@ -18,7 +18,7 @@ from semanticvla_jax import files
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 TORCH = ("torch", "transformers")  # recorded where they were used
-_WIDTH = 46
+_WIDTH = 48
 _DECIMALS = {"ms": 2, "s": 2, "ratio": 3, "examples/s": 3, "episodes/s": 2, "actions/s": 1, "GB/s": 1, "TFLOP/s": 3}
 
 
