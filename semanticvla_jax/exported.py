@@ -75,8 +75,7 @@ def write(
           if model is not None:
             archive.writestr(f"tokenizers/{name}.model", model.serialized_model_proto())
         for number, leaf in enumerate(flat.values()):
-          with archive.open(f"params/{number}", "w", force_zip64=True) as entry:
-            entry.write(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+          archive.writestr(f"params/{number}", np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
       partial.flush()
       os.fsync(partial.fileno())
       os.chmod(partial.name, 0o644)

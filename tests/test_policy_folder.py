@@ -119,7 +119,7 @@ def test_nothing_is_overwritten(saved):
 
 
 def test_damage_says_what_and_what_to_do(saved, copy, tmp_path):
-  with pytest.raises(ValueError, match=r"does not exist; expected a policy folder; nearby are .*policy"):
+  with pytest.raises(ValueError, match=r"does not exist; expected a policy folder; name one .nearby are .*policy"):
     policy_folder.load_policy(saved.parent / "polcy")
   with pytest.raises(ValueError, match=r"not complete.*did you mean .*policy\?"):
     policy_folder.load_policy(copy.parent)
