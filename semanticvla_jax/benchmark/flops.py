@@ -50,9 +50,9 @@ def forward(name: str, size: str, prompt: int = 32, **fields: Any) -> dict[str, 
 
 
 def profiled(name: str, size: str) -> int:
-  """FLOPs of a forward pass as a profiler of modules finds them, which is what the paper's figures agree with.
+  """FLOPs of a forward pass as a profiler of modules finds them, which the paper's figures agree with.
 
-  Without the products inside fused attention, which such a profiler does not see, without the text tower, and with a
+  How the paper counts is not published; this is the count that fits it. Without the products inside fused attention, which such a profiler does not see, without the text tower, and with a
   prompt of 20 tokens, which a short instruction of LIBERO has.
   """
   views = {} if rows.ROWS[name].fields.get("num_views") is None else {"num_views": 2}
