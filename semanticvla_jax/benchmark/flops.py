@@ -52,8 +52,9 @@ def forward(name: str, size: str, prompt: int = 32, **fields: Any) -> dict[str, 
 def profiled(name: str, size: str) -> int:
   """FLOPs of a forward pass as a profiler of modules finds them, which the paper's figures agree with.
 
-  How the paper counts is not published; this is the count that fits it. Without the products inside fused attention, which such a profiler does not see, without the text tower, and with a
-  prompt of 20 tokens, which a short instruction of LIBERO has.
+  How the paper counts is not published; this is the count that fits it: without the products inside fused attention,
+  which such a profiler does not see, without the text tower, and with a prompt of 20 tokens, which a short instruction
+  of LIBERO has.
   """
   views = {} if rows.ROWS[name].fields.get("num_views") is None else {"num_views": 2}
   scopes = _forward_scopes(name, size, 20, **views)
