@@ -98,7 +98,7 @@ def _lowered(policy: Any, programs: Mapping, flat: dict, rebuild: Any, length: i
 
   dummy = policy.inference.dummy(1)
   words = jax.eval_shape(lambda: inference.words(dummy, length))
-  how = dict(platforms=[*platforms], disabled_checks=())
+  how = dict(platforms=[*platforms])
   yield "sentence", jax.export.export(jax.jit(sentence), **how)(params, words)
   batch = jax.export.symbolic_shape("b")
   of_batch = lambda x: jax.ShapeDtypeStruct((*batch, *x.shape[1:]), x.dtype)  # noqa: E731

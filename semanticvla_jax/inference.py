@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.types import Array, Observation
 
 SENTENCES = 64  # remembered: at most; a megabyte each at 7B
@@ -39,8 +40,10 @@ class Inference:
     actions: Callable,
     dummy: Callable[[int], Observation],
     beside: Callable[[Mapping], int],
-    remember: int = SENTENCES,
+    remember: Any = SENTENCES,
   ):
+    if isinstance(remember, bool) or not isinstance(remember, int) or remember < 0:
+      raise refuse("Policy", f"remember={remember!r}", "a number of sentences, 0 or more", "choose another")
     self.dummy, self.remember = dummy, remember
     self.executables: dict[tuple[str, int, int], jax.stages.Compiled] = {}  # by ("actions", batch, prompt length), …
     self.sizes: tuple[int, ...] = ()

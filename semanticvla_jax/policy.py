@@ -77,7 +77,7 @@ class Policy(BasePolicy):
     *,
     batch_sizes: Any = (1,),  # what comes from users is checked by value, not by type
     prompt_lengths: Any = (),
-    remember: int = inference.SENTENCES,
+    remember: Any = inference.SENTENCES,
     replan_steps: Any = None,
     gripper: str = "command",
     metadata: Mapping | None = None,
@@ -128,7 +128,7 @@ class Policy(BasePolicy):
     verify: bool = True,
     **options: Any,
   ) -> Policy:
-    """Reads a policy folder (see `checkpoint`).
+    """Reads a policy folder (see `policy_folder`).
 
     Args:
       folder: local or gs://.

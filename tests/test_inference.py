@@ -129,6 +129,9 @@ def test_warming_compiles_for_the_sentences_there_are():
     policies.policy().warm(["pick up the red cube"])
   with pytest.raises(ValueError, match="a prompt length of 99; expected at most 40"):
     policies.policy(batch_sizes=(1,), prompt_lengths=(99,))
+  for remember in (-1, 2.5, True, "all"):
+    with pytest.raises(ValueError, match="remember=.*; expected a number of sentences, 0 or more"):
+      policies.policy(remember=remember)
   with pytest.raises(ValueError, match=r"prompt_lengths=\(0,\); expected a tuple of positive integers"):
     policies.policy(prompt_lengths=(0,))
 
