@@ -57,17 +57,8 @@ class BasePolicy:
     return results
 
   def warm(self, instructions: Sequence[str]) -> None:
-    """Makes the first call with any of these as fast as later ones: compiles for their length, and remembers them.
-
-    The sequence's length changes, by padding that nothing reads, and with it the last bits of the actions.
-    """
+    """Remembers these sentences, so that the first call with one is as fast as later ones."""
     self._check_compiled()
-    prompts = [self.preparation.words([sentence])[1] for sentence in instructions]
-    lengths = {self.inference.length_for(self.params, int(mask.sum())) for mask in prompts}
-    self.inference.compile(self.params, self.inference.sizes, lengths)
-    self._remember(instructions)
-
-  def _remember(self, instructions: Sequence[str]) -> None:
     dummy = self.inference.dummy(1)
     for sentence in instructions:
       words = self.preparation.words([sentence])

@@ -114,7 +114,6 @@ def _settings(policy: Any, flat: Mapping, lengths: Sequence[int], platforms: Seq
     "jax_version": jax.__version__,
     "platforms": [*platforms],
     "prompt_lengths": [*lengths],
-    "positions_beside_the_prompt": policy.inference.beside(policy.params),
     "parameters": [[name, str(leaf.dtype), [*leaf.shape]] for name, leaf in flat.items()],
     "statistics": statistics.to_openvla(own.stats),
     "tokenizers": {name: getattr(words, name) for name in ("prompt_length", "instruction_length", "pruner_text")},
@@ -134,9 +133,7 @@ class ExportedPolicy(BasePolicy):
     self.preparation = Preparation(stats, tokenizers, **settings["preparation"])
     self.chunk, self.replan_steps = settings["metadata"]["chunk"], settings["metadata"]["replay"]
     by_length = lambda name: lambda params, words, *rest: programs[name, _length(words)].call(params, words, *rest)  # noqa: E731
-    self.inference = inference.Inference(
-      by_length("sentence"), by_length("actions"), self._dummy, self._beside, remember
-    )
+    self.inference = inference.Inference(by_length("sentence"), by_length("actions"), self._dummy, remember)
 
   @classmethod
   def load(
@@ -181,10 +178,6 @@ class ExportedPolicy(BasePolicy):
     compiled = {"batch_sizes": [*self.inference.sizes], "prompt_lengths": [*self.inference.lengths]}
     return self._settings["metadata"] | compiled | {"exported_by": self._settings["package_version"]}
 
-  def warm(self, instructions: Sequence[str]) -> None:
-    """Remembers these sentences, so that the first call with one is as fast as later ones."""
-    self._remember(instructions)
-
   def _dummy(self, size: int) -> Observation:
     own, words = self._settings["preparation"], self.tokenizers
     side, (t, m) = own["picture"]["size"], (words.prompt_length, words.instruction_length)
@@ -192,9 +185,6 @@ class ExportedPolicy(BasePolicy):
     proprio = None if own["proprio_dim"] is None else np.zeros((size, own["proprio_dim"]), np.float32)
     images = np.zeros((size, len(own["views"]), side, side, 3), np.uint8)
     return Observation(images, proprio, np.ones((size, t), np.int32), np.ones((size, t), bool), *read)
-
-  def _beside(self, params: Mapping) -> int:
-    return self._settings["positions_beside_the_prompt"]
 
 
 def _check(path: Any, settings: Mapping) -> None:

@@ -20,7 +20,6 @@ from semanticvla_jax.errors import refuse
 from semanticvla_jax.types import Array, Observation
 
 SENTENCES = 64  # remembered: at most; a megabyte each at 7B
-MULTIPLE = 8  # positions: matrix units work on sequences of whole eights, and GPU libraries pad others at every product
 
 
 class Inference:
@@ -30,7 +29,6 @@ class Inference:
     sentence: (params, [prompt, its mask, instruction, its mask]) → a pytree of arrays with the batch in front.
     actions: (params, such a pytree, images, proprioception) → normalized actions f32[b k a].
     dummy: batch size → an observation of the shapes that come in; its prompt is the longest one.
-    beside: params → how many positions the model's sequence has beside the prompt's.
     remember: how many sentences are kept on the device, the latest ones. 0: each is computed at every call.
   """
 
@@ -39,7 +37,6 @@ class Inference:
     sentence: Callable,
     actions: Callable,
     dummy: Callable[[int], Observation],
-    beside: Callable[[Mapping], int],
     remember: Any = SENTENCES,
   ):
     if isinstance(remember, bool) or not isinstance(remember, int) or remember < 0:
@@ -51,7 +48,6 @@ class Inference:
     self._programs = {"sentence": sentence, "actions": actions, "join": _join}
     self._sentences: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
     self._params: Mapping | None = None  # whose sentences these are
-    self._beside, self._count = beside, None
 
   def compile(self, params: Mapping, sizes: Collection[int], lengths: Collection[int]) -> None:
     """Compiles all these batch sizes at all these prompt lengths (with those there are already), and runs each once."""
@@ -63,18 +59,6 @@ class Inference:
           joined = sentence if size == 1 else self._compiled("join", size, length, *[sentence] * size)
           dummy = self.dummy(size)
           jax.block_until_ready(self._compiled("actions", size, length, params, joined, dummy.images, dummy.proprio))
-
-  def length_for(self, params: Mapping, tokens: int) -> int:
-    """The prompt length for prompts of so many tokens that gives the sequence a multiple of 8 positions.
-
-    At most the longest there can be.
-    """
-    return min(tokens + -(self.beside(params) + tokens) % MULTIPLE, self.dummy(1).prompt.shape[1])
-
-  def beside(self, params: Mapping) -> int:
-    """How many positions the sequence has beside the prompt's; the parameters' shapes decide, not their values."""
-    self._count = self._beside(params) if self._count is None else self._count
-    return self._count
 
   def __call__(self, params: Mapping, observation: Observation) -> jax.Array:
     """Normalized actions f32[size k a] on the device; rows beyond the observation's batch repeat its last.

@@ -38,6 +38,7 @@ NORMALIZATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bo
 GRIPPERS = ("command", "raw")
 ADAPTERS = ("merge", "keep")
 WEIGHTS = ("full", "int8")
+MULTIPLE = 8  # positions: matrix units work on sequences of whole eights, and GPU libraries pad others at every product
 _PIXELS = re.compile(r"(dino|siglip)/embedding/(kernel|lora_b)")  # what every pixel goes through
 
 
@@ -110,7 +111,7 @@ class Policy(BasePolicy):
       gripper=self.gripper,
     )
     named = (programs.sentence(model), programs.actions(model))
-    self.inference = inference.Inference(*named, self._dummy, self._positions, remember)
+    self.inference = inference.Inference(*named, self._dummy, remember)
     if sizes:
       longest = tokenizers.prompt_length
       self.inference.compile(params, sizes, {longest, *(self._prompt_length(length) for length in lengths)})
@@ -216,6 +217,18 @@ class Policy(BasePolicy):
     other.params, other._extra = unflatten_dict(grey, sep="/"), {**self._extra, "variant": {"images": "grey"}}
     return other
 
+  def warm(self, instructions: Sequence[str]) -> None:
+    """Makes the first call with any of these as fast as later ones: compiles for their length, and remembers them.
+
+    The sequence's length changes, by padding that nothing reads, and with it the last bits of the actions.
+    """
+    self._check_compiled()
+    prompts = [self.preparation.words([sentence])[1] for sentence in instructions]
+    self.inference.compile(
+      self.params, self.inference.sizes, {self._prompt_length(int(mask.sum())) for mask in prompts}
+    )
+    super().warm(instructions)
+
   def export(self, path: str | os.PathLike, platforms: Sequence[str] = exported.PLATFORMS) -> None:
     """Writes the policy as one file that runs without this package's models or Flax: see `exported`.
 
@@ -262,14 +275,16 @@ class Policy(BasePolicy):
       observation = observation.replace(instruction=np.zeros(shape, np.int32), instruction_mask=np.ones(shape, bool))
     return jax.tree.map(np.asarray, observation)
 
-  def _positions(self, params: Mapping) -> int:
-    """How many positions the sequence has beside the prompt's; the parameters' shapes decide, not their values."""
+  @functools.cached_property
+  def _other_positions(self) -> int:
+    """How many positions the model's sequence has besides those of the prompt."""
     read = programs.named(self.model, "read")
     run = lambda p, o: self.model.apply({"params": p}, o, **read)[0]  # noqa: E731
     own = 0 if self.bare.coupler is None else self.bare.chunk * self.bare.coupler.tokens + 1
-    return jax.eval_shape(run, params, self._dummy(1)).shape[1] + own - self.tokenizers.prompt_length
+    return jax.eval_shape(run, self.params, self._dummy(1)).shape[1] + own - self.tokenizers.prompt_length
 
   def _prompt_length(self, tokens: int) -> int:
+    """The length to compile for prompts of so many tokens: it gives the sequence a multiple of 8 positions."""
     if tokens > self.tokenizers.prompt_length:
       raise refuse(
         "Policy",
@@ -277,7 +292,7 @@ class Policy(BasePolicy):
         f"at most {self.tokenizers.prompt_length}, the tokenizers' own",
         "choose shorter ones",
       )
-    return self.inference.length_for(self.params, tokens)
+    return min(tokens + -(self._other_positions + tokens) % MULTIPLE, self.tokenizers.prompt_length)
 
   def _check(self) -> None:
     check_params(self.params, _parameter_shapes(self.model))
