@@ -5,7 +5,7 @@
 #
 # Needs jax, flax, optax, orbax, einops and jaxtyping; PyTorch and transformers for the peer; sentencepiece to run the
 # shipped policy. Weights are random and made on the device. Every step has a time limit (SLOWER=4 makes it four times as
-# long) and a process of its own: what fails is said in one line, and the rest goes on. OUT holds what each step printed
+# long) and its own process: what fails is said in one line, and the rest goes on. OUT holds what each step printed
 # (.txt), its errors (.log), and its result (.json), to be read with `python -m semanticvla_jax.benchmark compare`.
 
 set -uo pipefail
@@ -15,7 +15,7 @@ PYTHON=${PYTHON:-python3} STEPS=${STEPS:-10} TRAIN_BATCH=${TRAIN_BATCH:-8} POLIC
 mkdir -p "$OUT"
 
 export PYTHONUNBUFFERED=1
-export XLA_PYTHON_CLIENT_PREALLOCATE=false # PyTorch lives beside it
+export XLA_PYTHON_CLIENT_PREALLOCATE=false # PyTorch shares the device
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$OUT/compiled} # steps share programs
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=1
 

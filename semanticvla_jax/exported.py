@@ -146,7 +146,7 @@ class ExportedPolicy(BasePolicy):
     """Reads the file, compiles its programs for these batch sizes, and runs each once.
 
     Raises:
-      ValueError: it is no such file, of a later format, damaged, or not for this platform.
+      ValueError: it is not such a file, is damaged or of a later format, or has no program for this platform.
     """
     try:
       with zipfile.ZipFile(path) as archive:

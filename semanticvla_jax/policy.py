@@ -159,9 +159,7 @@ class Policy(BasePolicy):
       params = serving.lay_out(flat)
     if _choice("weights", weights, WEIGHTS) == "int8":
       if isinstance(model, lora.LoRA):
-        raise refuse(
-          "Policy", "weights='int8' with adapters beside the kernels", "merged ones", "load with adapters='merge'"
-        )
+        raise refuse("Policy", "weights='int8' with unmerged adapters", "merged ones", "load with adapters='merge'")
       model, params = serving.Int8(model), serving.quantize(params)
     bare = programs.bare(model)
     if files.tokenizers is None:

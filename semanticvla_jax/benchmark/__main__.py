@@ -20,7 +20,7 @@ from semanticvla_jax.errors import refuse
 
 PROG = "python -m semanticvla_jax.benchmark"
 VERBS = {
-  "flops": "FLOPs of the paper's rows by part of the model, beside the paper's figures; computes nothing",
+  "flops": "FLOPs of the paper's rows by part of the model, next to the paper's figures; runs nothing",
   "latency": "a policy's call in layers, its roofline, and the same architecture in PyTorch",
   "train": "examples a second, MFU, memory and the parts of a LoRA step; SemanticVLA against OpenVLA-OFT",
   "data": "examples a second of the input pipeline against what a training step needs",

@@ -62,7 +62,7 @@ def compare(paths: Sequence[str], across: Sequence[str], say: Callable[[str], No
   """Prints the figures of two files and second / first; returns {"ratios": {name: …}, "differs": […]}.
 
   Raises:
-    ValueError: a file is no result, or the two were not measured alike.
+    ValueError: a file is not a result, or the two were not measured alike.
   """
   first, second = (load(path) for path in paths)
   differs = require_alike(first, second, across)

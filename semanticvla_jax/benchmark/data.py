@@ -30,7 +30,7 @@ def measure(result: Result, image_size: int, batch: int, calls: int, step: str |
     step: a result of the verb train, whose need is held against the rate; None for none.
 
   Raises:
-    ValueError: `step` is no such result.
+    ValueError: `step` is not such a result.
   """
   needs = {} if step is None else needed(step)
   with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""FLOPs of every row of the paper's tables, by part of the model, beside the paper's figures; nothing is computed.
+"""FLOPs of every row of the paper's tables, by part of the model, next to the paper's figures; nothing is run.
 
 Counts are of the matrix products and convolutions of the real program (`train.flops`). Forward is one pass from
 observation to actions; training is one example forward and backward, as the recipe trains it: gradients of activations

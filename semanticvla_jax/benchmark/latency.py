@@ -31,7 +31,7 @@ class Settings(NamedTuple):
   Attributes:
     policy: a folder; None for random weights of `rows` at `size` in `dtype`.
     rows, size, dtype, prompt: see policies.random_policy.
-    batches: sizes to time, each in a program of its own.
+    batches: sizes to time, each compiled separately.
     calls: timed calls of each layer, after one untimed call a block.
     option: "NAME=VALUE" of Policy's constructor, such as "remember=0", or "weights=int8".
     peer: which PyTorch programs run alongside: some of ("eager", "compile").

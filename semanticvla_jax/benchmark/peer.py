@@ -1,4 +1,4 @@
-"""The same architecture assembled from transformers' classes in PyTorch, random weights, to be timed beside ours.
+"""The same architecture assembled from transformers' classes in PyTorch, random weights, to be timed next to ours.
 
 SiglipVisionModel and Dinov2WithRegistersModel on all views, SiglipTextModel on the instruction, one linear layer from
 the encoders' tokens to the decoder's width, LlamaModel on a sequence as long as our row's (for OpenVLA-OFT all the

@@ -183,7 +183,7 @@ class Llama(nn.Module):
   ) -> tuple[Float[Array, "b l d"], Float[Array, "b w d"]]:
     """Embeddings → (states after the final norm, those of the positions `at`).
 
-    With layers apart the second are computed on their own, so that the last layer's queries and MLP of all other
+    With separate layers the second are computed separately, so that the last layer's queries and MLP of all other
     positions are never run where nothing reads the first (under jit).
     """
     if self.scan:

@@ -228,7 +228,7 @@ class SemanticVLA(nn.Module):
     for name, vit in encoders.items():
       stop, queries = vit.depth if self.vision_layer == "last" else vit.depth - 1, None
       if self._reads_queries_alone(name) and done[name] < stop - 1:
-        # The last block runs for the queries, and once more for all tokens, which is no work where nothing reads them.
+        # The last block runs for the queries, then for all tokens, which costs nothing where nothing reads them.
         run(name, stop - 1)
         queries = vit.tail(x[name], stop - 1, condition.get(name))
       run(name, stop)
@@ -349,7 +349,7 @@ class SemanticVLA(nn.Module):
 
 
 def _last(context: Float[Array, "b c D"], prompt_mask: Bool[Array, "b t"]) -> Int[Array, "b"]:
-  """Where each prompt's last real token (29871) stands; `context` is what stands before the prompt's second token."""
+  """Position of each prompt's last real token (29871); `context` is what precedes the prompt's second token."""
   return context.shape[1] + prompt_mask.sum(axis=-1) - 2
 
 

@@ -1,4 +1,4 @@
-"""How parameters lie for inference: decoder layers apart, projections that read one input as one product.
+"""How parameters lie for inference: separate decoder layers, projections that read one input as one product.
 
     llm/layers_{i}/attn/{q,k,v}_proj [d h c]                  → llm/layers_{i}/attn/qkv_proj [d 3 h c]
     llm/layers_{i}/mlp/{gate,up}_proj [d f]                   → llm/layers_{i}/mlp/gate_up_proj [d 2 f]

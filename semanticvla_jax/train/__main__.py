@@ -251,7 +251,7 @@ class Run(NamedTuple):
     frozen: parameters without gradients.
     facts: JSON that checkpoints carry.
     history: losses of the last updates, to know a spike by; saved and added to.
-    aux_loss: what is trained beside the actions, for the count of operations; None without one.
+    aux_loss: the auxiliary loss, for the count of operations; None without one.
   """
 
   config: Any

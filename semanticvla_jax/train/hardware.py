@@ -193,11 +193,11 @@ def _described(platform: str, name: str, expected: str, options: dict[str, Any])
 
 
 def _require(module: str, name: str, folder: str, target: str) -> None:
-  """Finds a compiler that is installed in a folder of its own. Raises ValueError where it is not."""
+  """Finds a compiler that is installed in a separate folder. Raises ValueError where it is not."""
   if importlib.util.find_spec(module) is None:
-    beside = Path(__file__).parents[2] / folder
-    if (beside / module).is_dir() and str(beside) not in sys.path:
-      sys.path.append(str(beside))
+    installed = Path(__file__).parents[2] / folder
+    if (installed / module).is_dir() and str(installed) not in sys.path:
+      sys.path.append(str(installed))
       importlib.invalidate_caches()
   if importlib.util.find_spec(module) is None:
     raise refuse(f"--topology={name}", f"no {module}", "its compiler", f"run {target}, which installs it in {folder}")

@@ -129,7 +129,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _operands(rest: str) -> tuple[tuple[str, ...], str]:
-  """What stands behind "operation(" → (names of the operands, what follows their bracket)."""
+  """Text after "operation(" → (names of the operands, what follows the closing bracket)."""
   depth = 0
   for found in re.finditer(r"[()]", rest):
     depth += 1 if found.group() == "(" else -1

@@ -42,7 +42,7 @@ class Work(NamedTuple):
   """What a step with some remat policy does with one example, on one device.
 
   Attributes:
-    flops: operations. moved: bytes that its products read and write beside weights, and weights: those of weights, once
+    flops: operations. moved: bytes of activations that its products read and write, and weights: those of weights, once
       for a whole batch. kept: bytes that the backward pass keeps. block: of the largest block, all that its backward
       pass reads, kept or computed again.
   """

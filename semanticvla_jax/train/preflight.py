@@ -257,8 +257,8 @@ def _moves(found: Traffic, known: hardware.Facts | None) -> list[str]:
   lines += [f"  {kind:<20}{n:>6}  {explain.size(size)}" for kind, n, size in found.collectives] or ["  none"]
   stray = {kind: found.count(kind) for kind in ("collective-permute", "all-to-all")}
   if any(stray.values()):
-    told = ", ".join(f"{n} {kind}" for kind, n in stray.items() if n)
-    lines.append(f"  WARNING: {told}: arrays change their layout between devices; parameters should only be gathered")
+    listed = ", ".join(f"{n} {kind}" for kind, n in stray.items() if n)
+    lines.append(f"  WARNING: {listed}: arrays change their layout between devices; parameters should only be gathered")
   at = f", {1e3 * found.bytes / known.bandwidth:.1f} ms at {known.bandwidth / 1e9:.0f} GB/s" if known else ""
   lines += [
     "",

@@ -137,7 +137,7 @@ def test_a_text_that_is_no_program_is_refused():
 
 
 def test_a_program_compiled_here():
-  """Two weights are concatenated at every call, one is used as it is; the batch is copied too, but is no weight."""
+  """Two weights are concatenated at every call, one is used as it is; the batch is copied too, but is not a weight."""
 
   def f(params, x):
     y = jnp.concatenate([x, x], axis=1) @ jnp.concatenate([params["a"], params["b"]], axis=0)

@@ -36,9 +36,9 @@ def test_operations_are_those_of_an_example_and_recomputation_adds_to_them(setup
 def test_bytes_of_weights_on_a_device_are_those_of_the_rule(setup):
   c, shape = config(), ONE | dict(fsdp=8)
   found = setup.weights(shape)
-  told = explain.memory(c, sharding.abstract_mesh(shape, 8))
-  assert found.state == sum(told[name] for name in ("frozen parameters", "trainable parameters", "optimizer"))
-  assert found.gradients == told["gradients"]
+  listed = explain.memory(c, sharding.abstract_mesh(shape, 8))
+  assert found.state == sum(listed[name] for name in ("frozen parameters", "trainable parameters", "optimizer"))
+  assert found.gradients == listed["gradients"]
   assert setup.weights(ONE).gathered == 0 and found.gathered <= sum(
     x.size * 4 for x in jax.tree.leaves((setup.program.frozen, setup.program.state.trainable))
   )
