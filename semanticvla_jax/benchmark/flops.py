@@ -16,7 +16,6 @@ import jax
 
 from semanticvla_jax.benchmark import programs, rows
 from semanticvla_jax.benchmark.record import Result
-from semanticvla_jax.models.semanticvla import build
 from semanticvla_jax.train import flops
 
 # The first expression that a scope holds names its part: modules by their names, under any methods and transformations.
@@ -66,13 +65,6 @@ def training(name: str, size: str, prompt: int = 32) -> dict[str, int]:
   program = programs.training(name, rows.model(name, size, scan_encoders=True), prompt)
   gradient = jax.value_and_grad(program.loss)
   return _parts(_unlooped(gradient, program.trainable, program.frozen, program.batch, program.key))
-
-
-def of_config(config: Mapping[str, Any], observation: Any) -> int:
-  """FLOPs of a model config's pass over an Observation: of the mathematics, however a policy arranges its program."""
-  model = build(config)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), observation)
-  return flops.count(lambda p, o: model.apply({"params": p}, o).actions, programs.param_shapes(model), shapes)
 
 
 def _forward_scopes(name: str, size: str, prompt: int, **fields: Any) -> dict[str, int]:
