@@ -62,6 +62,8 @@ def write(
   if unknown or not platforms:
     raise refuse("Export", f"platforms={(*platforms,)}", f"some of {_KNOWN}", "choose those it shall run on")
   target, flat = Path(path), {_name(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(policy.params)}
+  if not target.parent.is_dir():
+    raise refuse(f"Export to {target}", "a folder that does not exist", "an existing one", "create it")
   files.check_room(target, sum(leaf.nbytes for leaf in flat.values()))
   rebuild = jax.tree.structure(policy.params)
   with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, delete=False) as partial:

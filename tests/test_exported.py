@@ -76,6 +76,9 @@ def test_a_failed_export_leaves_nothing(policy, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"platforms=\('abacus',\); expected some of"):
     policy.export(tmp_path / "policy.svla", platforms=("abacus",))
 
+  with pytest.raises(ValueError, match="a folder that does not exist; expected an existing one"):
+    policy.export(tmp_path / "nowhere" / "policy.svla")
+
   def full(*args, **options):
     raise OSError(28, "No space left on device")
 
