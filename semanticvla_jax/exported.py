@@ -129,7 +129,7 @@ def _settings(policy: Any, flat: Mapping, lengths: Sequence[int], platforms: Seq
 class ExportedPolicy(BasePolicy):
   """A policy out of a file that `Policy.export` wrote: `infer`, `infer_batch`, `warm`, `metadata` as a Policy's."""
 
-  def __init__(self, settings: dict, params: dict, tokenizers: text.Tokenizers, programs: dict, remember: int):
+  def __init__(self, settings: dict, params: dict, tokenizers: text.Tokenizers, programs: dict, remember: Any):
     stats = statistics.from_openvla(settings["statistics"], "policy.json: statistics")
     self.params, self._settings, self.tokenizers, self.stats = params, settings, tokenizers, stats
     self.preparation = Preparation(stats, tokenizers, **settings["preparation"])
@@ -142,14 +142,16 @@ class ExportedPolicy(BasePolicy):
     cls,
     path: str | os.PathLike,
     *,
-    batch_sizes: Sequence[int] = (1,),
-    remember: int = inference.SENTENCES,
+    batch_sizes: Any = (1,),  # what comes from users is checked by value, not by type
+    remember: Any = inference.SENTENCES,
   ) -> ExportedPolicy:
     """Reads the file, compiles its programs for these batch sizes, and runs each once.
 
     Raises:
-      ValueError: it is not such a file, is damaged or of a later format, or has no program for this platform.
+      ValueError: it is not such a file, is damaged or of a later format, or has no program for this platform; a batch
+        size that is not a positive integer.
     """
+    sizes = inference.positive("batch_sizes", batch_sizes)
     try:
       with zipfile.ZipFile(path) as archive:
         settings = json.loads(archive.read("policy.json"))
@@ -171,7 +173,7 @@ class ExportedPolicy(BasePolicy):
         "check the path, or export it again",
       ) from None
     policy = cls(settings, params, tokenizers, programs, remember)
-    policy.inference.compile(params, batch_sizes, settings["prompt_lengths"])
+    policy.inference.compile(params, sizes, settings["prompt_lengths"])
     return policy
 
   @property

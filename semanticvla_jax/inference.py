@@ -9,6 +9,7 @@ call ever compiles, and a short sentence does not pay for the longest one.
 from __future__ import annotations
 
 import collections
+import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class Inference:
     dummy: Callable[[int], Observation],
     remember: Any = SENTENCES,
   ):
-    if isinstance(remember, bool) or not isinstance(remember, int) or remember < 0:
+    if not is_whole(remember) or remember < 0:
       raise refuse("Policy", f"remember={remember!r}", "a number of sentences, 0 or more", "choose another")
     self.dummy, self.remember = dummy, remember
     self.executables: dict[tuple[str, int, int], jax.stages.Compiled] = {}  # by ("actions", batch, prompt length), …
@@ -98,6 +99,21 @@ class Inference:
     if key not in self.executables:
       self.executables[key] = jax.jit(self._programs[name]).lower(*args).compile()
     return self.executables[key](*args)
+
+
+def is_whole(number: Any) -> bool:
+  """Whether this is an integer, True and False apart."""
+  return isinstance(number, numbers.Integral) and not isinstance(number, bool)
+
+
+def positive(name: str, given: Any) -> list[int]:
+  """Sizes or lengths to compile for, ascending. Raises ValueError for anything else than positive integers."""
+  is_list = isinstance(given, Sequence | set | frozenset | range) and not isinstance(given, str)
+  found = [*given] if is_list else [None]
+  if not all(is_whole(number) and number >= 1 for number in found):
+    expected = "a tuple of positive integers, such as (1, 8), or () for none"
+    raise refuse("Policy", f"{name}={given!r}", expected, "choose others")
+  return sorted({int(number) for number in found})
 
 
 def _join(*rows: Any) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import numbers
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -86,7 +85,10 @@ class Policy(BasePolicy):
     self.model, self.params, self.stats, self.tokenizers, self.config = model, params, stats, tokenizers, config
     self.bare: SemanticVLA = programs.bare(model)
     data = config.get("data") or {}
-    sizes, lengths = _whole_numbers("batch_sizes", batch_sizes), _whole_numbers("prompt_lengths", prompt_lengths)
+    sizes, lengths = (
+      inference.positive("batch_sizes", batch_sizes),
+      inference.positive("prompt_lengths", prompt_lengths),
+    )
     self.mode = NORMALIZATIONS[_choice("normalisation", data.get("normalisation", "q99"), NORMALIZATIONS)]
     self.gripper = _choice("gripper", gripper, GRIPPERS)
     self._picture = dict(
@@ -304,7 +306,7 @@ class Policy(BasePolicy):
     )
     if self.bare.num_views not in VIEWS:
       raise refuse("Policy", f"{self.bare.num_views} views", f"{sorted(VIEWS)}", "add their names to VIEWS")
-    if not _is_whole(self.replan_steps) or not 1 <= self.replan_steps <= self.chunk:
+    if not inference.is_whole(self.replan_steps) or not 1 <= self.replan_steps <= self.chunk:
       raise refuse("Policy", f"replan_steps={self.replan_steps!r}", f"1 to {self.chunk}, the chunk", "choose another")
     need, have = self.tokenizers.pad_id + 1, self.bare.llm.vocab
     if need > have:
@@ -382,21 +384,3 @@ def _choice(name: str, value: Any, allowed: Sequence | Mapping) -> Any:
   if value not in allowed:
     raise refuse("Policy", f"{name}={value!r}", f"one of {(*allowed,)}", "choose one of them")
   return value
-
-
-def _is_whole(number: Any) -> bool:
-  return isinstance(number, numbers.Integral) and not isinstance(number, bool)
-
-
-def _whole_numbers(name: str, numbers: Any) -> list[int]:
-  """Sizes or lengths to compile for, ascending. Raises ValueError for anything else than positive integers."""
-  is_list = isinstance(numbers, Sequence | set | frozenset | range) and not isinstance(numbers, str)
-  found = [*numbers] if is_list else [None]
-  if not all(_is_whole(number) and number >= 1 for number in found):
-    raise refuse(
-      "Policy",
-      f"{name}={numbers!r}",
-      "a tuple of positive integers, such as (1, 8), or () for none",
-      "choose others",
-    )
-  return sorted({int(number) for number in found})

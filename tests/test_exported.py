@@ -9,9 +9,13 @@ import jax
 import numpy as np
 import policies
 import pytest
+from flax.traverse_util import flatten_dict
 
 from semanticvla_jax import exported
 from semanticvla_jax.exported import ExportedPolicy
+from semanticvla_jax.models import serving
+from semanticvla_jax.models.semanticvla import build
+from semanticvla_jax.policy import Policy
 
 SEEN = [policies.observation(i, prompt=("pick up the red cube", "pick up the green ball")[i % 2]) for i in range(3)]
 
@@ -70,6 +74,32 @@ def test_what_is_no_exported_policy_is_refused(path, tmp_path):
       archive.writestr("policy.json", json.dumps(settings | change))
     with pytest.raises(ValueError, match=message):
       ExportedPolicy.load(later)
+
+
+def test_sizes_that_are_none_are_refused(path):
+  for bad in ((0,), (1.5,), 3, "12"):
+    with pytest.raises(ValueError, match="batch_sizes=.*; expected a tuple of positive integers"):
+      ExportedPolicy.load(path, batch_sizes=bad)
+  with pytest.raises(ValueError, match="remember=-1; expected a number of sentences, 0 or more"):
+    ExportedPolicy.load(path, remember=-1)
+
+
+OPENVLA = dict(coupler=None, dino_pruner=None, siglip_pruner=None, dense_fuser=None, film=(), mask="causal")
+
+
+@pytest.mark.parametrize("kind", ["openvla", "int8"])
+def test_other_programs_are_exported_too(kind, policy, tmp_path):
+  """Greedy decoding with a cache, which has no text tower to remember anything of, and kernels of eight bits."""
+  if kind == "openvla":
+    ours = policies.policy(config=policies.CONFIG | {"model": policies.CONFIG["model"] | OPENVLA}, batch_sizes=(1,))
+  else:
+    config = policies.CONFIG | {"model": policies.CONFIG["model"] | serving.LAYOUT}
+    params = serving.quantize(serving.lay_out(flatten_dict(policy.params, sep="/")))
+    model = serving.Int8(build(config["model"]))
+    ours = Policy(model, params, policy.stats, policy.tokenizers, config)
+  ours.export(tmp_path / "policy.svla", platforms=("cpu",))
+  loaded = ExportedPolicy.load(tmp_path / "policy.svla")
+  np.testing.assert_array_equal(loaded.infer(SEEN[0])["actions"], ours.infer(SEEN[0])["actions"])
 
 
 def test_a_failed_export_leaves_nothing(policy, tmp_path, monkeypatch):

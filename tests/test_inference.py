@@ -12,6 +12,7 @@ from semanticvla_jax.data import statistics, text
 from semanticvla_jax.models import serving
 from semanticvla_jax.models.semanticvla import build
 from semanticvla_jax.policy import Policy, check_params
+from semanticvla_jax.train import flops
 from semanticvla_jax.types import Observation
 
 OFT = dict(dino_pruner=None, siglip_pruner=None, dense_fuser=None, film=(), coupler="single", mask="full")
@@ -39,6 +40,23 @@ def test_the_serving_layout_gives_the_same_actions(fields):
   np.testing.assert_allclose(got.actions, expected.actions, atol=1e-5)
   np.testing.assert_allclose(got.intermediates["hidden"], expected.intermediates["hidden"], atol=2e-5)
   assert "qkv_proj" in laid_out["llm"]["layers_0"]["attn"] and "layers" not in laid_out["llm"]
+
+
+def test_the_last_decoder_layer_is_all_that_the_layout_saves():
+  """FLOPs by where they are: layers but the last cost what they cost stacked, the last less, all else the same."""
+
+  def scopes(fields):
+    model = build(TINY | fields)
+    params = jax.eval_shape(lambda: model.init({"params": jax.random.key(0), "noise": jax.random.key(1)}, observation))
+    found = flops.by_scope(lambda p, o: model.apply(p, o).actions, params, observation)
+    layers = {name: n for name, n in found.items() if "/layers" in name}
+    return layers, sum(found.values()) - sum(layers.values())
+
+  observation = random_observation(tiny())
+  (stacked, others), (apart, same) = scopes({}), scopes(serving.LAYOUT)
+  first = sum(n for name, n in apart.items() if "layers_0" in name)
+  assert others == same and 2 * first == sum(stacked.values())
+  assert sum(apart.values()) - first < 0.8 * first
 
 
 def test_a_layout_changes_no_parameter():

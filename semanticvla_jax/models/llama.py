@@ -196,8 +196,8 @@ class Llama(nn.Module):
     return self.norm(states), self.norm(some)
 
   @nn.nowrap
-  def empty_cache(self, batch: int, length: int) -> tuple[Float[Array, "L b s h c"], Float[Array, "L b s h c"]]:
-    """A key/value cache for `length` positions, zeros in the compute type."""
+  def empty_cache(self, batch: Any, length: int) -> tuple[Float[Array, "L b s h c"], Float[Array, "L b s h c"]]:
+    """A key/value cache for `length` positions, zeros in the compute type; `batch` may be symbolic (jax.export)."""
     shape = (self.depth, batch, length, self.num_heads, self.width // self.num_heads)
     return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
 
