@@ -36,26 +36,12 @@ step() {
   fi
 }
 
-# option NAME=VALUE: how latency is with another value of an option of Policy, where Policy has it.
-option() {
-  local name=${1%%=*}
-  if "$PYTHON" -c "
-import inspect, sys
-from semanticvla_jax.policy import Policy
-sys.exit('$name' not in inspect.signature(Policy).parameters)" 2>/dev/null; then
-    step "option_$name" 60 latency --row=full "${model[@]}" --calls="$CALLS" --option="$1"
-  else
-    printf '\n== option %s: skipped, Policy has no such option\n' "$name"
-  fi
-}
-
 model=(--size="$SIZE" --dtype="$DTYPE")
 step semanticvla 120 latency --row=full "${model[@]}" --calls="$CALLS" # copy and matmul rates come first
 step oft 90 latency --row=oft "${model[@]}" --calls="$CALLS"
 step peer 100 latency --row=full "${model[@]}" --calls="$CALLS" --peer=eager
-# Options of Policy, each against `semanticvla`; those that Policy does not have are skipped.
-for word in ${OPTIONS:-prompt_lengths=(24,) remember=0 weights=int8}; do
-  option "$word"
+for word in ${OPTIONS:-prompt_lengths=(24,) remember=0 weights=int8 weights=fp8}; do # each against `semanticvla`
+  step "option_${word//[^a-z0-9_]/}" 60 latency --row=full "${model[@]}" --calls="$CALLS" --option="$word"
 done
 step batches 90 latency --row=full "${model[@]}" --calls=$(((CALLS + 3) / 4)) --batch="$BATCHES"
 step train 150 train --compare "${model[@]}" --batch="$TRAIN_BATCH" --calls="$STEPS"

@@ -129,7 +129,7 @@ def _data(variant: str) -> ConfigDict:
       pruner_text_eval=placeholder(str),  # None: as trained; "prompt" is the release's
       prompt_length=64,
       instruction_length=WORDS[variant],
-      tokenizers=placeholder(str),  # a folder; None: the embedded pair
+      tokenizers=placeholder(str),  # a folder; None: those of init_from, or the embedded pair
       keep_statistics=False,  # normalize with the statistics of init_from
     )
   )

@@ -19,12 +19,16 @@ VERBS = {
   "convert": "PyTorch checkpoints to policy folders and back; verify, compare, fold adapters",
   "benchmark": "speed, each figure with the peer it was measured against",
 }
+_CACHE = (
+  f"Compiled programs are kept in {cli.COMPILED}; JAX_COMPILATION_CACHE_DIR names another folder, "
+  "JAX_ENABLE_COMPILATION_CACHE=false keeps none."
+)
 
 
 def usage() -> str:
   """One line for each verb."""
   lines = [f"  {verb:16} {what}" for verb, what in VERBS.items()]
-  return "\n".join(["usage: semanticvla VERB …   (semanticvla VERB --help lists its flags)", "", *lines])
+  return "\n".join(["usage: semanticvla VERB …   (semanticvla VERB --help lists its flags)", "", *lines, "", _CACHE])
 
 
 def main() -> None:

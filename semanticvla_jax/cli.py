@@ -20,15 +20,22 @@ from typing import Any, NoReturn
 from semanticvla_jax.errors import refuse
 
 TRACEBACK = "--traceback"  # understood by every command
+COMPILED = "~/.cache/semanticvla_jax/compiled"  # programs that took a second or more to compile
 _LONGEST = 400  # characters of a foreign message
 
 
-def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> NoReturn:
+def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None, *, keep_compiled: bool = True) -> NoReturn:
   """Runs a command's `main` and ends the program with what it returns (None: 0).
 
   A ValueError is what a user can put right: its message is all that is printed. Of any other exception one line is
   printed, with the file that its traceback went to. Both end with status 1; a reader that closed the pipe and ^C end
   with the statuses that shells give them (141, 130). With --traceback among the words, the traceback is printed too.
+
+  Args:
+    main: takes the words of the command line.
+    argv: these words; None for those of this process.
+    keep_compiled: keeps compiled programs in COMPILED for the next run, unless the environment says otherwise
+      (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE). False for what measures compilation.
   """
   words = [*sys.argv[1:]] if argv is None else [*argv]
   wants_traceback = TRACEBACK in words
@@ -38,6 +45,8 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
   use_utf8()
   logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it lists each kind of device that is not here
   _use_32_bits()
+  if keep_compiled:
+    _keep_compiled()
   threading.excepthook = _say_of_a_thread
   try:
     status = main(words)
@@ -96,6 +105,21 @@ def _use_32_bits() -> None:
   if jax is not None and jax.config.jax_enable_x64:
     jax.config.update("jax_enable_x64", False)
     print("JAX_ENABLE_X64 is set: this command computes in 32 bits all the same", file=sys.stderr)
+
+
+def _keep_compiled() -> None:
+  """Names the folder of jax's compilation cache, for this process and its children, where none is named."""
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  folder = os.path.expanduser(COMPILED)
+  try:
+    os.makedirs(folder, exist_ok=True)
+  except OSError:  # a home that cannot be written to: nothing is kept
+    return
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+  jax = sys.modules.get("jax")
+  if jax is not None and jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def make_importable(config: str) -> None:

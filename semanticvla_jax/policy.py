@@ -36,7 +36,7 @@ from semanticvla_jax.types import Observation, Sentence
 NORMALIZATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bounds"}
 GRIPPERS = ("command", "raw")
 ADAPTERS = ("merge", "keep")
-WEIGHTS = ("full", "int8")
+WEIGHTS = ("full", *serving.KINDS)
 MULTIPLE = 8  # positions: matrix units work on sequences of whole eights, and GPU libraries pad others at every product
 _PIXELS = re.compile(r"(dino|siglip)/embedding/(kernel|lora_b)")  # what every pixel goes through
 
@@ -138,7 +138,8 @@ class Policy(BasePolicy):
       dataset: whose statistics to use; needed where the policy was trained on several.
       adapters: "merge" folds LoRA into the kernels, "keep" runs it beside them; of no effect on a merged policy.
       dtype: of parameters and computation; None for the ones it was trained with.
-      weights: "int8" rounds the decoder's kernels to 8 bits, one scale per output channel: half of bfloat16's bytes.
+      weights: "int8" or "fp8" rounds the decoder's kernels to 8 bits, one scale per output channel: half of bfloat16's
+        bytes. Products stay in `dtype`.
       sharding, verify: see `policy_folder.load_policy`.
       **options: batch_sizes, prompt_lengths, remember, replan_steps and gripper of the constructor.
 
@@ -159,10 +160,11 @@ class Policy(BasePolicy):
       model, flat = build(config["model"]), flatten_dict(params, sep="/")
       del params
       params = serving.lay_out(flat)
-    if _choice("weights", weights, WEIGHTS) == "int8":
+    if _choice("weights", weights, WEIGHTS) != "full":
       if isinstance(model, lora.LoRA):
-        raise refuse("Policy", "weights='int8' with unmerged adapters", "merged ones", "load with adapters='merge'")
-      model, params = serving.Int8(model), serving.quantize(params)
+        problem = f"weights={weights!r} with unmerged adapters"
+        raise refuse("Policy", problem, "merged ones", "load with adapters='merge'")
+      model, params = serving.Quantized(model, weights), serving.quantize(params, weights)
     bare = programs.bare(model)
     if files.tokenizers is None:
       raise refuse(
@@ -260,7 +262,7 @@ class Policy(BasePolicy):
       "gripper": self.gripper,
       "normalisation": self.mode,
       "dtype": str(jnp.dtype(self.bare.llm.dtype)),
-      "weights": "int8" if isinstance(self.model, serving.Int8) else "full",
+      "weights": self.model.kind if isinstance(self.model, serving.Quantized) else "full",
       **{name: self._picture[name] for name in ("crop_area", "jpeg_quality", "dct")},
       "pruner_text": None if self.bare.text is None else self.tokenizers.pruner_text,
       "batch_sizes": [*self.inference.sizes],

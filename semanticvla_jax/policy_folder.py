@@ -32,6 +32,7 @@ from jax.experimental import multihost_utils
 
 import semanticvla_jax
 from semanticvla_jax import cli
+from semanticvla_jax.data import text
 from semanticvla_jax.errors import refuse
 
 FILES = ("config.json", "statistics.json", "metadata.json")
@@ -69,7 +70,7 @@ def save_policy(
   config: Mapping,
   statistics: Mapping,
   metadata: Mapping | None = None,
-  tokenizers: Path | None = None,
+  tokenizers: Path | Mapping[str, Path] | None = None,
   replace: bool = False,
 ) -> epath.Path:
   """Writes a policy folder under a temporary name and renames it when complete: a reader never sees half a policy.
@@ -82,7 +83,7 @@ def save_policy(
     config, statistics: JSON values; tuples become lists.
     metadata: added to (and may override) package_version, created, step (None) and merged: True if the tree holds no
       LoRA adapters.
-    tokenizers: folder whose `*.model` files are copied.
+    tokenizers: folder whose `*.model` files are copied, or {name: file}.
     replace: whether the new folder, once complete, replaces one that exists.
 
   Returns:
@@ -131,13 +132,15 @@ def save_policy(
   return folder
 
 
-def _complete(partial: epath.Path, contents: list[str], tokenizers: Path | None) -> None:
+def _complete(partial: epath.Path, contents: list[str], tokenizers: Path | Mapping[str, Path] | None) -> None:
   """Writes a policy's small files next to its parameters."""
-  for name, text in zip(FILES, contents):
-    (partial / name).write_bytes(text.encode())
-  for path in [] if tokenizers is None else sorted(absolute(tokenizers).glob("*.model")):
+  for name, content in zip(FILES, contents):
+    (partial / name).write_bytes(content.encode())
+  if not isinstance(tokenizers, Mapping | None):
+    tokenizers = text.files(absolute(tokenizers))
+  for name, path in (tokenizers or {}).items():
     (partial / "tokenizers").mkdir(exist_ok=True)
-    path.copy(partial / "tokenizers" / path.name)
+    path.copy(partial / "tokenizers" / name)
 
 
 def load_policy(

@@ -1,6 +1,7 @@
 """A command that fails says so in one line, whatever it was; streams are UTF-8 under any locale."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import zipfile
@@ -127,3 +128,19 @@ def test_subcommands_are_listed_and_a_misspelt_one_names_the_nearest(capsys):
     assert not listed.value.code and all(f"  {name:10} {what}" in printed for name, what in commands.items())
   with pytest.raises(ValueError, match="got 'comprae'; expected one of run, compare; .*did you mean 'compare'"):
     cli.subcommand("it", "Does it.", commands, ["comprae", "a"])
+
+
+@pytest.mark.parametrize(
+  ("variables", "place"),
+  [({}, ".cache/semanticvla_jax/compiled"), ({"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}, "/elsewhere")],
+)
+@pytest.mark.parametrize("before", ["import jax", "pass"])
+def test_compiled_programs_are_kept_where_the_user_says_or_in_their_cache(before, variables, place, tmp_path):
+  """Whether jax was imported before the command or is by it, and by children that it starts."""
+  program = f"{before}\nimport os, sys\nfrom semanticvla_jax import cli\ndef main(argv):\n  import jax\n"
+  program += "  print(jax.config.jax_compilation_cache_dir, os.environ['JAX_COMPILATION_CACHE_DIR'])\ncli.run(main)"
+  clean = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+  variables = clean | {"HOME": str(tmp_path)} | variables
+  run = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, text=True, env=variables)
+  expected = place if place.startswith("/") else str(tmp_path / place)
+  assert run.stdout.split() == [expected, expected], run.stderr

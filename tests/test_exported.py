@@ -87,15 +87,15 @@ def test_sizes_that_are_none_are_refused(path):
 OPENVLA = dict(coupler=None, dino_pruner=None, siglip_pruner=None, dense_fuser=None, film=(), mask="causal")
 
 
-@pytest.mark.parametrize("kind", ["openvla", "int8"])
+@pytest.mark.parametrize("kind", ["openvla", "int8", "fp8"])
 def test_other_programs_are_exported_too(kind, policy, tmp_path):
   """Greedy decoding with a cache, which has no text tower to remember anything of, and kernels of eight bits."""
   if kind == "openvla":
     ours = policies.policy(config=policies.CONFIG | {"model": policies.CONFIG["model"] | OPENVLA}, batch_sizes=(1,))
   else:
     config = policies.CONFIG | {"model": policies.CONFIG["model"] | serving.LAYOUT}
-    params = serving.quantize(serving.lay_out(flatten_dict(policy.params, sep="/")))
-    model = serving.Int8(build(config["model"]))
+    params = serving.quantize(serving.lay_out(flatten_dict(policy.params, sep="/")), kind)
+    model = serving.Quantized(build(config["model"]), kind)
     ours = Policy(model, params, policy.stats, policy.tokenizers, config)
   ours.export(tmp_path / "policy.svla", platforms=("cpu",))
   loaded = ExportedPolicy.load(tmp_path / "policy.svla")

@@ -154,24 +154,36 @@ def test_warming_compiles_for_the_sentences_there_are():
     policies.policy(prompt_lengths=(0,))
 
 
-def test_weights_of_eight_bits(tmp_path):
-  """The decoder's kernels alone are rounded, by at most half a step of their channel; actions move little."""
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_weights_of_eight_bits(kind, tmp_path):
+  """The decoder's kernels alone are rounded, by at most half a step of their type; actions move little."""
   folder = tmp_path / "policy"
   entries = {"tabletop_place": statistics.to_openvla(policies.stats())}
   policy_folder.save_policy(
     folder, random_params(tiny()), config=policies.CONFIG, statistics=entries, tokenizers=text.EMBEDDED
   )
-  whole, rounded = Policy.load(folder), Policy.load(folder, weights="int8")
+  whole, rounded = Policy.load(folder), Policy.load(folder, weights=kind)
   ours, theirs = (flatten_dict(policy.params, sep="/") for policy in (rounded, whole))
-  changed = {name for name in theirs if ours[name].dtype == np.int8}
+  changed = {name for name in theirs if ours[name].dtype.itemsize == 1}
   assert len(changed) == 2 * 4 and all(name.startswith("llm/layers_") for name in changed)
   for name in changed:
-    scale = ours[name.replace("/kernel", "/scale")]
-    assert np.abs(ours[name] * scale - theirs[name]).max() <= scale.max() * 0.501
+    kernel, scale = np.asarray(theirs[name]), np.asarray(ours[name.replace("/kernel", "/scale")])
+    step = scale * np.ones_like(kernel)  # of int8; of fp8 an eighth of the power of two below, at least 2^-9
+    if kind == "fp8":
+      step *= np.maximum(2.0 ** np.floor(np.log2(np.maximum(np.abs(kernel / scale), 1e-9))) / 8, 2.0**-9)
+    assert (np.abs(np.asarray(ours[name], np.float32) * scale - kernel) <= 0.501 * step).all()
   for name in theirs.keys() - changed:
     np.testing.assert_array_equal(ours[name], theirs[name])
   seen = policies.observation()
   a, b = (policy.device_step(policy.observe([seen])) for policy in (whole, rounded))
-  assert 0 < np.std(a - b) < 0.1 * np.std(a) and rounded.metadata["weights"] == "int8"
+  assert 0 < np.std(a - b) < 0.1 * np.std(a) and rounded.metadata["weights"] == kind
+
+
+def test_unknown_weights_are_refused(tmp_path):
+  folder = tmp_path / "policy"
+  entries = {"tabletop_place": statistics.to_openvla(policies.stats())}
+  policy_folder.save_policy(
+    folder, random_params(tiny()), config=policies.CONFIG, statistics=entries, tokenizers=text.EMBEDDED
+  )
   with pytest.raises(ValueError, match="weights='int4'; expected one of"):
     Policy.load(folder, weights="int4")

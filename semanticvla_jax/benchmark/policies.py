@@ -42,13 +42,13 @@ def random_policy(
   config = rows.model(row, size, dtype, **serving.LAYOUT)
   model = build(config)
   params = programs.random_params(programs.param_shapes(model), dtype, seed)
-  if weights == "int8":
-    params = serving.quantize(params)
+  if weights != "full":
+    params = serving.quantize(params, weights)
   words = 64 if model.text is None else min(64, model.text.positions)
   data = dict(normalisation="q99", crop_area=0.9, prompt_length=prompt, instruction_length=words)
   stats = _statistics(config.get("action_dim", 7), model.proprio_dim)
   tokenizers = _tokenizers(prompt, words)
-  model = serving.Int8(model) if weights == "int8" else model
+  model = model if weights == "full" else serving.Quantized(model, weights)
   return Policy(model, params, stats, tokenizers, {"model": config, "lora": None, "data": data}, **options)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Int32
 
 from semanticvla_jax.errors import refuse
@@ -108,34 +110,50 @@ class Tokenizers(NamedTuple):
     return ids, ids != end
 
 
+def files(folder: str | os.PathLike) -> dict[str, epath.Path]:
+  """{name: path} of the SentencePiece files of a folder, local or gs://; empty where it does not exist."""
+  return {path.name: path for path in sorted(epath.Path(folder).expanduser().glob("*.model"))}
+
+
 def load(
-  folder: str | pathlib.Path = EMBEDDED,
+  source: str | os.PathLike | Mapping[str, epath.Path] = EMBEDDED,
   *,
   prompt_length: int = 64,
   instruction_length: int = 64,
   pruner_text: str = "question",
 ) -> Tokenizers:
-  """Loads `tokenizer.model` (language model) and, where there is one, `spiece.model` (SigLIP) from a folder.
+  """Loads `tokenizer.model` (language model) and, where there is one, `spiece.model` (SigLIP).
+
+  Args:
+    source: their folder, local or gs://; or {name: path}.
+    prompt_length, instruction_length, pruner_text: see Tokenizers.
 
   Raises:
     ValueError: `tokenizer.model` is missing or has no "▁" piece, `spiece.model` has an end-of-sentence id other than 1,
       or `pruner_text` is unknown.
   """
-  folder = pathlib.Path(folder)
+  found = source if isinstance(source, Mapping) else files(source)
   if pruner_text not in PRUNER_TEXTS:
     raise refuse("Unknown pruner text", f"{pruner_text!r}", f"one of {PRUNER_TEXTS}", "fix the config")
-  language = _sentencepiece(folder / "tokenizer.model")
+  if "tokenizer.model" not in found:
+    raise refuse(
+      "No tokenizer",
+      f"{sorted(found) or 'none'} in {'the files passed' if source is found else source}",
+      "tokenizer.model (the SentencePiece file, not tokenizer.json)",
+      "copy it from the base checkpoint",
+    )
+  language = _sentencepiece(found["tokenizer.model"])
   if language.is_unknown(language.piece_to_id("▁")) or language.bos_id() < 0:
     raise refuse(
-      f"{folder / 'tokenizer.model'} is not a Llama tokenizer",
+      f"{found['tokenizer.model']} is not a Llama tokenizer",
       "no '▁' piece or no <s>",
       "both",
       "copy the file from the base checkpoint",
     )
-  siglip = _sentencepiece(folder / "spiece.model") if (folder / "spiece.model").exists() else None
+  siglip = _sentencepiece(found["spiece.model"]) if "spiece.model" in found else None
   if siglip is not None and siglip.eos_id() != 1:
     raise refuse(
-      f"{folder / 'spiece.model'} is not a SigLIP tokenizer",
+      f"{found['spiece.model']} is not a SigLIP tokenizer",
       f"</s> = {siglip.eos_id()}",
       "1",
       "copy the file from the SigLIP checkpoint",
@@ -143,18 +161,10 @@ def load(
   return Tokenizers(language, siglip, prompt_length, instruction_length, pruner_text)
 
 
-def _sentencepiece(path: pathlib.Path) -> Any:
+def _sentencepiece(path: epath.Path) -> Any:
   import sentencepiece
 
-  if not path.exists():
-    found = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else "no such folder"
-    raise refuse(
-      "No tokenizer",
-      f"{found} in {path.parent}",
-      f"{path.name} (the SentencePiece file, not tokenizer.json)",
-      "copy it from the base checkpoint",
-    )
-  return sentencepiece.SentencePieceProcessor(model_file=str(path))
+  return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
 
 
 def _pad(

@@ -23,7 +23,7 @@ def sentence(model: nn.Module) -> Callable[..., Sentence]:
   """(params, [prompt i32[b t], mask bool[b t], instruction i32[b m], mask bool[b m]]) → what they alone decide.
 
   Args:
-    model: of `build`, or that in a wrapper (`lora.LoRA`, `serving.Int8`).
+    model: of `build`, or that in a wrapper (`lora.LoRA`, `serving.Quantized`).
   """
   method = named(model, "sentence")
 

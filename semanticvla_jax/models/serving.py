@@ -10,6 +10,7 @@ at every call: for 7 billion parameters 6.7 of 31.5 GB moved. Laid out once, whe
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -53,36 +54,47 @@ def lay_out(flat: dict[str, Any]) -> dict:
   return unflatten_dict({path: flat.pop(path) for path in [*flat]}, sep="/")
 
 
-class Int8(nn.Module):
-  """Runs `model` with the decoder's kernels as int8 and one scale per output channel (`quantize` makes them).
+KINDS = {"int8": (jnp.int8, 127), "fp8": (jnp.float8_e4m3fn, 448)}  # type, and the largest number that a scale maps to
 
-  Weights alone are rounded (to 1/254 of a channel's largest); products are in the model's compute type.
+
+class Quantized(nn.Module):
+  """Runs `model` with the decoder's kernels in 8 bits and one scale per output channel (`quantize` makes them).
+
+  Weights alone are rounded; products are in the model's compute type, so that no hardware for 8 bits is needed.
   """
 
   model: nn.Module
+  kind: str
 
   def setup(self):
     nn.share_scope(self, self.model)
 
   def __call__(self, *args, call: str = "__call__", **kwargs):
     """Runs the method `call` of the wrapped model with the same arguments."""
-    with nn.intercept_methods(_int8_product):
+    with nn.intercept_methods(functools.partial(_product, KINDS[self.kind][0])):
       return getattr(self.model, call)(*args, **kwargs)
 
 
-def quantize(params: Mapping[str, Any]) -> dict:
-  """Parameters in the serving layout → those of `Int8` around the model; the tree's own arrays are not changed."""
-  flat = flatten_dict(params, sep="/")
-  for path in [path for path in flat if path.endswith("/kernel") and _is_int8(path.removesuffix("/kernel"))]:
+def quantize(params: Mapping[str, Any], kind: str) -> dict:
+  """Parameters in the serving layout → those of `Quantized` around the model; the tree's own arrays are not changed.
+
+  Args:
+    params: of the model.
+    kind: "int8" rounds to 1/254 of an output channel's largest weight, "fp8" (4 bits of exponent, 3 of mantissa) to
+      1/16 of the weight itself.
+  """
+  flat, (dtype, largest) = flatten_dict(params, sep="/"), KINDS[kind]
+  for path in [path for path in flat if path.endswith("/kernel") and _is_quantized(path.removesuffix("/kernel"))]:
     kernel = flat[path].astype(jnp.float32)
     inputs = tuple(range(_inputs(path)))
-    scale = jnp.maximum(jnp.abs(kernel).max(axis=inputs), jnp.finfo(jnp.float32).tiny) / 127
-    flat[path] = jnp.round(kernel / scale).astype(jnp.int8)
+    scale = jnp.maximum(jnp.abs(kernel).max(axis=inputs), jnp.finfo(jnp.float32).tiny) / largest
+    scaled = jnp.clip(kernel / scale, -largest, largest)
+    flat[path] = (jnp.round(scaled) if kind == "int8" else scaled).astype(dtype)
     flat[f"{path.removesuffix('kernel')}scale"] = scale
   return unflatten_dict(flat, sep="/")
 
 
-def _is_int8(path: str) -> bool:
+def _is_quantized(path: str) -> bool:
   return re.fullmatch(r"llm/layers_\d+/(attn|mlp)/\w+_proj", path) is not None
 
 
@@ -91,14 +103,14 @@ def _inputs(path: str) -> int:
   return 2 if "/o_proj" in path else 1
 
 
-def _int8_product(call, args, kwargs, context):
+def _product(kernel_dtype, call, args, kwargs, context):
   layer, path = context.module, "/".join(context.module.path).removeprefix("model/")
-  if context.method_name != "__call__" or not _is_int8(path):
+  if context.method_name != "__call__" or not _is_quantized(path):
     return call(*args, **kwargs)
   (x,), count = args, _inputs(path)
   features = layer.features if isinstance(layer.features, tuple) else (layer.features,)
   shape = (*x.shape[x.ndim - count :], *features)
-  kernel = layer.param("kernel", lambda _: jnp.zeros(shape, jnp.int8))
+  kernel = layer.param("kernel", lambda _: jnp.zeros(shape, kernel_dtype))
   scale = layer.param("scale", lambda _: jnp.ones(features, jnp.float32))
   x = x.astype(layer.dtype or x.dtype)
   return (jnp.tensordot(x, kernel.astype(x.dtype), axes=count) * scale).astype(x.dtype)

@@ -99,11 +99,10 @@ def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict,
 
 def check_bases(config: Any, taken: dict[str, list[str]]) -> None:
   """Raises ValueError where a base's own settings or tokenizers give what is taken from it another meaning."""
-  here = epath.Path(config.data.tokenizers or text.EMBEDDED)
+  here = inputs.tokenizer_files(config)
   for folder, paths in taken.items():
-    there = epath.Path(folder).expanduser() / "tokenizers"
     base_settings.check(folder, policy_folder.read_policy_json(folder).config, config, paths)
-    base_settings.check_tokenizers(folder, there if there.exists() else None, here, paths)
+    base_settings.check_tokenizers(folder, here, paths)
 
 
 def load_base(folder: str, mesh: Any, rule: sharding.Rule) -> policy_folder.PolicyFiles:
@@ -325,7 +324,7 @@ def write_policy(
       config=resume.plain(config),
       statistics={name: statistics.to_openvla(entry) for name, entry in stats.items()},
       metadata={"step": int(state.step)},
-      tokenizers=Path(config.data.tokenizers or text.EMBEDDED),
+      tokenizers=inputs.tokenizer_files(config),
       replace=True,
     )
   )

@@ -16,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from semanticvla_jax.data import text
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.pruner import SAPruner
 from semanticvla_jax.models.semanticvla import SemanticVLA, build, resolve
@@ -89,23 +90,29 @@ def check(source: str, base: Mapping, config: Any, paths: Sequence[str]) -> None
     logging.info("init_from %s: settings differ (there → here), those here are taken: %s", source, "; ".join(lines))
 
 
-def check_tokenizers(source: str, there: epath.Path | None, here: epath.Path, paths: Sequence[str]) -> None:
+def check_tokenizers(source: str, here: Mapping[str, epath.Path], paths: Sequence[str]) -> None:
   """Compares a base's tokenizers with the run's, file by file, where rows of its embeddings are taken.
+
+  Args:
+    source: the base's folder.
+    here: {name: path} of the run's.
+    paths: of the parameters that are taken.
 
   Raises:
     ValueError: another file under the same name: ids would pick the rows of other pieces.
   """
+  folder = epath.Path(source).expanduser() / "tokenizers"
+  there = text.files(folder)
   for name, pattern in WORDS.items():
-    files = [] if there is None else [folder / name for folder in (there, here) if (folder / name).exists()]
-    if len(files) < 2 or not _some(pattern, paths):
+    if name not in there or name not in here or not _some(pattern, paths):
       continue
-    hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files]
+    hashes = [hashlib.sha256(files[name].read_bytes()).hexdigest()[:12] for files in (there, here)]
     if hashes[0] != hashes[1]:
       raise refuse(
         f"init_from {source}",
-        f"{name} of hash {hashes[1]} ({here})",
+        f"{name} of hash {hashes[1]} ({here[name]})",
         f"{hashes[0]}, the base's: its embeddings have a row for each piece",
-        f"set config.data.tokenizers={there}",
+        f"set config.data.tokenizers={folder}",
       )
 
 

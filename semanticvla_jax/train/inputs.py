@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.train import sharding
+from semanticvla_jax.train import init, sharding
 from semanticvla_jax.types import Batch
 
 
@@ -26,14 +27,26 @@ class Source(NamedTuple):
   digests: dict[str, str]
 
 
+def tokenizer_files(config: Any) -> dict[str, epath.Path]:
+  """{name: path} of the run's SentencePiece files: of config.data.tokenizers; of the bases, of which later ones give
+  what the first lacks; or the embedded pair.
+  """
+  if config.data.tokenizers is not None:
+    return text.files(config.data.tokenizers)
+  folders, _ = init.bases(config.init_from)
+  found = {}
+  for folder in folders:
+    found = text.files(epath.Path(folder).expanduser() / "tokenizers") | found
+  return found or text.files(text.EMBEDDED)
+
+
 def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
   """The tokenizers of the config. Raises ValueError when they are not this model's."""
-  folder = {} if config.data.tokenizers is None else {"folder": config.data.tokenizers}
   tokenizers = text.load(
+    tokenizer_files(config),
     prompt_length=config.data.prompt_length,
     instruction_length=config.data.instruction_length,
     pruner_text=config.data.pruner_text,
-    **folder,
   )
   if config.data.pruner_text_eval not in (None, *text.PRUNER_TEXTS):
     raise refuse(

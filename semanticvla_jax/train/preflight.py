@@ -333,4 +333,4 @@ if __name__ == "__main__":  # here, so that the module can be imported by a comm
   _PLAN = flags.DEFINE_bool("plan", False, "Compare remat policies, meshes and accumulation by an estimate")
   _VERIFY = flags.DEFINE_bool("verify", False, "With --plan: compile the fastest of them")
   flags.mark_flag_as_required("config")
-  cli.run(lambda _: app.run(main, flags_parser=command_line.parse))
+  cli.run(lambda _: app.run(main, flags_parser=command_line.parse), keep_compiled=False)

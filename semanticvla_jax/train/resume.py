@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from flax.traverse_util import flatten_dict
 
 from semanticvla_jax import policy_folder
-from semanticvla_jax.data import statistics, text
+from semanticvla_jax.data import statistics
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.train import checkpoints, init, inputs
 
@@ -97,8 +96,8 @@ def differences(saved: dict, config: dict) -> list[str]:
 def origin(config: Any, source: inputs.Source) -> dict:
   """What a run depends on besides its config, as JSON: hashes of its bases, tokenizers and data, and its statistics."""
   folders, _ = init.bases(config.init_from)
-  tokenizers = epath.Path(config.data.tokenizers or text.EMBEDDED)
-  words = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(tokenizers.glob("*.model"))))
+  files = inputs.tokenizer_files(config)
+  words = hashlib.sha256(b"".join(files[name].read_bytes() for name in sorted(files)))
   return {
     "base": [policy_folder.policy_hash(folder) for folder in folders],
     "tokenizers": words.hexdigest()[:16],

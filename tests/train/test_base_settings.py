@@ -5,7 +5,6 @@ import logging
 import shutil
 
 import pytest
-from etils import epath
 
 from configs import common, openvla, openvla_oft
 from semanticvla_jax.data import text
@@ -120,13 +119,14 @@ def test_released_ways_of_starting_pass(config, caplog):
 
 
 def test_another_tokenizer_is_refused_where_its_rows_are_taken(tmp_path):
-  there, here = (shutil.copytree(text.EMBEDDED, tmp_path / name) for name in ("there", "here"))
-  base_settings.check_tokenizers("BASE", epath.Path(there), epath.Path(here), PATHS)
-  base_settings.check_tokenizers("BASE", None, epath.Path(here), PATHS)
+  there, here = (shutil.copytree(text.EMBEDDED, tmp_path / name) for name in ("base/tokenizers", "here"))
+  base, files = str(tmp_path / "base"), text.files(here)
+  base_settings.check_tokenizers(base, files, PATHS)
+  base_settings.check_tokenizers(str(tmp_path), files, PATHS)  # a base without any
   for name, path in (("tokenizer.model", "llm/embed/embedding"), ("spiece.model", "text/final")):
     (here / name).write_bytes((there / name).read_bytes() + b" ")
-    base_settings.check_tokenizers("BASE", epath.Path(there), epath.Path(here), ["siglip/pos_embedding"])
+    base_settings.check_tokenizers(base, files, ["siglip/pos_embedding"])
     with pytest.raises(ValueError, match=f"got {name} of hash .* its embeddings have a row for each piece"):
-      base_settings.check_tokenizers("BASE", epath.Path(there), epath.Path(here), [path])
+      base_settings.check_tokenizers(base, files, [path])
     (there / name).unlink()  # a base that does not say
-    base_settings.check_tokenizers("BASE", epath.Path(there), epath.Path(here), [path])
+    base_settings.check_tokenizers(base, files, [path])

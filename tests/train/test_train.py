@@ -15,6 +15,7 @@ from small_runs import CHANGES, losses_of, make_config, write_data
 
 from configs import common, openvla, pretrain
 from semanticvla_jax import policy_folder
+from semanticvla_jax.data import text
 from semanticvla_jax.train import __main__ as command
 from semanticvla_jax.train import checkpoints, diverged, inputs, optimizer, resume
 from semanticvla_jax.train import step as stepping
@@ -224,6 +225,23 @@ def test_tokenizers_of_another_model_are_refused(data):
   _, bare = command.init.make_model(common.get_config("7b"))
   with pytest.raises(ValueError, match="got 499 pieces; expected nearly 32064.*tokenizer.model"):
     inputs.load_tokenizers(config, bare)
+
+
+def test_tokenizers_come_from_the_bases_where_none_are_named(data, tmp_path):
+  """The released bases: one has the language model's, the other SigLIP's. The first that has a file gives it."""
+  config = make_config(data)
+  for base, names in (("first", ["tokenizer.model"]), ("second", ["spiece.model", "tokenizer.model"])):
+    (tmp_path / base / "tokenizers").mkdir(parents=True)
+    for name in names:
+      (tmp_path / base / "tokenizers" / name).write_bytes((text.EMBEDDED / name).read_bytes())
+  config.init_from = f"{tmp_path / 'first'},{tmp_path / 'second'},random"
+  found = {name: path.parent.parent.name for name, path in inputs.tokenizer_files(config).items()}
+  assert found == {"tokenizer.model": "first", "spiece.model": "second"}
+  config.data.tokenizers = str(tmp_path / "second" / "tokenizers")
+  assert {path.parent.parent.name for path in inputs.tokenizer_files(config).values()} == {"second"}
+  config.update(init_from=None)
+  config.data.tokenizers = None
+  assert inputs.tokenizer_files(config) == text.files(text.EMBEDDED)
 
 
 def token_config(**values):
