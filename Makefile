@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 SUITE ?= place
 SPLIT ?= unseen
 
-.PHONY: help venv quickstart test slow processes soak parity sim pretrain picture bench bench-sim bench-convert aot aot-gpu lint lock
+.PHONY: help venv quickstart test slow processes soak parity sim pretrain picture bench bench-sim bench-convert aot aot-gpu newest lint lock
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -89,6 +89,20 @@ aot: .venv-aot/.done  ## ahead-of-time compilation for TPU slices: small ones, t
 
 aot-gpu: .venv-aot-gpu/.done  ## ahead-of-time compilation for NVIDIA GPUs without one (two minutes; installs 580 MB)
 	PYTHONPATH=.venv-aot-gpu $(PY) -m pytest -m aot_gpu
+
+# The newest jax, on a newer Python where this machine has one: what an accelerator's machine may bring.
+NEWEST ?= $(shell for python in python3.13 python3.12 $(HOME)/.pyenv/versions/3.13*/bin/python3 $(HOME)/.pyenv/versions/3.12*/bin/python3; do \
+  "$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
+.venv-newest/.done: requirements-dev.txt $(VENV)/.main
+	@test -n "$(NEWEST)" || { echo "no Python 3.12 or 3.13 here: NEWEST=PATH names one"; exit 1; }
+	$(NEWEST) -m venv --clear .venv-newest
+	$(VENV)/bin/uv pip install -q --upgrade --python .venv-newest/bin/python -r requirements-dev.txt
+	touch $@
+
+newest: .venv-newest/.done  ## model, policy and training tests and on_gpu.sh with the newest jax (Python 3.12 or 3.13)
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not processes and not slow" \
+	  tests/models tests/train tests/test_policy.py tests/test_inference.py tests/test_exported.py
+	SIZE=tiny DTYPE=float32 CALLS=5 STEPS=2 EPISODES=16 SLOWER=4 OUT=runs/newest PEER= PYTHON=.venv-newest/bin/python benchmark/on_gpu.sh
 
 bench-convert: $(VENV)/.main  ## conversion of a random 15 GB checkpoint against a plain copy (60 GB of disk; LAYERS=…)
 	$(PY) -m semanticvla_jax.benchmark convert runs/bench_convert --layers $(or $(LAYERS),32) --out=runs/bench/convert.json

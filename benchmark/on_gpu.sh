@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures a policy, its peers and training on one GPU in under eight minutes; each figure is printed as it comes.
 #
-#   [SIZE=7b] [DTYPE=bfloat16] [CALLS=200] [BATCHES=1,2,4,8] [OUT=runs/gpu] [PYTHON=python3] benchmark/on_gpu.sh
+#   [SIZE=7b] [DTYPE=bfloat16] [CALLS=200] [BATCHES=1,2,4,8] [PEER=eager] [OUT=runs/gpu] [PYTHON=python3] benchmark/on_gpu.sh
 #
 # Needs jax, flax, optax, orbax, einops and jaxtyping; PyTorch and transformers for the peer; sentencepiece to run the
 # shipped policy. Weights are random and made on the device. Every step has a time limit (SLOWER=4 makes it four times as
@@ -12,6 +12,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 SIZE=${SIZE:-7b} DTYPE=${DTYPE:-bfloat16} CALLS=${CALLS:-200} BATCHES=${BATCHES:-1,2,4,8} OUT=${OUT:-runs/gpu}
 PYTHON=${PYTHON:-python3} STEPS=${STEPS:-10} TRAIN_BATCH=${TRAIN_BATCH:-8} POLICY=${POLICY:-checkpoints/tabletop_small}
+PEER=${PEER-eager} # PEER= leaves it out
 mkdir -p "$OUT"
 
 export PYTHONUNBUFFERED=1
@@ -39,7 +40,7 @@ step() {
 model=(--size="$SIZE" --dtype="$DTYPE")
 step semanticvla 120 latency --row=full "${model[@]}" --calls="$CALLS" # copy and matmul rates come first
 step oft 90 latency --row=oft "${model[@]}" --calls="$CALLS"
-step peer 100 latency --row=full "${model[@]}" --calls="$CALLS" --peer=eager
+[ -z "$PEER" ] || step peer 100 latency --row=full "${model[@]}" --calls="$CALLS" --peer="$PEER"
 for word in ${OPTIONS:-prompt_lengths=(24,) remember=0 weights=int8 weights=fp8}; do # each against `semanticvla`
   step "option_${word//[^a-z0-9_]/}" 60 latency --row=full "${model[@]}" --calls="$CALLS" --option="$word"
 done

@@ -75,6 +75,7 @@ def of(
     "dtype",
     "pruner_text",
   )
+  rounded = {} if known.get("weights") in (None, "full") else {"weights": known["weights"]}
   seeds = [int(seed) for seed in seeds]
   consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
   return {
@@ -87,7 +88,7 @@ def of(
     "told": told,
     "model_changes": model_changes or {},
     "policy": {key: known.get(key) for key in ("policy_hash", "folder", "step", "dataset", "parameters")},
-    "preprocessing": {key: known.get(key) for key in reads},
+    "preprocessing": {key: known.get(key) for key in reads} | rounded,
     "chunk": known.get("chunk"),
     "device": device(),
     "versions": versions(),

@@ -209,7 +209,7 @@ def load(args: argparse.Namespace, suite: str) -> Any:
     return _recorded(args.recorded, suite, tuple(seeds(args, suite)), replan_steps)
   sizes = sorted({args.workers, *(2**i for i in range(args.workers.bit_length()))})
   dataset = args.dataset or libero_checks.dataset_for([*policy_folder.read_policy_json(args.policy).statistics], suite)
-  return Policy.load(args.policy, dataset=dataset, dtype=args.dtype, batch_sizes=sizes)
+  return Policy.load(args.policy, dataset=dataset, dtype=args.dtype, weights=args.weights, batch_sizes=sizes)
 
 
 @functools.cache

@@ -29,6 +29,7 @@ from semanticvla_jax.evaluate import controls, folder
 from semanticvla_jax.evaluate.benchmarks import BENCHMARKS, of_suites
 from semanticvla_jax.evaluate.evaluation import Benchmark, Job, check_minimum
 from semanticvla_jax.evaluate.rollout import Episodes
+from semanticvla_jax.policy import WEIGHTS
 
 _PROGRAM = "python -m semanticvla_jax.evaluate run"
 _BARE = "the benchmark's"  # --controls without a value
@@ -91,6 +92,7 @@ def _add_common_flags(add: Callable) -> None:
   add("--metrics", help="metrics.jsonl file of the training, to plot its curves (default: no curves)")
   add("--dataset", help="name of the statistics to use, if the policy has several (default: the only or fitting one)")
   add("--dtype", help="dtype of parameters and computation, e.g. bfloat16 (default: as trained)")
+  add("--weights", choices=WEIGHTS, default=WEIGHTS[0], help="int8 or fp8 rounds the decoder's kernels (default: full)")
   add("--title", default="Closed-loop evaluation", help="title of the report (default: Closed-loop evaluation)")
 
 

@@ -125,7 +125,8 @@ class Tabletop(Benchmark):
   def jobs(self, args: argparse.Namespace, stored: folder.ResultsFile) -> Iterator[Job]:
     """See `Benchmark`; all suites are checked before the first is measured."""
     timed = stored.seconds.timed
-    options = dict(dataset=args.dataset, dtype=args.dtype, batch_sizes=(1,) if args.host else ())
+    sizes = (1,) if args.host else ()
+    options = dict(dataset=args.dataset, dtype=args.dtype, weights=args.weights, batch_sizes=sizes)
     policy = timed("load", lambda: Policy.load(args.policy, **options))
     before = timed("load", lambda: Policy.load(args.baseline, **options)) if args.baseline else None
     found = [self._job(args, policy, before, suite, stored) for suite in args.suite]
