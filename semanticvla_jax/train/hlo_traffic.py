@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from semanticvla_jax.errors import refuse
@@ -35,6 +35,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CHAIN = re.compile(r"channel_id=(\d+).*chain_id=")  # of a collective that TPUs run in pieces, each in another fusion
 _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
 
 
@@ -138,13 +139,22 @@ def _operands(rest: str) -> tuple[tuple[str, ...], str]:
   return (), rest
 
 
-def arrays(result: str) -> list[int]:
-  """Bytes of every array of a type that lies in device memory."""
+def arrays(result: str, without: Container = ()) -> list[int]:
+  """Bytes of every array of a type that lies in device memory, but for some shapes (see `_shapes`)."""
   return [
     _width(kind) * math.prod(int(n) for n in shape.split(",") if n)
     for kind, shape, layout in _ARRAY.findall(result)
-    if "S(1)" not in layout
+    if "S(1)" not in layout and (kind, shape) not in without
   ]
+
+
+def _shapes(result: str) -> list[tuple[str, str]]:
+  """("bf16", "4096,688") of every array of a type."""
+  return [(kind, shape) for kind, shape, _ in _ARRAY.findall(result)]
+
+
+def _type_of(name: str, instructions: Sequence[Instruction]) -> str:
+  return next((x.result for x in instructions if x.name == name), "")
 
 
 def _width(kind: str) -> int:
@@ -179,10 +189,12 @@ class _Walk:
     self.launches, self.moved, self.collectives, self.collective_bytes = Counter(), Counter(), Counter(), Counter()
     self.copies: dict[str, tuple[int, int]] = {}
     self.products = 0
+    self.chains: set[str] = set()  # collectives in pieces whose first piece was counted, of the computation under way
 
   def count(self, name: str, kinds: Mapping[str, Kind], times: int) -> Kind:
     """Adds computation `name` `times` over (0: only looks); `kinds` of its parameters → that of its result."""
     known, types, kind = dict(kinds), {}, CONSTANT
+    outer, self.chains = self.chains, set()
     for x in self.computations[name]:
       types[x.name] = x.result
       if x.operation == "parameter":
@@ -190,6 +202,7 @@ class _Walk:
         continue
       inputs = tuple(known.get(operand, CONSTANT) for operand in x.operands)
       kind = known[x.name] = self._one(x, inputs, types, times)
+    self.chains = outer
     return kind  # ROOT is the last instruction of every computation
 
   def _one(self, x: Instruction, inputs: tuple[Kind, ...], types: Mapping[str, str], times: int) -> Kind:
@@ -244,21 +257,34 @@ class _Walk:
   def _add(self, x: Instruction, kind: int, types: Mapping[str, str], times: int) -> None:
     inside = self._fused(x)
     operations = {y.operation for y in inside}
-    read, written = self._bytes(x, types)
+    pieces = [y for y in inside if _CHAIN.search(y.rest)]
+    ends = [text for y in pieces for text in (_type_of(y.operands[0], inside), y.result)]  # of whole collectives
+    read, written = self._bytes(x, types, {shape for text in ends for shape in _shapes(text)})
     self.launches[_label(x)] += times
-    self.moved[_label(x)] += times * (read + written)
     self.products += times * (bool(operations & PRODUCTS) or any(_PRODUCT_CALL.search(y.rest) for y in inside))
     collective = False
     for y in inside:
       operation = y.operation.removesuffix("-start")
       if operation in COLLECTIVES:
         collective = True
+        if y in pieces:
+          if self._is_later(y):
+            continue
+          read, written = read + sum(arrays(_type_of(y.operands[0], inside))), written + sum(arrays(y.result))
         self.collectives[operation] += times
         self.collective_bytes[operation] += times * _collective_bytes(y)
+    self.moved[_label(x)] += times * (read + written)
     if kind == WEIGHT and not collective and written:
       what = f"{_ARRAY.search(x.result).group().split('{')[0]} {'/'.join(x.op_name.split('/')[-3:]) or x.name}"
       n, size = self.copies.get(what, (0, 0))
       self.copies[what] = (n + times, size + times * written)
+
+  def _is_later(self, piece: Instruction) -> bool:
+    """Whether another piece of the same collective was counted in this computation; if not, this one is the first."""
+    channel = _CHAIN.search(piece.rest).group(1)
+    later = channel in self.chains
+    self.chains.add(channel)
+    return later
 
   def _fused(self, x: Instruction) -> list[Instruction]:
     """The instruction itself and all that is fused into it."""
@@ -268,10 +294,10 @@ class _Walk:
         found += [z for y in self.computations.get(name, ()) for z in self._fused(y)]
     return found
 
-  def _bytes(self, x: Instruction, types: Mapping[str, str]) -> tuple[int, int]:
-    """(read, written) by one instruction."""
-    operands = [sum(arrays(types.get(name, ""))) for name in x.operands]
-    results = arrays(x.result)
+  def _bytes(self, x: Instruction, types: Mapping[str, str], passing: Container) -> tuple[int, int]:
+    """(read, written) by one instruction; arrays of the shapes `passing` only pass through it."""
+    operands = [sum(arrays(types.get(name, ""), passing)) for name in x.operands]
+    results = arrays(x.result, passing)
     operation = x.operation.removesuffix("-start")
     if operation in ("fusion",) and (called := _CALLED.findall(x.rest)):
       return self._fusion_bytes(x, called[0], operands, results)

@@ -150,3 +150,34 @@ def test_a_program_compiled_here():
   assert found.products == 6
   assert found.copied_weights == 2 * 64 * 64 * 4, found.copies
   assert found.bytes > 5 * 64 * 64 * 4
+
+
+PIECES = """
+%piece (shard: bf16[2,8], whole: bf16[16,8], x: f32[4]) -> (f32[4], bf16[2,8], bf16[16,8]) {
+  %shard = bf16[2,8]{1,0} parameter(0)
+  %whole = bf16[16,8]{1,0} parameter(1)
+  %x = f32[4]{0} parameter(2)
+  %y = f32[4]{0} negate(%x)
+  %gather = bf16[16,8]{1,0} all-gather(%shard), channel_id=7, dimensions={0}, frontend_attributes={chain_id="2"}
+  ROOT %out = (f32[4]{0}, bf16[2,8]{1,0}, bf16[16,8]{1,0}) tuple(%y, %shard, %gather)
+}
+
+ENTRY %main (shard: bf16[2,8], whole: bf16[16,8], x: f32[4]) -> f32[4] {
+  %shard = bf16[2,8]{1,0} parameter(0), metadata={op_name="params"}
+  %whole = bf16[16,8]{1,0} parameter(1)
+  %x = f32[4]{0} parameter(2)
+  %a = (f32[4]{0}, bf16[2,8]{1,0}, bf16[16,8]{1,0}) fusion(%shard, %whole, %x), kind=kOutput, calls=%piece
+  %a0 = f32[4]{0} get-tuple-element(%a), index=0
+  %a1 = bf16[2,8]{1,0} get-tuple-element(%a), index=1
+  %a2 = bf16[16,8]{1,0} get-tuple-element(%a), index=2
+  %b = (f32[4]{0}, bf16[2,8]{1,0}, bf16[16,8]{1,0}) fusion(%a1, %a2, %a0), kind=kOutput, calls=%piece
+  ROOT %b0 = f32[4]{0} get-tuple-element(%b), index=0
+}
+"""
+
+
+def test_a_collective_that_runs_in_pieces_counts_once():
+  """TPUs fuse the pieces of one all-gather into other work: each names the whole, and passes its buffers on."""
+  found = traffic(PIECES)
+  assert found.collectives == (("all-gather", 1, 16 * 8 * 2),)
+  assert (found.launches, found.bytes) == (2, 2 * (16 + 16) + 2 * 8 * 2 + 16 * 8 * 2)
