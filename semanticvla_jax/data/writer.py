@@ -270,7 +270,7 @@ def write_statistics(folder: pathlib.Path, name: str, kept: Sequence[tuple[np.nd
     kept: (action f32[t 7], state f32[t 8]) of each episode, as stored.
   """
   spec = datasets.spec(name)
-  found = [spec.standardize({"action": action, "observation/state": state}) for action, state in kept]
+  found = [spec.read({"action": action, "observation/state": state}) for action, state in kept]
   actions, proprio = (np.concatenate([getattr(one, key) for one in found]) for key in ("actions", "proprio"))
   stats = statistics.DatasetStatistics(
     statistics.compute(actions, spec.normalized), statistics.compute(proprio), len(actions), len(found)
