@@ -13,11 +13,12 @@ the price that every host reads every episode.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Set
+from collections.abc import Iterator, Set
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int
@@ -141,11 +142,13 @@ def assemble(
   index: tfrecord_index.Index,
   given: statistics.DatasetStatistics | None = None,
   skipped: Set[int] | None = None,
+  problems: list[ValueError] | None = None,
 ) -> Dataset:
   """Standardizes the episodes of an index and computes (or takes `given`) and checks their statistics.
 
   Args:
     skipped: episodes to leave out, all others being sound; None looks for unusable ones itself.
+    problems: takes what is wrong with grippers and statistics, which is raised otherwise.
 
   Raises:
     ValueError: non-finite numbers (naming the shard, episode and frame), gripper commands of another convention, no
@@ -156,7 +159,8 @@ def assemble(
       raise fault.error
   skipped = skipped or set()
   kept = np.repeat([i not in skipped for i in range(len(index.lengths))], index.lengths)
-  check_gripper(name, spec, index, kept)
+  with _collected(problems):
+    _check_gripper(name, spec, index, kept)
   found, silent = _trajectories(name, spec, index, skipped)
   if silent:
     logging.warning("%s: %d of %d episodes have no instruction and are dropped", name, silent, len(index.lengths))
@@ -174,12 +178,24 @@ def assemble(
       statistics.compute(actions, spec.normalized), statistics.compute(proprio), len(actions), len(found)
     )
   widths = {"action_dim": len(spec.normalized), "proprio_dim": spec.proprio_dim}
-  statistics.check(name, given, mode=spec.mode, openings=spec.openings, **widths)
+  with _collected(problems):
+    statistics.check(name, given, mode=spec.mode, openings=spec.openings, **widths)
   episodes, ends = np.repeat(np.arange(len(found)), lengths), np.repeat(np.cumsum(lengths), lengths)
   return Dataset(name, spec, index, given, actions, proprio, frames, episodes, ends)
 
 
-def check_gripper(
+@contextlib.contextmanager
+def _collected(problems: list[ValueError] | None) -> Iterator[None]:
+  """Puts a ValueError of the block into a list, if there is one."""
+  try:
+    yield
+  except ValueError as error:
+    if problems is None:
+      raise
+    problems.append(error)
+
+
+def _check_gripper(
   name: str, spec: datasets.DatasetSpec, index: tfrecord_index.Index, kept: Bool[np.ndarray, "n"]
 ) -> None:
   """`datasets.check_gripper` over the kept frames of an index, where it has the columns of the action."""

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from semanticvla_jax import cli
+from semanticvla_jax.data import spec_checks
 from semanticvla_jax.errors import refuse
 
 Columns = Mapping[str, np.ndarray]
@@ -64,6 +65,11 @@ class Gripper(NamedTuple):
   closed: float
   kind: str = "binary"
   command: tuple[float, float] | None = None
+
+  @property
+  def answers(self) -> tuple[float, float]:
+    """(open, closed) as a policy answers them."""
+    return (self.open, self.closed) if self.command is None else self.command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,8 +122,6 @@ class DatasetSpec:
   aliases: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    from semanticvla_jax.data import spec_checks
-
     spec_checks.check(self)
     openings = {one.dimension for one in self.grippers if one.kind == "binary"}
     filled = {name: tuple(getattr(self, name)) for name in ("views", "absolute", "action", "proprio", "optional")}
@@ -133,7 +137,7 @@ class DatasetSpec:
       object.__setattr__(self, name, value)
 
   def _replace(self, **fields: Any) -> DatasetSpec:
-    """A copy with other values, checked anew."""
+    """A copy with other values, checked anew; what was filled in for None stays."""
     return dataclasses.replace(self, **fields)
 
   @property

@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from semanticvla_jax.data.statistics import MODES
 from semanticvla_jax.errors import refuse
 
 MOST_VIEWS = 4
 KINDS = ("binary", "continuous")
-MODES = ("bounds_q99", "bounds")
 _GROUP = re.compile(r"[a-z][a-z0-9_]*")  # names a parameter
 
 
@@ -126,7 +126,7 @@ def _check_grippers(what: str, spec: Any) -> None:
 
 def _check_choices(what: str, spec: Any) -> None:
   if spec.mode not in MODES:
-    raise refuse(f"{what}, mode", f"{spec.mode!r}", f"one of {MODES}", "choose one")
+    raise refuse(f"{what}, mode", f"{spec.mode!r}", f"one of {(*MODES,)}", "choose one")
   if not _is_whole(spec.chunk) or spec.chunk < 1:
     raise refuse(f"{what}, chunk", f"{spec.chunk!r}", "a whole number from 1", "correct it")
   if spec.control_hz is not None and not (math.isfinite(spec.control_hz) and spec.control_hz > 0):

@@ -33,7 +33,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from semanticvla_jax import cli, policy_folder, sources
-from semanticvla_jax.data import statistics, text
+from semanticvla_jax.data import robot, statistics, text
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.train import (
   base_settings,
@@ -42,6 +42,7 @@ from semanticvla_jax.train import (
   config_checks,
   distributed,
   diverged,
+  from_specs,
   init,
   inputs,
   optimizer,
@@ -86,7 +87,7 @@ def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict,
   sharding.check(wanted, mesh, rule)
   folders, random = init.bases(config.init_from)
   found = {folder: policy_folder.read_policy_shapes(folder) for folder in folders}  # before any weight is read
-  taken, new = init.assign_sources(wanted, found, config.trainable, random)
+  taken, new = init.assign_sources(wanted, found, config.trainable, random, bool(config.data.get("specs")))
   params = init.init_params(model, bare, config.seed, new, sharding.param_sharding(new, mesh, rule)) if new else {}
   check_bases(config, taken)
   stats = None
@@ -207,7 +208,7 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
       Preempted: after SIGTERM, all saved.
   """
   with distributed.alone(workdir):
-    return _train(config, workdir, profile, deadline)
+    return _train(from_specs.resolve(config), workdir, profile, deadline)
 
 
 def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline: float) -> Path:
@@ -240,7 +241,7 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
     except diverged.Diverged as error:
       batch = source_from(error.step - 1).batches(error.step - 1)
       raise type(error)(f"{error} Its batch: {diverged.save_batch(batch, workdir, error.step)}") from error
-  return write_policy(config, workdir, state, frozen, source.statistics, deadline, aux_loss)
+  return write_policy(config, workdir, state, frozen, source, deadline, aux_loss)
 
 
 class Run(NamedTuple):
@@ -310,7 +311,7 @@ def write_policy(
   workdir: Path,
   state: Any,
   frozen: Any,
-  stats: dict,
+  source: inputs.Source,
   deadline: float,
   aux_loss: stepping.AuxLoss | None = None,
 ) -> Path:
@@ -318,12 +319,13 @@ def write_policy(
   target = workdir / "policy"
   distributed.barrier("policy", deadline)
   params = combine(optimizer.average_of(state.optimizer, state.trainable), frozen)
+  robots = {name: one.to_json() for name, one in source.robots.items()}
   return type(workdir)(
     policy_folder.save_policy(
       target,
       params if aux_loss is None else aux_loss.strip(params),
-      config=resume.plain(config),
-      statistics={name: statistics.to_openvla(entry) for name, entry in stats.items()},
+      config=resume.plain(config) | ({robot.KEY: robots} if robots else {}),
+      statistics={name: statistics.to_openvla(entry) for name, entry in source.statistics.items()},
       metadata={"step": int(state.step)},
       tokenizers=Path(config.data.tokenizers or text.EMBEDDED),
       replace=True,
@@ -350,21 +352,22 @@ def main(argv: list[str]) -> None:
     if _PRINT_CONFIG.value:
       print(command_line.as_flags(_CONFIG.value))
       return
+    config = from_specs.resolve(_CONFIG.value)
     if _EXPLAIN.value:
-      print(explaining.explain(_CONFIG.value, _EXPLAIN_DEVICES.value, sources.aux_loss(_CONFIG.value)))
+      print(explaining.explain(config, _EXPLAIN_DEVICES.value, sources.aux_loss(config)))
       return
     if _WORKDIR.value is None:
       raise refuse("--workdir", "nothing", "a folder for checkpoints, metrics and the policy", "name one")
     who = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _MULTIHOST.value)
-    distributed.initialize(*who, _HOST_DEADLINE.value, json.dumps([resume.plain(_CONFIG.value), _WORKDIR.value]))
+    distributed.initialize(*who, _HOST_DEADLINE.value, json.dumps([resume.plain(config), _WORKDIR.value]))
     distributed.set_up_logging()
     workdir = epath.Path(_WORKDIR.value) if "://" in _WORKDIR.value else Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     if _DEBUG_BATCH.value:
-      start, values = debug_batch(_CONFIG.value, workdir, Path(_DEBUG_BATCH.value), _HOST_DEADLINE.value)
+      start, values = debug_batch(config, workdir, Path(_DEBUG_BATCH.value), _HOST_DEADLINE.value)
       print(json.dumps({"checkpoint": start} | values, indent=2))
       return
-    policy = train(_CONFIG.value, workdir, profile, _HOST_DEADLINE.value)
+    policy = train(config, workdir, profile, _HOST_DEADLINE.value)
   except Preempted as notice:
     logging.warning("%s", notice)
     sys.exit(distributed.PREEMPTED)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semanticvla_jax.data import statistics, text
+from semanticvla_jax.data import robot, statistics, text
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.train import sharding
+from semanticvla_jax.train import from_specs, sharding
 from semanticvla_jax.types import Batch
 
 
@@ -19,11 +19,13 @@ class Source(NamedTuple):
   Attributes:
     batches: step → placed Batch; steps come in order.
     statistics: by dataset. digests: of each dataset read, {} where the examples are generated.
+    robots: of each dataset read, what the policy keeps of its spec.
   """
 
   batches: Callable[[int], Any]
   statistics: dict[str, statistics.DatasetStatistics]
   digests: dict[str, str]
+  robots: dict[str, robot.Robot]
 
 
 def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
@@ -89,8 +91,8 @@ def kept_statistics(base: dict, name: str) -> statistics.DatasetStatistics:
   return base[name] if name in base else next(iter(base.values()))
 
 
-def check_widths(config: Any, bare: Any, name: str, spec: Any) -> None:
-  """Raises ValueError unless a dataset has the views and widths of the model; before anything is read or compiled."""
+def check_robot(config: Any, bare: Any, name: str, spec: Any) -> None:
+  """Raises ValueError unless a dataset is of the robot that the model is for; before anything is read or compiled."""
   proprio = spec.proprio_dim if bare.proprio_dim is None else bare.proprio_dim  # None: the model reads none
   have = (len(spec.views), spec.proprio_dim, len(spec.normalized))
   want = (bare.num_views, proprio, config.model.action_dim)
@@ -99,7 +101,31 @@ def check_widths(config: Any, bare: Any, name: str, spec: Any) -> None:
       f"Dataset {name!r} is of another robot than the model",
       f"(views, proprio_dim, action_dim) {have}",
       want,
-      "take the config of that robot, e.g. configs/aloha.py or configs/bridge.py, or set config.model",
+      "take the config of that robot, e.g. configs/aloha.py or configs/bridge.py, or set config.model; "
+      "configs/robot.py takes all of it from config.data.specs",
+    )
+  groups = config.model.get("groups")
+  if groups is not None and spec.groups is not None and {n: tuple(dims) for n, dims in groups} != spec.groups:
+    raise refuse(
+      f"Dataset {name!r}, groups",
+      f"{spec.groups}",
+      f"{dict(groups)} (config.model.groups)",
+      "leave config.model.groups at None, or correct the DatasetSpec",
+    )
+  if any(config.data.jitter) and min(len(spec.absolute), spec.proprio_dim) < 6:
+    raise refuse(
+      "config.data.jitter",
+      f"{config.data.jitter} with {len(spec.absolute)} action and {spec.proprio_dim} proprioception dimensions",
+      "an end effector's position and attitude first in both",
+      "set config.data.jitter=(0.0, 0.0)",
+    )
+  hidden = [view for i, view in enumerate(spec.views) if view in spec.optional and i not in bare.optional_views]
+  if hidden:
+    raise refuse(
+      f"Dataset {name!r}, optional views",
+      f"{hidden}, which the model takes for always there",
+      "their numbers in config.model.optional_views",
+      "set them, or leave the field at () with the spec in config.data.specs",
     )
 
 
@@ -107,20 +133,37 @@ def rlds_source(
   config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
 ) -> tuple[Iterator, dict, dict]:
   """`rows` of the batches of the RLDS mixture from global step `start` on, its statistics and digests by dataset."""
+  batches, read = _datasets(config, bare, tokenizers, rows, start, base)
+  return batches, {one.name: one.statistics for one in read}, {one.name: one.digest for one in read}
+
+
+def _datasets(
+  config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
+) -> tuple[Iterator, list]:
+  """`rows` of the batches of the RLDS mixture from global step `start` on, and its datasets."""
   from semanticvla_jax.data import datasets, loader, mixtures, rlds
 
+  own, mode = from_specs.own_specs(config), config.data.normalisation
+  if mode not in statistics.MODES:
+    raise refuse(
+      "Unknown normalisation", f"{mode!r}", f"one of {(*statistics.MODES,)}", "set config.data.normalisation"
+    )
+
   def spec(name):
-    whole = datasets.spec(name)
+    whole = datasets.spec(name, own)
     seen = whole.views[: bare.num_views]  # OpenVLA looks through the first camera alone
-    return whole._replace(views=seen, mode=config.data.normalisation)
+    gone = {"optional": tuple(set(whole.optional) & set(seen))}
+    gone |= {"aliases": {view: keys for view, keys in whole.aliases.items() if view in seen}}
+    return whole._replace(views=seen, mode=mode, **gone)
 
   def load(name):
     given = kept_statistics(base, name) if base is not None and config.data.keep_statistics else None
-    return rlds.load(config.data.dir, name, spec=spec(name), given=given, cache_dir=config.data.cache_dir)
+    how = dict(given=given, cache_dir=config.data.cache_dir, skip_bad=config.data.get("skip_bad", False))
+    return rlds.load(config.data.dir, name, spec=spec(name), **how)
 
   of_images, chosen = image_options(config.data), mixtures.mixture(config.data.mixture)
   for name, _ in chosen:
-    check_widths(config, bare, name, spec(name))
+    check_robot(config, bare, name, spec(name))
   mixture = [(load(name), weight) for name, weight in chosen]
   options = loader.BatchOptions(
     batch_size=config.data.batch_size,
@@ -132,8 +175,7 @@ def rlds_source(
     **of_images,
   )
   batches = loader.BatchLoader(mixture, tokenizers, options).batches(start, rows)
-  read = [dataset for dataset, _ in mixture]
-  return batches, {one.name: one.statistics for one in read}, {one.name: one.digest for one in read}
+  return batches, [dataset for dataset, _ in mixture]
 
 
 def make_source(
@@ -150,11 +192,12 @@ def make_source(
     name = config.data.mixture
     kept = kept_statistics(base, name) if base is not None and config.data.keep_statistics else None
     make, stats = generator.batches(config, bare, tokenizers, kept)
-    return Source(lambda step: sharding.place_whole(without_unread(make(step), bare), mesh), {name: stats}, {})
+    return Source(lambda step: sharding.place_whole(without_unread(make(step), bare), mesh), {name: stats}, {}, {})
   rows = sharding.host_rows(size, mesh)
-  iterator, stats, digests = rlds_source(config, bare, tokenizers, rows, start, base)
+  iterator, read = _datasets(config, bare, tokenizers, rows, start, base)
   place = lambda step: sharding.place_batch(without_unread(next(iterator), bare), mesh, size)  # noqa: E731
-  return Source(place, stats, digests)
+  stats, digests = {one.name: one.statistics for one in read}, {one.name: one.digest for one in read}
+  return Source(place, stats, digests, {one.name: robot.of(one.spec) for one in read})
 
 
 def without_unread(batch: Batch, bare: Any) -> Batch:

@@ -30,6 +30,10 @@ FIELD_DEFAULTS_BEFORE = {
   "data.cache_dir": None,
   "data.jitter": [0.0, 0.0],
   "data.askew": 0.0,
+  "data.specs": [],
+  "data.skip_bad": False,
+  "model.optional_views": [],
+  "model.groups": None,
 }
 
 # Config fields that may change when a run is resumed, each with all fields below it: how long and where it runs, not
@@ -41,6 +45,7 @@ MUTABLE_FIELDS = (
   "init_from",
   "data.dir",
   "data.cache_dir",
+  "data.specs",
   "data.tokenizers",
   "train.steps",
   "train.save_every",
@@ -95,15 +100,20 @@ def differences(saved: dict, config: dict) -> list[str]:
 
 
 def origin(config: Any, source: inputs.Source) -> dict:
-  """What a run depends on besides its config, as JSON: hashes of its bases, tokenizers and data, and its statistics."""
+  """What a run depends on besides its config, as JSON: hashes of its bases, tokenizers and data, and its statistics.
+
+  And a hash of the robots of the config's own DatasetSpecs, whose files may change.
+  """
   folders, _ = init.bases(config.init_from)
   tokenizers = epath.Path(config.data.tokenizers or text.EMBEDDED)
   words = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(tokenizers.glob("*.model"))))
+  robots = json.dumps({name: one.to_json() for name, one in source.robots.items()}, sort_keys=True)
   return {
     "base": [policy_folder.policy_hash(folder) for folder in folders],
     "tokenizers": words.hexdigest()[:16],
     "data": source.digests,
     "statistics": {name: statistics.to_openvla(entry) for name, entry in source.statistics.items()},
+    **({"robot": hashlib.sha256(robots.encode()).hexdigest()[:16]} if config.data.get("specs") else {}),
   }
 
 

@@ -135,8 +135,8 @@ def test_a_spec_is_read_from_a_file_that_may_import_its_neighbors(tmp_path):
     ("import nothing_of_this_name", "got ModuleNotFoundError: .*expected a file that runs"),
     ("SPEC = (", "got SyntaxError"),
     (
-      "from semanticvla_jax.data.spec import DatasetSpec\nSPEC = DatasetSpec(columns={}, views=(), absolute=(), colums=1)",
-      "got TypeError: .*colums",
+      "from semanticvla_jax.data.spec import DatasetSpec\nSPEC = DatasetSpec(columns={}, views=(), absolute=(), a=1)",
+      "got TypeError: .*'a'",
     ),
     (
       "from semanticvla_jax.data.spec import DatasetSpec\n"
