@@ -64,9 +64,8 @@ def main(steps: int = 2) -> dict:
     (Path(folder) / "run").mkdir()
     policy = Policy.load(train(get_config(Path(folder) / "data", steps), Path(folder) / "run"))
   first = next(recordings(1))
-  observation = {view: images[0] for view, images in first.images.items()}
-  observation["state"] = np.concatenate([first.columns[key][0] for key in SPEC.proprio])
-  result = policy.infer(observation | {"prompt": first.instruction})
+  observation = {view: images[0] for view, images in first.images.items()} | {"prompt": first.instruction}
+  result = policy.infer(observation | {key: first.columns[key][0] for key in SPEC.proprio})
   print(f"{len(result['actions'])} actions in {SPEC.units}, the first {result['actions'][0].round(3).tolist()}")
   return result
 

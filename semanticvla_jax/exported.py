@@ -123,7 +123,6 @@ def _settings(policy: Any, flat: Mapping, lengths: Sequence[int], platforms: Seq
       name: getattr(own, name) for name in ("picture", "name", "mode", "views", "proprio_dim", "reads_words", "gripper")
     },
     "metadata": policy.metadata,
-    **({} if own.robot is None else {robot.KEY: own.robot.to_json()}),
   }
 
 
@@ -133,7 +132,8 @@ class ExportedPolicy(BasePolicy):
   def __init__(self, settings: dict, params: dict, tokenizers: text.Tokenizers, programs: dict, remember: Any):
     stats = statistics.from_openvla(settings["statistics"], "policy.json: statistics")
     self.params, self._settings, self.tokenizers, self.stats = params, settings, tokenizers, stats
-    own = robot.from_json("policy.json", settings[robot.KEY]) if robot.KEY in settings else None
+    facts = settings["metadata"].get(robot.KEY)
+    own = None if facts is None else robot.from_json("policy.json", facts)
     self.preparation = Preparation(stats, tokenizers, **settings["preparation"], robot=own)
     self.chunk, self.replan_steps = settings["metadata"]["chunk"], settings["metadata"]["replay"]
     by_length = lambda name: lambda params, words, *rest: programs[name, _length(words)].call(params, words, *rest)  # noqa: E731

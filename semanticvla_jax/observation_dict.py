@@ -29,6 +29,7 @@ def read(
   views: Sequence[str] | Mapping[str, Sequence[str]],
   proprio_dim: int | None,
   optional: Sequence[str] = (),
+  columns: Sequence[str] = (),
 ) -> dict:
   """One observation dict, checked: {"views": [u8[h w 3], …], "state": f32[p] or None, "instruction": str}.
 
@@ -39,6 +40,7 @@ def read(
       of ALIASES.
     proprio_dim: p; None reads no state.
     optional: views that may be missing, or None, or empty, and are then None.
+    columns: parts of the state, which an observation may have instead of it, with or without "observation/".
 
   Raises:
     ValueError: something is missing, ambiguous, of another type or shape, or not finite.
@@ -54,8 +56,22 @@ def read(
   find = lambda name: _find(observation, name, aliases[name], aliases)  # noqa: E731
   missing = {name for name in optional if all(_is_empty(observation.get(key)) for key in aliases[name])}
   pictures = [None if name in missing else _image(name, find(name)) for name in views]
-  state = None if proprio_dim is None else _state(find("state"), proprio_dim)
+  parts = _parts(observation, columns)
+  state = None if proprio_dim is None else _state(find("state") if parts is None else parts, proprio_dim)
   return {"views": pictures, "state": state, "instruction": _instruction(find("instruction"))}
+
+
+def _parts(observation: Mapping[str, Any], columns: Sequence[str]) -> np.ndarray | None:
+  """The state out of its columns; None where there is a state, or none of them."""
+  keys = {column: (column, column.removeprefix("observation/")) for column in columns}
+  there = {column: [key for key in own if observation.get(key) is not None] for column, own in keys.items()}
+  if any(observation.get(key) is not None for key in ALIASES["state"]) or not any(there.values()):
+    return None
+  for column, own in there.items():
+    if len(own) != 1:
+      got = f"{own}, which mean the same" if own else f"{sorted(key for one in there.values() for key in one)} alone"
+      raise refuse("Observation, state", got, f"all of {[*columns]}, each once", f"correct {column!r}")
+  return np.concatenate([_array(column, observation[own[0]]).reshape(-1) for column, own in there.items()])
 
 
 def _is_empty(image: Any) -> bool:

@@ -84,7 +84,8 @@ class Preparation:
   def _read(self, observation: Any) -> dict:
     if self.robot is None:
       return observation_dict.read(observation, self.views, self.proprio_dim)
-    return observation_dict.read(observation, self.robot.views, self.proprio_dim, self.robot.optional)
+    own = self.robot
+    return observation_dict.read(observation, own.views, self.proprio_dim, own.optional, own.proprio)
 
   def _encode(self, sentence: str) -> tuple[np.ndarray | None, ...]:
     """One row of `words`; the constructor puts a bounded memory before it."""

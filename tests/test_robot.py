@@ -69,6 +69,14 @@ def test_a_robot_is_the_same_after_json():
     robot.select({robot.KEY: {"arm": {"views": {}}}}, "arm")
 
 
+def test_a_policy_takes_its_only_robot_or_that_of_its_dataset():
+  kept = CONFIG[robot.KEY]
+  assert robot.select(CONFIG, "") == robot.select(CONFIG, "arm") == robot.of(SPEC)
+  two = {robot.KEY: kept | {"libero_goal_no_noops": robot.of(datasets.LIBERO).to_json()}}
+  assert robot.select(two, "libero_goal") == robot.of(datasets.LIBERO)
+  assert robot.select(two, "") is robot.select(two, "other") is robot.select({}, "arm") is None
+
+
 def test_images_are_found_under_the_specs_names(policy):
   seen = policy.observe([observation()])
   assert seen.images.shape == (1, 3, 32, 32, 3) and policy.metadata["views"] == ["front", "image", "hand"]
@@ -86,6 +94,25 @@ def test_images_are_found_under_the_specs_names(policy):
     policy.observe([without | {"observation/fromt": 0}])
   with pytest.raises(ValueError, match="lacks 'image'"):  # which is the name of one of its cameras, and no alias
     policy.observe([{key: x for key, x in observation(full_image=1).items() if key != "observation/image"}])
+
+
+def test_the_state_may_come_in_its_columns():
+  parts = {"joints": np.array([1.0, 2.0]), "observation/opening": 3.0}
+  read = lambda **changes: observation_dict.read(  # noqa: E731
+    {"front": np.zeros((8, 8, 3), np.uint8), "prompt": "go"} | parts | changes,
+    {"front": ("front",)},
+    3,
+    (),
+    ("observation/joints", "observation/opening"),
+  )["state"]
+  assert read().tolist() == [1, 2, 3] and read().dtype == np.float32
+  assert read(state=np.array([4.0, 5.0, 6.0])).tolist() == [4, 5, 6]
+  with pytest.raises(ValueError, match=r"state: got \['observation/opening'\] alone; expected all of"):
+    read(joints=None)
+  with pytest.raises(ValueError, match=r"got \['observation/opening', 'opening'\], which mean the same"):
+    read(opening=2.0)
+  with pytest.raises(ValueError, match="Observation lacks 'state'"):
+    read(joints=None, **{"observation/opening": None})
 
 
 @pytest.mark.parametrize("name", ["libero", "bridge", "aloha"])

@@ -120,6 +120,14 @@ def find(data_dir: str, name: str) -> str:
   return newest
 
 
+def unread(data_dir: str, name: str) -> list[str]:
+  """What is next to the version of a dataset that is read: older versions, and what is none."""
+  from etils import epath
+
+  newest = epath.Path(find(data_dir, name))
+  return sorted(x.name for x in newest.parent.iterdir() if x.name != newest.name and not x.name.startswith("."))
+
+
 def _configs(inside: list[Any]) -> list[Any]:
   """Folders of tfds configs, <config>/x.y.z/features.json, among the entries of a dataset's folder."""
   return [path for path in inside if path.is_dir() and [*path.glob("*.*.*/features.json")]]

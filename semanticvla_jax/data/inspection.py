@@ -16,6 +16,7 @@ from semanticvla_jax.errors import refuse
 
 _STILL = 0.02  # of its plausible range: a dimension that moves less is blown up to [-1, 1] with its noise
 _STILL_IN_GROUP = 0.01  # of the widest dimension of its group, where the spec has no ranges
+_GAP = 1.8  # steps of 1 / control_hz between two frames
 _RATE = 0.2  # by which time may differ from 1 / control_hz
 
 
@@ -71,6 +72,8 @@ def inspect(
   found += [Finding(True, str(error)) for error in problems]
   found += [*_of_sentences(dataset, limits or Limits()), *_of_sizes(sizes), *_of_dimensions(dataset)]
   found += [*_of_episodes(dataset), *_of_time(dataset)]
+  if others := folders.unread(data_dir, name):
+    found.append(Finding(False, f"{len(others)} folders or files next to the version that is read: {others[:20]}"))
   return dataset, sorted(found, key=lambda one: not one.stops)
 
 
@@ -177,6 +180,9 @@ def _of_time(dataset: rlds.Dataset) -> Iterator[Finding]:
     return
   owner = np.repeat(np.arange(len(index.lengths)), index.lengths)
   steps = np.diff(index.columns[spec.time][:, 0])[np.diff(owner) == 0]
+  if gaps := int((steps > _GAP / spec.control_hz).sum()):
+    line = f"{gaps} times more than {_GAP / spec.control_hz:g} s pass between two frames: frames may be missing"
+    yield Finding(False, line)
   if len(steps) and abs(float(np.median(steps)) * spec.control_hz - 1) > _RATE:
     got = f"{1 / max(float(np.median(steps)), 1e-9):.3g} frames a second"
     yield Finding(False, str(refuse("time", got, f"control_hz={spec.control_hz:g}", "correct one of them")))

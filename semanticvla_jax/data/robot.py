@@ -20,12 +20,14 @@ class Robot(NamedTuple):
   Attributes:
     views: names of its cameras in the model's order, each with the keys under which an observation may hold its image.
     optional: cameras whose image may be missing.
+    proprio: columns that the proprioception is made of, one after the other; () where a function makes it.
     grippers: of the dimensions that the model answers as openings, 1 open and 0 closed.
     facts: for people and clients: groups, absolute, units, control_hz.
   """
 
   views: dict[str, tuple[str, ...]]
   optional: tuple[str, ...]
+  proprio: tuple[str, ...]
   grippers: tuple[Gripper, ...]
   facts: dict[str, Any]
 
@@ -46,7 +48,8 @@ class Robot(NamedTuple):
     """As JSON values."""
     grippers = [{**one._asdict(), "command": one.command and [*one.command]} for one in self.grippers]
     views = {name: [*keys] for name, keys in self.views.items()}
-    return {"views": views, "optional": [*self.optional], "grippers": grippers, **self.facts}
+    lists = {"views": views, "optional": [*self.optional], "proprio": [*self.proprio], "grippers": grippers}
+    return lists | self.facts
 
 
 def of(spec: DatasetSpec) -> Robot:
@@ -59,7 +62,8 @@ def of(spec: DatasetSpec) -> Robot:
     "control_hz": spec.control_hz,
   }
   grippers = tuple(one for one in spec.grippers if one.dimension in spec.openings)
-  return Robot({name: (*own,) for name, own in keys.items()}, tuple(spec.optional), grippers, facts)
+  proprio = tuple(spec.proprio) if spec.standardize is None else ()
+  return Robot({name: (*own,) for name, own in keys.items()}, tuple(spec.optional), proprio, grippers, facts)
 
 
 def from_json(where: str, value: Any) -> Robot:
@@ -69,7 +73,8 @@ def from_json(where: str, value: Any) -> Robot:
     views = {name: tuple(keys) for name, keys in value.pop("views").items()}
     grippers = [Gripper(**one) for one in value.pop("grippers")]
     grippers = [one._replace(command=one.command and (*one.command,)) for one in grippers]
-    return Robot(views, tuple(value.pop("optional")), tuple(grippers), value)
+    optional, proprio = (tuple(value.pop(key)) for key in ("optional", "proprio"))
+    return Robot(views, optional, proprio, tuple(grippers), value)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise refuse(
       f"{where}: its robot", f"{type(error).__name__}: {error}", "views, optional and grippers", "copy the file again"
@@ -77,7 +82,12 @@ def from_json(where: str, value: Any) -> Robot:
 
 
 def select(config: Mapping, dataset: str) -> Robot | None:
-  """The robot of a dataset in a policy's config; None where there is none (earlier versions, converted policies)."""
+  """The robot of a dataset, "" for the only one, in a policy's config.
+
+  None where the config has none: of earlier versions, and of converted policies.
+  """
   kept = config.get(KEY) or {}
+  if not dataset and len(kept) == 1:
+    (dataset,) = kept
   name = next((name for name in (dataset, f"{dataset}_no_noops") if name in kept), None)
   return None if name is None else from_json("config.json", kept[name])

@@ -226,7 +226,9 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
       generator=generator,
     )
     source = source_from(start)
-    facts = {"config": resume.plain(config)} | resume.origin(config, source)
+    specs = {} if generator is not None else inputs.dataset_specs(config, ready.bare)
+    robots = {name: robot.of(spec).to_json() for name, spec in specs.items()}
+    facts = {"config": resume.plain(config)} | resume.origin(config, source, robots)
     if saved:
       resume.check_origin(saved, facts, workdir)
     meet = functools.partial(distributed.barrier, "compiled", deadline) if jax.process_count() > 1 else None
@@ -241,7 +243,7 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
     except diverged.Diverged as error:
       batch = source_from(error.step - 1).batches(error.step - 1)
       raise type(error)(f"{error} Its batch: {diverged.save_batch(batch, workdir, error.step)}") from error
-  return write_policy(config, workdir, state, frozen, source, deadline, aux_loss)
+  return write_policy(config, workdir, state, frozen, source.statistics, robots, deadline, aux_loss)
 
 
 class Run(NamedTuple):
@@ -311,7 +313,8 @@ def write_policy(
   workdir: Path,
   state: Any,
   frozen: Any,
-  source: inputs.Source,
+  stats: dict,
+  robots: dict,
   deadline: float,
   aux_loss: stepping.AuxLoss | None = None,
 ) -> Path:
@@ -319,13 +322,12 @@ def write_policy(
   target = workdir / "policy"
   distributed.barrier("policy", deadline)
   params = combine(optimizer.average_of(state.optimizer, state.trainable), frozen)
-  robots = {name: one.to_json() for name, one in source.robots.items()}
   return type(workdir)(
     policy_folder.save_policy(
       target,
       params if aux_loss is None else aux_loss.strip(params),
       config=resume.plain(config) | ({robot.KEY: robots} if robots else {}),
-      statistics={name: statistics.to_openvla(entry) for name, entry in source.statistics.items()},
+      statistics={name: statistics.to_openvla(entry) for name, entry in stats.items()},
       metadata={"step": int(state.step)},
       tokenizers=Path(config.data.tokenizers or text.EMBEDDED),
       replace=True,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semanticvla_jax.data import robot, statistics, text
+from semanticvla_jax.data import datasets, mixtures, statistics, text
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.train import from_specs, sharding
 from semanticvla_jax.types import Batch
@@ -19,13 +19,11 @@ class Source(NamedTuple):
   Attributes:
     batches: step → placed Batch; steps come in order.
     statistics: by dataset. digests: of each dataset read, {} where the examples are generated.
-    robots: of each dataset read, what the policy keeps of its spec.
   """
 
   batches: Callable[[int], Any]
   statistics: dict[str, statistics.DatasetStatistics]
   digests: dict[str, str]
-  robots: dict[str, robot.Robot]
 
 
 def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
@@ -129,41 +127,42 @@ def check_robot(config: Any, bare: Any, name: str, spec: Any) -> None:
     )
 
 
-def rlds_source(
-  config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
-) -> tuple[Iterator, dict, dict]:
-  """`rows` of the batches of the RLDS mixture from global step `start` on, its statistics and digests by dataset."""
-  batches, read = _datasets(config, bare, tokenizers, rows, start, base)
-  return batches, {one.name: one.statistics for one in read}, {one.name: one.digest for one in read}
+def dataset_specs(config: Any, bare: Any) -> dict[str, datasets.DatasetSpec]:
+  """The spec of each dataset of the config's mixture, with the views that the model sees and the config's bounds.
 
-
-def _datasets(
-  config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
-) -> tuple[Iterator, list]:
-  """`rows` of the batches of the RLDS mixture from global step `start` on, and its datasets."""
-  from semanticvla_jax.data import datasets, loader, mixtures, rlds
-
+  Raises:
+    ValueError: a dataset without a spec, or bounds that do not exist.
+  """
   own, mode = from_specs.own_specs(config), config.data.normalisation
   if mode not in statistics.MODES:
-    raise refuse(
-      "Unknown normalisation", f"{mode!r}", f"one of {(*statistics.MODES,)}", "set config.data.normalisation"
-    )
+    raise refuse("Unknown normalisation", f"{mode!r}", f"one of {(*statistics.MODES,)}", "correct the config")
 
   def spec(name):
     whole = datasets.spec(name, own)
     seen = whole.views[: bare.num_views]  # OpenVLA looks through the first camera alone
-    gone = {"optional": tuple(set(whole.optional) & set(seen))}
-    gone |= {"aliases": {view: keys for view, keys in whole.aliases.items() if view in seen}}
-    return whole._replace(views=seen, mode=mode, **gone)
+    optional = tuple(view for view in whole.optional if view in seen)
+    aliases = {view: keys for view, keys in whole.aliases.items() if view in seen}
+    return whole._replace(views=seen, optional=optional, aliases=aliases, mode=mode)
+
+  return {name: spec(name) for name, _ in mixtures.mixture(config.data.mixture)}
+
+
+def rlds_source(
+  config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
+) -> tuple[Iterator, dict, dict]:
+  """`rows` of the batches of the RLDS mixture from global step `start` on, its statistics and digests by dataset."""
+  from semanticvla_jax.data import loader, rlds
+
+  specs = dataset_specs(config, bare)
 
   def load(name):
     given = kept_statistics(base, name) if base is not None and config.data.keep_statistics else None
     how = dict(given=given, cache_dir=config.data.cache_dir, skip_bad=config.data.get("skip_bad", False))
-    return rlds.load(config.data.dir, name, spec=spec(name), **how)
+    return rlds.load(config.data.dir, name, spec=specs[name], **how)
 
   of_images, chosen = image_options(config.data), mixtures.mixture(config.data.mixture)
-  for name, _ in chosen:
-    check_robot(config, bare, name, spec(name))
+  for name, spec in specs.items():
+    check_robot(config, bare, name, spec)
   mixture = [(load(name), weight) for name, weight in chosen]
   options = loader.BatchOptions(
     batch_size=config.data.batch_size,
@@ -175,7 +174,8 @@ def _datasets(
     **of_images,
   )
   batches = loader.BatchLoader(mixture, tokenizers, options).batches(start, rows)
-  return batches, [dataset for dataset, _ in mixture]
+  read = [dataset for dataset, _ in mixture]
+  return batches, {one.name: one.statistics for one in read}, {one.name: one.digest for one in read}
 
 
 def make_source(
@@ -192,12 +192,11 @@ def make_source(
     name = config.data.mixture
     kept = kept_statistics(base, name) if base is not None and config.data.keep_statistics else None
     make, stats = generator.batches(config, bare, tokenizers, kept)
-    return Source(lambda step: sharding.place_whole(without_unread(make(step), bare), mesh), {name: stats}, {}, {})
+    return Source(lambda step: sharding.place_whole(without_unread(make(step), bare), mesh), {name: stats}, {})
   rows = sharding.host_rows(size, mesh)
-  iterator, read = _datasets(config, bare, tokenizers, rows, start, base)
+  iterator, stats, digests = rlds_source(config, bare, tokenizers, rows, start, base)
   place = lambda step: sharding.place_batch(without_unread(next(iterator), bare), mesh, size)  # noqa: E731
-  stats, digests = {one.name: one.statistics for one in read}, {one.name: one.digest for one in read}
-  return Source(place, stats, digests, {one.name: robot.of(one.spec) for one in read})
+  return Source(place, stats, digests)
 
 
 def without_unread(batch: Batch, bare: Any) -> Batch:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import operator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +100,21 @@ def differences(saved: dict, config: dict) -> list[str]:
   ]
 
 
-def origin(config: Any, source: inputs.Source) -> dict:
+def origin(config: Any, source: inputs.Source, robots: Mapping[str, dict]) -> dict:
   """What a run depends on besides its config, as JSON: hashes of its bases, tokenizers and data, and its statistics.
 
-  And a hash of the robots of the config's own DatasetSpecs, whose files may change.
+  And a hash of `robots` (as JSON, by dataset) where they are of the config's own DatasetSpecs, whose files may change.
   """
   folders, _ = init.bases(config.init_from)
   tokenizers = epath.Path(config.data.tokenizers or text.EMBEDDED)
   words = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(tokenizers.glob("*.model"))))
-  robots = json.dumps({name: one.to_json() for name, one in source.robots.items()}, sort_keys=True)
+  described = json.dumps(robots, sort_keys=True).encode()
   return {
     "base": [policy_folder.policy_hash(folder) for folder in folders],
     "tokenizers": words.hexdigest()[:16],
     "data": source.digests,
     "statistics": {name: statistics.to_openvla(entry) for name, entry in source.statistics.items()},
-    **({"robot": hashlib.sha256(robots.encode()).hexdigest()[:16]} if config.data.get("specs") else {}),
+    **({"robot": hashlib.sha256(described).hexdigest()[:16]} if config.data.get("specs") else {}),
   }
 
 

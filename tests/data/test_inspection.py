@@ -134,6 +134,7 @@ def test_everything_is_counted_at_once(tmp_path):
       r"dimension 3: got gripper commands in .*1 open",
     ),
     (recording, {"gripper": None, "normalized": (True, True, True, False)}, None, None),
+    (recording, {"control_hz": 25.0}, False, "33 times more than 0.072 s pass between two frames"),
     (recording, {"control_hz": 30.0}, False, r"time: got 10 frames a second; expected control_hz=30"),
   ],
 )
@@ -150,6 +151,13 @@ def test_images_of_several_sizes_are_listed(tmp_path):
   large = encoded(hand, {2: writer.jpeg(np.zeros((40, 30, 3), np.uint8))})
   _, (one,) = look(tmp_path, [recording(0, images={"hand": large})])
   assert not one.stops and "'hand' have 2 sizes (11 of 16 x 16, 1 of 40 x 30)" in one.line
+
+
+def test_what_is_next_to_the_version_is_listed(tmp_path):
+  writer.write_recordings(tmp_path, "arm", SPEC, map(recording, range(3)))
+  (tmp_path / "arm" / "1.0.0-old").mkdir()
+  _, (one,) = inspection.inspect(str(tmp_path), "arm", SPEC, cache_dir="")
+  assert not one.stops and one.line == "1 folders or files next to the version that is read: ['1.0.0-old']"
 
 
 def test_no_sound_episode_is_a_report_too(tmp_path):
