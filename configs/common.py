@@ -74,7 +74,9 @@ def _model(variant: str, ratio: int) -> ConfigDict:
       siglip_gelu="erf",
       num_views=2,
       proprio_dim=8,
+      optional_views=(),  # numbers of the views that may be missing
       action_dim=7,
+      groups=placeholder(object),  # of action dimensions; None: arms of seven
       chunk=8,
       coupler="grouped",
       mask="block",
@@ -115,6 +117,8 @@ def _data(variant: str) -> ConfigDict:
     dict(
       dir="data",
       cache_dir=placeholder(str),  # local, of indices; None: ~/.cache/semanticvla_jax, "": keeps none
+      specs=(),  # FILE.py:NAME of the DatasetSpecs of datasets that the package does not know
+      skip_bad=False,  # True leaves out episodes that cannot be used, and decodes every image once to find them
       mixture="libero_4_task_suites_no_noops",
       batch_size=128,
       trajectory_end="cut",

@@ -34,13 +34,13 @@ import numpy as np
 import semanticvla_jax
 from semanticvla_jax import files, inference
 from semanticvla_jax.base_policy import BasePolicy
-from semanticvla_jax.data import statistics, text
+from semanticvla_jax.data import robot, statistics, text
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.preparation import Preparation
 from semanticvla_jax.types import Observation
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-FORMAT = 1
+FORMAT = 2  # 1 has no robot
 _KNOWN = (*PLATFORMS, "rocm")
 
 
@@ -111,7 +111,7 @@ def _lowered(policy: Any, programs: Mapping, flat: dict, rebuild: Any, length: i
 def _settings(policy: Any, flat: Mapping, lengths: Sequence[int], platforms: Sequence[str]) -> dict:
   own, words = policy.preparation, policy.tokenizers
   return {
-    "format": FORMAT,
+    "format": 1 if own.robot is None else FORMAT,
     "package_version": semanticvla_jax.__version__,
     "jax_version": jax.__version__,
     "platforms": [*platforms],
@@ -132,7 +132,9 @@ class ExportedPolicy(BasePolicy):
   def __init__(self, settings: dict, params: dict, tokenizers: text.Tokenizers, programs: dict, remember: Any):
     stats = statistics.from_openvla(settings["statistics"], "policy.json: statistics")
     self.params, self._settings, self.tokenizers, self.stats = params, settings, tokenizers, stats
-    self.preparation = Preparation(stats, tokenizers, **settings["preparation"])
+    facts = settings["metadata"].get(robot.KEY)
+    own = None if facts is None else robot.from_json("policy.json", facts)
+    self.preparation = Preparation(stats, tokenizers, **settings["preparation"], robot=own)
     self.chunk, self.replan_steps = settings["metadata"]["chunk"], settings["metadata"]["replay"]
     by_length = lambda name: lambda params, words, *rest: programs[name, _length(words)].call(params, words, *rest)  # noqa: E731
     self.inference = inference.Inference(by_length("sentence"), by_length("actions"), self._dummy, remember)

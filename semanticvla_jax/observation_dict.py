@@ -24,13 +24,23 @@ ALIASES = {
 VIEWS = {1: ("image",), 2: ("image", "wrist_image"), 3: ("image", "left_wrist_image", "right_wrist_image")}
 
 
-def read(observation: Any, views: Sequence[str], proprio_dim: int | None) -> dict:
+def read(
+  observation: Any,
+  views: Sequence[str] | Mapping[str, Sequence[str]],
+  proprio_dim: int | None,
+  optional: Sequence[str] = (),
+  columns: Sequence[str] = (),
+) -> dict:
   """One observation dict, checked: {"views": [u8[h w 3], …], "state": f32[p] or None, "instruction": str}.
 
   Args:
-    observation: a mapping from any of ALIASES to u8[h w 3] images, f32[p] state in raw units and the instruction.
-    views: names of the images to read, in the order of the model.
+    observation: a mapping from any of ALIASES to images, f32[p] state in raw units and the instruction. An image is
+      u8[h w 3], RGB 0..255; channels may come first, and floating-point numbers may lie in [0, 1].
+    views: names of the images to read, in the order of the model; a mapping has the keys of each in the place of those
+      of ALIASES.
     proprio_dim: p; None reads no state.
+    optional: views that may be missing, or None, or empty, and are then None.
+    columns: parts of the state, which an observation may have instead of it, with or without "observation/".
 
   Raises:
     ValueError: something is missing, ambiguous, of another type or shape, or not finite.
@@ -42,9 +52,31 @@ def read(observation: Any, views: Sequence[str], proprio_dim: int | None) -> dic
       "a dict of images, state and instruction",
       "see observation_dict.ALIASES for their names",
     )
-  pictures = [_image(name, _find(observation, name)) for name in views]
-  state = None if proprio_dim is None else _state(_find(observation, "state"), proprio_dim)
-  return {"views": pictures, "state": state, "instruction": _instruction(_find(observation, "instruction"))}
+  aliases = {**ALIASES, **(views if isinstance(views, Mapping) else {})}
+  find = lambda name: _find(observation, name, aliases[name], aliases)  # noqa: E731
+  missing = {name for name in optional if all(_is_empty(observation.get(key)) for key in aliases[name])}
+  pictures = [None if name in missing else _image(name, find(name)) for name in views]
+  parts = _parts(observation, columns)
+  state = None if proprio_dim is None else _state(find("state") if parts is None else parts, proprio_dim)
+  return {"views": pictures, "state": state, "instruction": _instruction(find("instruction"))}
+
+
+def _parts(observation: Mapping[str, Any], columns: Sequence[str]) -> np.ndarray | None:
+  """The state out of its columns; None where there is a state, or none of them."""
+  keys = {column: (column, column.removeprefix("observation/")) for column in columns}
+  there = {column: [key for key in own if observation.get(key) is not None] for column, own in keys.items()}
+  if any(observation.get(key) is not None for key in ALIASES["state"]) or not any(there.values()):
+    return None
+  for column, own in there.items():
+    if len(own) != 1:
+      got = f"{own}, which mean the same" if own else f"{sorted(key for one in there.values() for key in one)} alone"
+      raise refuse("Observation, state", got, f"all of {[*columns]}, each once", f"correct {column!r}")
+  return np.concatenate([_array(column, observation[own[0]]).reshape(-1) for column, own in there.items()])
+
+
+def _is_empty(image: Any) -> bool:
+  """Whether there is no image: None, no bytes, or an array without pixels."""
+  return image is None or (isinstance(image, bytes) and not image) or (isinstance(image, np.ndarray) and not image.size)
 
 
 def _instruction(sentence: Any) -> str:
@@ -77,20 +109,21 @@ def _described(value: Any) -> str:
   return f"{type(value).__name__} {text.short(str(value))}"
 
 
-def _find(observation: Mapping[str, Any], name: str) -> Any:
-  there = [alias for alias in ALIASES[name] if observation.get(alias) is not None]
+def _find(observation: Mapping[str, Any], name: str, own: Sequence[str], aliases: Mapping[str, Sequence[str]]) -> Any:
+  """The value under one of a part's `own` keys; `aliases` are those of all parts."""
+  there = [alias for alias in own if observation.get(alias) is not None]
   if len(there) == 1:
     return observation[there[0]]
   if there:
     raise refuse("Observation is ambiguous", f"{there}, which all mean {name!r}", "one", "drop the others")
   have = sorted(map(str, observation))
-  taken = {alias for aliases in ALIASES.values() for alias in aliases}  # a camera is never proposed as another one
-  near = difflib.get_close_matches(ALIASES[name][0], [key for key in have if key not in taken], 1, 0.75)
+  taken = {alias for keys in aliases.values() for alias in keys}  # a camera is never proposed as another one
+  near = difflib.get_close_matches(own[0], [key for key in have if key not in taken], 1, 0.75)
   listing = ", ".join(text.short(key) for key in have[:20]) + (f" and {len(have) - 20} more" if len(have) > 20 else "")
   raise refuse(
     f"Observation lacks {name!r}",
     listing or "nothing",
-    f"one of {[*ALIASES[name]]}",
+    f"one of {[*own]}",
     f"add it (did you mean to rename {near[0]!r}?)" if near else "add it",
   )
 
@@ -109,13 +142,22 @@ def _array(name: str, value: Any) -> np.ndarray:
 
 
 def _image(name: str, image: Any) -> np.ndarray:
+  """u8[h w 3] of an image in bytes or in [0, 1], channels last or first.
+
+  Numbers that are all 0 or 1 may be of either range, and are refused as floating point.
+  """
   image = _array(name, image)
-  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+  if image.ndim == 3 and image.shape[0] == 3 != image.shape[-1]:
+    image = np.moveaxis(image, 0, -1)
+  shaped, fits = image.ndim == 3 and image.shape[-1] == 3 and image.size, image.dtype == np.uint8
+  if shaped and image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 1 and np.any((image > 0) & (image < 1)):
+    return np.round(image * 255).astype(np.uint8)
+  if not (shaped and fits):
     raise refuse(
       f"Observation, {name}",
       f"{image.dtype}{[*image.shape]}",
       "uint8[h w 3], RGB 0..255, upright",
-      "convert it (channels last, times 255 if it is in [0, 1])",
+      "convert it (channels last; floating point in [0, 1] is taken too)",
     )
   return image
 

@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from semanticvla_jax import exported, inference, policy_folder
 from semanticvla_jax.base_policy import BasePolicy
-from semanticvla_jax.data import images, statistics, text
+from semanticvla_jax.data import images, robot, statistics, text
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import checks, lora, programs, serving
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
@@ -51,14 +51,15 @@ class Policy(BasePolicy):
     tokenizers: of the policy; their lengths are what it is compiled for.
     config: {"model": …, "data": …, "lora": …}. Of data this reads normalisation ("q99" or "bounds"), crop_area (share
       of the image that a policy trained on random crops sees, or None), jpeg_quality (None: no round trip) and dct
-      (how JPEGs are decoded, "accurate" unless it says otherwise).
+      (how JPEGs are decoded, "accurate" unless it says otherwise). "robot" has the cameras, groups and grippers of each
+      dataset (data/robot.py); a config without it means openpi's and OpenVLA-OFT's names and a binary gripper.
     batch_sizes: sizes to compile for; () for none, when it only runs inside another program.
     prompt_lengths: lengths of the prompt (tokens) to compile for besides the tokenizers' own: an instruction runs at
       the shortest that holds it. `warm` finds them from instructions.
     remember: how many sentences the device keeps the model's states of; 0 computes them at every call.
     replan_steps: actions of a chunk to execute before asking again, for those who ask; None for the whole chunk.
-    gripper: "command" gives the gripper as -1 open, +1 closed, "raw" as it was learned: 1 open, 0 closed (what clients
-      of OpenVLA expect, who convert it themselves).
+    gripper: "command" gives the gripper in the robot's values (-1 open, +1 closed for LIBERO, and where the config has
+      no robot), "raw" as it was learned: 1 open, 0 closed (what clients of OpenVLA expect, who convert it themselves).
     metadata: added to `metadata`.
 
   Raises:
@@ -100,6 +101,7 @@ class Policy(BasePolicy):
     self.chunk = self.bare.chunk if self.bare.coupler is not None else 1
     self.replan_steps = self.chunk if replan_steps is None else replan_steps
     self._extra = dict(metadata or {})
+    self.robot = robot.select(config, self._extra.get("dataset", ""))
     self._check()
     self.preparation = Preparation(
       stats,
@@ -107,10 +109,11 @@ class Policy(BasePolicy):
       self._picture,
       name=self._extra.get("dataset", "the policy"),
       mode=self.mode,
-      views=VIEWS[self.bare.num_views],
+      views=self._views,
       proprio_dim=self.bare.proprio_dim,
       reads_words=self.bare.text is not None,
       gripper=self.gripper,
+      robot=self.robot,
     )
     named = (programs.sentence(model), programs.actions(model))
     self.inference = inference.Inference(*named, self._dummy, remember)
@@ -254,7 +257,7 @@ class Policy(BasePolicy):
     return {
       **self._extra,
       "image_size": self.image_size,
-      "views": [*VIEWS[self.bare.num_views]],
+      "views": [*self._views],
       "proprio_dim": self.bare.proprio_dim,
       "action_dim": len(self.stats.action.mask),
       "chunk": self.chunk,
@@ -267,7 +270,13 @@ class Policy(BasePolicy):
       "pruner_text": None if self.bare.text is None else self.tokenizers.pruner_text,
       "batch_sizes": [*self.inference.sizes],
       "prompt_lengths": [*self.inference.lengths],
+      **({} if self.robot is None else {robot.KEY: self.robot.to_json()}),
     }
+
+  @property
+  def _views(self) -> tuple[str, ...]:
+    """Names of the model's images, in its order."""
+    return VIEWS[self.bare.num_views] if self.robot is None else tuple(self.robot.views)
 
   def _dummy(self, size: int) -> Observation:
     """An observation of zeros of the shapes that `observe` gives."""
@@ -305,9 +314,14 @@ class Policy(BasePolicy):
       action_dim=action_dim,
       proprio_dim=self.bare.proprio_dim,
       mode=self.mode,
+      openings=None if self.robot is None else [one.dimension for one in self.robot.grippers],
     )
-    if self.bare.num_views not in VIEWS:
-      raise refuse("Policy", f"{self.bare.num_views} views", f"{sorted(VIEWS)}", "add their names to VIEWS")
+    if self.robot is None and self.bare.num_views not in VIEWS:
+      raise refuse("Policy", f"{self.bare.num_views} views", f"{sorted(VIEWS)}", "train it with a DatasetSpec")
+    if self.robot is not None and len(self.robot.views) != self.bare.num_views:
+      raise refuse(
+        "Policy", f"a robot with the views {[*self.robot.views]}", f"{self.bare.num_views} views", "save it again"
+      )
     if not inference.is_whole(self.replan_steps) or not 1 <= self.replan_steps <= self.chunk:
       raise refuse("Policy", f"replan_steps={self.replan_steps!r}", f"1 to {self.chunk}, the chunk", "choose another")
     need, have = self.tokenizers.pad_id + 1, self.bare.llm.vocab

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from semanticvla_jax import observation_dict
 from semanticvla_jax.data import gripper as grippers
 from semanticvla_jax.data import images, statistics, text
+from semanticvla_jax.data.robot import Robot
 from semanticvla_jax.types import Observation
 
 SENTENCES = 1024  # whose tokens are remembered; instructions may be free text, and a policy may serve for weeks
@@ -27,7 +28,9 @@ class Preparation:
     tokenizers: their lengths are those of the arrays. reads_words: whether the model reads SigLIP's tokens too.
     picture: of images.prepare: size, crop_area, jpeg_quality, dct.
     views: names of the model's images, in its order. proprio_dim: None for a model without proprioception.
-    gripper: "command" (-1 open, +1 closed) or "raw" (as it was learned).
+    gripper: "command" (the robot's values; -1 open, +1 closed where `robot` is None) or "raw" (as it was learned).
+    robot: of the dataset; None takes observation_dict.ALIASES for the names of views, and every action dimension
+      outside the statistics' mask for a binary gripper.
   """
 
   def __init__(
@@ -42,16 +45,20 @@ class Preparation:
     proprio_dim: int | None,
     reads_words: bool,
     gripper: str,
+    robot: Robot | None = None,
   ):
     self.stats, self.tokenizers, self.picture, self.name, self.mode = stats, tokenizers, {**picture}, name, mode
     self.views, self.proprio_dim, self.reads_words, self.gripper = tuple(views), proprio_dim, reads_words, gripper
+    self.robot = robot
     self._warned: set[int] = set()
     self._encode = functools.lru_cache(maxsize=SENTENCES)(self._encode)
 
   def observe(self, observations: Sequence[Any]) -> Observation:
     """Observation dicts → what the model reads, numpy arrays of batch len(observations)."""
-    found = [observation_dict.read(observation, self.views, self.proprio_dim) for observation in observations]
-    views = [[images.prepare(image, **self.picture) for image in one["views"]] for one in found]
+    found = [self._read(observation) for observation in observations]
+    blank = np.zeros((self.picture["size"],) * 2 + (3,), np.uint8)  # what training has for an image that is missing
+    prepare = lambda image: blank if image is None else images.prepare(image, **self.picture)  # noqa: E731
+    views = [[prepare(image) for image in one["views"]] for one in found]
     proprio = None
     if self.proprio_dim is not None:
       state = np.stack([one["state"] for one in found])
@@ -68,9 +75,17 @@ class Preparation:
   def actions(self, normalized: Float[np.ndarray, "b k a"]) -> Float[np.ndarray, "b k a"]:
     """A model's actions → f32 in the robot's units, the gripper by its convention."""
     actions = statistics.unnormalize(normalized.astype(np.float32), self.stats.action, mode=self.mode)
+    if self.gripper == "command" and self.robot is not None:
+      return self.robot.commands(actions)
     if self.gripper == "command":
       actions = grippers.to_commands(actions, self.stats.action.mask).astype(np.float32)
     return actions
+
+  def _read(self, observation: Any) -> dict:
+    if self.robot is None:
+      return observation_dict.read(observation, self.views, self.proprio_dim)
+    own = self.robot
+    return observation_dict.read(observation, own.views, self.proprio_dim, own.optional, own.proprio)
 
   def _encode(self, sentence: str) -> tuple[np.ndarray | None, ...]:
     """One row of `words`; the constructor puts a bounded memory before it."""

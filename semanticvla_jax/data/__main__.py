@@ -1,8 +1,11 @@
-"""Looks at a dataset: `python -m semanticvla_jax.data inspect|statistics|preview --data_dir DIR --name NAME`.
+"""Looks at a dataset: `python -m semanticvla_jax.data inspect|statistics|preview --data-dir DIR --name NAME`.
 
-inspect     features, sizes, instructions and ranges
+inspect     sizes, instructions and ranges; everything that training would stop at, with counts; what looks odd
 statistics  writes dataset_statistics.json (--format openvla) or norm_stats.json (--format openpi)
-preview     writes a contact sheet: frames as stored, evaluated and trained on, with instruction, state and actions
+preview     writes an HTML sheet: frames as stored, evaluated and trained on, with instruction, state and actions
+
+A dataset that the package does not know is read by --spec=FILE.py:NAME, a DatasetSpec (docs/your_robot.md), whose name
+is then that of the dataset. `inspect` reads every image, and ends with status 1 where training would stop.
 """
 
 from __future__ import annotations
@@ -19,7 +22,19 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from semanticvla_jax import cli, files
-from semanticvla_jax.data import images, mixtures, rlds, statistics, tfrecord_index, trajectories
+from semanticvla_jax.data import datasets as specs
+from semanticvla_jax.data import (
+  images,
+  inspection,
+  mixtures,
+  rlds,
+  sheet,
+  statistics,
+  text,
+  tfrecord_index,
+  trajectories,
+)
+from semanticvla_jax.data import spec as spec_files
 from semanticvla_jax.errors import refuse
 
 _TEXT_WIDTH, _NUMBER_WIDTH, _MARGIN, _LINE = 640, 40, 8, 12  # pixels
@@ -31,12 +46,11 @@ def inspect(datasets: list[rlds.Dataset]) -> str:
   for dataset in datasets:
     lengths, chunk = np.bincount(dataset.episodes), dataset.spec.chunk
     cut = np.maximum(lengths - chunk + 1, 0).sum()
-    image = images.decode(tfrecord_index.Reader(dataset.index).image(int(dataset.frames[0]), 0))
     lines += [
       f"{dataset.name}: {len(lengths)} episodes, {len(dataset.actions)} frames, {len(dataset.index.files)} shards",
       f"  frames an episode: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}",
       f"  examples of {chunk} actions: {cut} when cut at the end, {len(dataset.actions)} when padded",
-      f"  views: {', '.join(dataset.spec.views)}; first image {image.shape[0]} x {image.shape[1]}",
+      f"  views, first image: {', '.join(_first_sizes(dataset))}",
     ]
     said = collections.Counter(map(dataset.instruction, np.flatnonzero(np.diff(dataset.episodes, prepend=-1)).tolist()))
     lines += [f"  {count:5d} x {sentence}" for sentence, count in said.most_common(20)]
@@ -53,6 +67,16 @@ def inspect(datasets: list[rlds.Dataset]) -> str:
   return "\n".join(lines)
 
 
+def _first_sizes(dataset: rlds.Dataset) -> list[str]:
+  """Each view with the size of its first image."""
+  reader, sizes = tfrecord_index.Reader(dataset.index), []
+  for view, name in enumerate(dataset.spec.views):
+    there = dataset.frames[dataset.index.image_bytes[dataset.frames, view] > 0]
+    shape = images.decode(reader.image(int(there[0]), view)).shape if len(there) else None
+    sizes.append(f"{name} ({shape[0]} x {shape[1]})" if shape else f"{name} (always empty)")
+  return sizes
+
+
 def preview(dataset: rlds.Dataset, *, count: int = 6, size: int = 224, seed: int = 0) -> UInt8[np.ndarray, "h w 3"]:
   """Draws a contact sheet, a row a frame: each view as stored, center cropped (evaluation) and augmented (training).
 
@@ -64,7 +88,8 @@ def preview(dataset: rlds.Dataset, *, count: int = 6, size: int = 224, seed: int
   for number, frame in enumerate(np.linspace(0, len(dataset.actions) - 1, count).astype(int).tolist()):
     tiles = []
     for view in range(len(dataset.spec.views)):
-      image = images.decode(reader.image(int(dataset.frames[frame]), view))
+      encoded = reader.image(int(dataset.frames[frame]), view)
+      image = images.decode(encoded) if encoded else np.zeros((size, size, 3), np.uint8)
       resized = images.resize(image, size)
       uniform = images.draws(seed, number, view)[None]
       tiles += [
@@ -115,20 +140,26 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("verb", choices=("inspect", "statistics", "preview"), help=verbs)
   parser.add_argument("--data-dir", required=True, help="folder of datasets, <name>/<version>/; local or gs://")
   parser.add_argument(
-    "--name", required=True, help=f"name of a dataset, or of a mixture of them: {', '.join(mixtures.MIXTURES)}"
+    "--name", help=f"name of a dataset, several with commas, or of a mixture: {', '.join(mixtures.MIXTURES)}"
   )
-  parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
+  parser.add_argument("--spec", action="append", default=[], help="FILE.py:NAME of the dataset's DatasetSpec")
+  parser.add_argument("--split", help="split of the dataset (default: the spec's, train)")
+  parser.add_argument("--skip-bad", action="store_true", help="leave out episodes that cannot be used, and count them")
   parser.add_argument(
     "--cache-dir", help=f"folder where the dataset's index is kept; '' keeps none (default: {tfrecord_index.CACHE})"
   )
   parser.add_argument(
-    "--out", help="file to write (default: dataset_statistics.json or norm_stats.json, <name>.png for a preview)"
+    "--out", help="file to write (default: dataset_statistics.json or norm_stats.json, <name>.html for a preview)"
   )
   parser.add_argument(
     "--format", choices=("openvla", "openpi"), default="openvla", help="layout of the statistics (default: openvla)"
   )
   parser.add_argument("--count", type=int, default=6, help="number of frames of a preview (default: 6)")
   parser.add_argument("--size", type=int, default=224, help="height and width of a preview's frames (default: 224)")
+  most = "most tokens of the %s, as in the config (default: 64)"
+  parser.add_argument("--prompt-length", type=int, default=64, help=most % "prompt")
+  parser.add_argument("--instruction-length", type=int, default=64, help=most % "ID-Pruner's text")
+  parser.add_argument("--tokenizers", default=text.EMBEDDED, help="folder of tokenizers (default: the embedded pair)")
   return parser.parse_args(argv)
 
 
@@ -137,21 +168,53 @@ def main(argv: list[str]) -> None:
   logging.basicConfig(level=logging.INFO, format="%(message)s")
   args = _arguments(argv)
   try:
-    names = [name for name, _ in mixtures.mixture(args.name)]
-    datasets = [rlds.load(args.data_dir, name, split=args.split, cache_dir=args.cache_dir) for name in names]
+    own = [spec_files.load(place) for place in args.spec]
+    named = [(name, specs.spec(name, own)) for name, _ in mixtures.mixture(_name(args.name, own))]
+    if args.verb == "inspect" and not args.skip_bad:
+      stops = [line for name, spec in named for line in _inspect(args, name, spec)]
+      if stops:
+        raise ValueError(f"training would stop at {len(stops)} kinds of faults; the first: {stops[0]}")
+      return
+    how = dict(split=args.split, cache_dir=args.cache_dir, skip_bad=args.skip_bad)
+    datasets = [rlds.load(args.data_dir, name, spec=spec, **how) for name, spec in named]
     if args.verb == "inspect":
       print(inspect(datasets))
     elif args.verb == "statistics":
       _write_statistics(datasets, args.out, args.format)
     else:
-      sheet = np.concatenate([preview(dataset, count=args.count, size=args.size) for dataset in datasets])
-      out = pathlib.Path(args.out or f"{args.name}.png")
-      contents = io.BytesIO()
-      Image.fromarray(sheet).save(contents, "PNG")
-      files.write(out, contents.getvalue())
-      logging.info("wrote %s", out)
+      _write_preview(datasets, pathlib.Path(args.out or f"{datasets[0].name.replace('/', '_')}.html"), args)
   except ValueError as error:
     sys.exit(f"error: {error}")
+
+
+def _name(name: str | None, own: list[spec_files.DatasetSpec]) -> str:
+  """The dataset that a command is about: --name, or that of its only --spec."""
+  if name is None and (len(own) != 1 or own[0].name is None):
+    raise refuse("--name", "nothing", "the dataset's name, or one --spec whose DatasetSpec has a name", "pass --name")
+  return own[0].name if name is None else name
+
+
+def _inspect(args: argparse.Namespace, name: str, spec: spec_files.DatasetSpec) -> list[str]:
+  """Prints a dataset and what was found in it; returns what training would stop at."""
+  limits = inspection.Limits(args.prompt_length, args.instruction_length, args.tokenizers)
+  how = dict(split=args.split, cache_dir=args.cache_dir, limits=limits)
+  dataset, findings = inspection.inspect(args.data_dir, name, spec, **how)
+  if dataset is not None:
+    print(inspect([dataset]))
+  print(inspection.describe(findings))
+  return [one.line for one in findings if one.stops]
+
+
+def _write_preview(datasets: list[rlds.Dataset], out: pathlib.Path, args: argparse.Namespace) -> None:
+  """Writes an HTML sheet, or a contact sheet where the file is to be a PNG."""
+  if out.suffix == ".png":
+    contents = io.BytesIO()
+    sheets = [preview(dataset, count=args.count, size=args.size) for dataset in datasets]
+    Image.fromarray(np.concatenate(sheets)).save(contents, "PNG")
+    files.write(out, contents.getvalue())
+  else:
+    files.write(out, sheet.page(datasets, [inspect([one]) for one in datasets], count=args.count, size=args.size))
+  logging.info("wrote %s", out)
 
 
 def _write_statistics(datasets: list[rlds.Dataset], out: str | None, kind: str) -> None:

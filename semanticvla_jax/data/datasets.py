@@ -1,76 +1,27 @@
-"""One function per dataset: from the columns stored on disk to actions and proprioception in one convention.
+"""The datasets that this package knows, each as a `DatasetSpec`; how a dataset finds its spec.
 
-The convention: 7-d actions are displacements of the end effector and a gripper command with 1 open, 0 closed. A
-`DatasetSpec` says the rest: which images, which dimensions are normalized, how.
+Where columns do not suffice, one function takes them to actions and proprioception in one convention: 7-d actions are
+displacements of the end effector and a gripper command with 1 open, 0 closed. Your own robot needs no line here:
+docs/your_robot.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32
 
 from semanticvla_jax.data import gripper
+from semanticvla_jax.data.spec import Columns, DatasetSpec, Gripper, Trajectory
 from semanticvla_jax.errors import refuse
-
-Columns = Mapping[str, np.ndarray]
-
-
-class Trajectory(NamedTuple):
-  """One episode in raw units.
-
-  Attributes:
-    actions: f32[t a].
-    proprio: f32[t p].
-    frames: which frames of the stored episode these are, ascending.
-  """
-
-  actions: Float32[np.ndarray, "t a"]
-  proprio: Float32[np.ndarray, "t p"]
-  frames: Int[np.ndarray, "t"]
-
-
-class Gripper(NamedTuple):
-  """The gripper command as stored: its dimension of the action, and the values that open and close."""
-
-  dimension: int
-  open: float
-  closed: float
-
-
-class DatasetSpec(NamedTuple):
-  """How the columns of one kind of dataset are read.
-
-  Attributes:
-    standardize: columns of an episode to a Trajectory.
-    columns: the step features it reads, with their widths.
-    views: image features below `observation/`, primary camera first, then wrists.
-    normalized: per action dimension, False passes it through (a gripper command).
-    absolute: per action dimension, True for a target, False for a displacement (decides what padding repeats).
-    proprio_dim: width of the proprioception.
-    mode: "bounds_q99" or "bounds", see statistics.normalize.
-    chunk: actions predicted at a time in the release.
-    gripper: how the gripper command is stored; None where there is none (absolute joints).
-  """
-
-  standardize: Callable[[Columns], Trajectory]
-  columns: Mapping[str, int]
-  views: tuple[str, ...]
-  normalized: tuple[bool, ...]
-  absolute: tuple[bool, ...]
-  proprio_dim: int
-  mode: str
-  chunk: int
-  gripper: Gripper | None = None
 
 
 def check_gripper(name: str, spec: DatasetSpec, action: Float[np.ndarray, "n a"]) -> None:
   """Refuses stored gripper commands of another convention, which standardizing would clip or invert unseen.
 
-  Commands must stay in the range of the spec's (within a twentieth of it) and, unless they never change, lie on both
-  sides of its middle.
+  Commands must stay in the range of the spec's (within a twentieth of it) and, of a binary gripper, lie on both sides
+  of its middle unless they never change.
 
   Args:
     name: of the dataset.
@@ -80,22 +31,21 @@ def check_gripper(name: str, spec: DatasetSpec, action: Float[np.ndarray, "n a"]
   Raises:
     ValueError: naming dataset, dimension, values and remedy.
   """
-  if spec.gripper is None or not len(action):
-    return
-  column = action[:, spec.gripper.dimension]
-  low, high = float(column.min()), float(column.max())
-  ends = sorted((spec.gripper.open, spec.gripper.closed))
-  slack, middle = 0.05 * (ends[1] - ends[0]), sum(ends) / 2
-  outside = low < ends[0] - slack or high > ends[1] + slack
-  still = low == high and low in ends
-  if outside or (not still and (low >= middle or high <= middle)):
-    raise refuse(
-      f"Dataset {name!r}, action dimension {spec.gripper.dimension}",
-      f"gripper commands in [{low:g}, {high:g}]",
-      f"{spec.gripper.open:g} open … {spec.gripper.closed:g} closed",
-      "write the dataset with that convention, or read it with a DatasetSpec whose `gripper` and `standardize` are "
-      "its own",
-    )
+  for one in spec.grippers if len(action) else ():
+    column = action[:, one.dimension]
+    low, high = float(column.min()), float(column.max())
+    ends = sorted((one.open, one.closed))
+    slack, middle = 0.05 * (ends[1] - ends[0]), sum(ends) / 2
+    outside = low < ends[0] - slack or high > ends[1] + slack
+    still = one.kind == "continuous" or (low == high and low in ends)
+    if outside or (not still and (low >= middle or high <= middle)):
+      raise refuse(
+        f"Dataset {name!r}, action dimension {one.dimension}",
+        f"gripper commands in [{low:g}, {high:g}]",
+        f"{one.open:g} open … {one.closed:g} closed",
+        "write the dataset with that convention, or read it with a DatasetSpec whose `gripper` and `standardize` are "
+        "its own",
+      )
 
 
 def libero(columns: Columns) -> Trajectory:
@@ -113,12 +63,6 @@ def libero(columns: Columns) -> Trajectory:
 def tabletop(columns: Columns) -> Trajectory:
   """The tabletop environment of this package, which writes LIBERO's layout and conventions."""
   return libero(columns)
-
-
-def aloha(columns: Columns) -> Trajectory:
-  """ALOHA: absolute joint targets and joint positions of two arms, 14-d each, as stored (`oxe/transforms.py:844`)."""
-  action, state = columns["action"], columns["observation/state"]
-  return Trajectory(action, state, np.arange(len(action)))
 
 
 def bridge(columns: Columns) -> Trajectory:
@@ -150,41 +94,74 @@ def binary_gripper(command: Float[np.ndarray, "t"]) -> Float32[np.ndarray, "t"]:
   return out
 
 
-_COMMAND, _OPENING = Gripper(6, -1.0, 1.0), Gripper(6, 1.0, 0.0)
-_ARM = {"normalized": (True,) * 6 + (False,), "absolute": (False,) * 6 + (True,), "mode": "bounds_q99"}
+_COMMAND, _OPENING = Gripper(6, -1.0, 1.0), Gripper(6, 1.0, 0.0, command=(-1.0, 1.0))
+_ARM = {
+  "normalized": (True,) * 6 + (False,),
+  "absolute": (False,) * 6 + (True,),
+  "groups": {"trans": (0, 1, 2), "rot": (3, 4, 5), "grip": (6,)},
+  "units": {"trans": "m", "rot": "rad"},
+}
 _SEVEN = {"action": 7, "observation/state": 8}
+_WRIST = {"left_wrist_image": ("left_wrist",), "right_wrist_image": ("right_wrist",)}
 
-LIBERO = DatasetSpec(libero, _SEVEN, ("image", "wrist_image"), proprio_dim=8, chunk=8, gripper=_COMMAND, **_ARM)
+LIBERO = DatasetSpec(
+  standardize=libero,
+  columns=_SEVEN,
+  views=("image", "wrist_image"),
+  proprio_dim=8,
+  gripper=_COMMAND,
+  aliases={"image": ("full_image",)},
+  **_ARM,
+)
 TABLETOP = LIBERO._replace(standardize=tabletop)
 BRIDGE = DatasetSpec(
-  bridge, {"action": 7, "observation/state": 7}, ("image_0",), proprio_dim=7, chunk=5, gripper=_OPENING, **_ARM
+  standardize=bridge,
+  columns={"action": 7, "observation/state": 7},
+  views=("image_0",),
+  proprio_dim=7,
+  chunk=5,
+  gripper=_OPENING,
+  control_hz=5.0,
+  aliases={"image_0": ("observation/image", "full_image", "image")},
+  **_ARM,
 )
+# Absolute joint targets and joint positions of two arms, as stored (released code: `oxe/transforms.py:844`).
 ALOHA = DatasetSpec(
-  aloha,
-  {"action": 14, "observation/state": 14},
-  ("image", "left_wrist_image", "right_wrist_image"),
+  columns={"action": 14, "observation/state": 14},
+  views=("image", "left_wrist_image", "right_wrist_image"),
   normalized=(True,) * 14,
   absolute=(True,) * 14,
-  proprio_dim=14,
   mode="bounds",
   chunk=25,
+  units={"proprio": "rad"},
+  aliases={"image": ("full_image",), **_WRIST},
 )
 
 SPECS = {"libero": LIBERO, "tabletop": TABLETOP, "aloha": ALOHA, "bridge": BRIDGE}
 
 
-def spec(name: str) -> DatasetSpec:
-  """Finds the spec of a dataset whose name starts with one of SPECS.
+def spec(name: str, own: Sequence[DatasetSpec] = ()) -> DatasetSpec:
+  """Finds the spec of a dataset: one of `own`, by its name or without one, else by the beginning of the dataset's name.
 
   Raises:
-    ValueError: no such spec.
+    ValueError: no such spec, or several.
   """
-  for prefix, found in SPECS.items():
+  named, nameless = ([one for one in own if one.name == key] for key in (name, None))
+  if len(found := named or nameless) == 1:
+    return found[0]
+  if own:
+    raise refuse(
+      f"Spec of dataset {name!r}",
+      f"specs named {[one.name for one in own]}",
+      "one of that name, or one without a name",
+      f"set name={name!r} in its DatasetSpec, or correct the dataset's name",
+    )
+  for prefix, shipped in SPECS.items():
     if name.startswith(prefix):
-      return found
+      return shipped
   raise refuse(
     "Dataset without a spec",
     f"{name!r}",
     f"a name starting with one of {sorted(SPECS)}",
-    "pass a DatasetSpec for it",
+    "write a DatasetSpec for it and pass it, as --spec=FILE.py:NAME or config.data.specs (docs/your_robot.md)",
   )

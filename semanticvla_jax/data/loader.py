@@ -153,13 +153,14 @@ class BatchLoader:
 
   def _pictures(self, drawn: Sequence[tuple[int, int, int]]) -> UInt8[np.ndarray, "b v h w 3"]:
     """Reads, decodes and prepares the views of some examples (dataset, candidate, number of the example)."""
-    found, uniform = [], []
+    found, uniform, blank = [], [], np.zeros((self.options.image_size,) * 2 + (3,), np.uint8)
     for dataset, candidate, example in drawn:
       source = self._sources[dataset]
       frame = int(source.dataset.frames[source.starts[candidate]])
       for view, name in enumerate(source.dataset.spec.views):
-        try:
-          found.append(self._prepare(images.decode(source.reader.image(frame, view), self.options.dct)))
+        encoded = source.reader.image(frame, view)
+        try:  # an image is empty only where its view is optional
+          found.append(self._prepare(images.decode(encoded, self.options.dct)) if encoded else blank)
         except ValueError as error:
           raise ValueError(
             f"Dataset {source.dataset.name!r}, {name!r} of {source.reader.where(frame)}: {error}"
@@ -167,7 +168,9 @@ class BatchLoader:
         uniform.append(images.draws(self.options.seed, example, view))
     pictures = np.stack(found)
     if self.options.augmentation is not None:
+      missing = [one is blank for one in found]
       pictures = images.augment(pictures, np.stack(uniform), self.options.augmentation)
+      pictures[missing] = 0
     return pictures.reshape(len(drawn), -1, *pictures.shape[1:])
 
   def _batch(

@@ -13,17 +13,18 @@ the price that every host reads every episode.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import logging
-import re
+from collections.abc import Iterator, Set
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 
-from semanticvla_jax.data import datasets, images, statistics, tfrecord_index, trajectories
+from semanticvla_jax.data import datasets, faults, folders, images, statistics, tfrecord_index, trajectories
+from semanticvla_jax.data.folders import find  # noqa: F401 (where a dataset is)
 from semanticvla_jax.errors import refuse
 
 
@@ -97,9 +98,10 @@ def load(
   name: str,
   *,
   spec: datasets.DatasetSpec | None = None,
-  split: str = "train",
+  split: str | None = None,
   given: statistics.DatasetStatistics | None = None,
   cache_dir: str | None = None,
+  skip_bad: bool = False,
 ) -> Dataset:
   """Indexes `<data_dir>/<name>/<version>` (the highest version), standardizes it and computes its statistics.
 
@@ -109,110 +111,29 @@ def load(
     data_dir: local or gs://.
     name: of the dataset; also chooses the spec if none is passed.
     spec: how to read it.
-    split: tfds notation over episodes, e.g. "train" or "train[:95%]"; the statistics are those of this split.
+    split: tfds notation over episodes, e.g. "train" or "train[:95%]"; None for the spec's. The statistics are of it.
     given: statistics to use instead, e.g. of a checkpoint.
     cache_dir: local folder in which the index is kept from one run to the next; None for records.CACHE, "" for none.
+    skip_bad: leaves out episodes that cannot be used, and logs how many and why. Every image is decoded for it.
 
   Raises:
-    ValueError: no such dataset or split, a missing feature, a corrupt shard, non-finite numbers, a gripper of another
-      convention, unusable statistics.
+    ValueError: no such dataset or split, a missing feature, a corrupt shard, non-finite numbers, an empty image of a
+      view that is not optional, a gripper of another convention, unusable statistics.
   """
-  import tensorflow_datasets as tfds
-
   spec = datasets.spec(name) if spec is None else spec
   images.hide_accelerators()
-  builder = tfds.builder_from_directory(find(data_dir, name))
-  _check_features(builder, spec, name)
-  if builder.info.file_format.value != "tfrecord":
-    raise refuse(f"Dataset {name!r}", f"{builder.info.file_format.value}", "tfrecord", "convert it")
-  try:
-    instructions = builder.info.splits[split].file_instructions
-  except (KeyError, ValueError) as error:
-    raise refuse(
-      f"Dataset {name!r} has no split {split!r}",
-      sorted(builder.info.splits),
-      "one of them, or a part such as 'train[:95%]'",
-      "correct the split",
-    ) from error
-  parts = [tfrecord_index.Part(one.filename, one.skip, one.take) for one in instructions]
-  return assemble(name, spec, tfrecord_index.index(parts, spec.columns, spec.views, cache_dir, name), given)
-
-
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
-
-
-def find(data_dir: str, name: str) -> str:
-  """Returns the folder of the highest version of a dataset, x.y.z; others are ignored and named once.
-
-  Raises:
-    ValueError: there is none, or the place cannot be reached.
-  """
-  import tensorflow as tf
-  from etils import epath
-
-  folder = epath.Path(data_dir)
-  root = folder / name
-  try:
-    inside = sorted(root.iterdir()) if root.exists() else []
-    versions = [path for path in inside if _VERSION.fullmatch(path.name) and (path / "features.json").exists()]
-    have = [] if inside or not folder.exists() else sorted(path.name for path in folder.iterdir())
-  except (OSError, tf.errors.OpError) as error:
-    raise refuse(
-      "Data cannot be reached",
-      f"{type(error).__name__}: {error} from {data_dir}",
-      "a folder or bucket that can be read",
-      "check its address, the network, and credentials (gcloud auth application-default login)",
-    ) from error
-  others = [path.name for path in inside if path not in versions and not path.name.startswith(".")]
-  if inside and not versions:
-    raise refuse(
-      f"No dataset {name!r}",
-      f"{others[:20] or 'no version'} in {root}",
-      "a folder x.y.z with features.json, such as 1.0.0",
-      "rename the one that is meant",
-    )
-  if not versions:
-    close = difflib.get_close_matches(name, have, n=1, cutoff=0.0)
-    raise refuse(
-      f"No dataset {name!r}",
-      f"{have[:20]} in {data_dir}",
-      f"{name}/1.0.0/features.json",
-      f"correct the name (did you mean {close[0]!r}?)" if close else "check data_dir",
-    )
-  newest = str(max(versions, key=lambda path: [int(part) for part in path.name.split(".")]))
-  if others:
-    _warn_once(f"{newest} is read; no version with features.json, ignored: {', '.join(others[:20])}")
-  return newest
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-  logging.warning("%s", message)
-
-
-def _check_features(builder, spec: datasets.DatasetSpec, name: str) -> None:
-  from tensorflow_datasets.core import utils
-
-  have = utils.flatten_nest_dict(builder.info.features.get_serialized_info())
-  have = {key.removeprefix("steps/"): info for key, info in have.items() if key.startswith("steps/")}
-  needed = {key: (width,) for key, width in spec.columns.items()}
-  needed |= {f"observation/{view}": () for view in spec.views} | {"language_instruction": ()}
-  for key, shape in needed.items():
-    if key not in have:
-      close = difflib.get_close_matches(key, have, n=1, cutoff=0.0)
-      raise refuse(
-        f"Dataset {name!r} lacks the feature {key!r}",
-        f"{sorted(have)}",
-        "it below steps/",
-        f"pass a DatasetSpec for this dataset{f' (nearest: {close[0]!r})' if close else ''}",
-      )
-    if tuple(have[key].shape[1:]) != shape:
-      raise refuse(
-        f"Dataset {name!r}, feature {key!r}",
-        f"shape {tuple(have[key].shape[1:])} a step",
-        f"{shape}",
-        "pass a DatasetSpec for this dataset",
-      )
+  parts = folders.shards(data_dir, name, spec, split)
+  lost = [] if skip_bad else None
+  index = tfrecord_index.index(parts, spec.columns, spec.views, cache_dir, name, lost)
+  if not skip_bad:
+    return assemble(name, spec, index, given)
+  bad = [faults.Fault(faults.RECORDS, None, error) for _, error in lost]
+  bad += [*faults.of_numbers(name, spec, index), *faults.of_images(name, spec, index)]
+  skipped, missing = {fault.episode for fault in bad} - {None}, sum(count for count, _ in lost)
+  if bad:
+    count, total = len(skipped) + missing, len(index.lengths) + missing
+    logging.warning("%s: %d of %d episodes are skipped (skip_bad):\n%s", name, count, total, faults.summary(bad))
+  return assemble(name, spec, index, given, skipped)
 
 
 def assemble(
@@ -220,40 +141,33 @@ def assemble(
   spec: datasets.DatasetSpec,
   index: tfrecord_index.Index,
   given: statistics.DatasetStatistics | None = None,
+  skipped: Set[int] | None = None,
+  problems: list[ValueError] | None = None,
 ) -> Dataset:
   """Standardizes the episodes of an index and computes (or takes `given`) and checks their statistics.
+
+  Args:
+    skipped: episodes to leave out, all others being sound; None looks for unusable ones itself.
+    problems: takes what is wrong with grippers and statistics, which is raised otherwise.
 
   Raises:
     ValueError: non-finite numbers (naming the shard, episode and frame), gripper commands of another convention, no
       usable episode, unusable statistics.
   """
-  reader = tfrecord_index.Reader(index)
-  for key, column in index.columns.items():
-    if not np.isfinite(column).all():
-      frame, dimension = np.argwhere(~np.isfinite(column))[0]
-      raise refuse(
-        f"Dataset {name!r}, {key!r}",
-        f"{column[frame, dimension]} in dimension {dimension} of {reader.where(int(frame))}",
-        "finite numbers",
-        "repair the episode or write the dataset without it",
-      )
-  datasets.check_gripper(name, spec, index.columns["action"])
-  found, silent, first = [], 0, 0
-  spoken = np.array([bool(instruction) for instruction in index.instructions], bool)
-  for length in index.lengths.tolist():
-    part = slice(first, first + length)
-    if spoken[index.instruction[part]].any():
-      trajectory = spec.standardize({key: column[part] for key, column in index.columns.items()})
-      found.append(trajectory._replace(frames=first + trajectory.frames))
-    else:
-      silent += 1
-    first += length
+  if skipped is None:
+    for fault in faults.of_numbers(name, spec, index):
+      raise fault.error
+  skipped = skipped or set()
+  kept = np.repeat([i not in skipped for i in range(len(index.lengths))], index.lengths)
+  with _collected(problems):
+    _check_gripper(name, spec, index, kept)
+  found, silent = _trajectories(name, spec, index, skipped)
   if silent:
     logging.warning("%s: %d of %d episodes have no instruction and are dropped", name, silent, len(index.lengths))
   if not found:
     raise refuse(
       f"Dataset {name!r} is empty",
-      f"{len(index.lengths)} episodes without an instruction",
+      f"{silent} episodes without an instruction" + (f" and {len(skipped)} that are skipped" if skipped else ""),
       "some with language",
       "name another split or dataset",
     )
@@ -264,6 +178,58 @@ def assemble(
       statistics.compute(actions, spec.normalized), statistics.compute(proprio), len(actions), len(found)
     )
   widths = {"action_dim": len(spec.normalized), "proprio_dim": spec.proprio_dim}
-  statistics.check(name, given, mode=spec.mode, **widths)
+  with _collected(problems):
+    statistics.check(name, given, mode=spec.mode, openings=spec.openings, **widths)
   episodes, ends = np.repeat(np.arange(len(found)), lengths), np.repeat(np.cumsum(lengths), lengths)
   return Dataset(name, spec, index, given, actions, proprio, frames, episodes, ends)
+
+
+@contextlib.contextmanager
+def _collected(problems: list[ValueError] | None) -> Iterator[None]:
+  """Puts a ValueError of the block into a list, if there is one."""
+  try:
+    yield
+  except ValueError as error:
+    if problems is None:
+      raise
+    problems.append(error)
+
+
+def _check_gripper(
+  name: str, spec: datasets.DatasetSpec, index: tfrecord_index.Index, kept: Bool[np.ndarray, "n"]
+) -> None:
+  """`datasets.check_gripper` over the kept frames of an index, where it has the columns of the action."""
+  if spec.grippers and set(spec.action) <= set(index.columns):
+    stored = np.concatenate([index.columns[key] for key in spec.action], axis=1)
+    datasets.check_gripper(name, spec, stored[kept])
+
+
+def _trajectories(
+  name: str, spec: datasets.DatasetSpec, index: tfrecord_index.Index, skipped: Set[int]
+) -> tuple[list[datasets.Trajectory], int]:
+  """The usable episodes, standardized, `frames` counted through the index; and how many have no instruction."""
+  found, silent, first = [], 0, 0
+  spoken = np.array([bool(instruction) for instruction in index.instructions], bool)
+  for episode, length in enumerate(index.lengths.tolist()):
+    part = slice(first, first + length)
+    if episode not in skipped and not spoken[index.instruction[part]].any():
+      silent += 1
+    elif episode not in skipped:
+      trajectory = spec.read({key: column[part] for key, column in index.columns.items()})
+      _check_widths(name, spec, trajectory)
+      found.append(trajectory._replace(frames=first + trajectory.frames))
+    first += length
+  return found, silent
+
+
+def _check_widths(name: str, spec: datasets.DatasetSpec, trajectory: datasets.Trajectory) -> None:
+  """Raises ValueError where a standardizing function returns something else than its spec says."""
+  length, have = len(trajectory.frames), [trajectory.actions.shape, trajectory.proprio.shape]
+  want = [(length, len(spec.absolute)), (length, spec.proprio_dim)]
+  if have != want:
+    raise refuse(
+      f"Dataset {name!r}, standardize",
+      f"actions {[*have[0]]} and proprioception {[*have[1]]} of {length} frames",
+      f"{[*want[0]]} and {[*want[1]]}",
+      "correct the function, or `absolute` and `proprio_dim` of the DatasetSpec",
+    )

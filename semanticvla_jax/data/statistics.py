@@ -140,19 +140,26 @@ def _ends(mode: str) -> tuple[str, str]:
 
 
 def check(
-  name: str, statistics: DatasetStatistics, *, action_dim: int, proprio_dim: int | None, mode: str = "bounds_q99"
+  name: str,
+  statistics: DatasetStatistics,
+  *,
+  action_dim: int,
+  proprio_dim: int | None,
+  mode: str = "bounds_q99",
+  openings: Sequence[int] | None = None,
 ) -> None:
   """Refuses statistics that would make training diverge or a robot move wrongly.
 
   Reported per dimension: a wrong width; non-finite numbers; low above high; a range that is tiny against the extremes
   (such a dimension sits at one value and jumps: everything else is blown up to -1 and 1); an action dimension outside
-  the mask (a gripper command) that leaves [0, 1]. A dimension that never changes is allowed, becomes 0 and is logged.
+  the mask that leaves [0, 1], where it is the opening of a gripper, or [-1, 1]. A dimension that never changes is
+  allowed, becomes 0 and is logged. `openings` are the dimensions of grippers; None takes all outside the mask for them.
   `proprio_dim` None is a model without proprioception (OpenVLA), whose datasets may well have its statistics: not read.
 
   Raises:
     ValueError: naming dataset, dimension, value and remedy for every problem found.
   """
-  problems = _problems("action", statistics.action, action_dim, mode) + _gripper_problems(statistics.action)
+  problems = _problems("action", statistics.action, action_dim, mode) + _unscaled_problems(statistics.action, openings)
   if proprio_dim is not None and statistics.proprio is None:
     problems.append(refuse("proprio", "no statistics", f"width {proprio_dim}", "use the statistics of this dataset"))
   elif proprio_dim is not None:
@@ -189,17 +196,21 @@ def _problems(kind: str, statistics: Statistics, width: int, mode: str) -> list[
   return problems
 
 
-def _gripper_problems(statistics: Statistics) -> list[ValueError]:
+def _unscaled_problems(statistics: Statistics, openings: Sequence[int] | None) -> list[ValueError]:
+  """Dimensions outside the mask, which the model answers as they are."""
   problems = []
   for i in np.flatnonzero(~np.asarray(statistics.mask)):
     low, high = float(statistics.min[i]), float(statistics.max[i])
-    if not (low >= -1e-6 and high <= 1 + 1e-6):
+    opening = openings is None or i in openings
+    if not (low >= (0 if opening else -1) - 1e-6 and high <= 1 + 1e-6):
       problems.append(
         refuse(
           f"action dimension {i}",
-          f"gripper commands in [{low:.4g}, {high:.4g}]",
-          "[0, 1] with 1 open and 0 closed",
-          "map them in the standardizing function (LIBERO: 1 - clip(g, 0, 1))",
+          f"gripper commands in [{low:.4g}, {high:.4g}]" if opening else f"values in [{low:.4g}, {high:.4g}]",
+          "[0, 1] with 1 open and 0 closed" if opening else "[-1, 1] in a dimension that is not normalized",
+          "map them in the standardizing function (LIBERO: 1 - clip(g, 0, 1))"
+          if opening
+          else "normalize it, or scale it in the standardizing function",
         )
       )
   return problems

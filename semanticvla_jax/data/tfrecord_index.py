@@ -24,6 +24,7 @@ from jaxtyping import Float32, Int
 
 from semanticvla_jax import cli, files
 from semanticvla_jax.data import text
+from semanticvla_jax.data.tf_example import values
 from semanticvla_jax.errors import refuse
 
 _HEADER, _FOOTER = 12, 4  # bytes of framing around a record: length and checksum before, checksum after
@@ -58,6 +59,9 @@ class Index(NamedTuple):
   columns: dict[str, Float32[np.ndarray, "n d"]]
 
 
+Lost = list[tuple[int, ValueError]]  # (number of episodes, why they cannot be read)
+
+
 class Part(NamedTuple):
   """A run of records in one shard: skip the first `skip`, then `take`."""
 
@@ -72,6 +76,7 @@ def index(
   views: Sequence[str],
   cache_dir: str | pathlib.Path | None = None,
   name: str = "dataset",
+  bad: Lost | None = None,
 ) -> Index:
   """Indexes the records, or loads the index from `cache_dir` if the same files were indexed before.
 
@@ -83,20 +88,22 @@ def index(
     views: image features below `steps/observation/`.
     cache_dir: local folder for `<name>-<hash>.npz` and shards.json; None for CACHE, "" to keep nothing.
     name: for the cache file and messages.
+    bad: takes what cannot be read, record or shard, which is then left out; such an index is not kept.
 
   Raises:
-    ValueError: a shard is missing, corrupt or shorter than announced, or a record lacks a feature.
+    ValueError: a shard is missing, or, without `bad`, corrupt or shorter than announced, or a record lacks a feature.
   """
   folder = _folder(cache_dir)
   if folder is None:
-    return _build(parts, columns, views)
+    return _build(parts, columns, views, bad)
   path = folder / f"{name}-{fingerprint(parts, columns, views, folder / 'shards.json')}.npz"
   kept = _load(path, [part.path for part in parts], columns, views)
   if kept is not None:
     logging.info("%s: index read from %s", name, path)
     return kept
-  built = _build(parts, columns, views)
-  _save(path, built)
+  built = _build(parts, columns, views, bad)
+  if not bad:
+    _save(path, built)
   return built
 
 
@@ -176,38 +183,33 @@ def _missing(path: str) -> ValueError:
   return refuse("Shard is missing", f"no file {path}", "it from dataset_info.json", "download the dataset again")
 
 
-def _build(parts: Sequence[Part], columns: Mapping[str, int], views: Sequence[str]) -> Index:
-  import tensorflow as tf
-
+def _build(
+  parts: Sequence[Part],
+  columns: Mapping[str, int],
+  views: Sequence[str],
+  bad: Lost | None = None,
+) -> Index:
   keys = {f"steps/{key}": width for key, width in columns.items()}
   image_keys = [f"steps/observation/{view}" for view in views]
   rows, codes = collections.defaultdict(list), {}
   for number, part in enumerate(parts):
-    offset, count = 0, 0
+    left = part.take
     try:
-      for record in tf.data.TFRecordDataset(part.path, buffer_size=8 << 20).as_numpy_iterator():
-        if part.skip <= count < part.skip + part.take:
-          where = f"{part.path}, record {count}"
-          found = values(record, {*keys, *image_keys, f"steps/{_INSTRUCTION}"})
-          _add(rows, codes, found, record, keys, image_keys, where)
-          rows["record"].append((number, offset + _HEADER, len(record)))
-        offset, count = offset + _HEADER + len(record) + _FOOTER, count + 1
-    except tf.errors.NotFoundError as error:
-      raise _missing(part.path) from error
-    except (tf.errors.DataLossError, IndexError) as error:
-      raise refuse(
-        "Shard is corrupt",
-        f"{error} in {part.path} after {count} records",
-        "whole tfrecords",
-        "download or write the shard again",
-      ) from error
-    if count < part.skip + part.take:
-      raise refuse(
-        "Shard is too short",
-        f"{count} records in {part.path}",
-        f"{part.skip + part.take} from dataset_info.json",
-        "download or write the dataset again",
-      )
+      for count, offset, record in _records(part):
+        left -= 1
+        try:
+          found = _values_of(record, {*keys, *image_keys, f"steps/{_INSTRUCTION}"}, part.path, count)
+          _add(rows, codes, found, record, keys, image_keys, f"{part.path}, record {count}")
+        except ValueError as error:
+          if bad is None:
+            raise
+          bad.append((1, error))
+          continue
+        rows["record"].append((number, offset + _HEADER, len(record)))
+    except ValueError as error:
+      if bad is None:
+        raise
+      bad.append((left, error))
   record = np.array(rows["record"], np.int64).reshape(-1, 3)
   return Index(
     files=tuple(part.path for part in parts),
@@ -220,6 +222,42 @@ def _build(parts: Sequence[Part], columns: Mapping[str, int], views: Sequence[st
     instruction=_stack(rows["instruction"], (), np.int32),
     instructions=tuple(codes),
     columns={key: _stack(rows[f"steps/{key}"], (width,), np.float32) for key, width in columns.items()},
+  )
+
+
+def _records(part: Part) -> Iterator[tuple[int, int, bytes]]:
+  """(number, offset in the file, bytes) of each record of a run.
+
+  Raises:
+    ValueError: the shard is missing, corrupt or too short.
+  """
+  import tensorflow as tf
+
+  offset, count = 0, 0
+  try:
+    for record in tf.data.TFRecordDataset(part.path, buffer_size=8 << 20).as_numpy_iterator():
+      if part.skip <= count < part.skip + part.take:
+        yield count, offset, record
+      offset, count = offset + _HEADER + len(record) + _FOOTER, count + 1
+  except tf.errors.NotFoundError as error:
+    raise _missing(part.path) from error
+  except tf.errors.DataLossError as error:
+    raise _corrupt(part.path, count, error) from error
+  if count < part.skip + part.take:
+    raise refuse(
+      "Shard is too short",
+      f"{count} records in {part.path}",
+      f"{part.skip + part.take} from dataset_info.json",
+      "download or write the dataset again",
+    )
+
+
+def _corrupt(path: str, count: int, error: Exception) -> ValueError:
+  return refuse(
+    "Shard is corrupt",
+    f"{error} in {path} after {count} records",
+    "whole tfrecords",
+    "download or write the shard again",
   )
 
 
@@ -236,9 +274,9 @@ def _add(
   image_keys: Sequence[str],
   where: str,
 ) -> None:
-  """Appends one episode's columns, image ranges and instruction codes to `rows`."""
+  """Appends one episode's columns, image ranges and instruction codes to `rows`; nothing where it is refused."""
   language = found.get(f"steps/{_INSTRUCTION}", np.zeros((0, 2), np.int64))
-  length = len(language)
+  length, parts = len(language), {}
   for key, width in keys.items():
     got = found.get(key, np.zeros(0, np.float32))
     if got.shape != (length * width,):
@@ -248,7 +286,7 @@ def _add(
         f"{length} frames of {width} floats",
         "convert the dataset again, or fix the spec",
       )
-    rows[key].append(got.reshape(length, width))
+    parts[key] = got.reshape(length, width)
   ranges = [found.get(key, np.zeros((0, 2), np.int64)) for key in image_keys]
   for key, part in zip(image_keys, ranges, strict=True):
     if part.shape != (length, 2):
@@ -258,12 +296,12 @@ def _add(
         f"{length}, one a frame",
         "convert the dataset again",
       )
-  ranges = np.stack(ranges, axis=1)
-  rows["offset"].append(ranges[:, :, 0])
-  rows["bytes"].append(ranges[:, :, 1] - ranges[:, :, 0])
   texts = [_sentence(record[start:stop], where) for start, stop in language]
-  rows["instruction"].append(np.array([codes.setdefault(text, len(codes)) for text in texts], np.int32))
-  rows["length"].append(length)
+  ranges = np.stack(ranges, axis=1)
+  parts |= {"offset": ranges[:, :, 0], "bytes": ranges[:, :, 1] - ranges[:, :, 0], "length": length}
+  parts["instruction"] = np.array([codes.setdefault(text, len(codes)) for text in texts], np.int32)
+  for key, part in parts.items():
+    rows[key].append(part)
 
 
 def _sentence(encoded: bytes, where: str) -> str:
@@ -278,55 +316,12 @@ def _sentence(encoded: bytes, where: str) -> str:
     ) from error
 
 
-def values(record: bytes, keys: set[str]) -> dict[str, np.ndarray]:
-  """Reads features of a serialized tf.train.Example without copying what is large.
-
-  Returns:
-    Per key: byte strings as ranges i64[n 2] (start, stop) inside the record, floats as f32[n]. Other keys, and integer
-    features, are left out.
-
-  Raises:
-    IndexError: the bytes are not a tf.train.Example.
-  """
-  found = {}
-  for _, start, stop in _fields(record, 0, len(record)):  # Example.features
-    for _, entry, end in _fields(record, start, stop):  # Features.feature, a map of key (1) to Feature (2)
-      parts = {number: (first, last) for number, first, last in _fields(record, entry, end)}
-      key = record[slice(*parts.get(1, (0, 0)))].decode()
-      if key not in keys:
-        continue
-      for kind, first, last in _fields(record, *parts.get(2, (0, 0))):
-        if kind == 1:
-          ranges = [part[1:] for part in _fields(record, first, last)]
-          found[key] = np.array(ranges, np.int64).reshape(-1, 2)
-        elif kind == 2:
-          packed = [np.frombuffer(record[a:b], "<f4") for _, a, b in _fields(record, first, last)]
-          found[key] = np.concatenate([np.zeros(0, np.float32), *packed])
-  return found
-
-
-def _fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-  """Yields (number, start, stop) of the length-delimited fields of a protobuf message."""
-  while start < stop:
-    tag, start = _varint(data, start)
-    if tag & 7 != 2:
-      raise IndexError(f"unexpected wire type {tag & 7} at byte {start}")
-    size, start = _varint(data, start)
-    if start + size > stop:
-      raise IndexError(f"field of {size} bytes leaves its message at byte {start}")
-    yield tag >> 3, start, start + size
-    start += size
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-  result = shift = 0
-  while True:
-    byte = data[at]
-    at += 1
-    result |= (byte & 127) << shift
-    if byte < 128:
-      return result, at
-    shift += 7
+def _values_of(record: bytes, keys: set[str], path: str, count: int) -> dict[str, np.ndarray]:
+  """`values` of a record of a shard. Raises ValueError where it is not an example."""
+  try:
+    return values(record, keys)
+  except IndexError as error:
+    raise _corrupt(path, count, error) from error
 
 
 def _save(path: pathlib.Path, built: Index) -> None:

@@ -1,12 +1,13 @@
-"""Writes episodes as an RLDS dataset on disk, in exactly the layout of the `libero_*_no_noops` sets."""
+"""Writes episodes as an RLDS dataset on disk: in exactly the layout of the `libero_*_no_noops` sets, or of a spec."""
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from semanticvla_jax import files
 from semanticvla_jax.data import datasets, statistics
+from semanticvla_jax.data.spec import DatasetSpec
 from semanticvla_jax.errors import refuse
 
 _VERSION = "1.0.0"
@@ -62,6 +64,42 @@ class Episode(NamedTuple):
   file_path: str = ""
 
 
+class Recording(NamedTuple):
+  """One episode of any robot; row i holds what was seen before action i.
+
+  Attributes:
+    images: by view of the spec: u8[t h w 3], RGB, upright, one size for the whole dataset, stored as JPEG of quality
+      95; or Encoded ones. An empty image of an optional view is b"" in an Encoded.
+    columns: by column of the spec: f32[t d].
+    instruction: what was asked, the same for all steps.
+  """
+
+  images: Mapping[str, UInt8[np.ndarray, "t h w 3"] | Encoded]
+  columns: Mapping[str, Float32[np.ndarray, "t d"]]
+  instruction: str
+
+
+def write_recordings(
+  data_dir: str | pathlib.Path,
+  name: str,
+  spec: DatasetSpec,
+  recordings: Iterable[Recording],
+  *,
+  episodes_per_shard: int = 64,
+) -> pathlib.Path:
+  """Writes `<data_dir>/<name>/1.0.0` with the columns and views of a spec, as `write` does.
+
+  Raises:
+    ValueError: as `write`; or an episode lacks a column or view, or has others.
+  """
+  layout = _Layout(
+    lambda one: {view: images.shape[1:] for view, images in one.images.items()},
+    functools.partial(_features_of, spec),
+    functools.partial(_example_of, spec),
+  )
+  return _write(data_dir, name, recordings, layout, episodes_per_shard)
+
+
 def write(
   data_dir: str | pathlib.Path,
   name: str,
@@ -89,6 +127,25 @@ def write(
     ValueError: the folder exists or another run writes it, there are no episodes, or an episode has wrong shapes or
       non-finite numbers.
   """
+  return _write(data_dir, name, episodes, _LIBERO, episodes_per_shard, finish)
+
+
+class _Layout(NamedTuple):
+  """How episodes become records: the sizes of their images, tfds' features of those, and an episode as an example."""
+
+  sizes: Callable[[Any], Any]
+  features: Callable[[Any], Any]
+  example: Callable[[Any, str], dict]
+
+
+def _write(
+  data_dir: str | pathlib.Path,
+  name: str,
+  episodes: Iterable[Any],
+  layout: _Layout,
+  episodes_per_shard: int,
+  finish: Callable[[pathlib.Path], None] | None = None,
+) -> pathlib.Path:
   folder = pathlib.Path(data_dir) / name / _VERSION
   if folder.exists():
     raise refuse("Dataset exists", f"{folder}", "a new folder", "remove it or choose another name")
@@ -96,7 +153,7 @@ def write(
     partial = folder.with_name(f".{_VERSION}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    counts, num_bytes = _fill(partial, name, iter(episodes), episodes_per_shard)
+    counts, num_bytes = _fill(partial, name, iter(episodes), layout, episodes_per_shard)
     if finish is not None:
       finish(partial)
     partial.rename(folder)
@@ -105,51 +162,101 @@ def write(
 
 
 def _fill(
-  folder: pathlib.Path, name: str, episodes: Iterator[Episode], episodes_per_shard: int
+  folder: pathlib.Path, name: str, episodes: Iterator[Any], layout: _Layout, episodes_per_shard: int
 ) -> tuple[list[int], int]:
   """Writes shards and descriptions; returns the numbers of episodes by shard, and the bytes of all."""
   first = next(episodes, None)
   if first is None:
     folder.rmdir()
     raise refuse(f"No episodes for {name!r}", "an empty iterator", "at least one", "check what makes them")
-  features = _features(first.image.shape[1:], first.wrist_image.shape[1:])
-  counts, num_bytes = _write_shards(folder, name, features, _chain(first, episodes), episodes_per_shard)
+  features = layout.features(layout.sizes(first))
+  whole = _chain(first, episodes, layout.sizes)
+  counts, num_bytes = _write_shards(folder, name, features, whole, layout.example, episodes_per_shard)
   _write_info(folder, name, features, counts, num_bytes)
   return counts, num_bytes
 
 
-def _chain(first: Episode, rest: Iterable[Episode]) -> Iterable[Episode]:
+def _chain(first: Any, rest: Iterable[Any], sizes: Callable[[Any], Any]) -> Iterable[Any]:
   yield first
-  sizes = first.image.shape[1:], first.wrist_image.shape[1:]
   for number, episode in enumerate(rest, start=1):
-    if (episode.image.shape[1:], episode.wrist_image.shape[1:]) != sizes:
+    if sizes(episode) != sizes(first):
       raise refuse(
         f"Image size changes in episode {number}",
-        f"{episode.image.shape[1:]} and {episode.wrist_image.shape[1:]}",
-        f"{sizes[0]} and {sizes[1]} as in the first",
+        f"{sizes(episode)}",
+        f"{sizes(first)} as in the first",
         "render all episodes at one size",
       )
     yield episode
 
 
-def _features(image: tuple[int, ...], wrist_image: tuple[int, ...]) -> Any:
+def _vector(width: int) -> Any:
   import tensorflow_datasets as tfds
 
-  def vector(width: int) -> Any:
-    return tfds.features.Tensor(shape=(width,), dtype=np.float32)
+  return tfds.features.Tensor(shape=(width,), dtype=np.float32)
 
-  def picture(shape: tuple[int, ...]) -> Any:
-    return tfds.features.Image(shape=shape, dtype=np.uint8, encoding_format="jpeg")
+
+def _picture(shape: tuple[int, ...]) -> Any:
+  import tensorflow_datasets as tfds
+
+  return tfds.features.Image(shape=shape, dtype=np.uint8, encoding_format="jpeg")
+
+
+def _features_of(spec: DatasetSpec, sizes: Mapping[str, tuple[int, ...]]) -> Any:
+  import tensorflow_datasets as tfds
+
+  flat = {f"observation/{view}": _picture(shape) for view, shape in sizes.items()}
+  flat |= {key: _vector(width) for key, width in spec.columns.items()}
+  flat |= {"language_instruction": tfds.features.Text()}
+  return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(_nested(flat))})
+
+
+def _nested(flat: Mapping[str, Any]) -> dict:
+  """{"observation/state": x} → {"observation": {"state": x}}."""
+  out: dict = {}
+  for path, value in flat.items():
+    *folders, name = path.split("/")
+    node = out
+    for folder in folders:
+      node = node.setdefault(folder, {})
+    node[name] = value
+  return out
+
+
+def _example_of(spec: DatasetSpec, one: Recording, where: str) -> dict:
+  have, want = {*one.images, *one.columns}, {*spec.views, *spec.columns}
+  if have != want:
+    raise refuse(
+      f"Recording ({where})",
+      f"{sorted(have)}",
+      f"the views and columns {sorted(want)}",
+      "fix what makes the episode, or the DatasetSpec",
+    )
+  length = len(next(iter(one.columns.values())))
+  _check_arrays({**one.columns, **one.images}, length, spec.columns, where)
+  _check_instruction(one.instruction, where)
+  steps = [
+    _nested(
+      {f"observation/{view}": jpeg(images[t]) for view, images in one.images.items()}
+      | {key: column[t] for key, column in one.columns.items()}
+      | {"language_instruction": one.instruction}
+    )
+    for t in range(length)
+  ]
+  return {"steps": steps}
+
+
+def _features(sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> Any:
+  import tensorflow_datasets as tfds
 
   observation = {
-    "image": picture(image),
-    "wrist_image": picture(wrist_image),
-    "state": vector(8),
-    "joint_state": vector(7),
+    "image": _picture(sizes[0]),
+    "wrist_image": _picture(sizes[1]),
+    "state": _vector(8),
+    "joint_state": _vector(7),
   }
   step = {
     "observation": tfds.features.FeaturesDict(observation),
-    "action": vector(7),
+    "action": _vector(7),
     "discount": tfds.features.Scalar(dtype=np.float32),
     "reward": tfds.features.Scalar(dtype=np.float32),
     "is_first": tfds.features.Scalar(dtype=np.bool_),
@@ -166,7 +273,12 @@ def _features(image: tuple[int, ...], wrist_image: tuple[int, ...]) -> Any:
 
 
 def _write_shards(
-  folder: pathlib.Path, name: str, features: Any, episodes: Iterable[Episode], episodes_per_shard: int
+  folder: pathlib.Path,
+  name: str,
+  features: Any,
+  episodes: Iterable[Any],
+  to_example: Callable[[Any, str], dict],
+  episodes_per_shard: int,
 ) -> tuple[list[int], int]:
   """Writes the shards and returns their numbers of episodes and the number of bytes of all."""
   import tensorflow as tf
@@ -175,7 +287,7 @@ def _write_shards(
   serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
   counts, num_bytes, out = [], 0, None
   for number, episode in enumerate(episodes):
-    example = serializer.get_tf_example(features.encode_example(_example(episode, f"{name}, episode {number}")))
+    example = serializer.get_tf_example(features.encode_example(to_example(episode, f"{name}, episode {number}")))
     record = example.SerializeToString(deterministic=True)  # the order of a proto map is otherwise random
     if number % episodes_per_shard == 0:
       if out is not None:
@@ -230,10 +342,19 @@ def _example(episode: Episode, where: str) -> dict:
   return {"steps": steps, "episode_metadata": {"file_path": episode.file_path}}
 
 
+_LIBERO = _Layout(lambda one: (one.image.shape[1:], one.wrist_image.shape[1:]), _features, _example)
+
+
 def _check(episode: Episode, columns: dict[str, np.ndarray], where: str) -> None:
-  length = len(episode.action)
-  for key, array in (columns | {"image": episode.image, "wrist_image": episode.wrist_image}).items():
-    kind = np.float32 if key in columns else np.uint8
+  arrays = columns | {"image": episode.image, "wrist_image": episode.wrist_image}
+  _check_arrays(arrays, len(episode.action), {"state": 8, "joint_state": 7, "action": 7}, where)
+  _check_instruction(episode.instruction, where)
+
+
+def _check_arrays(arrays: Mapping[str, Any], length: int, widths: Mapping[str, int], where: str) -> None:
+  """Raises ValueError unless columns are finite f32[length width] and all others u8[length …]."""
+  for key, array in arrays.items():
+    kind = np.float32 if key in widths else np.uint8
     if array.dtype != kind or len(array) != length or length == 0 or array.shape[1:] == ():
       raise refuse(
         f"Bad column {key!r} ({where})",
@@ -241,16 +362,19 @@ def _check(episode: Episode, columns: dict[str, np.ndarray], where: str) -> None
         f"{np.dtype(kind)} with {length or 'at least 1'} rows, one an action",
         "fix what makes the episode",
       )
-  for key, width in (("state", 8), ("joint_state", 7), ("action", 7)):
-    if columns[key].shape[1] != width or not np.isfinite(columns[key]).all():
+  for key, width in widths.items():
+    if arrays[key].shape[1] != width or not np.isfinite(arrays[key]).all():
       raise refuse(
         f"Bad column {key!r} ({where})",
-        f"width {columns[key].shape[1]}, finite: {bool(np.isfinite(columns[key]).all())}",
+        f"width {arrays[key].shape[1]}, finite: {bool(np.isfinite(arrays[key]).all())}",
         f"{width} finite numbers a row",
         "fix what makes the episode",
       )
-  if not episode.instruction.strip():
-    raise refuse(f"No instruction ({where})", f"{episode.instruction!r}", "a sentence", "name the task")
+
+
+def _check_instruction(sentence: str, where: str) -> None:
+  if not sentence.strip():
+    raise refuse(f"No instruction ({where})", f"{sentence!r}", "a sentence", "name the task")
 
 
 def jpeg(image: UInt8[np.ndarray, "h w 3"] | bytes) -> bytes:
@@ -270,7 +394,7 @@ def write_statistics(folder: pathlib.Path, name: str, kept: Sequence[tuple[np.nd
     kept: (action f32[t 7], state f32[t 8]) of each episode, as stored.
   """
   spec = datasets.spec(name)
-  found = [spec.standardize({"action": action, "observation/state": state}) for action, state in kept]
+  found = [spec.read({"action": action, "observation/state": state}) for action, state in kept]
   actions, proprio = (np.concatenate([getattr(one, key) for one in found]) for key in ("actions", "proprio"))
   stats = statistics.DatasetStatistics(
     statistics.compute(actions, spec.normalized), statistics.compute(proprio), len(actions), len(found)

@@ -409,6 +409,9 @@ class OnHost:
       raise _Broken from error
 
 
+_GRIPPER = (6, "binary", (-1.0, 1.0))  # of the tabletop: dimension, kind, values that open and close
+
+
 def check_robot(policy: Policy, replan_steps: int) -> None:
   """Raises ValueError unless a policy is for the tabletop's robot and its chunk has at least `replan_steps` actions."""
   views, width, actions = policy.bare.num_views, policy.bare.proprio_dim, policy.metadata["action_dim"]
@@ -417,6 +420,14 @@ def check_robot(policy: Policy, replan_steps: int) -> None:
       "Policy is for another robot",
       f"{views} views, proprioception of width {width}, {actions} action dimensions, gripper={policy.gripper!r}",
       "1 or 2, 8, 7 and 'command'",
+      "evaluate a policy trained on the tabletop",
+    )
+  robot = policy.preparation.robot
+  if robot is not None and [(one.dimension, one.kind, one.answers) for one in robot.grippers] != [_GRIPPER]:
+    raise refuse(
+      "Policy is for another robot",
+      f"the grippers {[*robot.grippers]}",
+      "-1 open and +1 closed in dimension 6",
       "evaluate a policy trained on the tabletop",
     )
   if not 1 <= replan_steps <= policy.chunk:

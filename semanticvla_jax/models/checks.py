@@ -53,6 +53,8 @@ def check(c: Mapping[str, Any]) -> None:
       _refuse(field, c[field], "a number from 0", f"set model.{field} to one; 0 turns it off")
   if not _is_number(c["temperature"]) or c["temperature"] <= 0:
     _refuse("temperature", c["temperature"], "a number above 0", "small ones sharpen the cues, 1 is the release's")
+  _check_views(c)
+  _check_groups(c)
   _check_encoders(c)
   _check_dense_fuser(c)
   _check_variant(c)
@@ -68,6 +70,33 @@ def _is_count(x: Any, least: int) -> bool:
 
 def _is_number(x: Any) -> bool:
   return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def _check_views(c: Mapping[str, Any]) -> None:
+  """Optional views are some of the views, not all."""
+  optional, views = c["optional_views"], c["num_views"]
+  is_list = isinstance(optional, (list, tuple)) and all(_is_count(view, 0) and view < views for view in optional)
+  if not is_list or len({*optional}) not in (len(optional), 0) or len(optional) >= views:
+    _refuse("optional_views", optional, f"some of the views 0 to {views - 1}, not all", "() where all are always there")
+
+
+def _check_groups(c: Mapping[str, Any]) -> None:
+  """Groups hold every action dimension once, under different names."""
+  groups, dims = c["groups"], c["action_dim"]
+  if groups is None:
+    return
+  if c["coupler"] not in ("grouped", "paper"):
+    _refuse("groups", groups, f"None beside coupler={c['coupler']!r}", "set model.coupler='grouped', or no groups")
+  pairs = isinstance(groups, (list, tuple)) and all(isinstance(x, (list, tuple)) and len(x) == 2 for x in groups)
+  named = pairs and all(isinstance(name, str) and name.isidentifier() for name, _ in groups)
+  listed = named and all(isinstance(own, (list, tuple)) and len(own) for _, own in groups)
+  if not listed or len({name for name, _ in groups}) < len(groups):
+    _refuse("groups", groups, "((name, (dimension, …)), …) with different names", "write them so")
+  held = sorted(dim for _, own in groups for dim in own)
+  if held != [*range(dims)]:
+    _refuse(
+      "groups", groups, f"each of the dimensions 0 to {dims - 1} in one group", "correct the groups or action_dim"
+    )
 
 
 def _check_encoders(c: Mapping[str, Any]) -> None:

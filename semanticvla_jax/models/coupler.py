@@ -22,13 +22,16 @@ Groups = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def grouped(action_dim: int) -> Groups:
-  """Translation, rotation and gripper dimensions of one arm (7) or of two arms (14: [t r g] left, [t r g] right)."""
+  """Translation, rotation and gripper dimensions of one arm (7) or of two arms (14: [t r g] left, [t r g] right).
+
+  What a model has whose config names no groups.
+  """
   if action_dim % 7:
     raise refuse(
       "coupler",
       f"action_dim {action_dim}",
       "a multiple of 7 (3 translation, 3 rotation, 1 gripper an arm)",
-      "use the 'single' coupler for other robots",
+      "use the 'single' coupler for other robots, or name their groups in model.groups (`groups` of a DatasetSpec)",
     )
   starts = range(0, action_dim, 7)
   return (
@@ -61,7 +64,7 @@ class Coupler(nn.Module):
 
   Attributes:
     groups: ((name, action dimensions), …); one head each, every dimension in exactly one group.
-    tokens: action tokens a step (3 for one arm, 6 for two; one per dimension in the baselines).
+    tokens: action tokens a step (one per group; 6 for the groups of two arms; one per dimension in the baselines).
     hidden: width of the heads.
     read: 'step', each head reads all tokens of its step (released code); 'own', head u reads tokens u, u+U, … only
       (the paper's Eq. 11; U heads).

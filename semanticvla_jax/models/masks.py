@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from semanticvla_jax.errors import refuse
 
 KINDS = ("block", "full", "causal")
+
+
+def seen(images: Any, optional: tuple[int, ...], visual: int, length: int) -> Bool[Array, "b l"]:
+  """Which of the `length` tokens [ <s> | visual … ] before a prompt are not those of a missing view.
+
+  Args:
+    images: u8[b v h w 3]; a black one of an optional view is padding.
+    optional: numbers of the views that may be missing.
+    visual: how many of the tokens are of images, view after view.
+  """
+  n, there = visual // images.shape[1], jnp.ones((images.shape[0], length), bool)
+  for view in optional:
+    shown = jnp.any(images[:, view] != 0, axis=(1, 2, 3))
+    there = there.at[:, 1 + view * n : 1 + (view + 1) * n].set(shown[:, None])
+  return there
 
 
 def positions(valid: Bool[Array, "b l"]) -> Int[Array, "b l"]:

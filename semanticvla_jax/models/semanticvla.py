@@ -82,6 +82,7 @@ class SemanticVLA(nn.Module):
   chunk: int
   num_views: int
   proprio_dim: int | None
+  optional_views: tuple[int, ...] = ()  # a black image of one is padding, and its tokens are hidden
 
   def __call__(
     self,
@@ -160,7 +161,8 @@ class SemanticVLA(nn.Module):
     if self.proprio_projector is not None:
       parts.append(self.proprio_projector(observation.proprio.astype(visual.dtype))[:, None])
     context = jnp.concatenate(parts, axis=1)
-    valid = jnp.concatenate([jnp.ones(context.shape[:2], bool), mask[:, 1:]], axis=1)
+    there = masks.seen(observation.images, self.optional_views, visual.shape[1], context.shape[1])
+    valid = jnp.concatenate([there, mask[:, 1:]], axis=1)
     seen |= {"context": context, "prompt": prompt, "prompt_mask": mask}
     return jnp.concatenate([context, prompt[:, 1:]], axis=1), valid, seen
 
@@ -382,6 +384,7 @@ def build(config: Any) -> SemanticVLA:
     chunk=c["chunk"],
     num_views=c["num_views"],
     proprio_dim=c["proprio_dim"],
+    optional_views=tuple(c["optional_views"]),
   )
 
 
@@ -416,7 +419,10 @@ def _coupler(c: Mapping[str, Any], width: int, dtype: Any) -> Coupler | None:
   if kind == "single":
     return Coupler((("all", tuple(range(a))),), tokens=a, hidden=width, dtype=dtype)
   literal = dict(read="own", head="linear") if kind == "paper" else {}
-  return Coupler(grouped(a), tokens=3 * (a // 7), hidden=width, dtype=dtype, **literal)
+  if c["groups"] is None:
+    return Coupler(grouped(a), tokens=3 * (a // 7), hidden=width, dtype=dtype, **literal)
+  groups = tuple((name, tuple(dims)) for name, dims in c["groups"])
+  return Coupler(groups, tokens=len(groups), hidden=width, dtype=dtype, **literal)
 
 
 def dummy_observation(model: SemanticVLA, batch: int = 1, prompt: int = 8) -> Observation:

@@ -33,7 +33,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from semanticvla_jax import cli, policy_folder, sources
-from semanticvla_jax.data import statistics, text
+from semanticvla_jax.data import robot, statistics, text
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.train import (
   base_settings,
@@ -42,6 +42,7 @@ from semanticvla_jax.train import (
   config_checks,
   distributed,
   diverged,
+  from_specs,
   init,
   inputs,
   optimizer,
@@ -86,7 +87,7 @@ def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict,
   sharding.check(wanted, mesh, rule)
   folders, random = init.bases(config.init_from)
   found = {folder: policy_folder.read_policy_shapes(folder) for folder in folders}  # before any weight is read
-  taken, new = init.assign_sources(wanted, found, config.trainable, random)
+  taken, new = init.assign_sources(wanted, found, config.trainable, random, bool(config.data.get("specs")))
   params = init.init_params(model, bare, config.seed, new, sharding.param_sharding(new, mesh, rule)) if new else {}
   check_bases(config, taken)
   stats = None
@@ -206,7 +207,7 @@ def train(config: Any, workdir: Path, profile: tuple[int, int] | None = None, de
       Preempted: after SIGTERM, all saved.
   """
   with distributed.alone(workdir):
-    return _train(config, workdir, profile, deadline)
+    return _train(from_specs.resolve(config), workdir, profile, deadline)
 
 
 def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline: float) -> Path:
@@ -224,7 +225,9 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
       generator=generator,
     )
     source = source_from(start)
-    facts = {"config": resume.plain(config)} | resume.origin(config, source)
+    specs = {} if generator is not None else inputs.dataset_specs(config, ready.bare)
+    robots = {name: robot.of(spec).to_json() for name, spec in specs.items()}
+    facts = {"config": resume.plain(config)} | resume.origin(config, source, robots)
     if saved:
       resume.check_origin(saved, facts, workdir)
     meet = functools.partial(distributed.barrier, "compiled", deadline) if jax.process_count() > 1 else None
@@ -239,7 +242,7 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
     except diverged.Diverged as error:
       batch = source_from(error.step - 1).batches(error.step - 1)
       raise type(error)(f"{error} Its batch: {diverged.save_batch(batch, workdir, error.step)}") from error
-  return write_policy(config, workdir, state, frozen, source.statistics, deadline, aux_loss)
+  return write_policy(config, workdir, state, frozen, source.statistics, robots, deadline, aux_loss)
 
 
 class Run(NamedTuple):
@@ -310,6 +313,7 @@ def write_policy(
   state: Any,
   frozen: Any,
   stats: dict,
+  robots: dict,
   deadline: float,
   aux_loss: stepping.AuxLoss | None = None,
 ) -> Path:
@@ -321,7 +325,7 @@ def write_policy(
     policy_folder.save_policy(
       target,
       params if aux_loss is None else aux_loss.strip(params),
-      config=resume.plain(config),
+      config=resume.plain(config) | ({robot.KEY: robots} if robots else {}),
       statistics={name: statistics.to_openvla(entry) for name, entry in stats.items()},
       metadata={"step": int(state.step)},
       tokenizers=inputs.tokenizer_files(config),
@@ -349,21 +353,22 @@ def main(argv: list[str]) -> None:
     if _PRINT_CONFIG.value:
       print(command_line.as_flags(_CONFIG.value))
       return
+    config = from_specs.resolve(_CONFIG.value)
     if _EXPLAIN.value:
-      print(explaining.explain(_CONFIG.value, _EXPLAIN_DEVICES.value, sources.aux_loss(_CONFIG.value)))
+      print(explaining.explain(config, _EXPLAIN_DEVICES.value, sources.aux_loss(config)))
       return
     if _WORKDIR.value is None:
       raise refuse("--workdir", "nothing", "a folder for checkpoints, metrics and the policy", "name one")
     who = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _MULTIHOST.value)
-    distributed.initialize(*who, _HOST_DEADLINE.value, json.dumps([resume.plain(_CONFIG.value), _WORKDIR.value]))
+    distributed.initialize(*who, _HOST_DEADLINE.value, json.dumps([resume.plain(config), _WORKDIR.value]))
     distributed.set_up_logging()
     workdir = epath.Path(_WORKDIR.value) if "://" in _WORKDIR.value else Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     if _DEBUG_BATCH.value:
-      start, values = debug_batch(_CONFIG.value, workdir, Path(_DEBUG_BATCH.value), _HOST_DEADLINE.value)
+      start, values = debug_batch(config, workdir, Path(_DEBUG_BATCH.value), _HOST_DEADLINE.value)
       print(json.dumps({"checkpoint": start} | values, indent=2))
       return
-    policy = train(_CONFIG.value, workdir, profile, _HOST_DEADLINE.value)
+    policy = train(config, workdir, profile, _HOST_DEADLINE.value)
   except Preempted as notice:
     logging.warning("%s", notice)
     sys.exit(distributed.PREEMPTED)

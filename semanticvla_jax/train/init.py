@@ -23,7 +23,7 @@ RANDOM = "random"  # as config.init_from: draw the frozen parameters too
 UNUSED_IN_BASE = {
   "llm/lm_head/": "logits of the language model; a coupler answers instead",
   "coupler/": "the action head of another policy; this one's is new",
-  "proprio_projector/": "proprioception, which this model does not see",
+  "proprio_projector/": "proprioception that this model does not see, or of another width",
 }
 
 
@@ -95,13 +95,13 @@ def bases(init_from: str | None) -> tuple[list[str], bool]:
 
 
 def assign_sources(
-  wanted: dict, found: Mapping[str, dict], trainable: str | None, random: bool = False
+  wanted: dict, found: Mapping[str, dict], trainable: str | None, random: bool = False, own_robot: bool = False
 ) -> tuple[dict[str, list[str]], dict]:
   """Where each parameter comes from: (paths by base, the first that has them; those that are drawn).
 
   Args:
     wanted: the model's parameters, as shapes. found: those of each base, in order.
-    trainable: config.trainable. random: draws frozen parameters too.
+    trainable: config.trainable. random: draws frozen parameters too. own_robot: see `match_base`.
 
   Raises:
     ValueError: a shape that differs, a parameter of a base that the model does not have (but UNUSED_IN_BASE), or a
@@ -109,7 +109,7 @@ def assign_sources(
   """
   left, taken = flatten_dict(wanted, sep="/"), {}
   for i, (source, base) in enumerate(found.items()):
-    taken[source] = match_base(unflatten_dict(left, sep="/"), base, source, whole=i == 0)
+    taken[source] = match_base(unflatten_dict(left, sep="/"), base, source, i == 0, own_robot)
     left = {path: x for path, x in left.items() if path not in taken[source]}
     logging.info("init_from %s: took %d parameters", source, len(taken[source]))
   _, frozen = partition(wanted, trainable)
@@ -128,12 +128,13 @@ def assign_sources(
   return taken, unflatten_dict(left, sep="/")
 
 
-def match_base(wanted: dict, base: dict, source: str, whole: bool = True) -> list[str]:
+def match_base(wanted: dict, base: dict, source: str, whole: bool = True, own_robot: bool = False) -> list[str]:
   """Paths of the parameters `wanted` (shapes or arrays) that `base` has; what it has beyond them is logged.
 
   Args:
     whole: whether `base` may hold nothing that the model does not have but UNUSED_IN_BASE; False where it only
       completes another base.
+    own_robot: whether a part of UNUSED_IN_BASE whose shapes differ is that of another robot, and drawn anew.
 
   Raises:
     ValueError: a shape that differs, or a parameter of `base` that the model has no use for.
@@ -141,7 +142,9 @@ def match_base(wanted: dict, base: dict, source: str, whole: bool = True) -> lis
   ours, theirs = flatten_dict(wanted, sep="/"), flatten_dict(base, sep="/")
   for part, reason in UNUSED_IN_BASE.items():
     there = {path for path in theirs if path.startswith(part)}
-    if any(path not in ours and not re.fullmatch(LORA, path) for path in there):
+    foreign = any(path not in ours and not re.fullmatch(LORA, path) for path in there)
+    wider = own_robot and any(path in ours and ours[path].shape != theirs[path].shape for path in there)
+    if foreign or wider:
       logging.info("init_from %s: left %d parameters of %s unread: %s", source, len(there), part, reason)
       theirs = {path: x for path, x in theirs.items() if path not in there}
   extra = sorted(set(theirs) - set(ours)) if whole else []

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from semanticvla_jax.data import statistics, text
+from semanticvla_jax.data import datasets, mixtures, statistics, text
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.train import init, sharding
+from semanticvla_jax.train import from_specs, init, sharding
 from semanticvla_jax.types import Batch
 
 
@@ -102,8 +102,8 @@ def kept_statistics(base: dict, name: str) -> statistics.DatasetStatistics:
   return base[name] if name in base else next(iter(base.values()))
 
 
-def check_widths(config: Any, bare: Any, name: str, spec: Any) -> None:
-  """Raises ValueError unless a dataset has the views and widths of the model; before anything is read or compiled."""
+def check_robot(config: Any, bare: Any, name: str, spec: Any) -> None:
+  """Raises ValueError unless a dataset is of the robot that the model is for; before anything is read or compiled."""
   proprio = spec.proprio_dim if bare.proprio_dim is None else bare.proprio_dim  # None: the model reads none
   have = (len(spec.views), spec.proprio_dim, len(spec.normalized))
   want = (bare.num_views, proprio, config.model.action_dim)
@@ -112,28 +112,70 @@ def check_widths(config: Any, bare: Any, name: str, spec: Any) -> None:
       f"Dataset {name!r} is of another robot than the model",
       f"(views, proprio_dim, action_dim) {have}",
       want,
-      "take the config of that robot, e.g. configs/aloha.py or configs/bridge.py, or set config.model",
+      "take the config of that robot, e.g. configs/aloha.py or configs/bridge.py, or set config.model; "
+      "configs/robot.py takes all of it from config.data.specs",
     )
+  groups = config.model.get("groups")
+  if groups is not None and spec.groups is not None and {n: tuple(dims) for n, dims in groups} != spec.groups:
+    raise refuse(
+      f"Dataset {name!r}, groups",
+      f"{spec.groups}",
+      f"{dict(groups)} (config.model.groups)",
+      "leave config.model.groups at None, or correct the DatasetSpec",
+    )
+  if any(config.data.jitter) and min(len(spec.absolute), spec.proprio_dim) < 6:
+    raise refuse(
+      "config.data.jitter",
+      f"{config.data.jitter} with {len(spec.absolute)} action and {spec.proprio_dim} proprioception dimensions",
+      "an end effector's position and attitude first in both",
+      "set config.data.jitter=(0.0, 0.0)",
+    )
+  hidden = [view for i, view in enumerate(spec.views) if view in spec.optional and i not in bare.optional_views]
+  if hidden:
+    raise refuse(
+      f"Dataset {name!r}, optional views",
+      f"{hidden}, which the model takes for always there",
+      "their numbers in config.model.optional_views",
+      "set them, or leave the field at () with the spec in config.data.specs",
+    )
+
+
+def dataset_specs(config: Any, bare: Any) -> dict[str, datasets.DatasetSpec]:
+  """The spec of each dataset of the config's mixture, with the views that the model sees and the config's bounds.
+
+  Raises:
+    ValueError: a dataset without a spec, or bounds that do not exist.
+  """
+  own, mode = from_specs.own_specs(config), config.data.normalisation
+  if mode not in statistics.MODES:
+    raise refuse("Unknown normalisation", f"{mode!r}", f"one of {(*statistics.MODES,)}", "correct the config")
+
+  def spec(name):
+    whole = datasets.spec(name, own)
+    seen = whole.views[: bare.num_views]  # OpenVLA looks through the first camera alone
+    optional = tuple(view for view in whole.optional if view in seen)
+    aliases = {view: keys for view, keys in whole.aliases.items() if view in seen}
+    return whole._replace(views=seen, optional=optional, aliases=aliases, mode=mode)
+
+  return {name: spec(name) for name, _ in mixtures.mixture(config.data.mixture)}
 
 
 def rlds_source(
   config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
 ) -> tuple[Iterator, dict, dict]:
   """`rows` of the batches of the RLDS mixture from global step `start` on, its statistics and digests by dataset."""
-  from semanticvla_jax.data import datasets, loader, mixtures, rlds
+  from semanticvla_jax.data import loader, rlds
 
-  def spec(name):
-    whole = datasets.spec(name)
-    seen = whole.views[: bare.num_views]  # OpenVLA looks through the first camera alone
-    return whole._replace(views=seen, mode=config.data.normalisation)
+  specs = dataset_specs(config, bare)
 
   def load(name):
     given = kept_statistics(base, name) if base is not None and config.data.keep_statistics else None
-    return rlds.load(config.data.dir, name, spec=spec(name), given=given, cache_dir=config.data.cache_dir)
+    how = dict(given=given, cache_dir=config.data.cache_dir, skip_bad=config.data.get("skip_bad", False))
+    return rlds.load(config.data.dir, name, spec=specs[name], **how)
 
   of_images, chosen = image_options(config.data), mixtures.mixture(config.data.mixture)
-  for name, _ in chosen:
-    check_widths(config, bare, name, spec(name))
+  for name, spec in specs.items():
+    check_robot(config, bare, name, spec)
   mixture = [(load(name), weight) for name, weight in chosen]
   options = loader.BatchOptions(
     batch_size=config.data.batch_size,

@@ -37,7 +37,7 @@ from semanticvla_jax import cli, sources
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import programs, serving
 from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_observation
-from semanticvla_jax.train import command_line, explain, flops, hardware, program, sharding
+from semanticvla_jax.train import command_line, explain, flops, from_specs, hardware, program, sharding
 from semanticvla_jax.train import plan as planning
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.train.hlo_traffic import BYTES, Traffic, traffic
@@ -307,8 +307,9 @@ def show_plan(config: Any, aux_loss: AuxLoss | None) -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  config, which = _CONFIG.value, _PROGRAM.value
+  which = _PROGRAM.value
   try:
+    config = from_specs.resolve(_CONFIG.value)
     if _BATCH.value is not None:
       config = program.changed(config, **{"data.batch_size": _BATCH.value})
     elif which == "policy":

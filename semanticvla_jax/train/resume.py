@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import operator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ FIELD_DEFAULTS_BEFORE = {
   "data.cache_dir": None,
   "data.jitter": [0.0, 0.0],
   "data.askew": 0.0,
+  "data.specs": [],
+  "data.skip_bad": False,
+  "model.optional_views": [],
+  "model.groups": None,
 }
 
 # Config fields that may change when a run is resumed, each with all fields below it: how long and where it runs, not
@@ -40,6 +45,7 @@ MUTABLE_FIELDS = (
   "init_from",
   "data.dir",
   "data.cache_dir",
+  "data.specs",
   "data.tokenizers",
   "train.steps",
   "train.save_every",
@@ -93,16 +99,21 @@ def differences(saved: dict, config: dict) -> list[str]:
   ]
 
 
-def origin(config: Any, source: inputs.Source) -> dict:
-  """What a run depends on besides its config, as JSON: hashes of its bases, tokenizers and data, and its statistics."""
+def origin(config: Any, source: inputs.Source, robots: Mapping[str, dict]) -> dict:
+  """What a run depends on besides its config, as JSON: hashes of its bases, tokenizers and data, and its statistics.
+
+  And a hash of `robots` (as JSON, by dataset) where they are of the config's own DatasetSpecs, whose files may change.
+  """
   folders, _ = init.bases(config.init_from)
   files = inputs.tokenizer_files(config)
   words = hashlib.sha256(b"".join(files[name].read_bytes() for name in sorted(files)))
+  described = json.dumps(robots, sort_keys=True).encode()
   return {
     "base": [policy_folder.policy_hash(folder) for folder in folders],
     "tokenizers": words.hexdigest()[:16],
     "data": source.digests,
     "statistics": {name: statistics.to_openvla(entry) for name, entry in source.statistics.items()},
+    **({"robot": hashlib.sha256(described).hexdigest()[:16]} if config.data.get("specs") else {}),
   }
 
 

@@ -8,6 +8,7 @@ import pytest
 from configs import aloha, bridge
 from semanticvla_jax.data import __main__ as command
 from semanticvla_jax.data import datasets, images, loader, mixtures, rlds, statistics, text, writer
+from semanticvla_jax.data.spec import DatasetSpec
 
 
 def write(folder, name, views, state, action, instruction="put the lid on the pot"):
@@ -94,3 +95,26 @@ def test_bridge_with_commands_of_libero_is_refused(tmp_path):
   write(tmp_path, "bridge_orig", datasets.BRIDGE.views, random(7, (9,)), actions)
   with pytest.raises(ValueError, match=r"gripper commands in \[-1, 1\]; expected 1 open … 0 closed"):
     rlds.load(str(tmp_path), "bridge_orig")
+
+
+def test_an_empty_image_of_an_optional_view_is_black_in_batches_and_refused_in_others(tmp_path):
+  rng, length = np.random.default_rng(0), 10
+  optional = DatasetSpec(
+    columns={"action": 2, "observation/state": 1}, views=("front", "hand"), absolute=(True, True), optional=("hand",)
+  )
+  front, hand = rng.integers(1, 256, (2, length, 16, 16, 3), np.uint8)
+  hand = writer.Encoded([b"" if t % 2 else writer.jpeg(x) for t, x in enumerate(hand)], 16, 16)
+  state = np.arange(length, dtype=np.float32)[:, None]
+  columns = {"action": random(2, (length,))[0], "observation/state": state}
+  one = writer.Recording({"front": front, "hand": hand}, columns, "go")
+  writer.write_recordings(tmp_path, "pair", optional, [one])
+  dataset = rlds.load(str(tmp_path), "pair", spec=optional)
+  options = loader.BatchOptions(6, 1, image_size=16, augmentation=images.RELEASE)
+  tokenizers = text.load(prompt_length=40, instruction_length=40)
+  for batch in itertools.islice(loader.BatchLoader([(dataset, 1.0)], tokenizers, options).batches(workers=1), 3):
+    frame = np.round(statistics.unnormalize(batch.observation.proprio, dataset.statistics.proprio)[:, 0])
+    inner = (frame > 0) & (frame < length - 1)  # the outermost are clipped to the quantiles
+    shown = batch.observation.images.any(axis=(2, 3, 4))
+    assert shown[:, 0].all() and (shown[inner, 1] == (frame[inner] % 2 == 0)).all()
+  with pytest.raises(ValueError, match="'hand': got an empty image in .*, frame 1; .*set optional="):
+    rlds.load(str(tmp_path), "pair", spec=optional._replace(optional=()))

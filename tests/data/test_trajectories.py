@@ -103,7 +103,7 @@ def test_aloha_is_identity():
   columns = {
     key: np.random.default_rng(0).normal(size=(4, 14)).astype(np.float32) for key in ("action", "observation/state")
   }
-  out = datasets.aloha(columns)
+  out = datasets.ALOHA.read(columns)
   np.testing.assert_array_equal(out.actions, columns["action"])
   np.testing.assert_array_equal(out.proprio, columns["observation/state"])
   assert datasets.ALOHA.views == ("image", "left_wrist_image", "right_wrist_image")

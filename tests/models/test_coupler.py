@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import TINY, tiny
 
 from semanticvla_jax.models.coupler import Coupler, actions_to_tokens, grouped, tokens_to_actions
+from semanticvla_jax.models.semanticvla import build
 
 STATES = jax.random.normal(jax.random.key(0), (2, 4 * 3, 8))
 
@@ -46,6 +48,48 @@ def test_paper_literal_heads_read_one_token_each_and_are_linear():
   moved = coupler.apply({"params": params}, STATES.at[:, 1].add(1.0))  # rotation token of step 0
   changed = (np.abs(np.asarray(moved - actions)) > 1e-7).any(axis=0)
   assert changed[0].tolist() == [False] * 3 + [True] * 3 + [False] and not changed[1:].any()
+
+
+HAND = (("wrist", (0, 1, 2)), ("base", (4, 3)), ("fingers", (5, 6, 7, 8, 9)))
+
+
+@pytest.mark.parametrize("kind", ["grouped", "paper"])
+def test_a_group_of_any_robot_has_a_head_and_a_token(kind):
+  model = tiny(action_dim=10, groups=HAND, coupler=kind)
+  assert model.coupler.tokens == 3 and model.coupler.groups == HAND
+  states = jax.random.normal(jax.random.key(0), (1, 6, 32))
+  params = model.coupler.init(jax.random.key(1), states)["params"]
+  assert set(params) == {"wrist", "base", "fingers"}
+  base = params["base"]["out"] if kind == "grouped" else params["base"]
+  base |= {"kernel": 0 * base["kernel"], "bias": jnp.array([40.0, 30.0])}
+  actions = model.coupler.apply({"params": params}, states)
+  assert actions.shape == (1, 2, 10) and actions[0, 0, 3:5].tolist() == [30, 40], "dimension 4 is the group's first"
+
+
+def test_the_groups_of_one_arm_written_out_are_those_without_any():
+  assert tiny(groups=grouped(7)).coupler == tiny().coupler
+  listed = [["trans", [0, 1, 2]], ["rot", [3, 4, 5]], ["grip", [6]]]
+  assert build(TINY | {"groups": listed}).coupler == tiny().coupler, "as in JSON"
+  assert tiny(action_dim=14).coupler.tokens == 6
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"groups": HAND}, "groups=.*expected each of the dimensions 0 to 6 in one group"),
+    ({"groups": (("a", (0, 1, 2, 3)), ("b", (3, 4, 5, 6)))}, "each of the dimensions 0 to 6 in one group"),
+    ({"groups": (("a", (0, 1, 2)), ("a", (3, 4, 5, 6)))}, "with different names"),
+    ({"groups": (("a", ()), ("b", (*range(7),)))}, "with different names"),
+    ({"groups": "trans"}, r"expected \(\(name, \(dimension"),
+    ({"groups": grouped(7), "coupler": "single"}, "expected None beside coupler='single'"),
+    ({"action_dim": 10}, "expected a multiple of 7.*or name their groups in model.groups"),
+    ({"optional_views": (2,)}, r"optional_views=\(2,\); expected some of the views 0 to 1"),
+    ({"optional_views": (0, 1)}, "not all"),
+  ],
+)
+def test_groups_and_views_that_do_not_fit_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    build(TINY | fields)
 
 
 def test_shapes_that_do_not_divide():

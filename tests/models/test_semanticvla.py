@@ -65,6 +65,18 @@ def test_permuting_views_permutes_their_tokens(params, forward):
   np.testing.assert_allclose(a.reshape(2, 2, -1), b.reshape(2, 2, -1)[:, ::-1], atol=1e-5)
 
 
+def test_a_missing_view_is_as_if_the_model_had_one_less(params, forward):
+  observation = random_observation(MODEL)
+  black = np.concatenate([observation.images[:, :1], 0 * observation.images[:, :1], observation.images[:, 1:]], axis=1)
+  three = tiny(num_views=3, optional_views=(1,))
+  missing = jit_apply(three)(params, observation.replace(images=jnp.asarray(black)))
+  np.testing.assert_allclose(missing.actions, forward(params, observation).actions, atol=2e-5)
+  black[0, 1, 3, 4, 2] = 1  # of the first example it is there
+  there = jit_apply(three)(params, observation.replace(images=jnp.asarray(black)))
+  moved = np.abs(there.actions - missing.actions).max(axis=(1, 2))
+  assert moved[0] > 1e-4 and moved[1] < 2e-5
+
+
 def test_sequence_layout(params, forward):
   seen = forward(params, random_observation(MODEL)).intermediates
   visual = 2 * (TINY["cues"] + TINY["keep"])
