@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 SUITE ?= place
 SPLIT ?= unseen
 
-.PHONY: help venv quickstart test slow processes soak parity sim pretrain picture bench bench-sim bench-convert aot aot-gpu lint lock
+.PHONY: help venv quickstart test slow processes soak parity sim pretrain picture bench bench-sim bench-convert aot aot-gpu serve serve-test lint lock
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -32,7 +32,7 @@ quickstart: $(VENV)/.main  ## demonstrations, LoRA training, evaluation, report:
 	$(PY) -m semanticvla_jax.quickstart --suite=$(SUITE) --split=$(SPLIT) --out=runs/quickstart_$(SUITE)_$(SPLIT)
 
 test: $(VENV)/.main  ## all tests that need nothing but the main requirements
-	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not processes and not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not processes and not slow and not clients"
 
 slow: $(VENV)/.main  ## what takes minutes of compilation: every row of the ablations, every config at `small`, every mesh
 	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not aot and not aot_gpu"
@@ -57,6 +57,18 @@ pretrain: $(VENV)/.main  ## the small tabletop base from scratch, in three runs;
 picture: $(VENV)/.main  ## the picture of the README: one episode of the shipped base, what it keeps and looks at
 	$(PY) -m semanticvla_jax.evaluate run --policy=checkpoints/tabletop_small --suite=place --episodes=8 --films=1 --out=runs/picture
 	cp runs/picture/place_looks_first_step.png docs/looks.png
+
+POLICY ?= checkpoints/tabletop_small
+serve: $(VENV)/.main  ## serve a policy to robots and harnesses: POLICY=checkpoints/tabletop_small
+	$(PY) -m semanticvla_jax.serve --policy=$(POLICY) --compile-cache=runs/compiled
+
+# Clients as their projects publish them. openpi-client asks for numpy < 2 and runs on numpy 2: so --no-deps.
+$(VENV)/.clients: requirements-clients.txt $(VENV)/.main
+	$(VENV)/bin/uv pip install -q --python $(PY) --no-deps -r requirements-clients.txt
+	touch $@
+
+serve-test: $(VENV)/.clients  ## the server against unmodified clients (installs them)
+	$(PY) -m pytest -n 0 -m clients
 
 # On two cores a call at `mid` takes about a second: p95 and p99 of so few calls say little, see docs/performance.md.
 CALLS ?= 10

@@ -72,6 +72,11 @@ class Preparation:
       actions = grippers.to_commands(actions, self.stats.action.mask).astype(np.float32)
     return actions
 
+  @property
+  def cached(self) -> int:
+    """How many sentences' tokens are remembered now."""
+    return self._encode.cache_info().currsize
+
   def _encode(self, sentence: str) -> tuple[np.ndarray | None, ...]:
     """One row of `words`; the constructor puts a bounded memory before it."""
     pruner = self.tokenizers.instruction([sentence]) if self.reads_words else (None, None)

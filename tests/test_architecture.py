@@ -1,6 +1,7 @@
 """Who may import whom: the arrows of the README's file tree."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "exported",
   },
   "evaluate": {"models", "data", "envs", "tabletop", "libero", "policy_folder", "observation_dict", "policy"},
-  "serve": {"policy"},
+  "serve": {"observation_dict", "policy", "exported"},
   "quickstart": {"policy_folder", "evaluate"},
   "__main__": set(),
   "sources": {"tabletop"},
@@ -52,6 +53,7 @@ FORBIDDEN = {  # third-party packages that must not be imported when the module 
   "data": {"torch"},
   "exported": {"flax", "orbax", "tensorflow", "tensorflow_datasets", "torch"},
   "train": {"torch"},
+  "serve": {"tensorflow", "tensorflow_datasets", "ml_collections", "torch"},
   "benchmark": {"tensorflow", "tensorflow_datasets", "ml_collections", "torch", "transformers"},
 }
 COMMANDS_OF_TRAINING = {"train/__main__.py", "train/preflight.py"}  # which look a config's benchmark up in a table
@@ -101,6 +103,19 @@ def test_heavy_packages_stay_where_they_belong(path):
   assert "semanticvla_jax.benchmark.peer" not in named  # imported by functions, where it is asked for
   if path.name != "__main__.py":
     assert "configs" not in outside
+
+
+@pytest.mark.parametrize("name", ["serve/wire.py"])
+def test_what_runs_on_a_robot_needs_no_jax(name):
+  """Neither at import nor in a function: a robot has numpy, msgpack and websockets."""
+  outside = {found.split(".")[0] for found in imports(ROOT / name)} - {"semanticvla_jax"}
+  inside = {found for found in imports(ROOT / name) if found.startswith("semanticvla_jax.")}
+  assert outside <= {*sys.stdlib_module_names, "numpy", "msgpack", "websockets"}
+  assert {found for found in inside if "serve" in found} <= {
+    "semanticvla_jax.serve",
+    "semanticvla_jax.serve.wire",
+    "semanticvla_jax.serve.wire.EncodedImage",
+  }
 
 
 def without_encoding(path: Path):

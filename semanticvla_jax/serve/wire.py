@@ -1,0 +1,205 @@
+"""Frames of the protocols, decoded without executing anything: maps, numbers, text and arrays.
+
+    msgpack   arrays are maps {__ndarray__, data, dtype, shape}: keys are bytes in openpi's frames and str in vla-eval's
+    JSON      arrays are maps {__numpy__: base64, dtype, shape} (json-numpy); a body may be encoded twice
+
+Arrays have boolean, integer or float elements of up to 8 bytes; no pickle, no object, string or structured dtype. Runs
+on the robot: numpy and msgpack only.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+
+from semanticvla_jax.errors import refuse
+
+MOST_AXES = 8
+MOST_DEPTH = 32  # of maps and lists in JSON; msgpack's decoder has a limit of its own
+_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])|bool|u?int(8|16|32|64)|float(16|32|64)")
+_FORMATS = ("png", "jpeg")
+
+
+class EncodedImage(NamedTuple):
+  """A compressed image as it came, decoded later, outside the event loop: `images.decode`.
+
+  Attributes:
+    format: "png" or "jpeg". data: the file. shape: what it has to decode to, [h w c], or None.
+  """
+
+  format: str
+  data: bytes
+  shape: tuple[int, ...] | None
+
+
+def pack(value: Any) -> bytes:
+  """A value as one msgpack frame, arrays as openpi writes them (bytes keys).
+
+  Raises:
+    TypeError: something that is not a map, list, text, bytes, number or array of numbers.
+  """
+  return msgpack.packb(value, default=_openpi)
+
+
+def pack_str(value: Any) -> bytes:
+  """The same with the array maps of vla-eval (str keys)."""
+  return msgpack.packb(value, default=_vla_eval)
+
+
+def unpack(frame: bytes | str) -> Any:
+  """The value of a msgpack frame; arrays of both dialects are read-only views of its bytes.
+
+  Raises:
+    ValueError: text instead of bytes, a frame that is cut off or longer than its value, a key that is not text
+      or bytes, or an array that is not what its map says.
+  """
+  if not isinstance(frame, bytes | bytearray | memoryview):
+    raise refuse("Frame", "text", "a binary msgpack frame", "send bytes")
+  try:
+    return msgpack.unpackb(frame, object_hook=_array, strict_map_key=True)
+  except _Refused:
+    raise
+  except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+    raise refuse(
+      "Frame", f"{len(frame)} bytes that are not msgpack", "one msgpack value", "check the client"
+    ) from error
+
+
+def dump_json(value: Any) -> str:
+  """A value as JSON with json-numpy's arrays."""
+  return json.dumps(value, default=_json_numpy)
+
+
+def load_json(body: bytes | str) -> Any:
+  """The value of a JSON body with json-numpy's arrays; {"encoded": JSON text} gives what that text holds.
+
+  Raises:
+    ValueError: not JSON, nested too deeply, or an array that is not what its map says.
+  """
+  value = _json(body)
+  return _json(value["encoded"]) if is_encoded(value) else value
+
+
+def is_encoded(value: Any) -> bool:
+  """Whether a JSON value holds another one as text, as clients of OpenVLA without patched libraries send it."""
+  return isinstance(value, Mapping) and set(value) == {"encoded"} and isinstance(value["encoded"], str)
+
+
+class _Refused(ValueError):
+  """A refusal out of a decoder's callback, distinguished from the decoder's own complaints by its type."""
+
+
+def _refused(what: str, got: object, expected: object, remedy: str) -> _Refused:
+  return _Refused(str(refuse(what, got, expected, remedy)))
+
+
+def _json(body: bytes | str) -> Any:
+  try:
+    value = json.loads(body, object_hook=_array)
+  except _Refused:
+    raise
+  except (ValueError, RecursionError) as error:
+    raise refuse("Body", f"{len(body)} bytes that are not JSON", "one JSON value", "check the client") from error
+  _check_depth(value)
+  return value
+
+
+def _check_depth(value: Any) -> None:
+  """Raises ValueError for maps and lists nested deeper than MOST_DEPTH."""
+  level = [value]
+  for _ in range(MOST_DEPTH):
+    level = [
+      inner
+      for one in level
+      if isinstance(one, Mapping | list)
+      for inner in (one.values() if isinstance(one, Mapping) else one)
+      if isinstance(inner, Mapping | list)
+    ]
+    if not level:
+      return
+  raise refuse("Body", f"more than {MOST_DEPTH} levels of maps and lists", f"at most {MOST_DEPTH}", "send it flat")
+
+
+def _array(found: dict) -> Any:
+  """A decoded map, or the array, number or image that it stands for."""
+  if b"__ndarray__" in found:
+    return _from_bytes(found.get(b"data"), found.get(b"dtype"), found.get(b"shape"))
+  if b"__npgeneric__" in found:
+    return _from_bytes(found.get(b"data"), found.get(b"dtype"), ())[()]
+  if "__ndarray__" in found:
+    return _from_bytes(found.get("data"), found.get("dtype"), found.get("shape"))
+  if "__numpy__" in found:
+    return _from_bytes(_base64(found["__numpy__"]), found.get("dtype"), found.get("shape"))
+  return _image(found) if "__image__" in found else found
+
+
+def _image(found: Mapping) -> Any:
+  if found.get("format") == "raw":
+    return _from_bytes(found.get("data"), found.get("dtype", "uint8"), found.get("shape"))
+  form, data, shape = found.get("format"), found.get("data"), found.get("shape")
+  if form not in _FORMATS or not isinstance(data, bytes):
+    raise _refused("Image", f"format {form!r:.40}", f"bytes of one of {('raw', *_FORMATS)}", "encode it as one of them")
+  return EncodedImage(form, data, None if shape is None else _shape(shape))
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+  whole = isinstance(shape, list | tuple) and all(type(n) is int and 0 <= n < 2**31 for n in shape)
+  if not whole or len(shape) > MOST_AXES:
+    got = f"shape {shape!r:.60}"
+    raise _refused("Array", got, f"at most {MOST_AXES} lengths from 0", "send the array's own shape")
+  return tuple(shape)
+
+
+def _from_bytes(data: Any, dtype: Any, shape: Any) -> np.ndarray:
+  dtype = dtype.decode("ascii", "replace") if isinstance(dtype, bytes) else dtype
+  if not isinstance(dtype, str) or _DTYPE.fullmatch(dtype) is None:
+    raise _refused("Array", f"dtype {dtype!r:.40}", "booleans, integers or floats of up to 8 bytes", "convert it")
+  kind, lengths = np.dtype(dtype), _shape(shape)
+  need = math.prod(lengths) * kind.itemsize
+  if not isinstance(data, bytes) or len(data) != need:
+    got = f"{len(data)} bytes" if isinstance(data, bytes) else f"data of {type(data).__name__}"
+    raise _refused("Array", got, f"{need} bytes for {dtype}{[*lengths]}", "send the array's own dtype, shape and bytes")
+  return np.frombuffer(data, kind).reshape(lengths)
+
+
+def _base64(text: Any) -> bytes | None:
+  try:
+    return base64.b64decode(text, validate=True)
+  except (binascii.Error, ValueError, TypeError):
+    return None
+
+
+def _plain(value: Any) -> np.ndarray:
+  if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+    return np.asarray(value)
+  raise TypeError(
+    f"{type(value).__name__} cannot be sent: only maps, lists, text, bytes, numbers and arrays of numbers"
+  )
+
+
+def _openpi(value: Any) -> dict:
+  array = _plain(value)
+  if isinstance(value, np.generic):
+    return {b"__npgeneric__": True, b"data": array.tobytes(), b"dtype": array.dtype.str}
+  return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
+
+
+def _vla_eval(value: Any) -> Any:
+  array = _plain(value)
+  if isinstance(value, np.generic):
+    return value.item()
+  return {"__ndarray__": True, "data": array.tobytes(), "dtype": array.dtype.str, "shape": array.shape}
+
+
+def _json_numpy(value: Any) -> dict:
+  array = _plain(value)
+  data = base64.b64encode(array.tobytes()).decode("ascii")
+  return {"__numpy__": data, "dtype": array.dtype.str, "shape": array.shape}
