@@ -8,7 +8,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.routing import Route, WebSocketRoute
 
-from semanticvla_jax.serve.doors import openpi, status
+from semanticvla_jax.serve.doors import act, openpi, status, vla_eval
 from semanticvla_jax.serve.gate import Gate
 from semanticvla_jax.serve.site import Site
 
@@ -16,12 +16,15 @@ WEBSOCKETS = {
   "/": openpi.serve,
   "/v1/realtime/robot/openpi": openpi.serve,  # vllm-omni's address of the same protocol
   "/roboarena": openpi.serve_roboarena,
+  "/vla-eval": vla_eval.serve,
 }
 PAGES = {
   "/healthz": status.healthz,
   "/readyz": status.readyz,
   "/metadata": status.metadata,
   "/metrics": status.metrics,
+  "/health": vla_eval.health,
+  "/config": vla_eval.config,
 }
 
 
@@ -34,4 +37,5 @@ def app(site: Site, key: str | None = None, clients: int = 256) -> Any:
   """
   routes: list[Any] = [WebSocketRoute(path, functools.partial(door, site)) for path, door in WEBSOCKETS.items()]
   routes += [Route(path, functools.partial(page, site), methods=["GET"]) for path, page in PAGES.items()]
+  routes.append(Route("/act", functools.partial(act.act, site), methods=["GET", "POST"]))
   return Gate(Starlette(routes=routes), key, functools.partial(site.metrics.error, "gate"), clients)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 import semanticvla_jax
@@ -58,7 +57,7 @@ def units(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def state_range(policy: Any) -> dict[str, list[float]] | None:
   """The 1 % and 99 % quantiles of the state in the training data, raw; None for a policy that reads no state."""
-  if policy.metadata["proprio_dim"] is None or getattr(policy, "stats", None) is None:
+  if policy.metadata["proprio_dim"] is None:
     return None
   stats = policy.stats.proprio
   return {"q01": [float(x) for x in stats.q01], "q99": [float(x) for x in stats.q99]}
@@ -73,21 +72,17 @@ def example(metadata: Mapping[str, Any], states: Mapping[str, Sequence[float]] |
   return seen | {"prompt": "pick up the red cube"}
 
 
-def describe(
-  metadata: Mapping[str, Any],
-  states: Mapping[str, Sequence[float]] | None,
-  limits: Mapping[str, Any],
-  grippers: Mapping[str, str],
-) -> dict[str, Any]:
+def describe(policy: Any, limits: Mapping[str, Any], grippers: Mapping[str, str], device: str) -> dict[str, Any]:
   """The metadata of a server.
 
   Args:
-    metadata: of the policy.
-    states: of `state_range`.
+    policy: its metadata and statistics are read.
     limits: of the server: sizes, deadlines, range of actions.
     grippers: the convention by door.
+    device: what computes.
   """
-  chunk, width, device = metadata["chunk"], metadata["action_dim"], jax.devices()[0]
+  metadata = policy.metadata
+  chunk, width = metadata["chunk"], metadata["action_dim"]
   answer = {"name": "actions", "dtype": "float32", "shape": [chunk, width]}
   size, views = metadata["image_size"], metadata["views"]
   image = "uint8 [h, w, 3], RGB 0..255, upright, any size"
@@ -97,11 +92,12 @@ def describe(
   own = {name: value for name, value in metadata.items() if name not in NOT_SENT}
   return {
     **own,
-    "device": f"{device.platform}: {device.device_kind} × {jax.device_count()}",
     "server": f"semanticvla_jax {semanticvla_jax.__version__}",
     "observation": reads,
     "answer": answer,
-    "state_range": states,
+    "device": device,
+    "continuous": [bool(x) for x in policy.stats.action.mask],
+    "state_range": state_range(policy),
     "normalization": "done by the server: raw states in, actions in the robot's units out",
     "grippers": {door: {"convention": name, "means": GRIPPERS[name]} for door, name in grippers.items()},
     **units(metadata),

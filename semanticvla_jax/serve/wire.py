@@ -78,19 +78,18 @@ def dump_json(value: Any) -> str:
   return json.dumps(value, default=_json_numpy)
 
 
-def load_json(body: bytes | str) -> Any:
-  """The value of a JSON body with json-numpy's arrays; {"encoded": JSON text} gives what that text holds.
+def load_json(body: bytes | str) -> tuple[Any, bool]:
+  """The value of a JSON body with json-numpy's arrays, and whether it was encoded twice.
+
+  Clients of OpenVLA without patched libraries send {"encoded": JSON text} and expect JSON text in a JSON string.
 
   Raises:
     ValueError: not JSON, nested too deeply, or an array that is not what its map says.
   """
   value = _json(body)
-  return _json(value["encoded"]) if is_encoded(value) else value
-
-
-def is_encoded(value: Any) -> bool:
-  """Whether a JSON value holds another one as text, as clients of OpenVLA without patched libraries send it."""
-  return isinstance(value, Mapping) and set(value) == {"encoded"} and isinstance(value["encoded"], str)
+  if isinstance(value, Mapping) and set(value) == {"encoded"} and isinstance(value["encoded"], str):
+    return _json(value["encoded"]), True
+  return value, False
 
 
 class _Refused(ValueError):

@@ -54,9 +54,9 @@ class Robot:
   """openpi's protocol in ten lines."""
 
   def __init__(self, port, path="/", headers=None):
-    self.socket = connect(
-      f"ws://127.0.0.1:{port}{path}", compression=None, max_size=None, additional_headers=headers, open_timeout=60
-    )
+    options = dict(compression=None, max_size=None, open_timeout=60)
+    self.opened = connect(f"ws://127.0.0.1:{port}{path}", additional_headers=headers, **options)
+    self.socket = self.opened.__enter__()
     self.metadata = wire.unpack(self.socket.recv(timeout=60))
 
   def ask(self, value):
@@ -68,8 +68,10 @@ class Robot:
 @contextlib.contextmanager
 def robot(port, path="/", headers=None):
   found = Robot(port, path, headers)
-  with found.socket:
+  try:
     yield found
+  finally:
+    found.opened.__exit__(None, None, None)
 
 
 def observation(seed=0, prompt="pick up the red cube"):
