@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 SUITE ?= place
 SPLIT ?= unseen
 
-.PHONY: help venv quickstart test slow processes soak parity sim pretrain picture bench bench-sim bench-convert aot aot-gpu serve serve-test lint lock
+.PHONY: help venv quickstart test slow processes soak parity sim pretrain picture bench bench-sim bench-convert aot aot-gpu serve serve-test bench-serve hostile lint lock
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -83,6 +83,12 @@ bench: $(VENV)/.parity  ## speed on this machine, each figure with its peer: pol
 DEMONSTRATIONS ?= ../shared/libero/demonstrations
 bench-sim: $(VENV)/.sim  ## LIBERO episodes a minute, two simulators against one (DEMONSTRATIONS=…)
 	$(PY) -m semanticvla_jax.benchmark simulators --recorded=$(DEMONSTRATIONS)
+
+bench-serve: $(VENV)/.main  ## a policy server under 1, 8, 32 and 64 clients, and what its doors cost (POLICY=…)
+	$(BENCH) serve --policy=$(POLICY) --out=runs/bench/serve.json
+
+hostile: $(VENV)/.main  ## 10,000 generated frames for every door of the server (minutes)
+	HOSTILE=10000 $(PY) -m pytest -n 0 tests/serve/test_hostile.py
 
 # libtpu compiles for slices that are not here; it lives apart from the CPU environment.
 .venv-aot/.done: $(VENV)/.main

@@ -102,7 +102,9 @@ def applying(config: Mapping, prunes: bool, names: Sequence[str]) -> dict[str, d
 
 
 def of_policy(policy: Policy, names: Sequence[str]) -> dict[str, dict]:
-  """As `applying`, for a policy."""
+  """As `applying`, for a policy; of one behind a server only the instruction can be changed."""
+  if not isinstance(policy, Policy):
+    return {name: {} for name in names if name == "shuffled"}
   return applying(policy.config["model"], policy.bare.prunes_by_instruction, names)
 
 

@@ -14,13 +14,17 @@ import importlib.util
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from semanticvla_jax import cli
 from semanticvla_jax.errors import refuse
 
 _PROGRAM = "python -m semanticvla_jax.serve"
-_COMMANDS = {"run": "load a policy, warm it up, and serve it"}
+_COMMANDS = {
+  "run": "load a policy, warm it up, and serve it",
+  "replay": "run recorded requests again and compare the answers bit for bit",
+}
 _NEEDS = ("starlette", "uvicorn", "websockets", "msgpack", "prometheus_client")
 
 
@@ -75,6 +79,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   add(
     "--gripper", action="append", default=[], metavar="DOOR=NAME", help="gripper convention of a door; may be repeated"
   )
+  add("--record", metavar="DIR", help="folder to write every request and answer to, for replay (default: none)")
   add("--compile-cache", metavar="DIR", help="folder of compiled programs, for the next start (default: none)")
   args = parser.parse_args(argv)
   args.max_batch = max(args.batch_sizes) if args.max_batch is None else args.max_batch
@@ -85,12 +90,14 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def make_site(args: argparse.Namespace, policy: Any) -> Any:
   """A started core behind its doors, for a loaded policy."""
-  from semanticvla_jax.serve import contract, core, limits, metrics, site
+  from semanticvla_jax.serve import contract, core, limits, metrics, record, site
 
   settings = core.Settings(args.max_batch, 1e-3 * args.max_wait_ms, 1e-3 * args.deadline_ms, args.max_requests)
   core.check(settings, policy.metadata["batch_sizes"])
-  counted = metrics.Metrics()
-  one = core.Core(policy, settings, limits.ActionLimit(policy.stats.action, args.limit), counted)
+  counted, recorder = metrics.Metrics(), None
+  if args.record is not None:
+    recorder = record.Recorder(args.record, record.facts(policy, args.limit, contract.device()))
+  one = core.Core(policy, settings, limits.ActionLimit(policy.stats.action, args.limit), counted, recorder)
   counted.attach(one)
   own = dict(max_bytes=args.max_bytes, idle_timeout=args.idle_timeout)
   found = site.Site(one, counted, contract.grippers(args.gripper), **own)
@@ -145,13 +152,35 @@ def run(argv: Sequence[str]) -> None:
     server.Server(found, where).run([listener])
   finally:
     found.core.close()
+    if found.core.record is not None:
+      found.core.record.close()
 
 
-def main(argv: list[str]) -> None:
+def replay(argv: Sequence[str]) -> int:
+  """Runs a recording again; status 1 where an answer is another."""
+  check_installed()
+  from semanticvla_jax.serve import record, server
+
+  parser = cli.ArgumentParser(f"{_PROGRAM} replay", record.__doc__)
+  parser.add_argument("folder", help="recording, of run --record=DIR")
+  parser.add_argument("--policy", required=True, help="the policy folder, or the exported file, that was recorded")
+  args = parser.parse_args(argv)
+  found = record.recordings(args.folder)
+  known = found[0][1]
+  own = dict(prompt_lengths=known["prompt_lengths"], dataset=known["dataset"], dtype=known["dtype"])
+  options = {} if Path(args.policy).is_file() else own | {"weights": known["weights"]}
+  policy = server.load(args.policy, sizes=known["batch_sizes"], **options)
+  result = record.replay(policy, found)
+  print("\n".join([*result.different, f"{result.calls} calls of the device, {result.observations} observations:"]))
+  print("all equal, bit for bit" if not result.unequal else f"{result.unequal} differ, by up to {result.largest:.3g}")
+  return 1 if result.unequal else 0
+
+
+def main(argv: list[str]) -> int | None:
   """Runs a subcommand."""
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
   name, rest = cli.subcommand(_PROGRAM, __doc__, _COMMANDS, argv)
-  {"": run, "run": run}[name](rest)
+  return {"": run, "run": run, "replay": replay}[name](rest)
 
 
 if __name__ == "__main__":

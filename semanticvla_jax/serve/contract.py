@@ -72,6 +72,14 @@ def example(metadata: Mapping[str, Any], states: Mapping[str, Sequence[float]] |
   return seen | {"prompt": "pick up the red cube"}
 
 
+def device() -> str:
+  """The kind and number of jax's devices, of the server."""
+  import jax
+
+  first = jax.devices()[0]
+  return f"{first.platform}: {first.device_kind} × {jax.device_count()}"
+
+
 def describe(policy: Any, limits: Mapping[str, Any], grippers: Mapping[str, str], device: str) -> dict[str, Any]:
   """The metadata of a server.
 

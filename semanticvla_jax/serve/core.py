@@ -261,22 +261,23 @@ class Core:
     self._batches += 1
     try:
       normalized = self.run_batch([one.observation for one in batch])
-      results = [self._checked(normalized[i : i + 1], one.gripper) for i, one in enumerate(batch)]
+      results = [self.checked(normalized[i : i + 1], one.gripper) for i, one in enumerate(batch)]
     except Exception as error:  # of any kind: the next batch has its own fate
       logging.error("Batch %d failed: %s", self._batches, cli.first_line(error))
       results = [Refused("failed", "the policy failed; the server's log says why")] * len(batch)
     seconds = self._latest = time.monotonic() - begin
+    answers = []
     for i, (one, result) in enumerate(zip(batch, results)):
-      if isinstance(result, np.ndarray):
-        times = {"prepare": one.seconds, "queue": begin - one.prepared, "infer": seconds}
-        result = Answer(result, self._batches, i, times)
-      _set(one, result)
+      times = {"prepare": one.seconds, "queue": begin - one.prepared, "infer": seconds}
+      answers.append(result if isinstance(result, Refused) else Answer(result, self._batches, i, times))
+      _set(one, answers[-1])
     if self.watch is not None:
       self.watch.batch(len(batch), seconds)
     if self.record is not None:
-      self.record.add(self._batches, [(one.given, one.gripper, result) for one, result in zip(batch, results)])
+      self.record.add(self._batches, [(one.given, one.gripper, result) for one, result in zip(batch, answers)])
 
-  def _checked(self, normalized: np.ndarray, gripper: str) -> np.ndarray | Refused:
+  def checked(self, normalized: np.ndarray, gripper: str) -> np.ndarray | Refused:
+    """One row of `run_batch`, [1 k a] → what may be sent, [k a]: limited, or refused."""
     actions = self.actions(normalized, gripper)[0]
     if not np.isfinite(actions).all():
       return Refused("unsafe", "the policy gave an action that is not finite; it is not sent")

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
-import jax
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -49,7 +48,7 @@ class Site:
     self.max_bytes, self.body_timeout, self.idle_timeout = max_bytes, body_timeout, idle_timeout
     self.busy = 0
     self.own = core.policy.metadata
-    settings, one = core.settings, jax.devices()[0]
+    settings = core.settings
     limits = {
       "max_batch": settings.max_batch,
       "deadline_ms": 1e3 * settings.deadline,
@@ -58,9 +57,7 @@ class Site:
       "idle_timeout_s": idle_timeout,
       "actions": core.limit.describe(),
     }
-    self.metadata = contract.describe(
-      core.policy, limits, self.grippers, f"{one.platform}: {one.device_kind} × {jax.device_count()}"
-    )
+    self.metadata = contract.describe(core.policy, limits, self.grippers, contract.device())
 
   async def ask(self, door: str, observation: Any, session: str, unnorm_key: Any = None) -> Answer:
     """An observation's actions, counted under a door's name.

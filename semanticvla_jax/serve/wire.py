@@ -14,8 +14,8 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -71,6 +71,19 @@ def unpack(frame: bytes | str) -> Any:
     raise refuse(
       "Frame", f"{len(frame)} bytes that are not msgpack", "one msgpack value", "check the client"
     ) from error
+
+
+def unpack_stream(file: IO[bytes], cut_off: Callable[[], None]) -> Iterator[Any]:
+  """The values of a file of frames, one after the other; `cut_off` is called where the last one is not whole."""
+  unpacker = msgpack.Unpacker(file, object_hook=_array, strict_map_key=True)
+  while True:
+    before = unpacker.tell()
+    try:
+      yield unpacker.unpack()
+    except msgpack.OutOfData:
+      if file.tell() != before:
+        cut_off()
+      return
 
 
 def dump_json(value: Any) -> str:

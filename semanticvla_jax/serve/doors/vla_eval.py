@@ -5,7 +5,7 @@
     → observation      ← action, of the same seq
     → episode_end
 
-The server owns the chunk: a buffer per connection, emptied when an episode starts; the policy is asked when it is empty.
+The server owns the chunk: one buffer per connection, emptied when an episode starts; an empty one asks the policy.
 `GET /health` and `GET /config?max_batch_size=8&max_wait_time=0.01` are what its tools ask for.
 """
 
