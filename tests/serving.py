@@ -33,7 +33,9 @@ class Slow:
 
 
 @contextlib.contextmanager
-def serving(policy, settings=None, *, limit="off", key=None, record=None, grippers=(), clients=256, **options):
+def serving(
+  policy, settings=None, *, limit="off", key=None, record=None, grippers=(), clients=256, doors=(), **options
+):
   """Yields (site, port) of a server in a thread, until the block ends."""
   metrics = Metrics()
   settings = Settings(max_batch=max(policy.metadata["batch_sizes"])) if settings is None else settings
@@ -42,9 +44,11 @@ def serving(policy, settings=None, *, limit="off", key=None, record=None, grippe
   site = Site(core, metrics, contract.grippers(grippers), **options)
   core.start()
   try:
-    background = Background(site, Address(port=0, key=key, clients=clients))
+    opening = [lambda loop, door=door: door(site, loop) for door in doors]
+    background = Background(site, Address(port=0, key=key, clients=clients), opening)
     site.terminate = lambda: background.server.handle_exit(15, None)  # as SIGTERM does
     with background as port:
+      site.other_doors = background.server.opened
       yield site, port
   finally:
     core.close()

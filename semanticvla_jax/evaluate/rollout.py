@@ -409,7 +409,7 @@ class OnHost:
       raise _Broken from error
 
 
-def check_robot(policy: Policy, replan_steps: int) -> None:
+def check_robot(policy: Any, replan_steps: int) -> None:
   """Raises ValueError unless a policy is for the tabletop's robot and its chunk has at least `replan_steps` actions."""
   known = policy.metadata
   views, width, actions = len(known["views"]), known["proprio_dim"], known["action_dim"]

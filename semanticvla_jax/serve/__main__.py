@@ -79,6 +79,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   add(
     "--gripper", action="append", default=[], metavar="DOOR=NAME", help="gripper convention of a door; may be repeated"
   )
+  add(
+    "--lerobot-port",
+    type=int,
+    help="port for LeRobot's RobotClient (gRPC, plain text); 8080 is its own (default: none)",
+  )
+  add("--fps", type=float, default=30.0, help="of LeRobot's robots, for the time stamps of actions (default: 30)")
   add("--record", metavar="DIR", help="folder to write every request and answer to, for replay (default: none)")
   add("--compile-cache", metavar="DIR", help="folder of compiled programs, for the next start (default: none)")
   args = parser.parse_args(argv)
@@ -149,11 +155,20 @@ def run(argv: Sequence[str]) -> None:
   if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
     logging.warning("No --api-key-file: whoever reaches %s can use the policy.", url)
   try:
-    server.Server(found, where).run([listener])
+    server.Server(found, where, _other_doors(args, found, key)).run([listener])
   finally:
     found.core.close()
     if found.core.record is not None:
       found.core.record.close()
+
+
+def _other_doors(args: argparse.Namespace, found: Any, key: str | None) -> list[Any]:
+  """What opens the doors of other ports."""
+  if args.lerobot_port is None:
+    return []
+  from semanticvla_jax.serve.doors import lerobot
+
+  return [lambda loop: lerobot.Door(found, loop, args.host, args.lerobot_port, fps=args.fps, key=key)]
 
 
 def replay(argv: Sequence[str]) -> int:

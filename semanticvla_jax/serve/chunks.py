@@ -53,7 +53,7 @@ class Chunks:
     """Takes over a chunk.
 
     Args:
-      actions: f32[k a] of the policy.
+      actions: f32[k a] of the policy, or f32[k b a] of robots in lock step.
       asked: value of `executed` when its observation was made.
     """
     late = self.executed - asked if self.align else 0
@@ -62,7 +62,7 @@ class Chunks:
     for i in range(over):
       weight = np.float32((i + 1) / (over + 1))
       mixed = (1 - weight) * old[i] + weight * new[i]
-      mixed[self.discrete] = new[i][self.discrete]
+      mixed[..., self.discrete] = new[i][..., self.discrete]
       new[i] = mixed
     self._left, self._since = new, late
 

@@ -18,7 +18,14 @@ GRIPPERS = {
   "raw": "1 open, 0 closed, as it was learned",
 }
 # The gripper's convention that the clients of a protocol expect.
-OF_DOOR = {"openpi": "command", "roboarena": "command", "starvla": "raw", "act": "raw", "vla_eval": "command"}
+OF_DOOR = {
+  "openpi": "command",
+  "roboarena": "command",
+  "starvla": "raw",
+  "act": "raw",
+  "vla_eval": "command",
+  "lerobot": "raw",
+}
 _CONTROLLER = "displacement of the end effector in the controller's units, base frame"
 _LIBERO = {
   "actions": ["x", "y", "z", "roll", "pitch", "yaw", "gripper"],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import ssl
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +45,16 @@ class Address(NamedTuple):
 
 
 class Server(uvicorn.Server):
-  """uvicorn's server, which answers what is under way before it ends and closes connections that send nothing."""
+  """uvicorn's server, which answers what is under way before it ends and closes connections that send nothing.
 
-  def __init__(self, site: Site, address: Address):
+  Args:
+    site: what is served. address: where.
+    doors: of other ports: each is called with the event loop when the server starts, and gives what has to be closed.
+  """
+
+  def __init__(self, site: Site, address: Address, doors: Sequence[Callable[[asyncio.AbstractEventLoop], Any]] = ()):
     self._site, self._grace, self._until = site, address.grace, 0.0
+    self._doors, self.opened = doors, []
     self._since: dict[Any, tuple[Any, float]] = {}  # connection: (its latest request, when it was seen idle)
     config = uvicorn.Config(
       app.app(site, address.key, address.clients),
@@ -65,6 +72,7 @@ class Server(uvicorn.Server):
       ssl_keyfile=address.certificate_key,
       lifespan="off",
       access_log=False,
+      proxy_headers=False,  # a client could otherwise give itself another address
       server_header=False,
       log_level="warning",
     )
@@ -74,6 +82,17 @@ class Server(uvicorn.Server):
   def port(self) -> int:
     """The port that it listens on; known once `started`."""
     return self.servers[0].sockets[0].getsockname()[1]
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    """Opens the other doors first: when the port listens, all do."""
+    self.opened = [door(asyncio.get_running_loop()) for door in self._doors]
+    await super().startup(sockets)
+
+  async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+    """Closes the other doors, too."""
+    for door in self.opened:
+      await asyncio.to_thread(door.close)
+    await super().shutdown(sockets)
 
   def handle_exit(self, sig: int, frame: Any) -> None:
     """SIGTERM and ^C: new requests are refused, those under way answered; the second signal ends at once."""
@@ -106,8 +125,8 @@ class Server(uvicorn.Server):
 class Background:
   """A server in a thread of its own, for tests and measurements: `with Background(site) as port:`."""
 
-  def __init__(self, site: Site, address: Address | None = None):
-    self.server = Server(site, Address(port=0) if address is None else address)
+  def __init__(self, site: Site, address: Address | None = None, doors: Sequence[Callable] = ()):
+    self.server = Server(site, Address(port=0) if address is None else address, doors)
     self._thread = threading.Thread(target=self.server.run, name="server", daemon=True)
 
   def __enter__(self) -> int:
