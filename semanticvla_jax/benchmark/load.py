@@ -5,16 +5,20 @@ python -m semanticvla_jax.benchmark.load '{"url": "ws://127.0.0.1:8000", "protoc
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
+import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from websockets.sync.client import connect
 
 from semanticvla_jax.serve import contract, wire
 from semanticvla_jax.serve.client import Client
@@ -53,8 +57,44 @@ def act(url: str, seen: dict[str, Any]) -> Callable[[], None]:
 PROTOCOLS = {"openpi": openpi, "act": act}
 
 
-def run(url: str, protocol: str, clients: int, seconds: float) -> dict[str, Any]:
+@contextlib.contextmanager
+def disturbance(url: str, seen: dict[str, Any]) -> Iterator[None]:
+  """Clients that misbehave: a half-open socket, a header that never ends, some that die, one that never reads."""
+  where, frame, ended = urlsplit(url), wire.pack(seen), threading.Event()
+  sockets = [socket.create_connection((where.hostname, where.port)) for _ in range(2)]
+  sockets[0].sendall(b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n")
+  sockets[1].sendall(b"P")
+
+  def die() -> None:
+    while not ended.wait(0.2):
+      with connect(f"ws://{where.netloc}/", compression=None) as one:
+        one.send(frame)
+        one.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        one.socket.close()  # with a reset, before the answer
+
+  def never_read() -> None:
+    with connect(f"ws://{where.netloc}/", compression=None, max_queue=1) as one:
+      while not ended.wait(0.2):
+        one.send(frame)
+
+  threads = [threading.Thread(target=work, daemon=True) for work in (die, never_read)]
+  for thread in threads:
+    thread.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    for thread in threads:
+      thread.join(10)
+    for one in sockets:
+      one.close()
+
+
+def run(url: str, protocol: str, clients: int, seconds: float, disturbed: bool = False) -> dict[str, Any]:
   """Lets `clients` ask, each without a pause, for some seconds after a first answer.
+
+  Args:
+    disturbed: whether clients that misbehave are connected at the same time.
 
   Returns:
     {"ms": [of every request], "seconds", "errors": count, "error": the first one or None}.
@@ -64,6 +104,12 @@ def run(url: str, protocol: str, clients: int, seconds: float) -> dict[str, Any]
   asks = [PROTOCOLS[protocol](url, seen) for _ in range(clients)]
   for ask in asks:
     ask()
+  with disturbance(url, seen) if disturbed else contextlib.nullcontext():
+    return _timed(asks, seconds)
+
+
+def _timed(asks: Sequence[Callable[[], None]], seconds: float) -> dict[str, Any]:
+  """See `run`."""
   found: list[float] = []
   errors: list[str] = []
   begin = time.perf_counter()

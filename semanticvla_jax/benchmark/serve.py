@@ -10,6 +10,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from semanticvla_jax.benchmark.load import PROTOCOLS
 from semanticvla_jax.benchmark.record import Result
 from semanticvla_jax.errors import refuse
 
+SERVERS = {"batched": ["--batch-sizes=1,2,4,8"], "one at a time": ["--batch-sizes=1"]}
+BLOCKS = 4  # in which a load alternates between the two
 PIXELS = 224  # of the images that the policy of zeros is sent, two views
 
 
@@ -31,16 +34,45 @@ def measure(result: Result, folder: str, clients: Sequence[int], seconds: float)
 
   Adds for each: p50, p95, p99 in ms, observations a second, errors; the ratio of throughputs; the doors' overhead.
   """
-  rates: dict[str, list[float]] = {"batched": [], "one at a time": []}
-  for name, sizes in (("batched", "1,2,4,8"), ("one at a time", "1")):
-    with server(["--policy", folder, "--batch-sizes", sizes], result) as url:
-      for count in clients:
-        rates[name].append(_add(result, f"{name}, {count} clients", load(url, "openpi", count, seconds)))
-  for count, batched, single in zip(clients, *rates.values()):
-    result.add(f"batched / one at a time, {count} clients", batched / single, "ratio")
+  with contextlib.ExitStack() as stack:
+    urls = {name: stack.enter_context(server(["--policy", folder, *flags], result)) for name, flags in SERVERS.items()}
+    for count in clients:
+      found = in_turns(urls, count, seconds)
+      batched, single = (_add(result, f"{name}, {count} clients", one) for name, one in found.items())
+      result.add(f"batched / one at a time, {count} clients", batched / single, "ratio")
+    _soak(result, urls["batched"], clients[-1], seconds)
   with zeros() as url:
     for protocol in PROTOCOLS:
       _add(result, f"door {protocol}, policy of zeros", load(url, protocol, 1, seconds))
+
+
+def in_turns(urls: dict[str, str], clients: int, seconds: float) -> dict[str, dict[str, Any]]:
+  """Loads servers in blocks that alternate, so that what else the machine does meets all alike.
+
+  Returns:
+    {name: what `load` gives for all its blocks}.
+  """
+  found = {name: {"ms": [], "seconds": 0.0, "errors": 0, "error": None} for name in urls}
+  for _ in range(BLOCKS):
+    for name, url in urls.items():
+      one = load(url, "openpi", clients, seconds / BLOCKS)
+      total = found[name]
+      found[name] = {key: total[key] + one[key] for key in ("ms", "seconds", "errors")}
+      found[name]["error"] = total["error"] or one["error"]
+  return found
+
+
+def _soak(result: Result, url: str, count: int, seconds: float) -> None:
+  """The same number of clients again, with others that misbehave; and what the server's memory does meanwhile."""
+  before = memory(url)
+  _add(result, f"disturbed, {count} clients", load(url, "openpi", count, seconds, disturbed=True))
+  result.add(f"disturbed, {count} clients, memory", (memory(url) - before) / 1e6 / (seconds / 60), "MB/min")
+
+
+def memory(url: str) -> float:
+  """Resident bytes of a server's process."""
+  text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+  return float(next(line.split()[1] for line in text.splitlines() if line.startswith("process_resident_memory_bytes ")))
 
 
 def _add(result: Result, name: str, found: dict[str, Any]) -> float:
@@ -56,9 +88,9 @@ def _add(result: Result, name: str, found: dict[str, Any]) -> float:
   return rate
 
 
-def load(url: str, protocol: str, clients: int, seconds: float) -> dict[str, Any]:
+def load(url: str, protocol: str, clients: int, seconds: float, disturbed: bool = False) -> dict[str, Any]:
   """What `benchmark.load` measured in a process of its own."""
-  settings = dict(url=url, protocol=protocol, clients=clients, seconds=seconds)
+  settings = dict(url=url, protocol=protocol, clients=clients, seconds=seconds, disturbed=disturbed)
   command = [sys.executable, "-m", "semanticvla_jax.benchmark.load", json.dumps(settings)]
   return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 

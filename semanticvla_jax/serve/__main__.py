@@ -28,10 +28,10 @@ _COMMANDS = {
 _NEEDS = ("starlette", "uvicorn", "websockets", "msgpack", "prometheus_client")
 
 
-def check_installed() -> None:
+def check_installed(needs: Sequence[str], remedy: str = "pip install -r requirements-serve.txt") -> None:
   """Raises ValueError where a library of the server is missing."""
-  if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
-    raise refuse("serve", f"no {', '.join(missing)}", "the server's libraries", "pip install -r requirements-serve.txt")
+  if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
+    raise refuse("serve", f"no {', '.join(missing)}", "the server's libraries", remedy)
 
 
 def _counts(words: str) -> list[int]:
@@ -84,6 +84,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     type=int,
     help="port for LeRobot's RobotClient (gRPC, plain text); 8080 is its own (default: none)",
   )
+  add("--groot-port", type=int, help="port for GR00T's clients (ZMQ, needs pyzmq); 5555 is its own (default: none)")
   add("--fps", type=float, default=30.0, help="of LeRobot's robots, for the time stamps of actions (default: 30)")
   add("--record", metavar="DIR", help="folder to write every request and answer to, for replay (default: none)")
   add("--compile-cache", metavar="DIR", help="folder of compiled programs, for the next start (default: none)")
@@ -133,7 +134,7 @@ def describe(metadata: dict[str, Any], url: str, p50: float) -> str:
 def run(argv: Sequence[str]) -> None:
   """Loads, warms, prints what is served, and serves until SIGTERM or ^C."""
   args = arguments(argv)
-  check_installed()
+  check_installed(_NEEDS)
   import jax
 
   from semanticvla_jax.serve import gate, server
@@ -164,16 +165,22 @@ def run(argv: Sequence[str]) -> None:
 
 def _other_doors(args: argparse.Namespace, found: Any, key: str | None) -> list[Any]:
   """What opens the doors of other ports."""
-  if args.lerobot_port is None:
-    return []
-  from semanticvla_jax.serve.doors import lerobot
+  doors: list[Any] = []
+  if args.lerobot_port is not None:
+    from semanticvla_jax.serve.doors import lerobot
 
-  return [lambda loop: lerobot.Door(found, loop, args.host, args.lerobot_port, fps=args.fps, key=key)]
+    doors.append(lambda loop: lerobot.Door(found, loop, args.host, args.lerobot_port, fps=args.fps, key=key))
+  if args.groot_port is not None:
+    check_installed(("zmq",), "pip install pyzmq")
+    from semanticvla_jax.serve.doors import groot
+
+    doors.append(lambda loop: groot.Door(found, loop, args.host, args.groot_port, key=key))
+  return doors
 
 
 def replay(argv: Sequence[str]) -> int:
   """Runs a recording again; status 1 where an answer is another."""
-  check_installed()
+  check_installed(_NEEDS)
   from semanticvla_jax.serve import record, server
 
   parser = cli.ArgumentParser(f"{_PROGRAM} replay", record.__doc__)

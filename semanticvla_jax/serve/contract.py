@@ -25,6 +25,7 @@ OF_DOOR = {
   "act": "raw",
   "vla_eval": "command",
   "lerobot": "raw",
+  "groot": "raw",
 }
 _CONTROLLER = "displacement of the end effector in the controller's units, base frame"
 _LIBERO = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +74,7 @@ class Gate:
 
   def _refusal(self, scope: dict) -> tuple[str, str] | None:
     headers = Headers(scope=scope)
-    origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+    if _of_another_page(headers):
       return "forbidden", "requests of web pages are not answered"
     if scope["type"] == "websocket" and self._opened >= self._clients:
       return "overloaded", f"{self._opened} clients are connected, the most there may be"
@@ -85,3 +85,21 @@ class Gate:
     if hmac.compare_digest(given.encode(), self._key):
       return None
     return "unauthorized", "no key, or a wrong one; send the header Authorization: Api-Key KEY"
+
+
+def _of_another_page(headers: Headers) -> bool:
+  """Whether a browser sends this for a page that is not this server's own.
+
+  A page's own name may point at this machine (DNS rebinding): its own are those of an address or of localhost.
+  """
+  if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+    return True
+  origin = headers.get("origin")
+  if origin is None:
+    return False
+  try:
+    where = urlsplit(origin)
+    is_address = where.hostname == "localhost" or bool(ipaddress.ip_address(where.hostname or ""))
+  except ValueError:
+    return True
+  return not is_address or where.netloc != headers.get("host")

@@ -65,6 +65,13 @@ def canonical(observation: Any, views: Sequence[str]) -> dict[str, Any]:
   return {key: _value(key, value) for key, value in found.items()}
 
 
+def assign_views(views: Sequence[str], cameras: Sequence[str]) -> dict[str, str]:
+  """{view: camera}: by name where all have one that belongs to a view, otherwise in their order."""
+  names = {view: {view, *observation_dict.ALIASES.get(view, ()), *NAMES.get(view, ())} for view in views}
+  found = {view: camera for view in views for camera in cameras if camera in names[view]}
+  return found if len(found) == len(views) else dict(zip(views, cameras))
+
+
 def _flat(observation: Mapping, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
   for key, value in observation.items():
     if not isinstance(key, str):

@@ -19,7 +19,7 @@ from semanticvla_jax.errors import refuse
 
 HELPERS = "lerobot.async_inference.helpers"
 RECORDS = ("RemotePolicyConfig", "TimedObservation")
-MOST_VALUES = 100_000  # of a pickle; a robot sends some hundred
+MOST_VALUES = 20_000  # of a pickle; a robot sends some hundred
 _KINDS = {"b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
 
 

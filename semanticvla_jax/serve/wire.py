@@ -54,8 +54,11 @@ def pack_str(value: Any) -> bytes:
   return msgpack.packb(value, default=_vla_eval)
 
 
-def unpack(frame: bytes | str) -> Any:
+def unpack(frame: bytes | str, hook: Callable[[dict], Any] | None = None) -> Any:
   """The value of a msgpack frame; arrays of both dialects are read-only views of its bytes.
+
+  Args:
+    hook: from a map to what it stands for, instead of the two dialects'; it may call `array`.
 
   Raises:
     ValueError: text instead of bytes, a frame that is cut off or longer than its value, a key that is not text
@@ -64,7 +67,7 @@ def unpack(frame: bytes | str) -> Any:
   if not isinstance(frame, bytes | bytearray | memoryview):
     raise refuse("Frame", "text", "a binary msgpack frame", "send bytes")
   try:
-    return msgpack.unpackb(frame, object_hook=_array, strict_map_key=True)
+    return msgpack.unpackb(frame, object_hook=hook or _array, strict_map_key=True)
   except _Refused:
     raise
   except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
@@ -143,19 +146,19 @@ def _check_depth(value: Any) -> None:
 def _array(found: dict) -> Any:
   """A decoded map, or the array, number or image that it stands for."""
   if b"__ndarray__" in found:
-    return _from_bytes(found.get(b"data"), found.get(b"dtype"), found.get(b"shape"))
+    return array(found.get(b"data"), found.get(b"dtype"), found.get(b"shape"))
   if b"__npgeneric__" in found:
-    return _from_bytes(found.get(b"data"), found.get(b"dtype"), ())[()]
+    return array(found.get(b"data"), found.get(b"dtype"), ())[()]
   if "__ndarray__" in found:
-    return _from_bytes(found.get("data"), found.get("dtype"), found.get("shape"))
+    return array(found.get("data"), found.get("dtype"), found.get("shape"))
   if "__numpy__" in found:
-    return _from_bytes(_base64(found["__numpy__"]), found.get("dtype"), found.get("shape"))
+    return array(_base64(found["__numpy__"]), found.get("dtype"), found.get("shape"))
   return _image(found) if "__image__" in found else found
 
 
 def _image(found: Mapping) -> Any:
   if found.get("format") == "raw":
-    return _from_bytes(found.get("data"), found.get("dtype", "uint8"), found.get("shape"))
+    return array(found.get("data"), found.get("dtype", "uint8"), found.get("shape"))
   form, data, shape = found.get("format"), found.get("data"), found.get("shape")
   if form not in _FORMATS or not isinstance(data, bytes):
     raise _refused("Image", f"format {form!r:.40}", f"bytes of one of {('raw', *_FORMATS)}", "encode it as one of them")
@@ -170,7 +173,12 @@ def _shape(shape: Any) -> tuple[int, ...]:
   return tuple(shape)
 
 
-def _from_bytes(data: Any, dtype: Any, shape: Any) -> np.ndarray:
+def array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
+  """An array of what a frame says of it: bytes, a dtype of _DTYPE, and lengths.
+
+  Raises:
+    ValueError: they are something else, or do not fit together.
+  """
   dtype = dtype.decode("ascii", "replace") if isinstance(dtype, bytes) else dtype
   if not isinstance(dtype, str) or _DTYPE.fullmatch(dtype) is None:
     raise _refused("Array", f"dtype {dtype!r:.40}", "booleans, integers or floats of up to 8 bytes", "convert it")

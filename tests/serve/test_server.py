@@ -52,7 +52,9 @@ def test_web_pages_of_other_sites_are_not_answered(served):
   port = served[1]
   with pytest.raises(InvalidStatus, match="403"), robot(port, headers={"Origin": "https://example.com"}):
     pass
-  assert get(port, "/metadata", headers={"Origin": "https://example.com"}).status_code == 403
+  rebound = {"Origin": f"http://example.com:{port}", "Host": f"example.com:{port}"}
+  for headers in ({"Origin": "https://example.com"}, {"Origin": "null"}, rebound, {"Sec-Fetch-Site": "cross-site"}):
+    assert get(port, "/metadata", headers=headers).status_code == 403
   assert get(port, "/metadata", headers={"Origin": f"http://127.0.0.1:{port}"}).status_code == 200
 
 

@@ -15,16 +15,15 @@ import concurrent.futures
 import hmac
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
 import numpy as np
 
-from semanticvla_jax import observation_dict
 from semanticvla_jax.serve import safe_pickle
 from semanticvla_jax.serve.core import KINDS, Refused
-from semanticvla_jax.serve.observations import NAMES
+from semanticvla_jax.serve.observations import assign_views
 from semanticvla_jax.serve.site import Site
 
 SERVICE = "transport.AsyncInference"
@@ -172,15 +171,8 @@ class Door:
     order = robot.state or numbers
     if missing := [name for name in order if name not in numbers]:
       raise Refused("bad_request", f"the observation lacks {', '.join(missing):.100}, of the robot's features")
-    found = {view: given[camera] for view, camera in _cameras(self._site.own["views"], cameras).items()}
+    found = {view: given[camera] for view, camera in assign_views(self._site.own["views"], cameras).items()}
     return found | {"state": np.array([given[name] for name in order], np.float32), "prompt": given.get("task")}
-
-
-def _cameras(views: Sequence[str], cameras: Sequence[str]) -> dict[str, str]:
-  """{view: camera}: by name where all have one that belongs to a view, otherwise in their order."""
-  names = {view: {view, *observation_dict.ALIASES.get(view, ()), *NAMES.get(view, ())} for view in views}
-  found = {view: camera for view in views for camera in cameras if camera in names[view]}
-  return found if len(found) == len(views) else dict(zip(views, cameras))
 
 
 def _field(message: bytes, number: int) -> bytes:
