@@ -58,14 +58,14 @@ class Robot:
   """openpi's protocol in ten lines."""
 
   def __init__(self, port, path="/", headers=None):
-    options = dict(compression=None, max_size=None, open_timeout=60)
+    options = dict(compression=None, max_size=None, open_timeout=600)
     self.opened = connect(f"ws://127.0.0.1:{port}{path}", additional_headers=headers, **options)
     self.socket = self.opened.__enter__()
-    self.metadata = wire.unpack(self.socket.recv(timeout=60))
+    self.metadata = wire.unpack(self.socket.recv(timeout=600))
 
   def ask(self, value):
     self.socket.send(value if isinstance(value, bytes | str) else wire.pack(value))
-    reply = self.socket.recv(timeout=60)
+    reply = self.socket.recv(timeout=600)
     return reply if isinstance(reply, str) else wire.unpack(reply)
 
 

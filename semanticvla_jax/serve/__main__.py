@@ -14,7 +14,6 @@ import importlib.util
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from semanticvla_jax import cli
@@ -95,6 +94,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   return args
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+  """How the policy is read, besides its batch sizes."""
+  return dict(dataset=args.dataset, dtype=args.dtype, weights=args.weights, prompt_lengths=args.prompt_lengths)
+
+
 def make_site(args: argparse.Namespace, policy: Any) -> Any:
   """A started core behind its doors, for a loaded policy."""
   from semanticvla_jax.serve import contract, core, limits, metrics, record, site
@@ -103,7 +107,7 @@ def make_site(args: argparse.Namespace, policy: Any) -> Any:
   core.check(settings, policy.metadata["batch_sizes"])
   counted, recorder = metrics.Metrics(), None
   if args.record is not None:
-    recorder = record.Recorder(args.record, record.facts(policy, args.limit, contract.device()))
+    recorder = record.Recorder(args.record, record.facts(policy, args.limit, contract.device(), _options(args)))
   one = core.Core(policy, settings, limits.ActionLimit(policy.stats.action, args.limit), counted, recorder)
   counted.attach(one)
   own = dict(max_bytes=args.max_bytes, idle_timeout=args.idle_timeout)
@@ -146,8 +150,7 @@ def run(argv: Sequence[str]) -> None:
   where = server.Address(args.host, args.port, key, args.tls_cert, args.tls_key, args.max_clients)
   server.check(where)
   listener, begin = server.bind(args.host, args.port), time.monotonic()
-  options = dict(dataset=args.dataset, dtype=args.dtype, weights=args.weights, prompt_lengths=args.prompt_lengths)
-  policy = server.load(args.policy, sizes=args.batch_sizes, **options)
+  policy = server.load(args.policy, sizes=args.batch_sizes, **_options(args))
   p50 = server.latency(policy)
   found = make_site(args, policy)
   url = f"{'http' if args.tls_cert is None else 'https'}://{args.host}:{listener.getsockname()[1]}"
@@ -189,9 +192,7 @@ def replay(argv: Sequence[str]) -> int:
   args = parser.parse_args(argv)
   found = record.recordings(args.folder)
   known = found[0][1]
-  own = dict(prompt_lengths=known["prompt_lengths"], dataset=known["dataset"], dtype=known["dtype"])
-  options = {} if Path(args.policy).is_file() else own | {"weights": known["weights"]}
-  policy = server.load(args.policy, sizes=known["batch_sizes"], **options)
+  policy = server.load(args.policy, sizes=known["batch_sizes"], **known["options"])
   result = record.replay(policy, found)
   print("\n".join([*result.different, f"{result.calls} calls of the device, {result.observations} observations:"]))
   print("all equal, bit for bit" if not result.unequal else f"{result.unequal} differ, by up to {result.largest:.3g}")

@@ -92,12 +92,12 @@ def _row(observation: dict, gripper: str, result: Any) -> dict[str, Any]:
   return {"observation": observation, "gripper": gripper, **answer}
 
 
-def facts(policy: Any, limit: str, device: str) -> dict[str, Any]:
-  """What the answers depend on, besides the requests."""
+def facts(policy: Any, limit: str, device: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """What the answers depend on, besides the requests; `options` are those with which `server.load` read the policy."""
   known = policy.metadata
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
   own = {name: known.get(name) for name in ("policy_hash", "dataset", "dtype", "weights", *COMPILED)}
-  return {**own, "limit": limit, "device": device, "versions": versions}
+  return {**own, "limit": limit, "device": device, "versions": versions, "options": {**(options or {})}}
 
 
 class Replayed(NamedTuple):

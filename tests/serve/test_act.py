@@ -20,7 +20,7 @@ def url(served):
 
 def post(url, value, **headers):
   content = value if isinstance(value, bytes | str) else wire.dump_json(value)
-  return httpx.post(url, content=content, headers=headers, timeout=60)
+  return httpx.post(url, content=content, headers=headers, timeout=600)
 
 
 def answered(response):
@@ -115,7 +115,7 @@ def test_a_body_over_the_limit_is_not_read(policy):
   with serving.serving(policy, max_bytes=1000, body_timeout=0.3) as (_, port):
     url = f"http://127.0.0.1:{port}/act"
     assert post(url, "x" * 2000).status_code == 413
-    chunked = httpx.post(url, content=iter([b"x" * 600] * 3), timeout=60)
+    chunked = httpx.post(url, content=iter([b"x" * 600] * 3), timeout=600)
     assert chunked.status_code == 413
     with socket.create_connection(("127.0.0.1", port)) as slow:
       slow.sendall(b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{")

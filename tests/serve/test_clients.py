@@ -74,7 +74,7 @@ def test_requests_and_json_numpy(served, policy):
   numpy_in_json = pytest.importorskip("json_numpy", reason="make serve-test installs json-numpy")
   image, wrist, state, prompt = observation(2).values()
   body = {"full_image": image, "wrist_image": wrist, "state": state, "instruction": prompt}
-  response = httpx.post(f"http://127.0.0.1:{served[1]}/act", content=numpy_in_json.dumps(body), timeout=60)
+  response = httpx.post(f"http://127.0.0.1:{served[1]}/act", content=numpy_in_json.dumps(body), timeout=600)
   found = numpy_in_json.loads(response.text)
   normalized = np.asarray(policy.device_step(policy.observe([observation(2)])))
   assert equal(found, statistics.unnormalize(normalized, policy.stats.action, mode=policy.mode)[0])

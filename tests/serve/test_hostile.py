@@ -158,11 +158,11 @@ def test_vla_eval(served, memory):
     for frame in frames(message, rng, pack):
       socket.send(frame)
       socket.send(pack({"type": "hello", "payload": {}, "seq": 77}))  # some frames have no answer, this one does
-      while (reply := wire.unpack(socket.recv(timeout=60)))["type"] != "hello" or reply["seq"] != 77:
+      while (reply := wire.unpack(socket.recv(timeout=600)))["type"] != "hello" or reply["seq"] != 77:
         if reply["type"] == "error":
           check_text(reply["payload"]["error"])
     socket.send(pack(message))
-    assert wire.unpack(socket.recv(timeout=60))["type"] == "action"
+    assert wire.unpack(socket.recv(timeout=600))["type"] == "action"
 
 
 def test_act(served, memory):
@@ -170,7 +170,7 @@ def test_act(served, memory):
   image, wrist, state, prompt = small().values()
   good = {"full_image": image, "wrist_image": wrist, "state": state, "instruction": prompt, "unnorm_key": None}
   pack = lambda value: json.dumps(value, default=plain_json).encode()  # noqa: E731
-  with httpx.Client(base_url=f"http://127.0.0.1:{served[1]}", timeout=60) as client:
+  with httpx.Client(base_url=f"http://127.0.0.1:{served[1]}", timeout=600) as client:
     for body in frames(good, rng, pack):
       body = json.dumps({"encoded": body.decode("utf-8", "replace")}).encode() if rng.random() < 0.3 else body
       response = client.post(

@@ -78,7 +78,7 @@ class Robot:
   def call(self, name, request=b""):
     method = self._channel.stream_unary if isinstance(request, list) else self._channel.unary_unary
     given = iter(request) if isinstance(request, list) else request
-    return method(f"/{SERVICE}/{name}")(given, timeout=60, metadata=self._metadata)
+    return method(f"/{SERVICE}/{name}")(given, timeout=600, metadata=self._metadata)
 
   def begin(self, actions=100):
     self.call("Ready")

@@ -15,7 +15,7 @@ from semanticvla_jax.serve.core import Settings
 
 
 def get(port, path, **options):
-  return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=60, **options)
+  return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=600, **options)
 
 
 def test_status_pages(served):

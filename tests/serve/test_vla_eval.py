@@ -25,7 +25,7 @@ class Benchmark:
 
   def ask(self, kind, payload):
     self.send(kind, payload)
-    reply = wire.unpack(self._socket.recv(timeout=60))
+    reply = wire.unpack(self._socket.recv(timeout=600))
     assert reply["seq"] == self._seq or reply["type"] == "error"
     return reply
 

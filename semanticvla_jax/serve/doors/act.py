@@ -33,8 +33,7 @@ async def act(site: Site, request: Request) -> Response:
       value, encoded = await site.core.in_pool(_decoded, body)
       observation, shape = _observation(value, site.own["views"])
       answer = await site.ask("act", observation, session(request), value.get("unnorm_key"))
-      text = await site.core.in_pool(_encoded, shape(answer), encoded)
-      return Response(text, media_type="application/json")
+      return Response(_encoded(shape(answer), encoded), media_type="application/json")
     except Exception as error:  # of any kind: the client gets one line
       return json_error(site.refusal("act", error))
 
