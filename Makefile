@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 SUITE ?= place
 SPLIT ?= unseen
 
-.PHONY: help venv quickstart test slow processes soak parity sim pretrain picture bench bench-sim bench-convert aot aot-gpu newest lint lock
+.PHONY: help venv quickstart test slow processes soak parity sim pretrain picture bench bench-sim bench-convert aot aot-gpu newest serve serve-test bench-serve hostile lint lock
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -32,7 +32,7 @@ quickstart: $(VENV)/.main  ## demonstrations, LoRA training, evaluation, report:
 	$(PY) -m semanticvla_jax.quickstart --suite=$(SUITE) --split=$(SPLIT) --out=runs/quickstart_$(SUITE)_$(SPLIT)
 
 test: $(VENV)/.main  ## all tests that need nothing but the main requirements
-	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not processes and not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not processes and not slow and not clients"
 
 slow: $(VENV)/.main  ## what takes minutes of compilation: every row of the ablations, every config at `small`, every mesh
 	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not aot and not aot_gpu"
@@ -58,6 +58,18 @@ picture: $(VENV)/.main  ## the picture of the README: one episode of the shipped
 	$(PY) -m semanticvla_jax.evaluate run --policy=checkpoints/tabletop_small --suite=place --episodes=8 --films=1 --out=runs/picture
 	cp runs/picture/place_looks_first_step.png docs/looks.png
 
+POLICY ?= checkpoints/tabletop_small
+serve: $(VENV)/.main  ## serve a policy to robots and harnesses: POLICY=checkpoints/tabletop_small
+	$(PY) -m semanticvla_jax.serve --policy=$(POLICY) --compile-cache=runs/compiled
+
+# Clients as their projects publish them. openpi-client asks for numpy < 2 and runs on numpy 2: so --no-deps.
+$(VENV)/.clients: requirements-clients.txt $(VENV)/.main
+	$(VENV)/bin/uv pip install -q --python $(PY) --no-deps -r requirements-clients.txt
+	touch $@
+
+serve-test: $(VENV)/.clients  ## the server against unmodified clients (installs them)
+	$(PY) -m pytest -n 0 -m clients
+
 # On two cores a call at `mid` takes about a second: p95 and p99 of so few calls say little, see docs/performance.md.
 CALLS ?= 10
 BENCH := $(PY) -m semanticvla_jax.benchmark
@@ -71,6 +83,12 @@ bench: $(VENV)/.parity  ## speed on this machine, each figure with its peer: pol
 DEMONSTRATIONS ?= ../shared/libero/demonstrations
 bench-sim: $(VENV)/.sim  ## LIBERO episodes a minute, two simulators against one (DEMONSTRATIONS=…)
 	$(PY) -m semanticvla_jax.benchmark simulators --recorded=$(DEMONSTRATIONS)
+
+bench-serve: $(VENV)/.main  ## a policy server under 1, 8, 32 and 64 clients, and what its doors cost (POLICY=…)
+	$(BENCH) serve --policy=$(POLICY) --out=runs/bench/serve.json
+
+hostile: $(VENV)/.main  ## 10,000 generated frames for every door of the server (minutes)
+	HOSTILE=10000 $(PY) -m pytest -n 0 tests/serve/test_hostile.py
 
 # libtpu compiles for slices that are not here; it lives apart from the CPU environment.
 .venv-aot/.done: $(VENV)/.main

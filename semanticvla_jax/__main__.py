@@ -16,6 +16,7 @@ VERBS = {
   "train": "train or fine-tune a policy on all devices there are; resumes when run again",
   "train.preflight": "does a training config fit a TPU slice or GPUs? Compiles it without the hardware",
   "evaluate": "measure a policy in closed loop on the tabletop or LIBERO; compare results; find known traps",
+  "serve": "a policy behind a port, for the robot clients and harnesses that people have",
   "convert": "PyTorch checkpoints to policy folders and back; verify, compare, fold adapters",
   "benchmark": "speed, each figure with the peer it was measured against",
 }

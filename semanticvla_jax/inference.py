@@ -81,6 +81,11 @@ class Inference:
     images, proprio = (_padded(x, size) for x in (observation.images, observation.proprio))
     return self.executables["actions", size, length](params, sentence, images, proprio)
 
+  @property
+  def cached(self) -> int:
+    """How many sentences the device keeps the states of now."""
+    return len(self._sentences)
+
   def _sentence(self, params: Mapping, words: Sequence[np.ndarray | None], length: int) -> Any:
     """What the model makes of one instruction, remembered."""
     key = (length, *(None if x is None else x.tobytes() for x in words))

@@ -81,6 +81,11 @@ class Preparation:
       actions = grippers.to_commands(actions, self.stats.action.mask).astype(np.float32)
     return actions
 
+  @property
+  def cached(self) -> int:
+    """How many sentences' tokens are remembered now."""
+    return self._encode.cache_info().currsize
+
   def _read(self, observation: Any) -> dict:
     if self.robot is None:
       return observation_dict.read(observation, self.views, self.proprio_dim)

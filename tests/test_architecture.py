@@ -1,6 +1,8 @@
 """Who may import whom: the arrows of the README's file tree."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,12 +38,23 @@ MAY_IMPORT = {
     "base_policy",
     "exported",
   },
-  "evaluate": {"models", "data", "envs", "tabletop", "libero", "policy_folder", "observation_dict", "policy"},
-  "serve": {"policy"},
+  "evaluate": {"models", "data", "envs", "tabletop", "libero", "policy_folder", "observation_dict", "policy", "serve"},
+  "serve": {"observation_dict", "policy", "exported"},
   "quickstart": {"policy_folder", "evaluate"},
   "__main__": set(),
   "sources": {"tabletop"},
-  "benchmark": {"models", "data", "envs", "tabletop", "libero", "policy_folder", "policy", "train", "evaluate"},
+  "benchmark": {
+    "models",
+    "data",
+    "envs",
+    "tabletop",
+    "libero",
+    "policy_folder",
+    "policy",
+    "train",
+    "evaluate",
+    "serve",
+  },
 }
 FORBIDDEN = {  # third-party packages that must not be imported when the module is
   "models": {"tensorflow", "tensorflow_datasets", "ml_collections", "torch", "orbax"},
@@ -52,6 +65,7 @@ FORBIDDEN = {  # third-party packages that must not be imported when the module 
   "data": {"torch"},
   "exported": {"flax", "orbax", "tensorflow", "tensorflow_datasets", "torch"},
   "train": {"torch"},
+  "serve": {"tensorflow", "tensorflow_datasets", "ml_collections", "torch"},
   "benchmark": {"tensorflow", "tensorflow_datasets", "ml_collections", "torch", "transformers"},
 }
 COMMANDS_OF_TRAINING = {"train/__main__.py", "train/preflight.py"}  # which look a config's benchmark up in a table
@@ -101,6 +115,15 @@ def test_heavy_packages_stay_where_they_belong(path):
   assert "semanticvla_jax.benchmark.peer" not in named  # imported by functions, where it is asked for
   if path.name != "__main__.py":
     assert "configs" not in outside
+
+
+@pytest.mark.parametrize("name", ["wire", "chunks", "contract", "client"])
+def test_what_runs_on_a_robot_needs_no_jax(name):
+  """A robot has numpy, msgpack and websockets."""
+  code = f"import sys, semanticvla_jax.serve.{name}; print(*{{one.split('.')[0] for one in sys.modules}})"
+  loaded = {*subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()}
+  outside = loaded - {*sys.stdlib_module_names} - {"semanticvla_jax"}
+  assert not outside & {"jax", "jaxlib", "flax", "tensorflow", "scipy", "PIL", "starlette", "sentencepiece"}
 
 
 def without_encoding(path: Path):

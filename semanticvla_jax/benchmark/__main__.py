@@ -27,6 +27,8 @@ VERBS = {
   "evaluate": "closed-loop episodes a second on the device and in a Python loop",
   "simulators": "LIBERO episodes a second with several simulators and with one",
   "convert": "conversion of a random checkpoint of openvla-7b's layout against a plain copy",
+  "serve": "a policy server under load: latency, observations a second, what a door costs",
+  "delay": "success on the tabletop against delay of the actions, by how a client uses chunks",
   "compare": "two results side by side; refused where they were not measured alike",
 }
 DTYPES = ("float32", "bfloat16", "float16")
@@ -126,6 +128,28 @@ def _convert(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--layers", type=_count, default=32, help="of the language model; 32 is openvla-7b (default)")
 
 
+def _serve(parser: argparse.ArgumentParser) -> None:
+  folder = cli.in_repository("checkpoints/tabletop_small")
+  parser.add_argument("--policy", default=folder, help="policy folder (default: checkpoints/tabletop_small)")
+  parser.add_argument("--clients", type=_counts, default=[1, 8, 32, 64], help="clients at once (default: 1,8,32,64)")
+  parser.add_argument("--seconds", type=_count, default=10, help="for each number of clients (default: 10)")
+
+
+def _delay(parser: argparse.ArgumentParser) -> None:
+  folder = cli.in_repository("checkpoints/tabletop_small")
+  parser.add_argument("--policy", default=folder, help="policy folder (default: checkpoints/tabletop_small)")
+  parser.add_argument("--suite", default="place", help="suite of the tabletop (default: place)")
+  parser.add_argument("--delays", type=_delays, default=[0, 50, 100, 200, 500], help="ms (default: 0,50,100,200,500)")
+  parser.add_argument("--episodes", type=_count, default=64, help="of every cell (default: 64)")
+
+
+def _delays(words: str) -> list[int]:
+  found = [int(word) if word.isdecimal() else -1 for word in _list(words)]
+  if not found or min(found) < 0:
+    raise argparse.ArgumentTypeError(f"got {words!r}; expected whole numbers from 0, such as 0,50,100")
+  return found
+
+
 def _compare(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("results", nargs=2, metavar="FILE", help="two files that a verb wrote with --out")
   parser.add_argument("--across-devices", action="store_true", help="compares results of different devices and CPUs")
@@ -153,7 +177,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _smallest(args: argparse.Namespace) -> argparse.Namespace:
   """The same command with the smallest model and few calls."""
-  small = {"size": "tiny", "calls": 3, "image_size": 32, "layers": 1, "host_episodes": 2, "trials": 2}
+  small = {"size": "tiny", "calls": 3, "image_size": 32, "layers": 1, "host_episodes": 2, "trials": 2, "seconds": 1}
   for name, value in small.items():
     if hasattr(args, name):
       setattr(args, name, value)
@@ -161,6 +185,10 @@ def _smallest(args: argparse.Namespace) -> argparse.Namespace:
     args.row = args.row[:3]
   if args.verb == "evaluate":
     args.batch = 4
+  if args.verb == "serve":
+    args.clients = args.clients[:2]
+  if args.verb == "delay":
+    args.delays, args.episodes = args.delays[:1], 2
   return args
 
 
@@ -207,6 +235,8 @@ MEASURE: dict[str, Callable] = {
     result, args.recorded, args.suite, args.task, args.trials, (1, args.workers)
   ),
   "convert": lambda module, result, args: module.measure(result, args.folder, args.layers),
+  "delay": lambda module, result, args: module.measure(result, args.policy, args.suite, args.delays, args.episodes),
+  "serve": lambda module, result, args: module.measure(result, args.policy, args.clients, args.seconds),
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -101,14 +102,16 @@ def applying(config: Mapping, prunes: bool, names: Sequence[str]) -> dict[str, d
   return found
 
 
-def of_policy(policy: Policy, names: Sequence[str]) -> dict[str, dict]:
-  """As `applying`, for a policy."""
+def of_policy(policy: Any, names: Sequence[str]) -> dict[str, dict]:
+  """As `applying`, for a policy; of one behind a server only the instruction can be changed."""
+  if not isinstance(policy, Policy):
+    return {name: {} for name in names if name == "shuffled"}
   return applying(policy.config["model"], policy.bare.prunes_by_instruction, names)
 
 
 def each(
-  policy: Policy,
-  run: Callable[[Policy, str, Sequence[str] | None], Episodes],
+  policy: Any,
+  run: Callable[[Any, str, Sequence[str] | None], Episodes],
   result: Episodes,
   names: Sequence[str] = tuple(NAMES),
   *,

@@ -27,6 +27,7 @@ COMPARED = (
   "chunk",
   "told",
   "model_changes",
+  "served",
 )
 # Fields that belong to a policy, or name what computed it: `compare` lists those that differ. What the environment did
 # is in none of these lists and has to agree.

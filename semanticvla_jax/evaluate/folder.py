@@ -61,10 +61,10 @@ def alone(out: pathlib.Path) -> Iterator[None]:
 def default(policy: str, suite: str) -> str:
   """The report's folder unless --out names one: `runs/<policy>_<suite>`.
 
-  A policy folder called "policy" has its parent's name.
+  A policy folder called "policy" has its parent's name; a server's address has ":" as "_".
   """
   path = pathlib.PurePath(policy)
-  name = path.parent.name if path.name == "policy" and path.parent.name else path.name
+  name = path.parent.name if path.name == "policy" and path.parent.name else path.name.replace(":", "_")
   return f"runs/{name}_{suite.replace(',', '_')}"
 
 

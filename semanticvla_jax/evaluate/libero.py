@@ -19,12 +19,13 @@ import numpy as np
 
 from semanticvla_jax import files, policy_folder
 from semanticvla_jax.data import text
-from semanticvla_jax.evaluate import controls, folder, libero_checks, progress, report, rollout_pool
+from semanticvla_jax.evaluate import controls, folder, libero_checks, progress, report, rollout_pool, served
 from semanticvla_jax.evaluate.evaluation import Benchmark, Evaluation, Job, SuiteRun
 from semanticvla_jax.evaluate.film_recorder import FilmRecorder
 from semanticvla_jax.evaluate.libero_checks import seeds, settings
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, OnSimulators
+from semanticvla_jax.evaluate.served import ServedPolicy
 from semanticvla_jax.libero import simulator, suites
 from semanticvla_jax.libero.protocols import PROTOCOLS
 from semanticvla_jax.libero.replay_policy import ReplayPolicy
@@ -98,6 +99,7 @@ class LiberoRun(SuiteRun):
       "seeding": self._seeding(),
       "wait_steps": wanted.wait_steps,
       "prompt": text.prompt("{instruction}"),
+      **(self.policy.facts if isinstance(self.policy, ServedPolicy) else {}),
     }
 
   def _seeding(self) -> dict:
@@ -207,6 +209,8 @@ def load(args: argparse.Namespace, suite: str) -> Any:
   if args.recorded:
     replan_steps = args.replan_steps or PROTOCOLS[args.protocol].replan_steps
     return _recorded(args.recorded, suite, tuple(seeds(args, suite)), replan_steps)
+  if served.is_url(args.policy):
+    return ServedPolicy(args.policy, args.workers)
   sizes = sorted({args.workers, *(2**i for i in range(args.workers.bit_length()))})
   dataset = args.dataset or libero_checks.dataset_for([*policy_folder.read_policy_json(args.policy).statistics], suite)
   return Policy.load(args.policy, dataset=dataset, dtype=args.dtype, weights=args.weights, batch_sizes=sizes)

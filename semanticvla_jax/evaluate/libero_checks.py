@@ -12,7 +12,7 @@ from typing import Any
 from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate import controls, folder
+from semanticvla_jax.evaluate import controls, folder, served
 from semanticvla_jax.evaluate.evaluation import check_minimum
 from semanticvla_jax.libero import suites
 from semanticvla_jax.libero.protocols import PROTOCOLS, fitting
@@ -98,11 +98,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 def _check_policy(args: argparse.Namespace, suite: str) -> None:
   """Raises ValueError unless a policy has statistics of a suite and is for LIBERO's robot; reads no parameters."""
-  config, entries, _ = policy_folder.read_policy_json(args.policy)
-  dataset = args.dataset or dataset_for([*entries], suite)
-  stats = statistics.select({name: statistics.from_openvla(one, name) for name, one in entries.items()}, dataset)
-  model = build(config["model"])
-  views, width, actions = model.num_views, model.proprio_dim, len(stats.action.mask)
+  views, width, actions, chunk = _shapes_served(args, suite) if served.is_url(args.policy) else _shapes(args, suite)
   if views > 2 or width not in (None, 8) or actions != 7:
     raise refuse(
       "Policy is for another robot",
@@ -110,9 +106,27 @@ def _check_policy(args: argparse.Namespace, suite: str) -> None:
       "1 or 2, 8, 7",
       "evaluate a policy trained on LIBERO",
     )
-  chunk = model.chunk if model.coupler is not None else 1
   if args.replan_steps is not None and args.replan_steps > chunk:
     raise refuse("Evaluation", f"replan_steps={args.replan_steps}", f"1 to {chunk}, the policy's chunk", "lower it")
+
+
+def _shapes(args: argparse.Namespace, suite: str) -> tuple[int, int | None, int, int]:
+  """Views, width of the proprioception and of the actions, and chunk of a policy folder."""
+  config, entries, _ = policy_folder.read_policy_json(args.policy)
+  dataset = args.dataset or dataset_for([*entries], suite)
+  stats = statistics.select({name: statistics.from_openvla(one, name) for name, one in entries.items()}, dataset)
+  model = build(config["model"])
+  return model.num_views, model.proprio_dim, len(stats.action.mask), model.chunk if model.coupler is not None else 1
+
+
+def _shapes_served(args: argparse.Namespace, suite: str) -> tuple[int, int | None, int, int]:
+  """The same of a policy behind a server."""
+  served.check_flags(args)
+  known = served.metadata(args.policy)
+  dataset_for([known["dataset"]], suite)
+  if known["gripper"] != "command":
+    raise refuse(args.policy, f"gripper {known['gripper']!r}", "'command'", "serve it without --gripper=openpi=raw")
+  return len(known["views"]), known["proprio_dim"], known["action_dim"], known["chunk"]
 
 
 def _check_states(suite: str, numbers: Sequence[int]) -> None:
@@ -146,13 +160,19 @@ def check_found(args: argparse.Namespace, out: pathlib.Path) -> None:
       "protocol": args.protocol,
       "quaternion": wanted.quaternion,
       "wait_steps": wanted.wait_steps,
-      "policy_hash": policy_folder.policy_hash(args.policy) if args.policy else hashed,
+      "policy_hash": _hash(args.policy) if args.policy else hashed,
     }
     noted = {name: before.get(name) for name in now} | {"policy_hash": hashed}
     folder.merged(noted, now, out / f"{suite}_fingerprint.json")
 
 
+def _hash(policy: str) -> str:
+  return served.metadata(policy)["policy_hash"] if served.is_url(policy) else policy_folder.policy_hash(policy)
+
+
 def _report_skipped(policy: str, names: Sequence[str]) -> None:
+  if served.is_url(policy):  # whose other controls are refused
+    return
   model = build(config := policy_folder.read_policy_json(policy).config["model"])
   if skipped := [name for name in names if name not in controls.applying(config, model.prunes_by_instruction, names)]:
     logging.warning("Controls skipped, because they change nothing in this policy: %s", ", ".join(skipped))

@@ -412,9 +412,10 @@ class OnHost:
 _GRIPPER = (6, "binary", (-1.0, 1.0))  # of the tabletop: dimension, kind, values that open and close
 
 
-def check_robot(policy: Policy, replan_steps: int) -> None:
+def check_robot(policy: Any, replan_steps: int) -> None:
   """Raises ValueError unless a policy is for the tabletop's robot and its chunk has at least `replan_steps` actions."""
-  views, width, actions = policy.bare.num_views, policy.bare.proprio_dim, policy.metadata["action_dim"]
+  known = policy.metadata
+  views, width, actions = len(known["views"]), known["proprio_dim"], known["action_dim"]
   if views > 2 or width not in (None, 8) or actions != 7 or policy.gripper != "command":
     raise refuse(
       "Policy is for another robot",

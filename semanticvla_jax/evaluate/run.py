@@ -69,7 +69,7 @@ def _split(words: str) -> list[str]:
 def _add_common_flags(add: Callable) -> None:
   listing = "; ".join(f"{benchmark.title}: {', '.join(benchmark.suites)}" for benchmark in BENCHMARKS.values())
   bare = ", ".join(f"{','.join(benchmark.bare_controls)} on {benchmark.title}" for benchmark in BENCHMARKS.values())
-  add("--policy", help="policy folder to measure")
+  add("--policy", help="policy folder to measure, or the address of a server: ws://HOST:PORT")
   add("--suite", required=True, help=f"one or more suites of one benchmark, separated by commas. {listing}")
   add(
     "--replan-steps",

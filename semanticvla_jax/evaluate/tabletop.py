@@ -6,14 +6,16 @@ import argparse
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate import controls, fingerprint, folder, report, tabletop_films
+from semanticvla_jax.evaluate import controls, fingerprint, folder, report, served, tabletop_films
 from semanticvla_jax.evaluate.evaluation import Benchmark, Evaluation, Job, SuiteRun, check_minimum
 from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost, check_robot
+from semanticvla_jax.evaluate.served import ServedPolicy
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
 
@@ -36,7 +38,7 @@ class TabletopRun(SuiteRun):
 
   Args:
     args: of the command line.
-    policy: that is measured.
+    policy: that is measured, a Policy or a ServedPolicy.
     suite: of the tabletop.
     stored: rows of earlier commands.
     baseline: whether the policy is the one before fine-tuning.
@@ -46,7 +48,7 @@ class TabletopRun(SuiteRun):
   """
 
   def __init__(
-    self, args: argparse.Namespace, policy: Policy, suite: str, stored: folder.ResultsFile, baseline: bool = False
+    self, args: argparse.Namespace, policy: Any, suite: str, stored: folder.ResultsFile, baseline: bool = False
   ):
     name, kind = ("before", "baseline") if baseline else ("this policy", "policy")
     super().__init__(policy, suite, range(args.seed, args.seed + args.episodes), stored, name, kind)
@@ -55,11 +57,11 @@ class TabletopRun(SuiteRun):
     self._own = self._make(policy)
     self._again: Episodes | None = None  # episodes that were run again for their states
 
-  def runner(self, policy: Policy) -> OnDevice | OnHost:
+  def runner(self, policy: Any) -> OnDevice | OnHost:
     """See `SuiteRun`."""
     return self._own if policy is self.policy else self._make(policy)
 
-  def _make(self, policy: Policy) -> OnDevice | OnHost:
+  def _make(self, policy: Any) -> OnDevice | OnHost:
     args, replan_steps = self._args, self._args.replan_steps
     if not args.host:
       batch = -(-args.episodes // -(-args.episodes // args.batch))  # equal batches
@@ -78,6 +80,7 @@ class TabletopRun(SuiteRun):
       "max_steps": self._own.max_steps,
       "replan_steps": self._own.replan_steps,
       "loop": "host" if self._args.host else "device",
+      **(self.policy.facts if isinstance(self.policy, ServedPolicy) else {}),
     }
 
   def task(self, instruction: str) -> str:
@@ -121,13 +124,16 @@ class Tabletop(Benchmark):
       raise refuse("--policy", "none", "a policy folder", "add --policy=DIR")
     check_minimum(args, {"episodes": 1, "batch": 1})
     tasks.check_split(args.split)
+    if served.is_url(args.policy):
+      served.check_flags(args)
+      args.host = True  # only the policy is elsewhere
 
   def jobs(self, args: argparse.Namespace, stored: folder.ResultsFile) -> Iterator[Job]:
     """See `Benchmark`; all suites are checked before the first is measured."""
     timed = stored.seconds.timed
     sizes = (1,) if args.host else ()
     options = dict(dataset=args.dataset, dtype=args.dtype, weights=args.weights, batch_sizes=sizes)
-    policy = timed("load", lambda: Policy.load(args.policy, **options))
+    policy = timed("load", lambda: self._load(args.policy, options))
     before = timed("load", lambda: Policy.load(args.baseline, **options)) if args.baseline else None
     found = [self._job(args, policy, before, suite, stored) for suite in args.suite]
     applying = controls.of_policy(policy, args.controls)
@@ -140,9 +146,11 @@ class Tabletop(Benchmark):
     yield from found
 
   @staticmethod
-  def _job(
-    args: argparse.Namespace, policy: Policy, before: Policy | None, suite: str, stored: folder.ResultsFile
-  ) -> Job:
+  def _load(policy: str, options: dict) -> Policy | ServedPolicy:
+    return ServedPolicy(policy) if served.is_url(policy) else Policy.load(policy, **options)
+
+  @staticmethod
+  def _job(args: argparse.Namespace, policy: Any, before: Policy | None, suite: str, stored: folder.ResultsFile) -> Job:
     own, baseline = TabletopRun(args, policy, suite, stored), None
     if before is not None:
       baseline = TabletopRun(args, before, suite, stored, baseline=True)
