@@ -6,7 +6,7 @@ import io
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,9 +112,10 @@ def _fill(
   if first is None:
     folder.rmdir()
     raise refuse(f"No episodes for {name!r}", "an empty iterator", "at least one", "check what makes them")
-  features = _features(first.image.shape[1:], first.wrist_image.shape[1:])
+  pictures = {"image": first.image.shape[1:], "wrist_image": first.wrist_image.shape[1:]}
+  features = features_of(pictures, {"state": 8, "joint_state": 7}, 7)
   counts, num_bytes = _write_shards(folder, name, features, _chain(first, episodes), episodes_per_shard)
-  _write_info(folder, name, features, counts, num_bytes)
+  complete(folder, name, features, counts, num_bytes)
   return counts, num_bytes
 
 
@@ -132,7 +133,13 @@ def _chain(first: Episode, rest: Iterable[Episode]) -> Iterable[Episode]:
     yield episode
 
 
-def _features(image: tuple[int, ...], wrist_image: tuple[int, ...]) -> Any:
+def features_of(pictures: Mapping[str, tuple[int, ...]], vectors: Mapping[str, int], action: int) -> Any:
+  """The tfds.features of a dataset.
+
+  Args:
+    pictures: {name: (height, width, 3)} below `observation/`, stored as JPEG.
+    vectors: {name: width} below `observation/`. action: its width.
+  """
   import tensorflow_datasets as tfds
 
   def vector(width: int) -> Any:
@@ -141,15 +148,11 @@ def _features(image: tuple[int, ...], wrist_image: tuple[int, ...]) -> Any:
   def picture(shape: tuple[int, ...]) -> Any:
     return tfds.features.Image(shape=shape, dtype=np.uint8, encoding_format="jpeg")
 
-  observation = {
-    "image": picture(image),
-    "wrist_image": picture(wrist_image),
-    "state": vector(8),
-    "joint_state": vector(7),
-  }
+  observation = {name: picture(shape) for name, shape in pictures.items()}
+  observation |= {name: vector(width) for name, width in vectors.items()}
   step = {
     "observation": tfds.features.FeaturesDict(observation),
-    "action": vector(7),
+    "action": vector(action),
     "discount": tfds.features.Scalar(dtype=np.float32),
     "reward": tfds.features.Scalar(dtype=np.float32),
     "is_first": tfds.features.Scalar(dtype=np.bool_),
@@ -165,18 +168,25 @@ def _features(image: tuple[int, ...], wrist_image: tuple[int, ...]) -> Any:
   )
 
 
+def serializer(features: Any) -> Callable[[dict], bytes]:
+  """Turns an episode, {"steps", "episode_metadata"}, into the bytes of its record: equal ones for equal episodes."""
+  from tensorflow_datasets.core import example_serializer
+
+  made = example_serializer.ExampleSerializer(features.get_serialized_info())
+  # Deterministic: the order of a proto map is otherwise random.
+  return lambda example: made.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+
+
 def _write_shards(
   folder: pathlib.Path, name: str, features: Any, episodes: Iterable[Episode], episodes_per_shard: int
 ) -> tuple[list[int], int]:
   """Writes the shards and returns their numbers of episodes and the number of bytes of all."""
   import tensorflow as tf
-  from tensorflow_datasets.core import example_serializer
 
-  serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+  serialize = serializer(features)
   counts, num_bytes, out = [], 0, None
   for number, episode in enumerate(episodes):
-    example = serializer.get_tf_example(features.encode_example(_example(episode, f"{name}, episode {number}")))
-    record = example.SerializeToString(deterministic=True)  # the order of a proto map is otherwise random
+    record = serialize(_example(episode, f"{name}, episode {number}"))
     if number % episodes_per_shard == 0:
       if out is not None:
         out.close()
@@ -186,9 +196,19 @@ def _write_shards(
     counts[-1] += 1
     num_bytes += len(record)
   out.close()
+  return counts, num_bytes
+
+
+def complete(folder: pathlib.Path, name: str, features: Any, counts: list[int], num_bytes: int) -> None:
+  """Makes a dataset of the shards 00000, 00001, … of a folder: their names, features.json and dataset_info.json.
+
+  Args:
+    folder: of the version. name: of the dataset. features: see features_of.
+    counts: episodes of each shard. num_bytes: of all records.
+  """
   for shard in range(len(counts)):
     (folder / f"{shard:05d}").rename(folder / f"{name}-train.tfrecord-{shard:05d}-of-{len(counts):05d}")
-  return counts, num_bytes
+  _write_info(folder, name, features, counts, num_bytes)
 
 
 def _write_info(folder: pathlib.Path, name: str, features: Any, counts: list[int], num_bytes: int) -> None:
