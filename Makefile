@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 SUITE ?= place
 SPLIT ?= unseen
 
-.PHONY: help venv quickstart test slow processes soak parity sim pretrain picture bench bench-sim bench-convert aot aot-gpu newest serve serve-test bench-serve hostile lint lock
+.PHONY: help venv quickstart test slow processes soak parity sim lerobot pretrain picture bench bench-sim bench-convert aot aot-gpu newest serve serve-test bench-serve hostile lint lock
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -32,7 +32,7 @@ quickstart: $(VENV)/.main  ## demonstrations, LoRA training, evaluation, report:
 	$(PY) -m semanticvla_jax.quickstart --suite=$(SUITE) --split=$(SPLIT) --out=runs/quickstart_$(SUITE)_$(SPLIT)
 
 test: $(VENV)/.main  ## all tests that need nothing but the main requirements
-	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not processes and not slow and not clients"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not lerobot and not processes and not slow and not clients"
 
 slow: $(VENV)/.main  ## what takes minutes of compilation: every row of the ablations, every config at `small`, every mesh
 	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not aot and not aot_gpu"
@@ -48,6 +48,15 @@ parity: $(VENV)/.parity  ## against PyTorch's own classes (installs torch, trans
 
 sim: $(VENV)/.sim  ## the LIBERO simulator: installs it and runs its tests (assets and OpenGL libraries: README)
 	$(PY) -m pytest -m sim
+
+# LeRobot's own code asks for other versions than ours, and for torch.
+.venv-lerobot/.done: requirements-lerobot.txt $(VENV)/.main
+	$(PYTHON) -m venv .venv-lerobot
+	.venv-lerobot/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-lerobot.txt
+	touch $@
+
+lerobot: .venv-lerobot/.done  ## datasets written by LeRobot's own code and read back (installs torch beside this environment)
+	$(PY) -m pytest -m lerobot
 
 pretrain: $(VENV)/.main  ## the small tabletop base from scratch, in three runs; run it again to go on
 	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py --workdir=runs/pretrain

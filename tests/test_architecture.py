@@ -20,7 +20,7 @@ MAY_IMPORT = {
   "policy_folder": {"models"},
   "tabletop": {"data", "models"},
   "libero": {"data", "envs", "models", "policy_folder"},
-  "demonstrate": {"envs", "tabletop", "libero"},
+  "demonstrate": {"data", "envs", "tabletop", "libero"},
   "convert": {"models", "data", "policy_folder"},
   "train": {"models", "data", "policy_folder"},
   "observation_dict": {"data"},
@@ -136,7 +136,7 @@ def without_encoding(path: Path):
     modes = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
     binary = any(isinstance(mode, str) and "b" in mode for mode in modes)
     opened = (isinstance(node.func, ast.Name) and node.func.id == "open") or attribute == "open"
-    if attribute in ("read_text", "write_text") or (opened and not binary and owner not in ("os", "Image", "ts")):
+    if attribute in ("read_text", "write_text") or (opened and not binary and owner not in ("os", "Image", "ts", "av")):
       yield f"{path.relative_to(ROOT)}:{node.lineno}"
 
 

@@ -1,4 +1,4 @@
-"""Training batches of RLDS datasets: frames in the sampler's order, decoded, augmented and normalized in threads.
+"""Training batches of RLDS datasets: frames in the sampler's order, decoded, augmented and normalized.
 
 Batch n is a function of the options and n alone: a run resumes at any batch without the ones before it, and a host
 computes its rows of each global batch.
@@ -6,19 +6,17 @@ computes its rows of each global batch.
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import functools
-import itertools
-import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, UInt8
 
-from semanticvla_jax.data import images, sampler, statistics, text, tfrecord_index, trajectories
+from semanticvla_jax.data import images, pipeline, sampler, statistics, text, tfrecord_index, trajectories
 from semanticvla_jax.data.rlds import Dataset
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.types import Batch, Observation
@@ -104,6 +102,7 @@ class BatchLoader:
     weights = [weight * len(dataset.actions) for dataset, weight in mixture]
     episodes = [one.dataset.episodes[one.starts] for one in self._sources]
     self._sequence = sampler.IndexSampler(episodes, weights, options.seed, options.window)
+    self._taking = threading.Lock()  # pipelines draw in threads of their own
     self._prepare = functools.partial(images.prepare, size=options.image_size, crop_area=options.crop_area)
 
   def batches(
@@ -118,7 +117,7 @@ class BatchLoader:
     Args:
       start_step: number of the first batch; a run that resumes passes the number of updates made.
       rows: which examples of each global batch, ascending; None for all. A host passes its own.
-      workers: threads that read, decode and augment; None for one per core, at most 16.
+      workers: threads of the tf.data pipeline that reads, decodes and augments; None for one per core, at most 16.
       prefetch: batches worked on ahead.
 
     Returns:
@@ -129,49 +128,68 @@ class BatchLoader:
     """
     rows = np.arange(self.options.batch_size) if rows is None else np.asarray(rows)
     _check_rows(rows, start_step, self.options.batch_size)
-    workers = min(os.cpu_count() or 1, 16) if workers is None else workers
+    workers = min(pipeline.cores(), 16) if workers is None else workers
     return self._generate(start_step, rows, max(workers, 1), prefetch)
 
   def _generate(self, start_step: int, rows: np.ndarray, workers: int, prefetch: int) -> Iterator[Batch]:
-    size, views = self.options.batch_size, len(self._sources[0].dataset.spec.views)
+    views = len(self._sources[0].dataset.spec.views)
+    stages = pipeline.Stages(
+      draw=functools.partial(self._draw, rows),
+      read=self._read,
+      finish=self._finish,
+      check=self._check,
+      views=views,
+      size=self.options.image_size,
+      dct=self.options.dct,
+    )
     group = max(1, _PIXELS // (self.options.image_size**2 * views))
-    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="frames")
-    pending = collections.deque()
-    try:
-      for first in (step * size for step in itertools.count(start_step)):
-        datasets, candidates = (part[rows] for part in self._sequence.take(first, int(rows[-1]) + 1))
-        drawn = list(zip(datasets.tolist(), candidates.tolist(), (first + rows).tolist()))
-        futures = [pool.submit(self._pictures, drawn[i : i + group]) for i in range(0, len(rows), group)]
-        pending.append((datasets, candidates, first + rows, futures))
-        if len(pending) > prefetch:
-          *chosen, futures = pending.popleft()
-          yield self._batch(*chosen, np.concatenate([future.result() for future in futures]))
-    finally:
-      for future in itertools.chain.from_iterable(futures for *_, futures in pending):
-        future.cancel()
-      pool.shutdown(wait=False)
+    made = pipeline.stream(stages, start_step, len(rows), group=group, workers=workers, prefetch=prefetch)
+    with contextlib.closing(made):
+      for examples, pictures in made:
+        yield self._batch(*examples.T, pictures)
 
-  def _pictures(self, drawn: Sequence[tuple[int, int, int]]) -> UInt8[np.ndarray, "b v h w 3"]:
-    """Reads, decodes and prepares the views of some examples (dataset, candidate, number of the example)."""
-    found, uniform, blank = [], [], np.zeros((self.options.image_size,) * 2 + (3,), np.uint8)
-    for dataset, candidate, example in drawn:
+  def _draw(self, rows: Int[np.ndarray, "b"], step: int) -> Int[np.ndarray, "b 3"]:
+    """Dataset, candidate and number of each example of a batch."""
+    first = step * self.options.batch_size
+    with self._taking:
+      datasets, candidates = self._sequence.take(first, int(rows[-1]) + 1)
+    return np.stack([datasets[rows], candidates[rows], first + rows], axis=1)
+
+  def _images(self, examples: Int[np.ndarray, "g 3"]) -> Iterator[tuple[_Source, int, int]]:
+    """Where the images of some examples are: source, frame of its index, view."""
+    for dataset, candidate, _ in examples.tolist():
       source = self._sources[dataset]
       frame = int(source.dataset.frames[source.starts[candidate]])
-      for view, name in enumerate(source.dataset.spec.views):
-        encoded = source.reader.image(frame, view)
-        try:  # an image is empty only where its view is optional
-          found.append(self._prepare(images.decode(encoded, self.options.dct)) if encoded else blank)
-        except ValueError as error:
-          raise ValueError(
-            f"Dataset {source.dataset.name!r}, {name!r} of {source.reader.where(frame)}: {error}"
-          ) from error
-        uniform.append(images.draws(self.options.seed, example, view))
-    pictures = np.stack(found)
+      yield from ((source, frame, view) for view in range(len(source.dataset.spec.views)))
+
+  def _read(self, examples: Int[np.ndarray, "g 3"]) -> list[bytes]:
+    return [source.reader.image(frame, view) for source, frame, view in self._images(examples)]
+
+  def _finish(
+    self, examples: Int[np.ndarray, "g 3"], decoded: Sequence[UInt8[np.ndarray, "_ _ 3"]]
+  ) -> UInt8[np.ndarray, "g v h w 3"]:
+    """Prepares and augments the images of some examples; one without pixels, of a view that is missing, is black."""
+    blank = np.zeros((self.options.image_size, self.options.image_size, 3), np.uint8)
+    pictures = np.stack([self._prepare(one) if one.size else blank for one in decoded])
     if self.options.augmentation is not None:
-      missing = [one is blank for one in found]
-      pictures = images.augment(pictures, np.stack(uniform), self.options.augmentation)
-      pictures[missing] = 0
-    return pictures.reshape(len(drawn), -1, *pictures.shape[1:])
+      views = len(decoded) // len(examples)
+      drawn = [images.draws(self.options.seed, n, view) for n in examples[:, 2].tolist() for view in range(views)]
+      pictures = images.augment(pictures, np.stack(drawn), self.options.augmentation)
+      pictures[[not one.size for one in decoded]] = 0
+    return pictures.reshape(len(examples), -1, *pictures.shape[1:])
+
+  def _check(self, examples: Int[np.ndarray, "g 3"]) -> None:
+    """Raises ValueError with the name of the first image that cannot be decoded or prepared."""
+    for source, frame, view in self._images(examples):
+      encoded = source.reader.image(frame, view)
+      try:
+        if encoded:  # an image is empty only where its view is optional
+          self._prepare(images.decode(encoded, self.options.dct))
+      except ValueError as error:
+        name = source.dataset.spec.views[view]
+        raise ValueError(
+          f"Dataset {source.dataset.name!r}, {name!r} of {source.reader.where(frame)}: {error}"
+        ) from error
 
   def _batch(
     self,

@@ -172,7 +172,7 @@ def _fill(
   features = layout.features(layout.sizes(first))
   whole = _chain(first, episodes, layout.sizes)
   counts, num_bytes = _write_shards(folder, name, features, whole, layout.example, episodes_per_shard)
-  _write_info(folder, name, features, counts, num_bytes)
+  complete(folder, name, features, counts, num_bytes)
   return counts, num_bytes
 
 
@@ -246,17 +246,23 @@ def _example_of(spec: DatasetSpec, one: Recording, where: str) -> dict:
 
 
 def _features(sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> Any:
+  return features_of(dict(zip(("image", "wrist_image"), sizes)), {"state": 8, "joint_state": 7}, 7)
+
+
+def features_of(pictures: Mapping[str, tuple[int, ...]], vectors: Mapping[str, int], action: int) -> Any:
+  """The tfds.features of a dataset in LIBERO's layout.
+
+  Args:
+    pictures: {name: (height, width, 3)} below `observation/`, stored as JPEG.
+    vectors: {name: width} below `observation/`. action: its width.
+  """
   import tensorflow_datasets as tfds
 
-  observation = {
-    "image": _picture(sizes[0]),
-    "wrist_image": _picture(sizes[1]),
-    "state": _vector(8),
-    "joint_state": _vector(7),
-  }
+  observation = {name: _picture(shape) for name, shape in pictures.items()}
+  observation |= {name: _vector(width) for name, width in vectors.items()}
   step = {
     "observation": tfds.features.FeaturesDict(observation),
-    "action": _vector(7),
+    "action": _vector(action),
     "discount": tfds.features.Scalar(dtype=np.float32),
     "reward": tfds.features.Scalar(dtype=np.float32),
     "is_first": tfds.features.Scalar(dtype=np.bool_),
@@ -272,6 +278,15 @@ def _features(sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> Any:
   )
 
 
+def serializer(features: Any) -> Callable[[dict], bytes]:
+  """Turns an episode, {"steps", "episode_metadata"}, into the bytes of its record: equal ones for equal episodes."""
+  from tensorflow_datasets.core import example_serializer
+
+  made = example_serializer.ExampleSerializer(features.get_serialized_info())
+  # Deterministic: the order of a proto map is otherwise random.
+  return lambda example: made.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+
+
 def _write_shards(
   folder: pathlib.Path,
   name: str,
@@ -282,13 +297,11 @@ def _write_shards(
 ) -> tuple[list[int], int]:
   """Writes the shards and returns their numbers of episodes and the number of bytes of all."""
   import tensorflow as tf
-  from tensorflow_datasets.core import example_serializer
 
-  serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+  serialize = serializer(features)
   counts, num_bytes, out = [], 0, None
   for number, episode in enumerate(episodes):
-    example = serializer.get_tf_example(features.encode_example(to_example(episode, f"{name}, episode {number}")))
-    record = example.SerializeToString(deterministic=True)  # the order of a proto map is otherwise random
+    record = serialize(to_example(episode, f"{name}, episode {number}"))
     if number % episodes_per_shard == 0:
       if out is not None:
         out.close()
@@ -298,9 +311,19 @@ def _write_shards(
     counts[-1] += 1
     num_bytes += len(record)
   out.close()
+  return counts, num_bytes
+
+
+def complete(folder: pathlib.Path, name: str, features: Any, counts: list[int], num_bytes: int) -> None:
+  """Makes a dataset of the shards 00000, 00001, … of a folder: their names, features.json and dataset_info.json.
+
+  Args:
+    folder: of the version. name: of the dataset. features: see features_of.
+    counts: episodes of each shard. num_bytes: of all records.
+  """
   for shard in range(len(counts)):
     (folder / f"{shard:05d}").rename(folder / f"{name}-train.tfrecord-{shard:05d}-of-{len(counts):05d}")
-  return counts, num_bytes
+  _write_info(folder, name, features, counts, num_bytes)
 
 
 def _write_info(folder: pathlib.Path, name: str, features: Any, counts: list[int], num_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Demonstrations as an RLDS dataset: from the tabletop's expert, or LIBERO's recorded ones with images.
+"""Demonstrations as an RLDS dataset: from the tabletop's expert, LIBERO's recorded ones, or a LeRobot dataset.
 
     python -m semanticvla_jax.demonstrate tabletop --suite=place --episodes=200 --out=data --name=tabletop_place
 
@@ -10,7 +10,14 @@ Look at it with `python -m semanticvla_jax.data preview --data-dir data --name t
 
 replays LIBERO's own demonstrations (HDF5) in the simulator by the release's rules and writes
 data/libero_object_no_noops; the same command resumes after an interruption. With --check it only reports which
-demonstrations succeed. Without a subcommand, --from-hdf5 means `libero`, and all other flags mean `tabletop`.
+demonstrations succeed.
+
+    python -m semanticvla_jax.demonstrate lerobot --from-lerobot=DIR --absolute=none --gripper=6:1:0 --out=data
+
+writes a LeRobot dataset (v2.1 or v3.0) as data/<name>, with the DatasetSpec that reads it in data/<name>/spec.py; the
+same command resumes after an interruption. What the dataset does not say of its robot is asked for by flags.
+
+Without a subcommand, --from-hdf5 means `libero`, --from-lerobot means `lerobot`, and all other flags mean `tabletop`.
 """
 
 from __future__ import annotations
@@ -18,10 +25,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import time
 
 from semanticvla_jax import cli
+from semanticvla_jax.data import datasets, lerobot, lerobot_to_rlds
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.libero import demonstrations as replays
@@ -32,6 +41,7 @@ _PROGRAM = "python -m semanticvla_jax.demonstrate"
 _COMMANDS = {
   "tabletop": "demonstrations of the tabletop's expert",
   "libero": "LIBERO's recorded demonstrations (HDF5), replayed in the simulator",
+  "lerobot": "a LeRobot dataset, v2.1 or v3.0, with the spec that reads it",
 }
 _HORIZON = 1000  # the simulator's own: a demonstration is replayed to its end
 
@@ -81,6 +91,64 @@ def _replay_arguments(argv: list[str]) -> argparse.Namespace:
   add("--out", default="data", help="folder of datasets (default: data)")
   add("--name", help="name of the dataset (default: <suite>_no_noops)")
   return parser.parse_args(argv)
+
+
+def _lerobot_arguments(argv: list[str]) -> argparse.Namespace:
+  default = lerobot_to_rlds.Options((), None)
+  parser = cli.ArgumentParser(f"{_PROGRAM} lerobot", "Writes a LeRobot dataset (v2.1 or v3.0) as RLDS, with its spec.")
+  add = parser.add_argument
+  add("--from-lerobot", required=True, metavar="DIR", help="folder of the dataset, with meta/info.json")
+  add("--absolute", help="action dimensions that are targets, e.g. 0,1,2; all or none: the others are displacements")
+  add("--gripper", metavar="DIM:OPEN:CLOSED", help="dimension and values of the gripper's command; none without")
+  add("--action", default=default.action, help=f"feature of the actions (default: {default.action})")
+  states = ",".join(default.states)
+  add("--states", default=states, help=f"features of the proprioception, with commas (default: {states})")
+  add("--views", default="", help="features of 1 to 4 cameras in the model's order, with commas (default: all)")
+  add("--mode", default=default.mode, choices=("bounds_q99", "bounds"), help=f"normalization (default: {default.mode})")
+  add("--chunk", type=int, default=default.chunk, help=f"actions predicted at a time (default: {default.chunk})")
+  add("--out", default="data", help="folder of datasets (default: data)")
+  add("--name", help="name of the dataset (default: the folder's)")
+  return parser.parse_args(argv)
+
+
+def _lerobot_options(args: argparse.Namespace) -> lerobot_to_rlds.Options:
+  """The flags as options. Raises ValueError for what cannot be read, and for what must be said and is not."""
+  data = lerobot.LeRobot(args.from_lerobot)
+  width = data.vectors.get(args.action, 0)
+  choose = lerobot_to_rlds.dimensions_of(data, args.action) if width else "name --action"
+  targets = {"all": list(range(width)), "none": []}.get(args.absolute)
+  if targets is None:
+    words = (args.absolute or "").split(",")
+    if not all(word.strip().isdecimal() for word in words):
+      raise refuse("--absolute", args.absolute, "all, none, or dimensions such as 0,1,2", choose)
+    targets = [int(word) for word in words]
+  grip = None
+  if args.gripper != "none":
+    number = r"(-?\d+(?:\.\d+)?)"
+    match = re.fullmatch(rf"(\d+):{number}:{number}", args.gripper or "")
+    if match is None:
+      raise refuse("--gripper", args.gripper, "none, or DIM:OPEN:CLOSED such as 6:1:0", choose)
+    grip = datasets.Gripper(int(match[1]), float(match[2]), float(match[3]))
+  states, views = (
+    tuple(word.strip() for word in text.split(",") if word.strip()) for text in (args.states, args.views)
+  )
+  return lerobot_to_rlds.Options(tuple(targets), grip, args.action, states, views, args.mode, args.chunk)
+
+
+def from_lerobot(argv: list[str]) -> None:
+  """Writes a LeRobot dataset as RLDS; problems end the program with their message."""
+  args = _lerobot_arguments(argv)
+  start = time.perf_counter()
+
+  def progress(done: int, total: int) -> None:
+    print(f"{done}/{total} episodes, {time.perf_counter() - start:.0f} s", flush=True)
+
+  name = args.name or re.sub(r"\W", "_", os.path.basename(os.path.abspath(args.from_lerobot)))
+  try:
+    summary = lerobot_to_rlds.convert(args.from_lerobot, args.out, name, _lerobot_options(args), progress)
+  except ValueError as error:
+    sys.exit(f"error: {error}")
+  print(f"{summary.folder}: {summary.episodes} episodes, {summary.frames} frames; read by SPEC of {summary.spec}")
 
 
 def replay(argv: list[str]) -> None:
@@ -155,9 +223,11 @@ def main(argv: list[str]) -> None:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
   name, rest = cli.subcommand(_PROGRAM, __doc__, _COMMANDS, argv)
-  recorded = any(word.partition("=")[0] == "--from-hdf5" for word in cli.dashed(rest))
-  if name == "libero" or (not name and recorded):
+  flags = {word.partition("=")[0] for word in cli.dashed(rest)}
+  if name == "libero" or (not name and "--from-hdf5" in flags):
     return replay(rest)
+  if name == "lerobot" or (not name and "--from-lerobot" in flags):
+    return from_lerobot(rest)
   return expert(rest)
 
 

@@ -1,0 +1,205 @@
+"""Images of training batches as one `tf.data` pipeline: range → parallel map → batch → prefetch.
+
+Python's lock decides how such a pipeline scales. JPEGs are decoded by TensorFlow's operation, outside the lock, where
+its pixels are those of `images.decode`. Finding and reading bytes, resizing and augmenting are numpy, the code that
+evaluation calls, in `tf.numpy_function`; no more of them run at a time than there are cores.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import io
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from semanticvla_jax import cli
+from semanticvla_jax.data import images
+from semanticvla_jax.errors import refuse
+
+_FRAMES = (0xC0, 0xC1, 0xC2)  # markers of baseline, extended and progressive JPEGs
+_SAMPLINGS = (0x11, 0x21, 0x22, 0x41)  # of luma, horizontal and vertical, with chroma at 0x11
+_METHODS = {"accurate": "INTEGER_ACCURATE", "fast": ""}  # TensorFlow's names of images.DCTS; "" is its default
+
+
+class Stages(NamedTuple):
+  """What a pipeline does: functions of numpy arrays, called from several threads but for `draw`.
+
+  Attributes:
+    draw: number of a batch → its examples, i64[b 3].
+    read: some examples, i64[g 3] → their encoded images, `views` each, one example after the other; b"" for none.
+    finish: some examples and their decoded images, u8[h w 3] each (u8[0 0 3] for none) → u8[g v s s 3].
+    check: some examples → raises the ValueError that names the image that cannot be used.
+    views: images of an example.
+    size: height and width of finished images.
+    dct: see images.decode.
+  """
+
+  draw: Callable[[int], Int[np.ndarray, "b 3"]]
+  read: Callable[[Int[np.ndarray, "g 3"]], Sequence[bytes]]
+  finish: Callable[[Int[np.ndarray, "g 3"], Sequence[np.ndarray]], UInt8[np.ndarray, "g v s s 3"]]
+  check: Callable[[Int[np.ndarray, "g 3"]], None]
+  views: int
+  size: int
+  dct: str
+
+
+def stream(
+  stages: Stages, start: int, rows: int, *, group: int, workers: int, prefetch: int
+) -> Iterator[tuple[Int[np.ndarray, "b 3"], UInt8[np.ndarray, "b v s s 3"]]]:
+  """Yields the examples and images of batches start, start + 1, … without end; the arrays are read-only.
+
+  The pipeline's threads end when the iterator is closed or collected, or the interpreter ends.
+
+  Args:
+    stages: what is done.
+    start: number of the first batch.
+    rows: examples of a batch.
+    group: most examples to work on together.
+    workers: threads.
+    prefetch: batches worked on ahead.
+
+  Raises:
+    ValueError: an image cannot be used (see Stages.check), or TensorFlow failed otherwise.
+  """
+  import tensorflow as tf
+
+  images.hide_accelerators()
+  group = max(size for size in range(1, min(group, rows) + 1) if rows % size == 0)
+  held = [_dataset(stages, start, rows, group, workers, prefetch).as_numpy_iterator()]
+  atexit.register(held.clear)  # before its threads would wait for an interpreter that is gone
+  try:
+    for number in itertools.count(start):
+      try:
+        examples, pictures = next(held[0])
+      except tf.errors.OpError as error:
+        stages.check(stages.draw(number))
+        raise _unexplained(number, error) from error
+      yield examples.reshape(rows, 3), pictures.reshape(rows, *pictures.shape[2:])
+  finally:
+    held.clear()
+    atexit.unregister(held.clear)
+
+
+def _unexplained(number: int, error: Exception) -> ValueError:
+  return refuse(
+    f"Batch {number}",
+    cli.first_line(error),
+    "images that can be read, as they can be now",
+    "look at the disk or network that holds the dataset and run the command again",
+  )
+
+
+def _dataset(stages: Stages, start: int, rows: int, group: int, workers: int, prefetch: int) -> Any:
+  """A tf.data.Dataset of (i64[rows / group, group, 3], u8[rows / group, group, v, s, s, 3])."""
+  import tensorflow as tf
+
+  def draw(number):
+    drawn = tf.numpy_function(lambda n: stages.draw(int(n)), [number], tf.int64)
+    return tf.ensure_shape(tf.reshape(drawn, [-1, group, 3]), [rows // group, group, 3])
+
+  numbers = tf.data.Dataset.range(start, np.iinfo(np.int64).max)
+  groups = numbers.map(_plain(draw)).unbatch()
+  made = groups.map(_plain(_work(stages, group)), num_parallel_calls=workers, deterministic=True)
+  batches = made.batch(rows // group, drop_remainder=True)
+  return (batches.prefetch(prefetch) if prefetch else batches).with_options(_options(workers))
+
+
+def _plain(function: Callable) -> Callable:
+  """Python as it stands: nothing in it is control flow of a graph."""
+  import tensorflow as tf
+
+  return tf.autograph.experimental.do_not_convert(function)
+
+
+def _options(workers: int) -> Any:
+  """Threads of its own, as many as asked for, and nothing that depends on the machine's load."""
+  import tensorflow as tf
+
+  options = tf.data.Options()
+  options.deterministic = True
+  options.autotune.enabled = False
+  options.threading.private_threadpool_size = workers
+  options.threading.max_intra_op_parallelism = 1
+  return options
+
+
+def _work(stages: Stages, group: int) -> Callable:
+  """Examples i64[g 3] → the same examples and their images u8[g v s s 3], as operations of a graph."""
+  import tensorflow as tf
+
+  turns = threading.BoundedSemaphore(cores())
+  native = _decodes_alike(stages.dct)
+
+  def read(examples):
+    encoded = stages.read(examples)
+    return np.array(encoded, object), np.array([native and _is_color_jpeg(one) for one in encoded])
+
+  def decode(encoded):
+    with turns:
+      return images.decode(encoded, stages.dct) if encoded else np.zeros((0, 0, 3), np.uint8)
+
+  def finish(examples, *decoded):
+    with turns:
+      return stages.finish(examples, decoded)
+
+  def picture(encoded, is_jpeg):
+    method = _METHODS.get(stages.dct, "")
+    return tf.cond(
+      is_jpeg,
+      lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=method),
+      lambda: tf.ensure_shape(tf.numpy_function(decode, [encoded], tf.uint8), [None, None, 3]),
+    )
+
+  def work(examples):
+    encoded, is_jpeg = tf.numpy_function(read, [examples], (tf.string, tf.bool))
+    decoded = [picture(encoded[i], is_jpeg[i]) for i in range(group * stages.views)]
+    pictures = tf.numpy_function(finish, [examples, *decoded], tf.uint8)
+    return examples, tf.ensure_shape(pictures, [group, stages.views, stages.size, stages.size, 3])
+
+  return work
+
+
+def cores() -> int:
+  """How many CPU cores this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _is_color_jpeg(encoded: bytes) -> bool:
+  """Whether the bytes begin as a usual JPEG: three components of 8 bits, chroma at 4:4:4, 4:2:2, 4:2:0 or 4:1:1."""
+  at = 2
+  if encoded[:at] != b"\xff\xd8":
+    return False
+  while at + 17 < len(encoded) and encoded[at] == 0xFF:
+    if encoded[at + 1] in _FRAMES:
+      luma, *chroma = encoded[at + 11 : at + 18 : 3]
+      return encoded[at + 4] == 8 and encoded[at + 9] == 3 and luma in _SAMPLINGS and chroma == [0x11, 0x11]
+    at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+  return False
+
+
+@functools.cache
+def _decodes_alike(dct: str) -> bool:
+  """Whether TensorFlow's libjpeg gives the pixels of `images.decode` on this machine."""
+  import tensorflow as tf
+  from PIL import Image
+
+  if dct not in _METHODS:
+    return False
+  picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8).repeat(5, axis=0).repeat(5, axis=1)
+  for sampling, progressive in itertools.product(range(3), (False, True)):
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=90, subsampling=sampling, progressive=progressive)
+    with contextlib.suppress(tf.errors.OpError):
+      found = tf.io.decode_jpeg(buffer.getvalue(), channels=3, dct_method=_METHODS[dct]).numpy()
+      if np.array_equal(found, images.decode(buffer.getvalue(), dct)):
+        continue
+    return False
+  return True
