@@ -90,8 +90,8 @@ def metadata(url: str) -> dict[str, Any]:
 
 def check_flags(args: Any, allowed_controls: Sequence[str] = ("shuffled",)) -> None:
   """Raises ValueError for flags that would change what only the server can: its statistics, its dtype, its model."""
-  for name in ("dataset", "dtype"):
-    if getattr(args, name) is not None:
+  for name in ("dataset", "dtype", "weights"):
+    if getattr(args, name) not in (None, "full"):
       got = f"--{name}={getattr(args, name)} with --policy={args.policy}"
       raise refuse(f"--{name}", got, "a policy folder", f"start the server with --{name}")
   if other := [name for name in args.controls if name not in allowed_controls]:
