@@ -32,7 +32,6 @@ from jax.experimental import multihost_utils
 
 import semanticvla_jax
 from semanticvla_jax import cli
-from semanticvla_jax.data import text
 from semanticvla_jax.errors import refuse
 
 FILES = ("config.json", "statistics.json", "metadata.json")
@@ -137,7 +136,7 @@ def _complete(partial: epath.Path, contents: list[str], tokenizers: Path | Mappi
   for name, content in zip(FILES, contents):
     (partial / name).write_bytes(content.encode())
   if not isinstance(tokenizers, Mapping | None):
-    tokenizers = text.files(absolute(tokenizers))
+    tokenizers = {path.name: path for path in sorted(absolute(tokenizers).glob("*.model"))}
   for name, path in (tokenizers or {}).items():
     (partial / "tokenizers").mkdir(exist_ok=True)
     path.copy(partial / "tokenizers" / name)
