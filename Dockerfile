@@ -4,7 +4,8 @@
 FROM python:3.11-slim
 
 ARG REQUIREMENTS=requirements.txt
-ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 XLA_PYTHON_CLIENT_PREALLOCATE=false \
+    JAX_COMPILATION_CACHE_DIR=/compiled
 
 WORKDIR /app
 COPY requirements*.txt pyproject.toml README.md LICENSE ./
@@ -20,4 +21,4 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
 # The key is read from a file, so that it is in no image and in no list of processes.
-ENTRYPOINT ["python", "-m", "semanticvla_jax.serve", "run", "--host=0.0.0.0", "--compile-cache=/compiled"]
+ENTRYPOINT ["python", "-m", "semanticvla_jax.serve", "run", "--host=0.0.0.0"]

@@ -69,7 +69,7 @@ picture: $(VENV)/.main  ## the picture of the README: one episode of the shipped
 
 POLICY ?= checkpoints/tabletop_small
 serve: $(VENV)/.main  ## serve a policy to robots and harnesses: POLICY=checkpoints/tabletop_small
-	$(PY) -m semanticvla_jax.serve --policy=$(POLICY) --compile-cache=runs/compiled
+	$(PY) -m semanticvla_jax.serve --policy=$(POLICY)
 
 # Clients as their projects publish them. openpi-client asks for numpy < 2 and runs on numpy 2: so --no-deps.
 $(VENV)/.clients: requirements-clients.txt $(VENV)/.main

@@ -7,14 +7,14 @@ import hashlib
 import json
 import pathlib
 import re
-import runpy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from semanticvla_jax import files
-from semanticvla_jax.data import datasets, lerobot, rlds, statistics, writer
+from semanticvla_jax.data import folders, lerobot, rlds, statistics, writer
+from semanticvla_jax.data import spec as specs
 from semanticvla_jax.errors import refuse
 
 _VERSION = "1.0.0"
@@ -38,7 +38,7 @@ class Options:
   """
 
   absolute: tuple[int, ...]
-  gripper: datasets.Gripper | None
+  gripper: specs.Gripper | None
   action: str = "action"
   states: tuple[str, ...] = ("observation.state",)
   views: tuple[str, ...] = ()
@@ -90,10 +90,10 @@ def convert(
     _begin(partial, data, options)
     shards = _write_shards(partial, data, options, progress)
     _finish(partial, name, data, options, shards)
-    spec = folder.with_name("spec.py")
+    spec = folder.with_name(folders.SPEC_FILE)
     files.write(spec, spec_source(name, data, options))
     partial.rename(folder)
-  stats = rlds.load(str(out), name, spec=runpy.run_path(str(spec))["SPEC"]).statistics
+  stats = rlds.load(str(out), name, spec=specs.load(f"{spec}:SPEC")).statistics
   return Summary(folder, spec, data.episodes, sum(shard["frames"] for shard in shards), stats)
 
 
@@ -242,28 +242,19 @@ def _finish(partial: pathlib.Path, name: str, data: lerobot.LeRobot, options: Op
 
 _SPEC = '''"""How {name} is read. Written from a LeRobot dataset; change it where it does not fit the robot."""
 
-import numpy as np
-
-from semanticvla_jax.data.datasets import DatasetSpec, Gripper, Trajectory  # noqa: F401
-
-
-def standardize(columns):
-  """Actions and proprioception as stored{opening}."""
-  action = columns["action"].copy()
-{gripper}  proprio = np.concatenate([columns[key] for key in {states}], axis=1)
-  return Trajectory(action, proprio, np.arange(len(action)))
-
+from semanticvla_jax.data.spec import DatasetSpec, Gripper  # noqa: F401
 
 SPEC = DatasetSpec(
-  standardize,
+  name={name!r},
   columns={columns},
   views={views},
-  normalized={normalized},
   absolute={absolute},
-  proprio_dim={proprio_dim},
+  proprio={states},
+  gripper={gripper},
   mode={mode!r},
   chunk={chunk},
-  gripper={of_gripper},
+  control_hz={fps},
+  time="observation/timestamp",
 )
 '''
 
@@ -271,23 +262,15 @@ SPEC = DatasetSpec(
 def spec_source(name: str, data: lerobot.LeRobot, options: Options) -> str:
   """The Python file with SPEC."""
   width, grip = data.vectors[options.action], options.gripper
-  states = [f"observation/{short_name(key)}" for key in options.states]
   columns = {"action": width} | {f"observation/{short_name(key)}": data.vectors[key] for key in options.states}
-  opening = ""
-  if grip is not None:
-    closed, reach = float(grip.closed), float(grip.open) - float(grip.closed)
-    opening = f"  action[:, {grip.dimension}] = np.clip((action[:, {grip.dimension}] - {closed}) / {reach}, 0, 1)\n"
   return _SPEC.format(
     name=name,
-    opening="" if grip is None else ", the gripper's command as an opening: 1 open, 0 closed",
-    gripper=opening,
-    states=states,
-    columns=columns,
+    columns=columns | {"observation/timestamp": 1},
     views=tuple(short_name(key) for key in options.views),
-    normalized=tuple(grip is None or i != grip.dimension for i in range(width)),
     absolute=tuple(i in options.absolute or (grip is not None and i == grip.dimension) for i in range(width)),
-    proprio_dim=sum(data.vectors[key] for key in options.states),
+    states=tuple(f"observation/{short_name(key)}" for key in options.states),
+    gripper=grip,
     mode=options.mode,
     chunk=options.chunk,
-    of_gripper=grip,
+    fps=data.fps,
   )

@@ -86,7 +86,6 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   add("--groot-port", type=int, help="port for GR00T's clients (ZMQ, needs pyzmq); 5555 is its own (default: none)")
   add("--fps", type=float, default=30.0, help="of LeRobot's robots, for the time stamps of actions (default: 30)")
   add("--record", metavar="DIR", help="folder to write every request and answer to, for replay (default: none)")
-  add("--compile-cache", metavar="DIR", help="folder of compiled programs, for the next start (default: none)")
   args = parser.parse_args(argv)
   args.max_batch = max(args.batch_sizes) if args.max_batch is None else args.max_batch
   if (args.tls_cert is None) != (args.tls_key is None):
@@ -139,14 +138,10 @@ def run(argv: Sequence[str]) -> None:
   """Loads, warms, prints what is served, and serves until SIGTERM or ^C."""
   args = arguments(argv)
   check_installed(_NEEDS)
-  import jax
 
   from semanticvla_jax.serve import gate, server
 
   key = None if args.api_key_file is None else gate.read_key(args.api_key_file)
-  if args.compile_cache is not None:
-    jax.config.update("jax_compilation_cache_dir", args.compile_cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   where = server.Address(args.host, args.port, key, args.tls_cert, args.tls_key, args.max_clients)
   server.check(where)
   listener, begin = server.bind(args.host, args.port), time.monotonic()

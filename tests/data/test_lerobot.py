@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from semanticvla_jax.data import datasets, images, lerobot, lerobot_to_rlds, rlds, tfrecord_index
+from semanticvla_jax.data import spec as specs
 from semanticvla_jax.demonstrate import __main__ as command
 
 FOLDER = pathlib.Path(__file__).parent / "lerobot"
@@ -85,7 +86,7 @@ def test_a_dataset_becomes_rlds_with_its_spec(name, tmp_path):
   told = []
   summary = lerobot_to_rlds.convert(FOLDER / name, tmp_path, "arm", OPTIONS, lambda *at: told.append(at))
   assert (summary.episodes, summary.frames, told) == (3, 18, [(1, 3), (2, 3), (3, 3)])
-  spec = runpy.run_path(str(summary.spec))["SPEC"]
+  spec = specs.load(f"{summary.spec}:SPEC")
   assert spec.views == cameras
   assert (spec.normalized, spec.absolute) == ((True,) * 6 + (False,), (False,) * 6 + (True,))
   dataset = rlds.load(str(tmp_path), "arm", spec=spec)
