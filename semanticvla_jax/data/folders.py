@@ -130,7 +130,7 @@ def unread(data_dir: str, name: str) -> list[str]:
 
 
 def _is_ours(path: Any) -> bool:
-  """Whether this is what the package leaves next to versions: locks, unfinished ones, the spec of a converted dataset."""
+  """Whether this is what the package leaves next to versions: locks, unfinished ones, a converted dataset's spec."""
   return path.name.startswith(".") or path.name == SPEC_FILE
 
 

@@ -124,8 +124,8 @@ import itertools
 import numpy as np
 from semanticvla_jax.data import pipeline
 stages = pipeline.Stages(
-  lambda step: np.zeros((2, 3), np.int64), lambda examples: [b"x"], lambda examples, decoded: np.stack(decoded)[:, None],
-  lambda examples: None, 1, 8, "accurate")
+  lambda step: np.zeros((2, 3), np.int64), lambda examples: [b"x"],
+  lambda examples, decoded: np.stack(decoded)[:, None], lambda examples: None, 1, 8, "accurate")
 pipeline.images.decode = lambda encoded, dct: np.zeros((8, 8, 3), np.uint8)
 made = pipeline.stream(stages, 0, 2, group=1, workers=2, prefetch=2)
 print(len(list(itertools.islice(made, 3))), flush=True)
