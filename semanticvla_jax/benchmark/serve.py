@@ -136,7 +136,7 @@ class Zeros:
   class preparation:
     """Actions as they are."""
 
-    gripper = "command"
+    gripper, robot = "command", None
 
     @staticmethod
     def actions(normalized: np.ndarray) -> np.ndarray:

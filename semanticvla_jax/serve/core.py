@@ -126,7 +126,7 @@ class Core:
   def __init__(self, policy: Any, settings: Settings, limit: ActionLimit, watch: Any = None, record: Any = None):
     self.policy, self.settings, self.limit, self.watch, self.record = policy, settings, limit, watch, record
     self.under_way, self.draining = 0, False
-    self.views = tuple(policy.metadata["views"])
+    self.keys = observations.keys_of(policy)
     self.own_gripper = policy.metadata["gripper"]
     self._units = {self.own_gripper: policy.preparation}
     self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
@@ -194,7 +194,7 @@ class Core:
 
   def _prepare(self, observation: Any) -> tuple[dict, Any, float]:
     begin = time.monotonic()
-    given = observations.canonical(observation, self.views)
+    given = observations.canonical(observation, self.keys)
     prepared = self.policy.observe([given])
     return given, prepared, time.monotonic() - begin
 

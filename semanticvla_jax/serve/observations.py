@@ -36,12 +36,20 @@ _DEPTH = 4
 _OWNER = {alias: name for name, aliases in NAMES.items() for alias in aliases}
 
 
-def canonical(observation: Any, views: Sequence[str]) -> dict[str, Any]:
+def keys_of(policy: Any) -> dict[str, Sequence[str]]:
+  """{part: keys} under which a policy finds each view, its state (or the columns of it) and the instruction."""
+  own, aliases = policy.preparation.robot, observation_dict.ALIASES
+  views = {view: aliases[view] for view in policy.metadata["views"]} if own is None else own.views
+  columns = {} if own is None else {key: (key, key.removeprefix("observation/")) for key in own.proprio}
+  return {**columns, **views, "state": aliases["state"], "instruction": aliases["instruction"]}
+
+
+def canonical(observation: Any, keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
   """What a client sent, under the names that the policy reads.
 
   Args:
     observation: a map of images, state and instruction; maps inside it are read as "outer/inner".
-    views: names of the policy's images.
+    keys: see `keys_of`.
 
   Raises:
     ValueError: not a map, too large, or an image that cannot be decoded.
@@ -51,14 +59,13 @@ def canonical(observation: Any, views: Sequence[str]) -> dict[str, Any]:
   flat = dict(_flat(observation, "", _DEPTH))
   if len(flat) > MOST_ENTRIES:
     raise refuse("Observation", f"{len(flat)} entries", f"at most {MOST_ENTRIES}", "send only what the policy reads")
-  wanted = [*views, "state", "instruction"]
-  known = {alias: name for name in wanted for alias in observation_dict.ALIASES.get(name, (name,))}
+  known = {key: name for name, own in keys.items() for key in own}
   found = {key: value for key, value in flat.items() if key in known and value is not None}
   there = {known[key] for key in found}
   for key, value in flat.items():
     name = _OWNER.get(key.rpartition("/")[2])
-    if key not in known and name in wanted and name not in there and value is not None:
-      found[observation_dict.ALIASES[name][0]] = value
+    if key not in known and name in keys and name not in there and value is not None:
+      found[keys[name][0]] = value
       there.add(name)
   if "state" not in there and (parts := _parts(flat)):
     found[observation_dict.ALIASES["state"][0]] = np.concatenate(parts)
