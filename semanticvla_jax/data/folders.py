@@ -64,7 +64,6 @@ def _builder(folder: str, name: str) -> Any:
     ) from error
 
 
-SPEC_FILE = "spec.py"  # next to the versions of a dataset that was converted from another format
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -90,7 +89,7 @@ def find(data_dir: str, name: str) -> str:
       "a folder or bucket that can be read",
       "check its address, the network, and credentials (gcloud auth application-default login)",
     ) from error
-  others = [path.name for path in inside if path not in versions and not _is_ours(path)]
+  others = [path.name for path in inside if path not in versions and not path.name.startswith(".")]
   if inside and not versions and (below := _configs(inside)):
     raise refuse(
       f"Dataset {name!r}",
@@ -126,12 +125,7 @@ def unread(data_dir: str, name: str) -> list[str]:
   from etils import epath
 
   newest = epath.Path(find(data_dir, name))
-  return sorted(x.name for x in newest.parent.iterdir() if x.name != newest.name and not _is_ours(x))
-
-
-def _is_ours(path: Any) -> bool:
-  """Whether this is what the package leaves next to versions: locks, unfinished ones, a converted dataset's spec."""
-  return path.name.startswith(".") or path.name == SPEC_FILE
+  return sorted(x.name for x in newest.parent.iterdir() if x.name != newest.name and not x.name.startswith("."))
 
 
 def _configs(inside: list[Any]) -> list[Any]:

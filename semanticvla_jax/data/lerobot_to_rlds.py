@@ -7,13 +7,14 @@ import hashlib
 import json
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from semanticvla_jax import files
-from semanticvla_jax.data import folders, lerobot, rlds, statistics, writer
+from semanticvla_jax.data import lerobot, rlds, statistics, writer
 from semanticvla_jax.data import spec as specs
 from semanticvla_jax.errors import refuse
 
@@ -64,10 +65,9 @@ def convert(
   options: Options,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
-  """Writes `<out>/<name>/1.0.0` and `<out>/<name>/spec.py`.
+  """Writes `<out>/<name>/1.0.0` and `<out>/<name>.py`, which holds SPEC.
 
   An interrupted run with the same options is taken up at its last whole shard. The result is read as it will be in
-  training before this returns. Memory: one episode, its images as JPEGs.
   training before this returns. Memory: one episode, its images as JPEGs.
 
   Args:
@@ -90,7 +90,7 @@ def convert(
     _begin(partial, data, options)
     shards = _write_shards(partial, data, options, progress)
     _finish(partial, name, data, options, shards)
-    spec = folder.with_name(folders.SPEC_FILE)
+    spec = pathlib.Path(out) / f"{name}.py"
     files.write(spec, spec_source(name, data, options))
     partial.rename(folder)
   stats = rlds.load(str(out), name, spec=specs.load(f"{spec}:SPEC")).statistics
@@ -149,7 +149,9 @@ def _begin(partial: pathlib.Path, data: lerobot.LeRobot, options: Options) -> No
   }
   plan = json.loads(json.dumps(plan))
   path = partial / _PLAN
-  if not path.exists():
+  if not path.exists():  # begun anew, or interrupted while it was given its names
+    shutil.rmtree(partial)
+    partial.mkdir()
     files.write_json(path, plan)
   elif (before := json.loads(path.read_text(encoding="utf-8"))) != plan:
     changed = sorted(key for key in plan if before.get(key) != plan[key])
@@ -233,9 +235,9 @@ def _example(episode: lerobot.Episode, options: Options) -> dict:
 
 def _finish(partial: pathlib.Path, name: str, data: lerobot.LeRobot, options: Options, shards: list[dict]) -> None:
   features = _features(shards[0]["sizes"], data.vectors, options)
+  (partial / _PLAN).unlink()
   for number in range(len(shards)):
     (partial / f"{number:05d}.json").unlink()
-  (partial / _PLAN).unlink()
   counts = [shard["episodes"] for shard in shards]
   writer.complete(partial, name, features, counts, sum(shard["bytes"] for shard in shards))
 

@@ -14,7 +14,7 @@ demonstrations succeed.
 
     python -m semanticvla_jax.demonstrate lerobot --from-lerobot=DIR --absolute=none --gripper=6:1:0 --out=data
 
-writes a LeRobot dataset (v2.1 or v3.0) as data/<name>, with the DatasetSpec that reads it in data/<name>/spec.py; the
+writes a LeRobot dataset (v2.1 or v3.0) as data/<name>, with the DatasetSpec that reads it in data/<name>.py; the
 same command resumes after an interruption. What the dataset does not say of its robot is asked for by flags.
 
 Without a subcommand, --from-hdf5 means `libero`, --from-lerobot means `lerobot`, and all other flags mean `tabletop`.

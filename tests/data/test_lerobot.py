@@ -122,8 +122,17 @@ def test_an_interrupted_conversion_goes_on(tmp_path):
   with pytest.raises(ValueError, match="an interrupted conversion with other options; expected the same dataset"):
     changed = lerobot_to_rlds.Options((0,), None)
     lerobot_to_rlds.convert(FOLDER / "v30_video", tmp_path / "b", "arm", changed)
+  assert sorted(path.name for path in (tmp_path / "b/arm/.1.0.0.partial").glob("*.json")) == [
+    "00000.json",
+    "00001.json",
+    "plan.json",
+  ]
   resumed = lerobot_to_rlds.convert(FOLDER / "v30_video", tmp_path / "b", "arm", OPTIONS)
   assert contents(resumed.folder) == contents(straight.folder)
+  (resumed.folder / "00000").touch()  # left over where an earlier run was interrupted at its very end
+  resumed.folder.rename(resumed.folder.with_name(".1.0.0.partial"))
+  again = lerobot_to_rlds.convert(FOLDER / "v30_video", tmp_path / "b", "arm", OPTIONS)
+  assert contents(again.folder) == contents(straight.folder)
   with pytest.raises(ValueError, match="Dataset exists"):
     lerobot_to_rlds.convert(FOLDER / "v30_video", tmp_path / "b", "arm", OPTIONS)
 
@@ -237,7 +246,7 @@ def test_the_command(tmp_path, capsys):
   words = [f"--from_lerobot={FOLDER / 'v30_image'}", f"--out={tmp_path}"]
   command.main([*words, "--absolute=none", "--gripper=6:1:0", "--name=arm"])
   said = capsys.readouterr().out
-  assert f"{tmp_path}/arm/1.0.0: 3 episodes, 18 frames; read by SPEC of {tmp_path}/arm/spec.py" in said
+  assert f"{tmp_path}/arm/1.0.0: 3 episodes, 18 frames; read by SPEC of {tmp_path}/arm.py" in said
   named = r"name some of the dimensions of 'action' \(0 x, 1 y, .*, 6 gripper\)"
   for flags, message in (
     (["--gripper=none"], rf"--absolute: got None; expected all, none, or dimensions such as 0,1,2; {named}"),
