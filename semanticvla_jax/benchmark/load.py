@@ -1,4 +1,4 @@
-"""Clients of a policy server in a process of their own, without jax: how many milliseconds each request took.
+"""Clients of a policy server in a separate process, without jax: how many milliseconds each request took.
 
 python -m semanticvla_jax.benchmark.load '{"url": "ws://127.0.0.1:8000", "protocol": "openpi", "clients": 8, …}'
 """

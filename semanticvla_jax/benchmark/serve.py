@@ -89,7 +89,7 @@ def _add(result: Result, name: str, found: dict[str, Any]) -> float:
 
 
 def load(url: str, protocol: str, clients: int, seconds: float, disturbed: bool = False) -> dict[str, Any]:
-  """What `benchmark.load` measured in a process of its own."""
+  """What `benchmark.load` measured in a separate process."""
   settings = dict(url=url, protocol=protocol, clients=clients, seconds=seconds, disturbed=disturbed)
   command = [sys.executable, "-m", "semanticvla_jax.benchmark.load", json.dumps(settings)]
   return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

@@ -164,7 +164,7 @@ class Broker:
   Args:
     client: of the server.
     replan_steps: actions executed per query; None for the policy's own number.
-    asynchronous: whether the policy is asked in the background while the robot goes on with the chunk it has. Without
+    asynchronous: whether the policy is asked in the background while the robot executes the chunk it has. Without
       it the robot waits for each answer.
     align, blend: see `Chunks`; of asynchronous queries.
   """

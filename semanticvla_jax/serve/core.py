@@ -263,7 +263,7 @@ class Core:
       normalized = self.run_batch([one.observation for one in batch])
       results = [self.checked(normalized[i : i + 1], one.gripper) for i, one in enumerate(batch)]
     except Exception as error:  # of any kind: the next batch has its own fate
-      logging.error("Batch %d failed: %s", self._batches, cli.first_line(error))
+      logging.error("Batch %d failed: %s", self._batches, cli.first_line(error), exc_info=error)
       results = [Refused("failed", "the policy failed; the server's log says why")] * len(batch)
     seconds = self._latest = time.monotonic() - begin
     answers = []

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus: a registry of its own for each server."""
+"""What the server counts, for Prometheus: a separate registry for each server."""
 
 from __future__ import annotations
 

@@ -29,14 +29,14 @@ from semanticvla_jax.serve import wire
 from semanticvla_jax.serve.core import Core, Refused, Settings
 from semanticvla_jax.serve.limits import ActionLimit
 
-MOST_BYTES = 20 << 30  # of one recording; afterwards the server goes on without
+MOST_BYTES = 20 << 30  # of one recording; the server then continues without recording
 _WAITING = 64  # device calls that wait for the disk, at most; further ones are left out, which is counted
 _PACKAGES = ("semanticvla_jax", "jax", "jaxlib", "numpy")
 COMPILED = ("batch_sizes", "prompt_lengths")
 
 
 class Recorder:
-  """Writes device calls in a thread of its own; a slow or full disk costs recordings, not answers.
+  """Writes device calls in a separate thread; a slow or full disk costs recordings, not answers.
 
   Args:
     folder: of the recording, made if it is missing.

@@ -1,6 +1,6 @@
 """Pickles of LeRobot's clients, read and written without executing anything that they name.
 
-A pickle names functions and calls them. Here every name stands for a small class of this module or is refused, and
+A pickle names functions and calls them. Here every name maps to a small class of this module or is refused, and
 arrays are made of their bytes. The classes are made anew for each pickle: one cannot change what the next one meets.
 """
 
@@ -57,7 +57,7 @@ class _Reader(pickle._Unpickler):  # in Python: the one in C allocates whatever 
   dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
 
   def find_class(self, module: str, name: str) -> Any:
-    """What a name stands for here."""
+    """What a name maps to."""
     if (module, name) not in self._names:
       raise _Forbidden(f"the name {f'{module}.{name}':.80}")
     return self._names[module, name]
@@ -101,7 +101,7 @@ def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
 
 
 def _names() -> dict[tuple[str, str], Any]:
-  """{(module, name): what it stands for}, made anew."""
+  """{(module, name): what it maps to}, made anew."""
   records = {(HELPERS, name): type(name, (_Record,), {}) for name in RECORDS}
   array, dtype = type("array", (_Array,), {}), type("dtype", (_Dtype,), {})
 

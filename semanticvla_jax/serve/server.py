@@ -104,7 +104,8 @@ class Server(uvicorn.Server):
     """Ten times a second: whether to end."""
     if counter % _TICKS == 0:
       self._close_silent()
-    if self._site.core.draining and (not self._site.busy or time.monotonic() > self._until):
+    busy = self._site.busy or self._site.core.under_way
+    if self._site.core.draining and (not busy or time.monotonic() > self._until):
       self.should_exit = True
     return await super().on_tick(counter)
 
@@ -123,7 +124,7 @@ class Server(uvicorn.Server):
 
 
 class Background:
-  """A server in a thread of its own, for tests and measurements: `with Background(site) as port:`."""
+  """A server in a separate thread, for tests and measurements: `with Background(site) as port:`."""
 
   def __init__(self, site: Site, address: Address | None = None, doors: Sequence[Callable] = ()):
     self.server = Server(site, Address(port=0) if address is None else address, doors)

@@ -80,14 +80,14 @@ class Site:
       if isinstance(error, ValueError):
         error = Refused("bad_request", str(error))
       else:
-        logging.error("%s: %s", door, cli.describe(error))
+        logging.error("%s: %s", door, cli.first_line(error), exc_info=error)
         error = Refused("failed", "the server failed; its log says why")
     self.metrics.error(door, error.kind)
     return error
 
   @contextlib.contextmanager
   def working(self) -> Iterator[None]:
-    """Marks a request as begun until its answer is sent: a server that shuts down waits for it."""
+    """Counts a request until its answer is sent: a server that shuts down waits for it."""
     self.busy += 1
     try:
       yield
@@ -145,7 +145,7 @@ class Site:
 
 
 def session(connection: HTTPConnection) -> str:
-  """What tells one client from another."""
+  """What distinguishes one connection from another."""
   return "?" if connection.client is None else f"{connection.client.host}:{connection.client.port}"
 
 

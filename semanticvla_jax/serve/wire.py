@@ -23,7 +23,7 @@ import numpy as np
 from semanticvla_jax.errors import refuse
 
 MOST_AXES = 8
-MOST_DEPTH = 32  # of maps and lists in JSON; msgpack's decoder has a limit of its own
+MOST_DEPTH = 32  # of maps and lists in JSON; msgpack's decoder has its own limit
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])|bool|u?int(8|16|32|64)|float(16|32|64)")
 _FORMATS = ("png", "jpeg")
 
@@ -58,7 +58,7 @@ def unpack(frame: bytes | str, hook: Callable[[dict], Any] | None = None) -> Any
   """The value of a msgpack frame; arrays of both dialects are read-only views of its bytes.
 
   Args:
-    hook: from a map to what it stands for, instead of the two dialects'; it may call `array`.
+    hook: from a map to its value, instead of the two dialects'; it may call `array`.
 
   Raises:
     ValueError: text instead of bytes, a frame that is cut off or longer than its value, a key that is not text
@@ -144,7 +144,7 @@ def _check_depth(value: Any) -> None:
 
 
 def _array(found: dict) -> Any:
-  """A decoded map, or the array, number or image that it stands for."""
+  """A decoded map, or the array, number or image that it encodes."""
   if b"__ndarray__" in found:
     return array(found.get(b"data"), found.get(b"dtype"), found.get(b"shape"))
   if b"__npgeneric__" in found:

@@ -122,6 +122,19 @@ def test_a_body_over_the_limit_is_not_read(policy):
       assert b" 408 " in slow.recv(1000)
 
 
+def test_a_lone_client_that_opens_a_connection_for_each_request_is_not_kept_waiting(policy):
+  from semanticvla_jax.serve.core import Settings
+
+  image, wrist, state, prompt = parts()
+  body = {"full_image": image, "wrist_image": wrist, "state": state, "instruction": prompt}
+  with serving.serving(policy, Settings(max_batch=4, max_wait=30.0)) as (site, port):
+    for _ in range(3):
+      answered(post(f"http://127.0.0.1:{port}/act", body))
+    counted = site.metrics.text().decode()
+  queued = next(line for line in counted.splitlines() if 'seconds_sum{door="act",layer="queue"}' in line)
+  assert float(queued.split()[1]) < 30
+
+
 def test_too_much_to_do_is_a_503_that_says_when_to_come_again(policy):
   from semanticvla_jax.serve.core import Settings
 

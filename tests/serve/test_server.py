@@ -10,7 +10,7 @@ import serving
 from serving import KEY, observation, robot
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from semanticvla_jax.serve import gate
+from semanticvla_jax.serve import gate, server
 from semanticvla_jax.serve.core import Settings
 
 
@@ -92,6 +92,17 @@ def test_a_half_open_socket_and_a_slow_header_disturb_nobody(served):
     assert "actions" in one.ask(observation())
   half.close()
   slow.close()
+
+
+def test_a_connection_without_a_request_is_closed(policy, monkeypatch):
+  monkeypatch.setattr(server, "HEADER_TIMEOUT", 1.0)
+  monkeypatch.setattr(server, "_TICKS", 1)
+  with serving.serving(policy) as (_, port), robot(port) as one:
+    with socket.create_connection(("127.0.0.1", port)) as silent:
+      silent.sendall(b"P")
+      silent.settimeout(60)
+      assert silent.recv(10) == b""
+    assert "actions" in one.ask(observation())  # a websocket has another time-out
 
 
 def test_the_end_answers_what_is_under_way_and_refuses_the_rest(policy):

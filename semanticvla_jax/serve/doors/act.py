@@ -20,7 +20,7 @@ from semanticvla_jax import observation_dict
 from semanticvla_jax.serve import wire
 from semanticvla_jax.serve.core import Answer, Refused
 from semanticvla_jax.serve.doors import status
-from semanticvla_jax.serve.site import Site, json_error, session
+from semanticvla_jax.serve.site import Site, json_error
 
 
 async def act(site: Site, request: Request) -> Response:
@@ -32,7 +32,8 @@ async def act(site: Site, request: Request) -> Response:
       body = await site.body(request)
       value, encoded = await site.core.in_pool(_decoded, body)
       observation, shape = _observation(value, site.own["views"])
-      answer = await site.ask("act", observation, session(request), value.get("unnorm_key"))
+      who = "?" if request.client is None else request.client.host  # most clients open a connection for each request
+      answer = await site.ask("act", observation, who, value.get("unnorm_key"))
       return Response(_encoded(shape(answer), encoded), media_type="application/json")
     except Exception as error:  # of any kind: the client gets one line
       return json_error(site.refusal("act", error))
@@ -51,7 +52,7 @@ def _encoded(value: Any, encoded: bool) -> str:
 
 
 def _observation(value: Mapping[str, Any], views: Sequence[str]) -> tuple[dict[str, Any], Any]:
-  """The observation without what is no part of it, and the function that gives its client's answer."""
+  """The observation without the other entries, and the function that gives its client's answer."""
   seen = {key: one for key, one in value.items() if key not in ("unnorm_key", "num_steps")}
   if "num_steps" in value:
     return seen, _molmoact

@@ -1,4 +1,4 @@
-"""GR00T's protocol (ZMQ, msgpack) on a port of its own; an answer is in the codec of its request.
+"""GR00T's protocol (ZMQ, msgpack) on a separate port; an answer is in the codec of its request.
 
     → {"endpoint": "get_action", "data": {"observation": {"video": {name: u8[b t h w 3]}, "state": {name: f32[b t d]},
        "language": {name: [[text]]}}}, "api_token"?}

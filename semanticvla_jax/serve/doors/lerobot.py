@@ -1,4 +1,4 @@
-"""LeRobot's asynchronous inference (gRPC, its RobotClient of 0.4.2 and later), on a port of its own.
+"""LeRobot's asynchronous inference (gRPC, its RobotClient of 0.4.2 and later), on a separate port.
 
     → Ready      → SendPolicyInstructions: a pickle, which features the robot has
     → SendObservations: a pickle      → GetActions      ← a pickle, [TimedAction, …]
