@@ -82,12 +82,14 @@ serve-test: $(VENV)/.clients  ## the server against unmodified clients (installs
 # On two cores a call at `mid` takes about a second: p95 and p99 of so few calls say little, see docs/performance.md.
 CALLS ?= 10
 BENCH := $(PY) -m semanticvla_jax.benchmark
-bench: $(VENV)/.parity  ## speed on this machine, each figure with its peer: policy call, training step, evaluation (CALLS=…)
+bench: $(VENV)/.parity  ## speed on this machine, each figure with its peer: policy call, training step, evaluation, input (CALLS=…)
 	$(BENCH) flops --row=oft,lite,full --out=runs/bench/flops.json
 	$(BENCH) latency --row=full,lite,oft --size=mid --peer=eager,compile --calls=$(CALLS) --out=runs/bench/latency.json
 	$(BENCH) latency --row=full --size=mid --dtype=bfloat16 --calls=$(CALLS) --out=runs/bench/latency_bfloat16.json
 	$(BENCH) train --compare --size=mid --batch=1 --calls=3 --peer=eager --out=runs/bench/train.json
 	$(BENCH) evaluate --out=runs/bench/evaluate.json
+	taskset -c 0 $(BENCH) data --out=runs/bench/data_one_core.json
+	$(BENCH) data --out=runs/bench/data.json
 
 DEMONSTRATIONS ?= ../shared/libero/demonstrations
 bench-sim: $(VENV)/.sim  ## LIBERO episodes a minute, two simulators against one (DEMONSTRATIONS=…)

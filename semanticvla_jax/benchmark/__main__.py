@@ -24,6 +24,7 @@ VERBS = {
   "latency": "a policy's call in layers, its roofline, and the same architecture in PyTorch",
   "train": "examples a second, MFU, memory and the parts of a LoRA step; SemanticVLA against OpenVLA-OFT",
   "data": "examples a second of the input pipeline against what a training step needs",
+  "scale": "a synthetic dataset of LIBERO's size: time of its index, memory over many batches, resuming",
   "evaluate": "closed-loop episodes a second on the device and in a Python loop",
   "simulators": "LIBERO episodes a second with several simulators and with one",
   "convert": "conversion of a random checkpoint of openvla-7b's layout against a plain copy",
@@ -103,8 +104,20 @@ def _train(parser: argparse.ArgumentParser) -> None:
 def _data(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--image-size", type=_count, default=224, help="pixels of a side (default: 224)")
   parser.add_argument("--batch", type=_count, default=32, help="examples a batch (default: 32)")
-  parser.add_argument("--calls", type=_count, default=20, help="timed batches (default: 20)")
+  parser.add_argument("--calls", type=_count, default=20, help="timed batches of a round (default: 20)")
+  parser.add_argument("--rounds", type=_count, default=3, help="rounds, of which the best counts (default: 3)")
+  parser.add_argument(
+    "--size", default="7b", help=f"of the model a v5e-16 trains: {', '.join(rows.SIZES)} (default: 7b)"
+  )
   parser.add_argument("--step", help="result of the verb train to hold the rate against (a file of --out)")
+
+
+def _scale(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("folder", help="where the dataset is written (25 kB a frame) and kept for the next time")
+  parser.add_argument("--frames", type=_count, default=270_000, help="of the dataset, about (default: 270000)")
+  parser.add_argument("--batch", type=_count, default=8, help="examples a batch (default: 8)")
+  parser.add_argument("--calls", type=_count, default=20_000, help="batches to draw (default: 20000)")
+  parser.add_argument("--image-size", type=_count, default=64, help="pixels of a side as read (default: 64)")
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +190,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _smallest(args: argparse.Namespace) -> argparse.Namespace:
   """The same command with the smallest model and few calls."""
-  small = {"size": "tiny", "calls": 3, "image_size": 32, "layers": 1, "host_episodes": 2, "trials": 2, "seconds": 1}
+  small = {"size": "tiny", "calls": 3, "image_size": 32, "layers": 1, "host_episodes": 2}
+  small |= {"trials": 2, "seconds": 1, "rounds": 1}
   for name, value in small.items():
     if hasattr(args, name):
       setattr(args, name, value)
@@ -227,7 +241,12 @@ MEASURE: dict[str, Callable] = {
   "flops": lambda module, result, args: module.measure(result, args.row, args.size, args.prompt),
   "latency": _measure_latency,
   "train": _measure_train,
-  "data": lambda module, result, args: module.measure(result, args.image_size, args.batch, args.calls, args.step),
+  "data": lambda module, result, args: module.measure(
+    result, args.image_size, args.batch, args.calls, args.rounds, args.step, args.size
+  ),
+  "scale": lambda module, result, args: module.measure(
+    result, args.folder, args.frames, args.batch, args.calls, args.image_size
+  ),
   "evaluate": lambda module, result, args: module.measure(
     result, args.policy, args.suite, args.batch, args.host_episodes
   ),

@@ -1,6 +1,7 @@
-"""The input pipeline: examples a second of `data.loader.BatchLoader` on a small RLDS dataset, and where its time goes.
+"""The input pipeline: examples a second of `data.loader.BatchLoader`, of plain tf.data, and what a slice would need.
 
-The dataset is written to a temporary folder: JPEGs of random pictures, two views. Needs TensorFlow.
+The dataset is written to a temporary folder: JPEGs of random pictures, two views. Needs TensorFlow. On one core alone:
+`taskset -c 0 python -m semanticvla_jax.benchmark data`.
 """
 
 from __future__ import annotations
@@ -8,47 +9,91 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from semanticvla_jax.benchmark import compare, record
+from semanticvla_jax.benchmark import compare, data_peer, flops, record
 from semanticvla_jax.benchmark.record import Result
 from semanticvla_jax.data import images, loader, rlds, text, writer
 from semanticvla_jax.errors import refuse
+from semanticvla_jax.train import flops as peak
 
 NAME = "tabletop_benchmark"
 _EPISODES, _LENGTH, _CHUNK = 16, 24, 8
+_MANY = 8  # threads, more than small machines have cores
+_CHIPS, _MFU = 16, 0.4
 
 
-def measure(result: Result, image_size: int, batch: int, calls: int, step: str | None) -> None:
-  """Times batches with all threads and with one, and decoding and augmentation alone.
+def measure(
+  result: Result, image_size: int, batch: int, calls: int, rounds: int, step: str | None, size: str = "7b"
+) -> None:
+  """Times batches with one thread, one for each core, and eight, in turns with plain tf.data; and parts of the work.
 
   Args:
-    image_size: pixels of a side, as stored and as read. batch: examples. calls: timed batches.
+    image_size: pixels of a side as read; the pictures are stored an eighth larger.
+    batch: examples. calls: timed batches of each of `rounds`, of which the best counts.
     step: a result of the verb train, whose need is held against the rate; None for none.
+    size: of the model whose training on a v5e-16 slice sets the need.
 
   Raises:
     ValueError: `step` is not such a result.
   """
   needs = {} if step is None else needed(step)
+  cores = record.cores()
   with tempfile.TemporaryDirectory() as folder:
-    writer.write(folder, NAME, episodes(image_size))
+    made = writer.write(folder, NAME, episodes(image_size * 8 // 7))
     dataset = rlds.load(folder, NAME, cache_dir=str(Path(folder) / "cache"))
     options = loader.BatchOptions(batch, _CHUNK, image_size, augmentation=images.RELEASE)
-    tokenizers = text.load(prompt_length=64)
-    batches = loader.BatchLoader([(dataset, 1.0)], tokenizers, options)
-    cores = record.cores()
-    for workers in dict.fromkeys((1, cores)):
-      rate = _rate(batches, batch, calls, workers)
-      result.add(f"loader, {workers} threads", rate, "examples/s")
+    batches = loader.BatchLoader([(dataset, 1.0)], text.load(prompt_length=64), options)
+    for workers in sorted({1, cores, _MANY}):
+      ours = lambda w=workers: batches.batches(workers=w)  # noqa: E731
+      theirs = lambda w=workers: data_peer.batches(str(made), dataset.spec.views, image_size, batch, w)  # noqa: E731
+      _in_turns(result, {"loader": ours, "plain tf.data": theirs}, workers, batch, calls, rounds)
+  rate = result.value(f"loader, {cores} threads")
+  if cores > 1:
+    result.add(f"loader, {cores} threads / 1", rate / result.value("loader, 1 threads"), "ratio")
+  result.add(f"loader, {_MANY} threads / {cores}", result.value(f"loader, {_MANY} threads") / rate, "ratio")
   for row, need in needs.items():
     result.add(f"{row} step takes", need, "examples/s")
     result.add(f"loader / {row} step", rate / need, "ratio")
   decode, augment = _parts(image_size)
-  result.add("decoding, of a thread's time", decode * rate / cores, "ratio")
-  result.add("augmentation, of a thread's time", augment * rate / cores, "ratio")
+  alone = result.value("loader, 1 threads, a CPU second")
+  result.add("decoding, of a thread's time", decode * alone, "ratio")
+  result.add("augmentation, of a thread's time", augment * alone, "ratio")
+  _add_slice(result, size, rate / cores)
+
+
+def _add_slice(result: Result, size: str, rate: float) -> None:
+  """What a v5e-16 slice would take if it computed at _MFU, and how many of these cores would feed it."""
+  work = sum(flops.training("full", size).values())
+  need = _CHIPS * peak.peak("TPU v5e") * _MFU / work
+  result.add(f"v5e-16 at MFU {_MFU}, full@{size}, takes", need, "examples/s")
+  result.add("these cores for each of its 4 hosts", need / 4 / rate, "cores")
+
+
+def _in_turns(
+  result: Result, sides: dict[str, Callable[[], Iterator]], workers: int, batch: int, calls: int, rounds: int
+) -> None:
+  """Adds the best round of each side by the clock, and by CPU time, which other jobs disturb less."""
+  seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+  for name, make in [*sides.items()] * rounds:
+    stream = make()
+    next(stream)
+    begin = time.perf_counter(), time.process_time()
+    for _ in itertools.islice(stream, calls):
+      pass
+    seconds[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    del stream  # or its threads would work ahead while the other side is timed
+  for name, found in seconds.items():
+    wall, cpu = (min(column) for column in zip(*found, strict=True))
+    result.add(f"{name}, {workers} threads", calls * batch / wall, "examples/s")
+    result.add(f"{name}, {workers} threads, a CPU second", calls * batch / cpu, "examples")
+  ours, theirs = (result.value(f"{name}, {workers} threads") for name in sides)
+  result.add(f"loader / plain tf.data, {workers} threads", ours / theirs, "ratio")
+  ours, theirs = (result.value(f"{name}, {workers} threads, a CPU second") for name in sides)
+  result.add(f"loader / plain tf.data, {workers} threads, a CPU second", ours / theirs, "ratio")
 
 
 def needed(path: str) -> dict[str, float]:
@@ -73,17 +118,8 @@ def episodes(image_size: int) -> Iterator[writer.Episode]:
     yield writer.Episode(pictures[:, 0], pictures[:, 1], state, action, "pick up the red cube", file_path=str(number))
 
 
-def _rate(batches: loader.BatchLoader, batch: int, calls: int, workers: int) -> float:
-  stream = batches.batches(workers=workers)
-  next(stream)
-  begin = time.perf_counter()
-  for _ in itertools.islice(stream, calls):
-    pass
-  return calls * batch / (time.perf_counter() - begin)
-
-
 def _parts(image_size: int, repeats: int = 10) -> tuple[float, float]:
-  """Seconds to decode and to augment the two views of an example, one after the other, on one thread."""
+  """CPU seconds to decode and to augment the two views of an example, one after the other."""
   rng = np.random.default_rng(0)
   coarse = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
   pictures = coarse.repeat(image_size // 8, axis=1).repeat(image_size // 8, axis=2)
@@ -92,8 +128,10 @@ def _parts(image_size: int, repeats: int = 10) -> tuple[float, float]:
   seconds = []
   for work in (lambda: [images.decode(x) for x in encoded], lambda: images.augment(pictures, uniform, images.RELEASE)):
     work()
-    begin = time.perf_counter()
+    each = []
     for _ in range(repeats):
+      begin = time.thread_time()
       work()
-    seconds.append((time.perf_counter() - begin) / repeats)
+      each.append(time.thread_time() - begin)
+    seconds.append(min(each))
   return seconds[0], seconds[1]

@@ -48,9 +48,17 @@ def test_data_end_to_end(tmp_path):
   found, _ = figures(tmp_path, "data", f"--step={tmp_path / 'train.json'}", "--batch=4")
   threads = next(value for name, value in found.items() if name == "loader, 1 threads")
   assert threads > 0 and found["loader / full step"] > 0 and 0 < found["decoding, of a thread's time"]
+  assert found["loader / plain tf.data, 1 threads"] == pytest.approx(threads / found["plain tf.data, 1 threads"])
+  assert found["v5e-16 at MFU 0.4, full@tiny, takes"] > threads
   (tmp_path / "train.json").write_text(json.dumps(step | {"verb": "latency"}))
   with pytest.raises(ValueError, match=r"^--step: got a result of latency; expected one of train; "):
     figures(tmp_path, "data", f"--step={tmp_path / 'train.json'}")
+
+
+def test_scale_end_to_end(tmp_path):
+  found, _ = figures(tmp_path, "scale", str(tmp_path / "set"), "--frames=540", "--batch=2")
+  assert found["frames"] == 540 and 0 < found["both again, from the cache"] and 0 < found["resuming at the last batch"]
+  assert found["resident, highest"] >= found["resident after the first batch"] > 50
 
 
 @pytest.mark.parity
