@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax import cli
-from semanticvla_jax.data import statistics
+from semanticvla_jax.data import robot, statistics
 from semanticvla_jax.data.gripper import to_commands
 from semanticvla_jax.data.images import center_crop
 from semanticvla_jax.errors import refuse
@@ -423,11 +423,11 @@ def check_robot(policy: Any, replan_steps: int) -> None:
       "1 or 2, 8, 7 and 'command'",
       "evaluate a policy trained on the tabletop",
     )
-  robot = policy.preparation.robot
-  if robot is not None and [(one.dimension, one.kind, one.answers) for one in robot.grippers] != [_GRIPPER]:
+  own = [] if robot.KEY not in known else robot.from_json("The policy", known[robot.KEY]).grippers
+  if robot.KEY in known and [(one.dimension, one.kind, one.answers) for one in own] != [_GRIPPER]:
     raise refuse(
       "Policy is for another robot",
-      f"the grippers {[*robot.grippers]}",
+      f"the grippers {[*own]}",
       "-1 open and +1 closed in dimension 6",
       "evaluate a policy trained on the tabletop",
     )

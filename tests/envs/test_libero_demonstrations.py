@@ -145,7 +145,7 @@ def test_the_flags_of_both_sources_are_reached_from_the_first_help(capsys):
     assert not ended.value.code
     printed.append(capsys.readouterr().out)
   first, tabletop, libero = printed
-  assert "demonstrate {tabletop,libero}" in first
+  assert "demonstrate {tabletop,libero,lerobot}" in first
   assert "--perturbed" in tabletop and "--from-hdf5" not in tabletop
   assert "--from-hdf5" in libero and "--perturbed" not in libero
   with pytest.raises(ValueError, match="got 'liber'; expected one of tabletop, libero; .*did you mean 'libero'"):
