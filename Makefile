@@ -71,9 +71,9 @@ POLICY ?= checkpoints/tabletop_small
 serve: $(VENV)/.main  ## serve a policy to robots and harnesses: POLICY=checkpoints/tabletop_small
 	$(PY) -m semanticvla_jax.serve --policy=$(POLICY)
 
-# Clients as their projects publish them. openpi-client asks for numpy < 2 and runs on numpy 2: so --no-deps.
+# Clients as their projects publish them. openpi-client asks for numpy < 2 and runs on numpy 2: ours overrides.
 $(VENV)/.clients: requirements-clients.txt $(VENV)/.main
-	$(VENV)/bin/uv pip install -q --python $(PY) --no-deps -r requirements-clients.txt
+	$(VENV)/bin/uv pip install -q --python $(PY) --override requirements.txt -r requirements-clients.txt
 	touch $@
 
 serve-test: $(VENV)/.clients  ## the server against unmodified clients (installs them)
