@@ -13,7 +13,6 @@ from semanticvla_jax import Policy, cli
 from semanticvla_jax.data import __main__ as data
 from semanticvla_jax.data import writer
 from semanticvla_jax.data.spec import DatasetSpec, Gripper
-from semanticvla_jax.train.__main__ import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = DatasetSpec(  # an arm of six joints with a gripper that opens up to 8 cm
@@ -62,6 +61,8 @@ def main(steps: int = 2) -> dict:
     writer.write_recordings(Path(folder) / "data", SPEC.name, SPEC, recordings(4))
     data.main(["inspect", f"--data-dir={folder}/data", f"--spec={__file__}:SPEC"])
     (Path(folder) / "run").mkdir()
+    from semanticvla_jax.train.__main__ import train  # here, so that commands can read SPEC from this file
+
     policy = Policy.load(train(get_config(Path(folder) / "data", steps), Path(folder) / "run"))
   first = next(recordings(1))
   observation = {view: images[0] for view, images in first.images.items()} | {"prompt": first.instruction}

@@ -165,9 +165,11 @@ def _of_episodes(dataset: rlds.Dataset) -> Iterator[Finding]:
   )
   if twice := sum(count - 1 for count in digests.values()):
     yield Finding(False, f"{twice} of {len(ends)} episodes repeat another's numbers: drop the copies")
-  short = int((np.bincount(dataset.episodes) < spec.chunk).sum())
-  if short:
-    yield Finding(False, f"{short} episodes are shorter than the chunk of {spec.chunk} and skipped, unless padded")
+  lengths = np.bincount(dataset.episodes)
+  if short := int((lengths < spec.chunk).sum()):
+    what = f"{short} of {len(lengths)} episodes are shorter than the chunk of {spec.chunk} and skipped"
+    remedy = "config.data.trajectory_end=pad takes them"
+    yield Finding(short == len(lengths), f"{what}: {remedy}")
   spoken = np.array([bool(sentence) for sentence in index.instructions], bool)
   silent = sum(not spoken[index.instruction[first:last]].any() for first, last in zip(ends - index.lengths, ends))
   if silent:

@@ -81,6 +81,8 @@ def test_a_sound_dataset_has_nothing_to_report(tmp_path):
   dataset, found = look(tmp_path, map(recording, range(5)))
   assert found == [] and len(dataset.actions) == 60
   assert inspection.describe(found) == "training stops at: nothing\nworth a look: nothing"
+  _, (short,) = inspection.inspect(str(tmp_path), "arm", SPEC._replace(chunk=13))
+  assert short.stops and short.line.startswith("5 of 5 episodes are shorter than the chunk of 13 and skipped")
 
 
 def still(number: int) -> writer.Recording:
@@ -116,7 +118,7 @@ def test_everything_is_counted_at_once(tmp_path):
   assert any("instruction tokens" in line and "shorten the sentences" in line for line in stops)
   assert len(dataset.actions) == 12 + 6 + 12 + 12 and sum(one.skippable for one in found) == 3
   assert any(line.startswith("1 of 7 episodes repeat another's numbers") for line in looks)
-  assert any(line.startswith("1 episodes are shorter than the chunk of 8") for line in looks)
+  assert any(line.startswith("1 of 4 episodes are shorter than the chunk of 8") for line in looks)
   with pytest.raises(ValueError, match="Bad column 'observation/state'.*finite: False"):
     writer.write_recordings(tmp_path, "other", SPEC, [nan])
 

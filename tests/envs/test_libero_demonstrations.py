@@ -148,7 +148,7 @@ def test_the_flags_of_both_sources_are_reached_from_the_first_help(capsys):
   assert "demonstrate {tabletop,libero,lerobot}" in first
   assert "--perturbed" in tabletop and "--from-hdf5" not in tabletop
   assert "--from-hdf5" in libero and "--perturbed" not in libero
-  with pytest.raises(ValueError, match="got 'liber'; expected one of tabletop, libero, lerobot; .*did you mean 'libero'"):
+  with pytest.raises(ValueError, match="got 'liber'; expected one of tabletop, libero, lerobot; .*mean 'libero'"):
     main(["liber", "--suite=libero_object"])
 
 
