@@ -55,7 +55,7 @@ sim: $(VENV)/.sim  ## the LIBERO simulator: installs it and runs its tests (asse
 	.venv-lerobot/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-lerobot.txt
 	touch $@
 
-lerobot: .venv-lerobot/.done  ## datasets written by LeRobot's own code and read back (installs torch beside this environment)
+lerobot: .venv-lerobot/.done  ## datasets written by LeRobot's own code and read back (installs torch, apart from this environment)
 	$(PY) -m pytest -m lerobot
 
 pretrain: $(VENV)/.main  ## the small tabletop base from scratch, in three runs; run it again to go on

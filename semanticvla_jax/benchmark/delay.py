@@ -1,7 +1,7 @@
 """Success on the tabletop against the delay between an observation and its actions, by how a client uses chunks.
 
 All episodes of a cell run in lock step; which action is executed when is decided by `serve.chunks.Chunks`, as on a
-robot. Delays are in robot time. A robot without an action to execute stands still.
+robot. Delays are in robot time. A robot without an action to execute does not move.
 """
 
 from __future__ import annotations
@@ -63,25 +63,14 @@ def programs(policy: Policy, suite: str, episodes: int, split: str = "heldout") 
 
   states → actions f32[k b 7]; nothing → first states; (states, actions f32[b 7]) → (states, success bool[b]).
   """
-  setup = rollout.Setup(
-    policy.image_size,
-    policy.bare.num_views,
-    policy.metadata["crop_area"],
-    policy.mode,
-    suite,
-    split,
-    policy.chunk,
-    tasks.max_steps(suite),
-    False,
-  )
+  setup = rollout.setup_of(policy, suite, split, policy.chunk, tasks.max_steps(suite))
   sentences = tasks.instructions(suite)
-  stats = (policy.stats.action, None if policy.bare.proprio_dim is None else policy.stats.proprio)
-  inputs = jax.tree.map(jnp.asarray, rollout.Inputs(policy.params, stats, policy.words(sentences)))
+  inputs = rollout.inputs_of(policy, sentences)
 
   @jax.jit
   def ask(states: tasks.State) -> jax.Array:
-    told = states.instruction - tasks.INSTRUCTIONS.index(sentences[0])
-    return rollout.policy_query(policy.model, setup, inputs)(states, told).swapaxes(0, 1)
+    asked = states.instruction - tasks.INSTRUCTIONS.index(sentences[0])
+    return rollout.policy_query(policy.model, setup, inputs)(states, asked).swapaxes(0, 1)
 
   @jax.jit
   def begin() -> tasks.State:

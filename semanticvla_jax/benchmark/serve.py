@@ -1,6 +1,6 @@
 """A policy server under load, over loopback: latency and observations a second, and what a door itself costs.
 
-Server and clients are processes of their own. "one at a time" is the same server with a largest batch of one. A policy
+Server and clients are separate processes. "one at a time" is the same server with a largest batch of one. A policy
 of zeros, which neither prepares nor computes, shows the overhead of the doors.
 """
 

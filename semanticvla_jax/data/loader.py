@@ -102,7 +102,7 @@ class BatchLoader:
     weights = [weight * len(dataset.actions) for dataset, weight in mixture]
     episodes = [one.dataset.episodes[one.starts] for one in self._sources]
     self._sequence = sampler.IndexSampler(episodes, weights, options.seed, options.window)
-    self._taking = threading.Lock()  # pipelines draw in threads of their own
+    self._taking = threading.Lock()  # pipelines draw in their own threads
     self._prepare = functools.partial(images.prepare, size=options.image_size, crop_area=options.crop_area)
 
   def batches(

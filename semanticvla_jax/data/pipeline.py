@@ -113,14 +113,14 @@ def _dataset(stages: Stages, start: int, rows: int, group: int, workers: int, pr
 
 
 def _plain(function: Callable) -> Callable:
-  """Python as it stands: nothing in it is control flow of a graph."""
+  """Python left as written: none of it becomes control flow of a graph."""
   import tensorflow as tf
 
   return tf.autograph.experimental.do_not_convert(function)
 
 
 def _options(workers: int) -> Any:
-  """Threads of its own, as many as asked for, and nothing that depends on the machine's load."""
+  """Private threads, as many as asked for, and nothing that depends on the machine's load."""
   import tensorflow as tf
 
   options = tf.data.Options()

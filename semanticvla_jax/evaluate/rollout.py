@@ -161,6 +161,15 @@ class Setup(NamedTuple):
   keep_states: bool
 
 
+def setup_of(
+  policy: Policy, suite: str, split: str, replan_steps: int, max_steps: int, keep_states: bool = False
+) -> Setup:
+  """The setup of a policy's program on a suite of the tabletop."""
+  crop_area, views = policy.metadata["crop_area"], policy.bare.num_views
+  own = (policy.image_size, views, crop_area, policy.mode)
+  return Setup(*own, suite, split, replan_steps, max_steps, keep_states)
+
+
 class Inputs(NamedTuple):
   """What a program is given: parameters, statistics (action, proprio), and tables of words, a row a sentence.
 
@@ -170,6 +179,12 @@ class Inputs(NamedTuple):
   params: Any
   stats: tuple[Statistics, Statistics | None]
   words: tuple
+
+
+def inputs_of(policy: Policy, sentences: Sequence[str]) -> Inputs:
+  """A policy's inputs, with a row of words for each sentence."""
+  stats = (policy.stats.action, None if policy.bare.proprio_dim is None else policy.stats.proprio)
+  return Inputs(policy.params, *(jax.tree.map(jnp.asarray, part) for part in (stats, policy.words(sentences))))
 
 
 def policy_query(model: nn.Module, setup: Setup, inputs: Inputs) -> Query:
@@ -234,20 +249,8 @@ class OnDevice:
     self.replan_steps = policy.replan_steps if replan_steps is None else replan_steps
     _check(policy, self.replan_steps)
     self._sentences = tasks.instructions(suite)
-    self._setup = Setup(
-      policy.image_size,
-      policy.bare.num_views,
-      policy.metadata["crop_area"],
-      policy.mode,
-      suite,
-      split,
-      self.replan_steps,
-      self.max_steps,
-      keep_states,
-    )
-    words = jax.tree.map(jnp.asarray, policy.words(self._sentences))
-    stats = (policy.stats.action, None if policy.bare.proprio_dim is None else policy.stats.proprio)
-    self._inputs = Inputs(policy.params, jax.tree.map(jnp.asarray, stats), words)
+    self._setup = setup_of(policy, suite, split, self.replan_steps, self.max_steps, keep_states)
+    self._inputs = inputs_of(policy, self._sentences)
 
   def run(
     self, seeds: Sequence[int] | np.ndarray, told: Sequence[str] | None = None, progress: Progress | None = None

@@ -86,7 +86,7 @@ def _check_groups(c: Mapping[str, Any]) -> None:
   if groups is None:
     return
   if c["coupler"] not in ("grouped", "paper"):
-    _refuse("groups", groups, f"None beside coupler={c['coupler']!r}", "set model.coupler='grouped', or no groups")
+    _refuse("groups", groups, f"None with coupler={c['coupler']!r}", "set model.coupler='grouped', or no groups")
   pairs = isinstance(groups, (list, tuple)) and all(isinstance(x, (list, tuple)) and len(x) == 2 for x in groups)
   named = pairs and all(isinstance(name, str) and name.isidentifier() for name, _ in groups)
   listed = named and all(isinstance(own, (list, tuple)) and len(own) for _, own in groups)

@@ -242,7 +242,8 @@ def _train(config: Any, workdir: Path, profile: tuple[int, int] | None, deadline
     except diverged.Diverged as error:
       batch = source_from(error.step - 1).batches(error.step - 1)
       raise type(error)(f"{error} Its batch: {diverged.save_batch(batch, workdir, error.step)}") from error
-  return write_policy(config, workdir, state, frozen, source.statistics, robots, deadline, aux_loss)
+  distributed.barrier("policy", deadline)
+  return write_policy(config, workdir, state, frozen, source.statistics, robots, aux_loss)
 
 
 class Run(NamedTuple):
@@ -314,12 +315,10 @@ def write_policy(
   frozen: Any,
   stats: dict,
   robots: dict,
-  deadline: float,
   aux_loss: stepping.AuxLoss | None = None,
 ) -> Path:
   """`<workdir>/policy`: parameters, statistics, config and tokenizers in one folder; replaces the one of this run."""
   target = workdir / "policy"
-  distributed.barrier("policy", deadline)
   params = combine(optimizer.average_of(state.optimizer, state.trainable), frozen)
   return type(workdir)(
     policy_folder.save_policy(

@@ -33,7 +33,7 @@ def test_errors_are_counted_and_no_answer_at_all_is_refused():
 
 
 class Clock:
-  """A robot for which every moment has one right action, its number; one that stands still lets no moment pass."""
+  """A robot for which every moment has one right action, its number; without an action no moment passes."""
 
   def __init__(self, k=8):
     self._k, self.done = k, []

@@ -187,9 +187,9 @@ def place(tmp_path):
 def test_inspect_by_a_spec_ends_with_status_1_where_training_would_stop(place, capsys):
   with pytest.raises(SystemExit, match="error: training would stop at 1 kinds of faults; the first: images"):
     command.main(["inspect", *place])
-  told = capsys.readouterr().out
-  assert "arm: 2 episodes, 24 frames" in told and "front (24 x 32), hand (16 x 16)" in told
-  assert "training stops at: 1\n  - images that cannot be decoded in 1 episodes; the first: Dataset 'arm'" in told
+  printed = capsys.readouterr().out
+  assert "arm: 2 episodes, 24 frames" in printed and "front (24 x 32), hand (16 x 16)" in printed
+  assert "training stops at: 1\n  - images that cannot be decoded in 1 episodes; the first: Dataset 'arm'" in printed
   command.main(["inspect", *place, "--skip-bad"])
   assert "arm: 2 episodes, 24 frames" in capsys.readouterr().out
 

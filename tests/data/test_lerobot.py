@@ -46,8 +46,8 @@ def check(root: pathlib.Path, name: str) -> None:
       np.testing.assert_allclose(episode.seconds, np.arange(LENGTHS[episode.index]) / 10, atol=1e-6)
       for number, camera in enumerate(cameras):
         for frame, jpeg in enumerate(episode.cameras[f"observation.images.{camera}"].frames):
-          told, picture = painted(jpeg)
-          assert told == 32 * episode.index + frame
+          seen, picture = painted(jpeg)
+          assert seen == 32 * episode.index + frame
           assert np.abs(picture - WRITTEN["picture"](number, episode.index, frame)).mean() <= CODEC
 
 
@@ -83,9 +83,9 @@ def stored_statistics(root: pathlib.Path, version: str) -> dict[str, dict[str, n
 @pytest.mark.parametrize("name", SETS)
 def test_a_dataset_becomes_rlds_with_its_spec(name, tmp_path):
   version, cameras, _ = SETS[name]
-  told = []
-  summary = lerobot_to_rlds.convert(FOLDER / name, tmp_path, "arm", OPTIONS, lambda *at: told.append(at))
-  assert (summary.episodes, summary.frames, told) == (3, 18, [(1, 3), (2, 3), (3, 3)])
+  seen = []
+  summary = lerobot_to_rlds.convert(FOLDER / name, tmp_path, "arm", OPTIONS, lambda *at: seen.append(at))
+  assert (summary.episodes, summary.frames, seen) == (3, 18, [(1, 3), (2, 3), (3, 3)])
   spec = specs.load(f"{summary.spec}:SPEC")
   assert spec.views == cameras
   assert (spec.normalized, spec.absolute) == ((True,) * 6 + (False,), (False,) * 6 + (True,))

@@ -81,7 +81,7 @@ def test_the_groups_of_one_arm_written_out_are_those_without_any():
     ({"groups": (("a", (0, 1, 2)), ("a", (3, 4, 5, 6)))}, "with different names"),
     ({"groups": (("a", ()), ("b", (*range(7),)))}, "with different names"),
     ({"groups": "trans"}, r"expected \(\(name, \(dimension"),
-    ({"groups": grouped(7), "coupler": "single"}, "expected None beside coupler='single'"),
+    ({"groups": grouped(7), "coupler": "single"}, "expected None with coupler='single'"),
     ({"action_dim": 10}, "expected a multiple of 7.*or name their groups in model.groups"),
     ({"optional_views": (2,)}, r"optional_views=\(2,\); expected some of the views 0 to 1"),
     ({"optional_views": (0, 1)}, "not all"),

@@ -1,4 +1,4 @@
-"""What clients send, under the names that a policy reads: those of its own robot, or openpi's and OpenVLA-OFT's."""
+"""What clients send, under the names that a policy reads: its own robot's, or openpi's and OpenVLA-OFT's."""
 
 import types
 
