@@ -119,6 +119,7 @@ def _data(variant: str) -> ConfigDict:
       cache_dir=placeholder(str),  # local, of indices; None: ~/.cache/semanticvla_jax, "": keeps none
       specs=(),  # FILE.py:NAME of the DatasetSpecs of datasets that the package does not know
       skip_bad=False,  # True leaves out episodes that cannot be used, and decodes every image once to find them
+      processes=0,  # that decode and augment on each host, where input is waited for; 0: threads of this process alone
       mixture="libero_4_task_suites_no_noops",
       batch_size=128,
       trajectory_end="cut",

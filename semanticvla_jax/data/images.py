@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32, UInt8
 from semanticvla_jax.errors import refuse
 
 _BLOCK = 16  # output rows per matrix product: the band of a block is a few times narrower than the image
+_PIXELS = 1 << 16  # of the images that are augmented together: what is computed of more does not fit a core's cache
 _STREAM = 2  # separates the augmentation draws from the other random streams of the same seed
 
 
@@ -220,6 +221,16 @@ def augment(
   Returns:
     RGB 0..255 of the same size, by trunc(x * 255.5).
   """
+  out = np.empty_like(images)
+  step = max(1, _PIXELS // (images.shape[1] * images.shape[2]))
+  for i in range(0, len(images), step):
+    out[i : i + step] = _augment(images[i : i + step], uniform[i : i + step], values)
+  return out
+
+
+def _augment(
+  images: UInt8[np.ndarray, "n h w 3"], uniform: Float[np.ndarray, "n 6"], values: Augmentation
+) -> UInt8[np.ndarray, "n h w 3"]:
   top, left, brightness, contrast, saturation, hue = uniform.T
   side = float(np.sqrt(values.crop_area))
   left = top if values.diagonal_crop else left

@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, UInt8
 
 from semanticvla_jax.data import images, pipeline, sampler, statistics, text, tfrecord_index, trajectories
+from semanticvla_jax.data.example_images import ExampleImages
+from semanticvla_jax.data.image_processes import ImageProcesses
 from semanticvla_jax.data.rlds import Dataset
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.types import Batch, Observation
@@ -103,7 +105,7 @@ class BatchLoader:
     episodes = [one.dataset.episodes[one.starts] for one in self._sources]
     self._sequence = sampler.IndexSampler(episodes, weights, options.seed, options.window)
     self._taking = threading.Lock()  # pipelines draw in their own threads
-    self._prepare = functools.partial(images.prepare, size=options.image_size, crop_area=options.crop_area)
+    self._images = ExampleImages(options.image_size, options.seed, options.augmentation, options.crop_area, options.dct)
 
   def batches(
     self,
@@ -111,6 +113,7 @@ class BatchLoader:
     rows: Int[np.ndarray, "rows"] | None = None,
     workers: int | None = None,
     prefetch: int = 2,
+    processes: int = 0,
   ) -> Iterator[Batch]:
     """Yields rows of the global batches start_step, start_step + 1, … without end.
 
@@ -119,6 +122,8 @@ class BatchLoader:
       rows: which examples of each global batch, ascending; None for all. A host passes its own.
       workers: threads of the tf.data pipeline that reads, decodes and augments; None for one per core, at most 16.
       prefetch: batches worked on ahead.
+      processes: other processes that decode and augment, for a host that one process cannot feed: Python's lock lets
+        its threads do the work of about two cores. 0 for none; the batches are the same.
 
     Returns:
       Batches of numpy arrays, see types.Batch; `instruction` is None if the tokenizers have no SigLIP part.
@@ -129,22 +134,28 @@ class BatchLoader:
     rows = np.arange(self.options.batch_size) if rows is None else np.asarray(rows)
     _check_rows(rows, start_step, self.options.batch_size)
     workers = min(pipeline.cores(), 16) if workers is None else workers
-    return self._generate(start_step, rows, max(workers, 1), prefetch)
+    return self._generate(start_step, rows, max(workers, 1), prefetch, processes)
 
-  def _generate(self, start_step: int, rows: np.ndarray, workers: int, prefetch: int) -> Iterator[Batch]:
+  def _generate(
+    self, start_step: int, rows: np.ndarray, workers: int, prefetch: int, processes: int
+  ) -> Iterator[Batch]:
     views = len(self._sources[0].dataset.spec.views)
     stages = pipeline.Stages(
       draw=functools.partial(self._draw, rows),
       read=self._read,
-      finish=self._finish,
+      finish=self._images.finish,
       check=self._check,
       views=views,
       size=self.options.image_size,
       dct=self.options.dct,
     )
     group = max(1, _PIXELS // (self.options.image_size**2 * views))
-    made = pipeline.stream(stages, start_step, len(rows), group=group, workers=workers, prefetch=prefetch)
-    with contextlib.closing(made):
+    with contextlib.ExitStack() as stack:
+      if processes:
+        make = stack.enter_context(contextlib.closing(ImageProcesses(self._images, processes)))
+        stages = stages._replace(make=make, processes=processes)
+      made = pipeline.stream(stages, start_step, len(rows), group=group, workers=workers, prefetch=prefetch)
+      stack.enter_context(contextlib.closing(made))
       for examples, pictures in made:
         yield self._batch(*examples.T, pictures)
 
@@ -155,7 +166,7 @@ class BatchLoader:
       datasets, candidates = self._sequence.take(first, int(rows[-1]) + 1)
     return np.stack([datasets[rows], candidates[rows], first + rows], axis=1)
 
-  def _images(self, examples: Int[np.ndarray, "g 3"]) -> Iterator[tuple[_Source, int, int]]:
+  def _places(self, examples: Int[np.ndarray, "g 3"]) -> Iterator[tuple[_Source, int, int]]:
     """Where the images of some examples are: source, frame of its index, view."""
     for dataset, candidate, _ in examples.tolist():
       source = self._sources[dataset]
@@ -163,28 +174,14 @@ class BatchLoader:
       yield from ((source, frame, view) for view in range(len(source.dataset.spec.views)))
 
   def _read(self, examples: Int[np.ndarray, "g 3"]) -> list[bytes]:
-    return [source.reader.image(frame, view) for source, frame, view in self._images(examples)]
-
-  def _finish(
-    self, examples: Int[np.ndarray, "g 3"], decoded: Sequence[UInt8[np.ndarray, "_ _ 3"]]
-  ) -> UInt8[np.ndarray, "g v h w 3"]:
-    """Prepares and augments the images of some examples; one without pixels, of a view that is missing, is black."""
-    blank = np.zeros((self.options.image_size, self.options.image_size, 3), np.uint8)
-    pictures = np.stack([self._prepare(one) if one.size else blank for one in decoded])
-    if self.options.augmentation is not None:
-      views = len(decoded) // len(examples)
-      drawn = [images.draws(self.options.seed, n, view) for n in examples[:, 2].tolist() for view in range(views)]
-      pictures = images.augment(pictures, np.stack(drawn), self.options.augmentation)
-      pictures[[not one.size for one in decoded]] = 0
-    return pictures.reshape(len(examples), -1, *pictures.shape[1:])
+    return [source.reader.image(frame, view) for source, frame, view in self._places(examples)]
 
   def _check(self, examples: Int[np.ndarray, "g 3"]) -> None:
     """Raises ValueError with the name of the first image that cannot be decoded or prepared."""
-    for source, frame, view in self._images(examples):
+    for source, frame, view in self._places(examples):
       encoded = source.reader.image(frame, view)
       try:
-        if encoded:  # an image is empty only where its view is optional
-          self._prepare(images.decode(encoded, self.options.dct))
+        self._images.prepare(self._images.decode(encoded))
       except ValueError as error:
         name = source.dataset.spec.views[view]
         raise ValueError(

@@ -2,7 +2,9 @@
 
 Python's lock decides how such a pipeline scales. JPEGs are decoded by TensorFlow's operation, outside the lock, where
 its pixels are those of `images.decode`. Finding and reading bytes, resizing and augmenting are numpy, the code that
-evaluation calls, in `tf.numpy_function`; no more of them run at a time than there are cores.
+evaluation calls, in `tf.numpy_function`. As many examples are read at a time as there are threads, since readers wait
+for a disk or network; no more are decoded and finished at a time than there are cores, or they would wait for the lock.
+Where that is too slow, other processes do it (`Stages.make`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import functools
 import io
 import itertools
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ class Stages(NamedTuple):
     views: images of an example.
     size: height and width of finished images.
     dct: see images.decode.
+    make: some examples and their encoded images → u8[g v s s 3], in other processes; None decodes and finishes here.
+    processes: how many times `make` runs at once.
   """
 
   draw: Callable[[int], Int[np.ndarray, "b 3"]]
@@ -49,6 +52,8 @@ class Stages(NamedTuple):
   views: int
   size: int
   dct: str
+  make: Callable[[Int[np.ndarray, "g 3"], Sequence[bytes]], UInt8[np.ndarray, "g v s s 3"]] | None = None
+  processes: int = 0
 
 
 def stream(
@@ -105,11 +110,13 @@ def _dataset(stages: Stages, start: int, rows: int, group: int, workers: int, pr
     drawn = tf.numpy_function(lambda n: stages.draw(int(n)), [number], tf.int64)
     return tf.ensure_shape(tf.reshape(drawn, [-1, group, 3]), [rows // group, group, 3])
 
+  at_once = min(workers, cores()) if stages.make is None else stages.processes
   numbers = tf.data.Dataset.range(start, np.iinfo(np.int64).max)
   groups = numbers.map(_plain(draw)).unbatch()
-  made = groups.map(_plain(_work(stages, group)), num_parallel_calls=workers, deterministic=True)
+  read = groups.map(_plain(_reading(stages, group)), num_parallel_calls=workers, deterministic=True)
+  made = read.map(_plain(_work(stages, group)), num_parallel_calls=at_once, deterministic=True)
   batches = made.batch(rows // group, drop_remainder=True)
-  return (batches.prefetch(prefetch) if prefetch else batches).with_options(_options(workers))
+  return (batches.prefetch(prefetch) if prefetch else batches).with_options(_options(max(workers, at_once)))
 
 
 def _plain(function: Callable) -> Callable:
@@ -119,36 +126,45 @@ def _plain(function: Callable) -> Callable:
   return tf.autograph.experimental.do_not_convert(function)
 
 
-def _options(workers: int) -> Any:
-  """Private threads, as many as asked for, and nothing that depends on the machine's load."""
+def _options(threads: int) -> Any:
+  """Private threads, and nothing that depends on the machine's load."""
   import tensorflow as tf
 
   options = tf.data.Options()
   options.deterministic = True
   options.autotune.enabled = False
-  options.threading.private_threadpool_size = workers
+  options.threading.private_threadpool_size = threads
   options.threading.max_intra_op_parallelism = 1
   return options
 
 
-def _work(stages: Stages, group: int) -> Callable:
-  """Examples i64[g 3] → the same examples and their images u8[g v s s 3], as operations of a graph."""
+def _reading(stages: Stages, group: int) -> Callable:
+  """Examples i64[g 3] → the same, their encoded images [g v], and which of them TensorFlow decodes, bool[g v]."""
   import tensorflow as tf
 
-  turns = threading.BoundedSemaphore(cores())
-  native = _decodes_alike(stages.dct)
+  native = stages.make is None and _decodes_alike(stages.dct)
 
   def read(examples):
     encoded = stages.read(examples)
     return np.array(encoded, object), np.array([native and _is_color_jpeg(one) for one in encoded])
 
+  def reading(examples):
+    encoded, is_jpeg = tf.numpy_function(read, [examples], (tf.string, tf.bool))
+    count = [group * stages.views]
+    return examples, tf.ensure_shape(encoded, count), tf.ensure_shape(is_jpeg, count)
+
+  return reading
+
+
+def _work(stages: Stages, group: int) -> Callable:
+  """What `_reading` gives → its examples and their images u8[g v s s 3], as operations of a graph."""
+  import tensorflow as tf
+
   def decode(encoded):
-    with turns:
-      return images.decode(encoded, stages.dct) if encoded else np.zeros((0, 0, 3), np.uint8)
+    return images.decode(encoded, stages.dct) if encoded else np.zeros((0, 0, 3), np.uint8)
 
   def finish(examples, *decoded):
-    with turns:
-      return stages.finish(examples, decoded)
+    return stages.finish(examples, decoded)
 
   def picture(encoded, is_jpeg):
     method = _METHODS.get(stages.dct, "")
@@ -158,10 +174,15 @@ def _work(stages: Stages, group: int) -> Callable:
       lambda: tf.ensure_shape(tf.numpy_function(decode, [encoded], tf.uint8), [None, None, 3]),
     )
 
-  def work(examples):
-    encoded, is_jpeg = tf.numpy_function(read, [examples], (tf.string, tf.bool))
-    decoded = [picture(encoded[i], is_jpeg[i]) for i in range(group * stages.views)]
-    pictures = tf.numpy_function(finish, [examples, *decoded], tf.uint8)
+  def made_elsewhere(examples, encoded):
+    return stages.make(examples, encoded.tolist())
+
+  def work(examples, encoded, is_jpeg):
+    if stages.make is None:
+      decoded = [picture(encoded[i], is_jpeg[i]) for i in range(group * stages.views)]
+      pictures = tf.numpy_function(finish, [examples, *decoded], tf.uint8)
+    else:
+      pictures = tf.numpy_function(made_elsewhere, [examples, encoded], tf.uint8)
     return examples, tf.ensure_shape(pictures, [group, stages.views, stages.size, stages.size, 3])
 
   return work

@@ -53,6 +53,7 @@ RULES = {
   "optim.ema": Rule(lambda x: _is_number(x) and 0 < x < 1, "a decay between 0 and 1 (0.999, say), or None", True),
   "optim.accumulate": _whole(1),
   "data.batch_size": _whole(1),
+  "data.processes": _whole(0),
   "data.prompt_length": _whole(1),
   "data.instruction_length": _whole(1),
   "train.steps": _whole(0),

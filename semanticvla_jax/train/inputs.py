@@ -186,7 +186,8 @@ def rlds_source(
     jitter=loader.Jitter(*config.data.jitter),
     **of_images,
   )
-  batches = loader.BatchLoader(mixture, tokenizers, options).batches(start, rows)
+  processes = config.data.get("processes", 0)
+  batches = loader.BatchLoader(mixture, tokenizers, options).batches(start, rows, processes=processes)
   read = [dataset for dataset, _ in mixture]
   return batches, {one.name: one.statistics for one in read}, {one.name: one.digest for one in read}
 

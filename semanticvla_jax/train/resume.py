@@ -32,6 +32,7 @@ FIELD_DEFAULTS_BEFORE = {
   "data.askew": 0.0,
   "data.specs": [],
   "data.skip_bad": False,
+  "data.processes": 0,
   "model.optional_views": [],
   "model.groups": None,
 }
@@ -46,6 +47,7 @@ MUTABLE_FIELDS = (
   "data.dir",
   "data.cache_dir",
   "data.specs",
+  "data.processes",
   "data.tokenizers",
   "train.steps",
   "train.save_every",
