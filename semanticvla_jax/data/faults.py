@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
+import json
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +102,24 @@ def of_images(
             broken.add(owner[frame])
             error = ValueError(f"Dataset {name!r}, {camera!r} of {reader.where(frame)}: {found}")
             yield Fault("images that cannot be decoded", int(owner[frame]), error)
+
+
+def remembered_of_images(name: str, spec: DatasetSpec, index: tfrecord_index.Index, memory: Path | None) -> list[Fault]:
+  """`of_images`, kept in a file from one run to the next, since it decodes every image.
+
+  Args:
+    memory: the file, of this content of the dataset alone (see tfrecord_index.kept_at); None keeps nothing. What
+      cannot be read in it is found anew.
+  """
+  kind = "images that cannot be decoded"
+  if memory is None:
+    return [*of_images(name, spec, index)]
+  with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+    known = json.loads(memory.read_text(encoding="utf-8"))
+    return [Fault(kind, int(episode), ValueError(message)) for episode, message in known]
+  found = [*of_images(name, spec, index)]
+  tfrecord_index.replace(memory, json.dumps([(fault.episode, str(fault.error)) for fault in found]).encode())
+  return found
 
 
 def summary(faults: Sequence[Fault]) -> str:

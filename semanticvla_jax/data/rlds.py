@@ -114,7 +114,8 @@ def load(
     split: tfds notation over episodes, e.g. "train" or "train[:95%]"; None for the spec's. The statistics are of it.
     given: statistics to use instead, e.g. of a checkpoint.
     cache_dir: local folder in which the index is kept from one run to the next; None for records.CACHE, "" for none.
-    skip_bad: leaves out episodes that cannot be used, and logs how many and why. Every image is decoded for it.
+    skip_bad: leaves out episodes that cannot be used, and logs how many and why. Every image is decoded for it once;
+      which cannot be is kept beside the index.
 
   Raises:
     ValueError: no such dataset or split, a missing feature, a corrupt shard, non-finite numbers, an empty image of a
@@ -128,7 +129,9 @@ def load(
   if not skip_bad:
     return assemble(name, spec, index, given)
   bad = [faults.Fault(faults.RECORDS, None, error) for _, error in lost]
-  bad += [*faults.of_numbers(name, spec, index), *faults.of_images(name, spec, index)]
+  kept = tfrecord_index.kept_at(parts, spec.columns, spec.views, cache_dir, name)
+  memory = None if kept is None else kept.with_suffix(".images.json")
+  bad += [*faults.of_numbers(name, spec, index), *faults.remembered_of_images(name, spec, index, memory)]
   skipped, missing = {fault.episode for fault in bad} - {None}, sum(count for count, _ in lost)
   if bad:
     count, total = len(skipped) + missing, len(index.lengths) + missing

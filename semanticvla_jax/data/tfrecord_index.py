@@ -93,10 +93,9 @@ def index(
   Raises:
     ValueError: a shard is missing, or, without `bad`, corrupt or shorter than announced, or a record lacks a feature.
   """
-  folder = _folder(cache_dir)
-  if folder is None:
+  path = kept_at(parts, columns, views, cache_dir, name)
+  if path is None:
     return _build(parts, columns, views, bad)
-  path = folder / f"{name}-{fingerprint(parts, columns, views, folder / 'shards.json')}.npz"
   kept = _load(path, [part.path for part in parts], columns, views)
   if kept is not None:
     logging.info("%s: index read from %s", name, path)
@@ -105,6 +104,20 @@ def index(
   if not bad:
     _save(path, built)
   return built
+
+
+def kept_at(
+  parts: Sequence[Part],
+  columns: Mapping[str, int],
+  views: Sequence[str],
+  cache_dir: str | pathlib.Path | None,
+  name: str,
+) -> pathlib.Path | None:
+  """The file of the cache that an index has; None where nothing is kept. Arguments as in `index`."""
+  folder = _folder(cache_dir)
+  if folder is None:
+    return None
+  return folder / f"{name}-{fingerprint(parts, columns, views, folder / 'shards.json')}.npz"
 
 
 def _folder(cache_dir: str | pathlib.Path | None) -> pathlib.Path | None:
@@ -135,7 +148,7 @@ def fingerprint(
     content = (pathlib.PurePath(part.path).name, part.skip, part.take, found[part.path][2])
     digest.update(repr(content).encode())
   if memory is not None and (known | found) != known:
-    _replace(memory, json.dumps(known | found).encode())
+    replace(memory, json.dumps(known | found).encode())
   return digest.hexdigest()[:16]
 
 
@@ -329,10 +342,10 @@ def _save(path: pathlib.Path, built: Index) -> None:
   arrays["instructions"] = np.array(built.instructions, dtype=str)
   buffer = io.BytesIO()
   np.savez(buffer, **arrays, **{f"column:{key}": column for key, column in built.columns.items()})
-  _replace(path, buffer.getvalue())
+  replace(path, buffer.getvalue())
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
+def replace(path: pathlib.Path, content: bytes) -> None:
   """Writes a file of the cache as a whole; says so where that cannot be."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """What a dataset on disk can have wrong: refused in one line, or skipped and counted."""
 
+import functools
 import json
 import shutil
 
@@ -99,6 +100,20 @@ def test_an_index_without_its_bad_records_is_not_kept(folder, tmp_path):
   rlds.load(str(folder), NAME, cache_dir=str(tmp_path), skip_bad=True)
   with pytest.raises(ValueError, match="Bad instruction"):
     rlds.load(str(folder), NAME, cache_dir=str(tmp_path))
+
+
+def test_images_are_decoded_once_for_a_content(folder, tmp_path, monkeypatch):
+  (shard, *_) = sorted((folder / NAME / "1.0.0").glob("*.tfrecord*"))
+  rewrite(shard, cut_image)
+  load = functools.partial(rlds.load, str(folder), NAME, cache_dir=str(tmp_path), skip_bad=True)
+  first, looks, look = load(), [], faults.of_images
+  monkeypatch.setattr(faults, "of_images", lambda *args: looks.append(args) or look(*args))
+  np.testing.assert_array_equal(load().actions, first.actions)
+  assert not looks
+  (kept,) = tmp_path.glob("*.images.json")
+  kept.write_text("[[1")
+  np.testing.assert_array_equal(load().actions, first.actions)
+  assert len(looks) == 1 and json.loads(kept.read_text())[0][0] == 0
 
 
 def test_a_corrupt_shard_loses_its_own_episodes_alone(folder, caplog):
