@@ -83,9 +83,9 @@ def to_torch(
     say: is given lines of progress.
 
   Raises:
-    ValueError: the target exists, the folder is damaged or not a policy of a whole model, the base is of another model,
-      something is missing for `companions`, or adapters cannot be kept: there are none, or the parts of a fused matrix
-      have separate adapters. Nothing is left then.
+    ValueError: the target exists, the folder is damaged or not a policy of a whole model, its coupler has groups that
+      the released code lacks, the base is of another model, something is missing for `companions`, or adapters cannot
+      be kept: there are none, or the parts of a fused matrix have separate adapters. Nothing is left then.
   """
   began = time.monotonic()
   base = [] if base is None else [base] if isinstance(base, (str, Path)) else list(base)
@@ -190,6 +190,14 @@ def _check_policy(folder: PolicyFolder, lora: str) -> None:
       f"{folder.metadata['parts']}",
       "a whole model",
       "convert one",
+    )
+  heads = {path.split("/")[1] for path in folder.leaves if path.startswith("coupler/")}
+  if other := sorted(heads - set(semanticvla.HEADS)):
+    raise refuse(
+      f"Policy {folder.folder}: groups of its coupler",
+      ", ".join(other),
+      f"some of {', '.join(semanticvla.HEADS)}, which the released PyTorch code has heads for",
+      "use it in JAX, or as one file (Policy.export)",
     )
   if lora == "keep" and not folder.adapted:
     raise refuse(

@@ -178,3 +178,10 @@ def test_a_tower_and_an_existing_target_are_refused(made, tmp_path):
   path.write_text(json.dumps(json.loads(path.read_text()) | {"parts": ["dino"]}))
   with pytest.raises(ValueError, match="single tower"):
     to_torch.to_torch(policy, tmp_path / "back")
+
+
+def test_groups_that_the_release_lacks_are_refused(tmp_path):
+  params = {"coupler": {name: {"out": {"bias": np.zeros(3, np.float32)}} for name in ("wrist", "fingers", "grip")}}
+  folder = policy_folder.save_policy(tmp_path / "policy", params, config={"model": {}}, statistics={})
+  with pytest.raises(ValueError, match="groups of its coupler: got fingers, wrist; expected some of trans, rot, grip"):
+    to_torch.to_torch(str(folder), tmp_path / "back")

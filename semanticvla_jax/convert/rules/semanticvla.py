@@ -9,6 +9,7 @@ from semanticvla_jax.convert.rules.engine import Rule, prefixed, with_lora
 from semanticvla_jax.convert.rules.vit import dense, norm
 from semanticvla_jax.models.semanticvla import SemanticVLA
 
+HEADS = {"trans": "model_trans", "rot": "model_rot", "grip": "model_grip", "all": "model"}  # of our coupler: theirs
 # The same weight has several names in the wild; each line undoes one habit, in this order.
 RENAMES = (
   (r"^module\.", ""),  # DistributedDataParallel
@@ -77,7 +78,7 @@ def rules(pairs: int = 0, lora: bool = False) -> list[Rule]:
         for r in dense(f"dense_fuser/pair_{p}_{which}/Dense_{i}", f"cross_vit_model.aggregate_proj.{2 * p + v}.{2 * i}")
       ]
   base += [r for i in range(2) for r in dense(f"proprio_projector/Dense_{i}", f"proprio_projector.fc{i + 1}")]
-  for group, source in (("trans", "model_trans"), ("rot", "model_rot"), ("grip", "model_grip"), ("all", "model")):
+  for group, source in HEADS.items():
     base += _head(f"coupler/{group}/", f"action_head.{source}.")
   return base
 
