@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import numbers
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import masks
+from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, FORMS, DecoderPruner
 from semanticvla_jax.models.llama import REMAT
 from semanticvla_jax.models.pruner import ANCHOR_RULES, KINDS, kinds
 
@@ -58,6 +60,7 @@ def check(c: Mapping[str, Any]) -> None:
   _check_encoders(c)
   _check_dense_fuser(c)
   _check_variant(c)
+  _check_decoder_pruner(c)
 
 
 def _refuse(field: str, got: Any, expected: str, remedy: str) -> None:
@@ -122,6 +125,27 @@ def _check_dense_fuser(c: Mapping[str, Any]) -> None:
   if fuser != "variant" and not _are_pairs(fuser):
     remedy = "None (in a config file, not on the command line) leaves the fuser out"
     _refuse("dense_fuser", fuser, "'variant', None or pairs ((dino block, siglip block), …)", remedy)
+
+
+def _check_decoder_pruner(c: Mapping[str, Any]) -> None:
+  """None, or the fields of a DecoderPruner, in a model that acts in one pass through separate layers."""
+  pruner = c["decoder_pruner"]
+  if pruner is None:
+    return
+  known = tuple(field.name for field in dataclasses.fields(DecoderPruner))
+  if not isinstance(pruner, Mapping) or not {"block", "keep"} <= {*pruner} <= {*known}:
+    _refuse("decoder_pruner", pruner, f"None, or a dict of {known}, block and keep at least", "write it so")
+  one, depth = DecoderPruner(**pruner), c["variant"]["llm"]["depth"]
+  scores = (*ATTENTION, *CONTROLS)
+  if one.score not in scores or one.form not in FORMS:
+    _refuse("decoder_pruner", pruner, f"score one of {scores}, form one of {FORMS}", "choose some of them")
+  least = 0 if one.score in CONTROLS else 1  # a score is of a layer that has run
+  if not _is_count(one.block, least) or one.block >= depth or not _is_count(one.keep, 1):
+    _refuse("decoder_pruner", pruner, f"block from {least} to {depth - 1}, keep from 1", "change them")
+  if c["coupler"] is None:
+    _refuse("decoder_pruner", pruner, "None with coupler=None, which speaks in tokens", "set model.coupler")
+  if c["scan"]:
+    _refuse("decoder_pruner", pruner, "None with scan=True, whose layers are one loop", "set model.scan=False")
 
 
 def _are_pairs(x: Any) -> bool:

@@ -38,10 +38,19 @@ def take(x: Array, at: Int[Array, "b w"]) -> Array:
   return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
+def attention_weights(
+  q: Float[Array, "b r h c"], k: Float[Array, "b s h c"], mask: Bool[Array, "b r s"]
+) -> Float[Array, "b r s"]:
+  """Softmax attention in float32, mean over heads; padding that asks looks nowhere in particular."""
+  logits = jnp.einsum("brhc,bshc->bhrs", q.astype(jnp.float32), k.astype(jnp.float32)) / q.shape[-1] ** 0.5
+  return jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min), axis=-1).mean(axis=1)
+
+
 class Attention(nn.Module):
   """Rotary multi-head attention; with a cache, new keys and values are written at `write_at`.
 
-  With `queries` i32[b w], only these positions ask: the output is f[b w d].
+  With `queries` i32[b w], only these positions ask: the output is f[b w d]. The third result is None, or with `rows`
+  i32[b r] where these look, f32[b r s], mean over heads.
   """
 
   num_heads: int
@@ -50,7 +59,9 @@ class Attention(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b l d"], positions, mask: Bool[Array, "b l s"], cache, write_at, queries=None):
+  def __call__(
+    self, x: Float[Array, "b l d"], positions, mask: Bool[Array, "b l s"], cache, write_at, queries=None, rows=None
+  ):
     d = x.shape[-1]
     dense = dict(use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
     heads = (self.num_heads, d // self.num_heads)
@@ -70,8 +81,9 @@ class Attention(nn.Module):
         for old, new in zip(cache, (k, v))
       )
       cache = (k, v)
+    weights = None if rows is None else attention_weights(take(q, rows), k, take(mask, rows))
     out = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None])
-    return nn.DenseGeneral(d, axis=(-2, -1), name="o_proj", **dense)(out), cache
+    return nn.DenseGeneral(d, axis=(-2, -1), name="o_proj", **dense)(out), cache, weights
 
 
 class MLP(nn.Module):
@@ -94,7 +106,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One decoder layer; the carry is the residual stream, all of it or that of the positions `queries` i32[b w]."""
+  """One decoder layer; the carry is the residual stream, all of it or that of the positions `queries` i32[b w].
+
+  With `rows`, what Attention says of them comes with the cache.
+  """
 
   num_heads: int
   mlp_dim: int
@@ -104,16 +119,16 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b l d"], positions, mask, cache, write_at, queries=None):
+  def __call__(self, x: Float[Array, "b l d"], positions, mask, cache, write_at, queries=None, rows=None):
     norm = dict(epsilon=self.eps, dtype=self.dtype)
-    y, cache = Attention(self.num_heads, self.theta, self.fused, self.dtype, name="attn")(
-      nn.RMSNorm(name="input_norm", **norm)(x), positions, mask, cache, write_at, queries
+    y, cache, weights = Attention(self.num_heads, self.theta, self.fused, self.dtype, name="attn")(
+      nn.RMSNorm(name="input_norm", **norm)(x), positions, mask, cache, write_at, queries, rows
     )
     x = y + (x if queries is None else take(x, queries))
     x = x + MLP(self.mlp_dim, self.fused, self.dtype, name="mlp")(nn.RMSNorm(name="post_attention_norm", **norm)(x))
     x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
     self.sow("intermediates", "hidden", x)
-    return x, cache
+    return x, cache if rows is None else (cache, weights)
 
 
 class Llama(nn.Module):
@@ -178,18 +193,43 @@ class Llama(nn.Module):
       cache = cache and tuple(jnp.stack(part) for part in zip(*caches))
     return self.norm(x), cache
 
+  def begin(
+    self,
+    x: Float[Array, "b l d"],
+    positions: Int[Array, "b l"],
+    mask: Bool[Array, "b l l"],
+    layers: int,
+    rows: Int[Array, "b r"] | None = None,
+  ) -> tuple[Float[Array, "b l d"], Float[Array, "b r l"] | None]:
+    """Embeddings → (the residual stream behind the first `layers`, where `rows` look in the last of them).
+
+    With separate layers alone. The second is float32, the mean over heads; None without `rows` or layers.
+    """
+    weights = None
+    for i, layer in enumerate(self.layers[:layers]):
+      asked = rows if i == layers - 1 else None
+      x, found = layer(x, positions, mask, None, 0, None, asked)
+      weights = None if asked is None else found[1]
+    return x, weights
+
   def states_at(
-    self, x: Float[Array, "b l d"], positions: Int[Array, "b l"], mask: Bool[Array, "b l l"], at: Int[Array, "b w"]
+    self,
+    x: Float[Array, "b l d"],
+    positions: Int[Array, "b l"],
+    mask: Bool[Array, "b l l"],
+    at: Int[Array, "b w"],
+    start: int = 0,
   ) -> tuple[Float[Array, "b l d"], Float[Array, "b w d"]]:
     """Embeddings → (states after the final norm, those of the positions `at`).
 
-    With separate layers the second are computed separately, so that the last layer's queries and MLP of all other
-    positions are never run where nothing reads the first (under jit).
+    With `start`, x is the residual stream behind the first `start` layers, which have to be separate. With separate
+    layers the second are computed separately, so that the last layer's queries and MLP of all other positions are never
+    run where nothing reads the first (under jit).
     """
     if self.scan:
       states, _ = self(x, positions, mask)
       return states, take(states, at)
-    for layer in self.layers[:-1]:
+    for layer in self.layers[start:-1]:
       x, _ = layer(x, positions, mask, None, 0)
     states, _ = self.layers[-1](x, positions, mask, None, 0)
     some, _ = self.layers[-1](x, positions, mask, None, 0, at)

@@ -34,8 +34,9 @@ from jaxtyping import Array, Bool, Float, Int
 from semanticvla_jax.models import checks, masks
 from semanticvla_jax.models.config import DEFAULTS, VARIANTS, resolve  # noqa: F401 (`build` goes by them)
 from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, grouped, tokens_to_actions
+from semanticvla_jax.models.decoder_pruner import DecoderPruner, Spans, gathered, hidden
 from semanticvla_jax.models.fuser import DenseFuser, SparseFuser, check_pairs
-from semanticvla_jax.models.llama import Llama
+from semanticvla_jax.models.llama import Llama, take
 from semanticvla_jax.models.mlp import MLP
 from semanticvla_jax.models.pruner import KINDS, Encoded, Words, kinds
 from semanticvla_jax.models.text import TextEncoder
@@ -83,6 +84,7 @@ class SemanticVLA(nn.Module):
   num_views: int
   proprio_dim: int | None
   optional_views: tuple[int, ...] = ()  # a black image of one is padding, and its tokens are hidden
+  decoder_pruner: DecoderPruner | None = None
 
   def __call__(
     self,
@@ -115,10 +117,31 @@ class SemanticVLA(nn.Module):
     read = jnp.broadcast_to(prefix + jnp.arange(n), (b, n))
     if self.shift:
       read = jnp.concatenate([_last(seen["context"], seen["prompt_mask"])[:, None], read[:, :-1]], axis=1)
-    hidden, states = self.llm.states_at(x, positions, allowed, read)
-    actions = self.coupler(states)
-    seen |= dict(sequence=x, valid=valid, allowed=allowed, positions=positions, hidden=hidden, action_states=states)
-    return Output(actions, seen)
+    seen |= dict(sequence=x, valid=valid, allowed=allowed, positions=positions)
+    if self.decoder_pruner is None:
+      hidden, states = self.llm.states_at(x, positions, allowed, read)
+    else:
+      hidden, states = self._pruned_states(seen, block, read)
+    seen |= dict(hidden=hidden, action_states=states)
+    return Output(self.coupler(states), seen)
+
+  def _pruned_states(self, seen: dict, block: Bool[Array, "l"], read: Int[Array, "b w"]) -> tuple[Array, Array]:
+    """As `Llama.states_at`, with fewer visual tokens from some layer on; notes which ("kept_visual") in `seen`."""
+    pruner, x, valid, positions = self.decoder_pruner, seen["sequence"], seen["valid"], seen["positions"]
+    last = _last(seen["context"], seen["prompt_mask"])
+    spans = Spans(
+      self.num_views, seen["views"].shape[1], seen["context"].shape[1], len(block) - read.shape[1] - 1, len(block), last
+    )
+    rows = pruner.rows(spans)
+    x, weights = self.llm.begin(x, positions, seen["allowed"], pruner.block, rows)
+    seen["kept_visual"] = pruner.choose(weights, None if rows is None else take(valid, rows), spans)
+    on = pruner.positions(seen["kept_visual"], spans)
+    if pruner.form == "mask":
+      valid = hidden(on, valid)
+    else:
+      x, positions, valid = gathered(on, x, positions, valid)
+      block, read = block[len(block) - on.shape[1] :], read - (len(block) - on.shape[1])
+    return self.llm.states_at(x, positions, masks.attention_mask(valid, block, self.mask), read, pruner.block)
 
   def sentence(self, observation: Observation, modulate: bool = False) -> Sentence:
     """What the instruction alone decides; with `modulate`, every block's FiLM too. Images are not looked at."""
@@ -385,6 +408,7 @@ def build(config: Any) -> SemanticVLA:
     num_views=c["num_views"],
     proprio_dim=c["proprio_dim"],
     optional_views=tuple(c["optional_views"]),
+    decoder_pruner=None if c["decoder_pruner"] is None else DecoderPruner(**c["decoder_pruner"]),
   )
 
 

@@ -35,6 +35,7 @@ FIELD_DEFAULTS_BEFORE = {
   "data.processes": 0,
   "model.optional_views": [],
   "model.groups": None,
+  "model.decoder_pruner": None,
 }
 
 # Config fields that may change when a run is resumed, each with all fields below it: how long and where it runs, not

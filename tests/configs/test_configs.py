@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import random_observation, random_params
 
-from configs import ablations, common
+from configs import ablations, baselines, common
 from semanticvla_jax.data import datasets, mixtures
 from semanticvla_jax.models.lora import TARGETS, LoRA
 from semanticvla_jax.models.semanticvla import DEFAULTS, VARIANTS, build
@@ -20,6 +20,7 @@ FILES = {
 }
 CASES = [f"{name}:{mode}" for name, modes in FILES.items() for mode in modes]
 ROWS = [f"ablations:{row}" for row in ablations.ROWS if ablations.ROWS[row] != (8, {})]
+ROWS += [f"baselines:{row}" for row in baselines.ROWS]
 
 
 def load(case, variant):

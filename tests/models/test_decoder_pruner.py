@@ -1,0 +1,95 @@
+"""Visual tokens that later layers of the decoder do without."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, jit_apply, random_observation, random_params
+
+from semanticvla_jax.models import checks
+from semanticvla_jax.models.config import resolve
+from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, DecoderPruner, Spans
+from semanticvla_jax.models.llama import attention_weights
+from semanticvla_jax.models.semanticvla import build
+
+OFT = dict(dino_pruner=None, siglip_pruner=None, film=(), dense_fuser=None, vision_layer="second_to_last")
+OFT |= dict(coupler="single", mask="full", chunk=2, scan=False)
+PATCHES = 64  # of a view at `tiny`
+
+
+def act(lengths=None, **pruner):
+  """(actions, intermediates) of a tiny OpenVLA-OFT with a decoder pruner."""
+  model = build(TINY | OFT | {"decoder_pruner": pruner or None})
+  out = jit_apply(model)(random_params(model, 1), random_observation(model, lengths=lengths))
+  return np.asarray(out.actions), out.intermediates
+
+
+@pytest.fixture(scope="module")
+def dense():
+  return act()
+
+
+def test_all_kept_is_no_pruning_bit_for_bit(dense):
+  for score in ("last", "random"):
+    np.testing.assert_array_equal(act(block=1, keep=PATCHES, score=score)[0], dense[0])
+
+
+@pytest.mark.parametrize("score", ["last", "mean"])
+def test_dropping_gives_what_hiding_gives(dense, score):
+  dropped, seen = act(lengths=(8, 5), block=1, keep=6, score=score)
+  hidden, _ = act(lengths=(8, 5), block=1, keep=6, score=score, form="mask")
+  np.testing.assert_allclose(dropped, hidden, atol=2e-6)
+  kept = np.asarray(seen["kept_visual"])
+  assert (np.diff(kept) > 0).all() and ((kept < PATCHES).sum(axis=1) == 6).all(), "ascending, of each view as many"
+  assert seen["hidden"].shape[1] == seen["sequence"].shape[1] - 2 * (PATCHES - 6)
+  assert np.abs(dropped[0] - dense[0][0]).max() > 1e-4
+
+
+def test_weights_are_those_of_the_attention():
+  rng = np.random.default_rng(0)
+  q, k = (jnp.asarray(rng.normal(size=(2, n, 3, 5)), jnp.float32) for n in (2, 5))
+  mask = jnp.asarray(rng.random((2, 2, 5)) < 0.7).at[:, :, 0].set(True)
+  values = jnp.broadcast_to(jnp.eye(5)[None, :, None], k.shape)
+  want = jax.nn.dot_product_attention(q, k, values, mask=mask[:, None]).mean(axis=2)
+  np.testing.assert_allclose(attention_weights(q, k, mask), want, atol=1e-6)
+
+
+def test_every_score_chooses_by_its_own_rows():
+  spans = Spans(views=2, visual=4, prompt=10, block=13, length=18, last=jnp.array([11, 12]))
+  rows = {score: DecoderPruner(1, 2, score).rows(spans) for score in (*ATTENTION, *CONTROLS)}
+  assert {score: None if x is None else np.asarray(x[0]).tolist() for score, x in rows.items()} == {
+    "last": [11],
+    "stop": [17],
+    "mean": [*range(13)],
+    "text": [10, 11, 12],
+    "action": [13, 14, 15, 16],
+  } | dict.fromkeys(CONTROLS)
+  weights = jnp.zeros((2, 3, 18)).at[0, 1, 3].set(0.5).at[0, 2, 4].set(9.0).at[0, :, 8].set(0.1).at[1, 0, 1].set(1.0)
+  real = jnp.array([[True, True, False], [True, True, True]])
+  pruner = DecoderPruner(1, 1, "text")
+  kept = pruner.choose(weights, real, spans)
+  assert np.asarray(kept).tolist() == [[2, 7], [0, 4]], "padding does not count; ties go to the first"
+  assert np.asarray(pruner.positions(kept, spans))[0].tolist() == [0, 3, 8, *range(9, 18)]
+  assert np.asarray(DecoderPruner(0, 2, "uniform").choose(None, None, spans)).tolist() == [[0, 2, 4, 6]] * 2
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"decoder_pruner": 3}, "a dict of .*block and keep at least"),
+    ({"decoder_pruner": {"block": 1}}, "a dict of"),
+    ({"decoder_pruner": {"block": 1, "keep": 4, "score": "first"}}, "score one of .*'last'"),
+    ({"decoder_pruner": {"block": 0, "keep": 4}}, "block from 1 to 1"),
+    ({"decoder_pruner": {"block": 2, "keep": 4, "score": "random"}}, "block from 0 to 1"),
+    ({"decoder_pruner": {"block": 1, "keep": 4}, "scan": True}, "set model.scan=False"),
+    ({"decoder_pruner": {"block": 1, "keep": 4}, "coupler": None}, "speaks in tokens"),
+  ],
+)
+def test_values_that_no_model_has(changes, message):
+  with pytest.raises(ValueError, match=f"decoder_pruner=.*{message}"):
+    checks.check(resolve({"variant": "tiny", "keep": 8} | OFT | changes))
+
+
+def test_more_than_there_are():
+  with pytest.raises(ValueError, match=r"65 visual tokens of a view \(decoder_pruner\) to keep of 64"):
+    act(block=1, keep=65)
