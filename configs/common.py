@@ -80,6 +80,7 @@ def _model(variant: str, ratio: int) -> ConfigDict:
       chunk=8,
       coupler="grouped",
       mask="block",
+      compressor=placeholder(object),  # dict(kind, …): fewer visual tokens of projected patches
       decoder_pruner=placeholder(object),  # dict(block, keep, score): visual tokens that later layers do without
       scan=True,
       scan_encoders=variant == "7b",

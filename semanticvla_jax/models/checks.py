@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.models import masks
+from semanticvla_jax.models import compressor, masks
 from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, FORMS, DecoderPruner
 from semanticvla_jax.models.llama import REMAT
 from semanticvla_jax.models.pruner import ANCHOR_RULES, KINDS, kinds
@@ -61,6 +61,7 @@ def check(c: Mapping[str, Any]) -> None:
   _check_dense_fuser(c)
   _check_variant(c)
   _check_decoder_pruner(c)
+  _check_compressor(c)
 
 
 def _refuse(field: str, got: Any, expected: str, remedy: str) -> None:
@@ -146,6 +147,18 @@ def _check_decoder_pruner(c: Mapping[str, Any]) -> None:
     _refuse("decoder_pruner", pruner, "None with coupler=None, which speaks in tokens", "set model.coupler")
   if c["scan"]:
     _refuse("decoder_pruner", pruner, "None with scan=True, whose layers are one loop", "set model.scan=False")
+
+
+def _check_compressor(c: Mapping[str, Any]) -> None:
+  """None, or a kind with its number."""
+  fields = c["compressor"]
+  if fields is None:
+    return
+  written = " or ".join(f"dict(kind={kind!r}, {number}=6)" for kind, (number, _) in compressor.KINDS.items())
+  kind = fields.get("kind") if isinstance(fields, Mapping) else None
+  number = compressor.KINDS[kind][0] if kind in compressor.KINDS else None
+  if number is None or {*fields} != {"kind", number} or not _is_count(fields[number], 1):
+    _refuse("compressor", fields, f"None, {written}", "write it so")
 
 
 def _are_pairs(x: Any) -> bool:

@@ -65,6 +65,7 @@ DEFAULTS = dict(
   chunk=8,
   coupler="grouped",  # 'paper' (Eq. 11 literally), 'single' (a token per dimension, one head), None (OpenVLA's tokens)
   mask="block",  # 'full', 'causal': see masks.py
+  compressor=None,  # dict(kind, …): fewer visual tokens of projected patches, see compressor.py
   decoder_pruner=None,  # dict(block, keep, score): visual tokens that later layers do without, see decoder_pruner.py
   scan=True,  # stacked language-model layers
   scan_encoders=False,  # one loop over an encoder's blocks between two taps: compiles in a fraction of the time

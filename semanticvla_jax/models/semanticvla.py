@@ -31,7 +31,7 @@ from einops import rearrange, repeat
 from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
-from semanticvla_jax.models import checks, masks
+from semanticvla_jax.models import checks, compressor, masks
 from semanticvla_jax.models.config import DEFAULTS, VARIANTS, resolve  # noqa: F401 (`build` goes by them)
 from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, grouped, tokens_to_actions
 from semanticvla_jax.models.decoder_pruner import DecoderPruner, Spans, gathered, hidden
@@ -72,6 +72,7 @@ class SemanticVLA(nn.Module):
   pruners: Mapping[str, tuple[nn.Module, ...]]  # of each encoder, see pruner.Pruner
   dense_fuser: DenseFuser | None
   sparse_fuser: SparseFuser
+  compressor: nn.Module | None
   proprio_projector: MLP | None
   llm: Llama
   coupler: Coupler | None
@@ -226,6 +227,9 @@ class SemanticVLA(nn.Module):
         kept[f"{name}_patches"] = seen[f"{name}_patches"]
     seen |= kept
     seen["views"] = self.sparse_fuser(kept, cues)
+    if self.compressor is not None:
+      words = (repeat(x, "b t ... -> (b v) t ...", v=v) for x in (sentence.prompt, sentence.prompt_mask))
+      seen["views"] = self.compressor(seen["views"], *words)
     return rearrange(seen["views"], "(b v) n d -> b (v n) d", v=v), seen
 
   def encode(self, pixels: dict, condition: Mapping[str, Array]) -> dict[str, Array]:
@@ -396,6 +400,7 @@ def build(config: Any) -> SemanticVLA:
     text=TextEncoder(**sizes["text"], scan=c["scan_encoders"], dtype=dtype) if uses_text else None,
     dense_fuser=_dense_fuser(c, dtype),
     sparse_fuser=SparseFuser(width, joint=c["sparse_fuser"] == "joint", dtype=dtype),
+    compressor=compressor.from_config(c["compressor"], dtype),
     proprio_projector=None if c["proprio_dim"] is None else MLP((width, width), dtype=dtype),
     llm=Llama(**sizes["llm"], scan=c["scan"], remat=c["remat"], fused=c["fused"], dtype=dtype),
     coupler=_coupler(c, width, dtype),

@@ -36,6 +36,7 @@ FIELD_DEFAULTS_BEFORE = {
   "model.optional_views": [],
   "model.groups": None,
   "model.decoder_pruner": None,
+  "model.compressor": None,
 }
 
 # Config fields that may change when a run is resumed, each with all fields below it: how long and where it runs, not

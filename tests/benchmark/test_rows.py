@@ -14,7 +14,7 @@ CONFIGS = {
   "oft": "openvla_oft:libero",
   **{row: f"libero:{row}" for row in ("full", "lite", "r4", "r32")},
   **{row: f"ablations:{row}" for row in rows.ROWS if row.startswith("table")},
-  **{row: f"baselines:{row}" for row in rows.ROWS if row.startswith("fastv")},
+  **{row: f"baselines:{row}" for row in rows.ROWS if row.startswith(("fastv", "slime"))},
 }
 HOW = ("scan", "scan_encoders", "remat", "dtype")  # a program computes the same with other values
 
@@ -31,7 +31,7 @@ def test_rows_are_the_configs(row, size):
   assert {k: v for k, v in ours.items() if k not in HOW} == {k: v for k, v in theirs.items() if k not in HOW}
 
 
-@pytest.mark.parametrize("row", ["full", "oft", "openvla"])
+@pytest.mark.parametrize("row", ["full", "oft", "openvla", "slime"])
 def test_recipes_train_the_parameters_that_the_configs_train(row):
   theirs = config(row, "7b")
   lora = theirs.lora
