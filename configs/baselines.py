@@ -2,11 +2,12 @@
 
 Rows of DECODER keep 1/8 of each view's patches from layer `block` of the language model on. Nothing of that is trained,
 so a row is meant for a policy trained as `configs/openvla_oft.py`; trained from the start it is a model that prunes
-while it learns. Rows of COMPRESSOR have modules of their own in front of the language model and are trained. PAPER.md
-says what is public of each method, and which reading of it ours is.
+while it learns. Rows of COMPRESSOR have modules of their own in front of the language model and are trained. Rows of
+SPOKEN are OpenVLA with two views and eight actions a query, a token for each of their 56 numbers: the three differ in
+how the tokens are decoded, not in training. PAPER.md says what is public of each method, and which reading ours is.
 """
 
-from configs import common, openvla_oft
+from configs import common, openvla, openvla_oft
 
 DECODER = {
   "fastv_k1": dict(block=1),
@@ -21,12 +22,17 @@ DECODER = {
   "prune_centre": dict(block=2, score="centre"),
 }
 COMPRESSOR = ("slime", "slime_router")
-ROWS = (*DECODER, *COMPRESSOR)
+SPOKEN = {"openvla_chunk": "greedy", "pd_vla": "jacobi", "pd_vla_bidirectional": "jacobi_bidirectional"}
+ROWS = (*DECODER, *COMPRESSOR, *SPOKEN)
 SIDES = {"tiny": 3, "small": 2, "small64": 3, "7b": 6}  # of SliME's grid: 36 tokens a view at 7b, about an eighth
 
 
 def get_config(arg=None):
   row, variant = common.split(arg, ROWS)
+  if row in SPOKEN:
+    config = openvla.get_config(f"libero@{variant}")
+    config.model.update(chunk=8, num_views=2, decoding=SPOKEN[row])
+    return config
   config = openvla_oft.get_config(f"libero@{variant}")
   if row in DECODER:
     fields = DECODER[row] | (dict(block=1) if variant == "tiny" else {})  # which has two layers

@@ -79,6 +79,7 @@ def _model(variant: str, ratio: int) -> ConfigDict:
       groups=placeholder(object),  # of action dimensions; None: arms of seven
       chunk=8,
       coupler="grouped",
+      decoding="greedy",  # of coupler=None
       mask="block",
       compressor=placeholder(object),  # dict(kind, …): fewer visual tokens of projected patches
       decoder_pruner=placeholder(object),  # dict(block, keep, score): visual tokens that later layers do without

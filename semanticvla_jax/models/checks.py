@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.models import compressor, masks
+from semanticvla_jax.models import compressor, masks, speech
 from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, FORMS, DecoderPruner
 from semanticvla_jax.models.llama import REMAT
 from semanticvla_jax.models.pruner import ANCHOR_RULES, KINDS, kinds
@@ -25,6 +25,7 @@ CHOICES = {
   "vision_layer": ("last", "second_to_last"),
   "siglip_gelu": ("erf", "tanh"),
   "coupler": ("grouped", "paper", "single", None),
+  "decoding": speech.DECODINGS,
   "mask": masks.KINDS,
   "scan": (True, False),
   "remat": (*REMAT,),

@@ -8,13 +8,17 @@ Nothing is trained. What is kept goes on as it is, with its rotary position: pos
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from semanticvla_jax.models import masks
 from semanticvla_jax.models.llama import take
 from semanticvla_jax.models.pruner import ANCHOR_RULES, top_indices
+
+if TYPE_CHECKING:
+  from semanticvla_jax.models.semanticvla import SemanticVLA
 
 # Whose attention makes the score; the others ignore it and tell what an attention score is worth.
 ATTENTION = ("last", "stop", "mean", "text", "action")
@@ -97,12 +101,26 @@ class DecoderPruner:
     return jnp.concatenate(parts, axis=1)
 
 
-def hidden(on: Int[Array, "b m"], valid: Bool[Array, "b l"]) -> Bool[Array, "b l"]:
-  """`valid` without the positions that do not go on."""
-  goes_on = jnp.zeros(valid.shape, bool).at[jnp.arange(len(valid))[:, None], on].set(True)
-  return valid & goes_on
+def pruned_states(
+  model: SemanticVLA, pruner: DecoderPruner, seen: dict, block: Bool[Array, "l"], read: Array, last: Int[Array, "b"]
+) -> tuple[Array, Array]:
+  """As `Llama.states_at`, with fewer visual tokens from some layer on; notes which ("kept_visual") in `seen`.
 
-
-def gathered(on: Int[Array, "b m"], *arrays: Array) -> tuple[Array, ...]:
-  """The positions that go on, of arrays [b l …]."""
-  return tuple(take(x, on) for x in arrays)
+  Args:
+    model: bound to its parameters. seen: its intermediates so far. block: which positions are the action block.
+    read: i32[b w], the positions whose states are wanted. last: each prompt's last real token.
+  """
+  x, valid, positions = seen["sequence"], seen["valid"], seen["positions"]
+  views, prompt, length = seen["views"].shape[1], seen["context"].shape[1], len(block)
+  spans = Spans(model.num_views, views, prompt, length - read.shape[1] - 1, length, last)
+  rows = pruner.rows(spans)
+  x, weights = model.llm.begin(x, positions, seen["allowed"], pruner.block, rows)
+  seen["kept_visual"] = pruner.choose(weights, None if rows is None else take(valid, rows), spans)
+  on = pruner.positions(seen["kept_visual"], spans)
+  if pruner.form == "mask":
+    valid &= jnp.zeros(valid.shape, bool).at[jnp.arange(len(valid))[:, None], on].set(True)
+  else:
+    x, positions, valid = (take(array, on) for array in (x, positions, valid))
+    dropped = length - on.shape[1]
+    block, read = block[dropped:], read - dropped
+  return model.llm.states_at(x, positions, masks.attention_mask(valid, block, model.mask), read, pruner.block)

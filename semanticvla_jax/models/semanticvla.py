@@ -13,7 +13,7 @@
                                                coupler ─► actions f32[b k a]
 
 The baselines are rows of the same code: OpenVLA-OFT (no pruners, no fuser, one head) and OpenVLA (no coupler either:
-seven greedy tokens with a key/value cache). `build` is where a config decides which parts exist.
+a token for each action dimension, spoken behind the prompt). `build` is where a config decides which parts exist.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from jaxtyping import Array, Bool, Float, Int
 from semanticvla_jax.models import checks, compressor, masks
 from semanticvla_jax.models.config import DEFAULTS, VARIANTS, resolve  # noqa: F401 (`build` goes by them)
 from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, grouped, tokens_to_actions
-from semanticvla_jax.models.decoder_pruner import DecoderPruner, Spans, gathered, hidden
+from semanticvla_jax.models.decoder_pruner import DecoderPruner, pruned_states
 from semanticvla_jax.models.fuser import DenseFuser, SparseFuser, check_pairs
-from semanticvla_jax.models.llama import Llama, take
+from semanticvla_jax.models.llama import Llama
 from semanticvla_jax.models.mlp import MLP
 from semanticvla_jax.models.pruner import KINDS, Encoded, Words, kinds
+from semanticvla_jax.models.speech import Spoken, speak
 from semanticvla_jax.models.text import TextEncoder
 from semanticvla_jax.models.vit import ViT
 from semanticvla_jax.types import Observation, Sentence
 
 STOP = 2  # </s>
-GREEDY_TOKENS = 7  # OpenVLA speaks one token per action dimension
 
 # DINOv2's ImageNet constants as openvla-7b's preprocessor file holds them: written through bfloat16.
 DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
@@ -86,6 +86,8 @@ class SemanticVLA(nn.Module):
   proprio_dim: int | None
   optional_views: tuple[int, ...] = ()  # a black image of one is padding, and its tokens are hidden
   decoder_pruner: DecoderPruner | None = None
+  spoken_dims: int = 7  # action dimensions, of a model that speaks a token for each
+  decoding: str = "greedy"
 
   def __call__(
     self,
@@ -105,8 +107,9 @@ class SemanticVLA(nn.Module):
       sentence: what `self.sentence` made of the instructions; the observation's own are not read then (may be None).
     """
     if self.coupler is None:
-      ids, _ = self.generate(observation, pixels, sentence=sentence)
-      return Output(tokens_to_actions(ids, self.spoken_vocab)[:, None, :], {"ids": ids})
+      spoken = self.generate(observation, pixels, sentence=sentence)
+      actions = tokens_to_actions(spoken.ids, self.spoken_vocab)
+      return Output(rearrange(actions, "b (k a) -> b k a", k=self.chunk), {"ids": spoken.ids, "passes": spoken.passes})
     x, valid, seen = self.read(observation, train, pixels, part, sentence)
     b, prefix = valid.shape
     n = self.chunk * self.coupler.tokens
@@ -122,27 +125,10 @@ class SemanticVLA(nn.Module):
     if self.decoder_pruner is None:
       hidden, states = self.llm.states_at(x, positions, allowed, read)
     else:
-      hidden, states = self._pruned_states(seen, block, read)
+      last = _last(seen["context"], seen["prompt_mask"])
+      hidden, states = pruned_states(self, self.decoder_pruner, seen, block, read, last)
     seen |= dict(hidden=hidden, action_states=states)
     return Output(self.coupler(states), seen)
-
-  def _pruned_states(self, seen: dict, block: Bool[Array, "l"], read: Int[Array, "b w"]) -> tuple[Array, Array]:
-    """As `Llama.states_at`, with fewer visual tokens from some layer on; notes which ("kept_visual") in `seen`."""
-    pruner, x, valid, positions = self.decoder_pruner, seen["sequence"], seen["valid"], seen["positions"]
-    last = _last(seen["context"], seen["prompt_mask"])
-    spans = Spans(
-      self.num_views, seen["views"].shape[1], seen["context"].shape[1], len(block) - read.shape[1] - 1, len(block), last
-    )
-    rows = pruner.rows(spans)
-    x, weights = self.llm.begin(x, positions, seen["allowed"], pruner.block, rows)
-    seen["kept_visual"] = pruner.choose(weights, None if rows is None else take(valid, rows), spans)
-    on = pruner.positions(seen["kept_visual"], spans)
-    if pruner.form == "mask":
-      valid = hidden(on, valid)
-    else:
-      x, positions, valid = gathered(on, x, positions, valid)
-      block, read = block[len(block) - on.shape[1] :], read - (len(block) - on.shape[1])
-    return self.llm.states_at(x, positions, masks.attention_mask(valid, block, self.mask), read, pruner.block)
 
   def sentence(self, observation: Observation, modulate: bool = False) -> Sentence:
     """What the instruction alone decides; with `modulate`, every block's FiLM too. Images are not looked at."""
@@ -285,33 +271,13 @@ class SemanticVLA(nn.Module):
     self,
     observation: Observation,
     pixels: dict | None = None,
-    tokens: int = GREEDY_TOKENS,
+    tokens: int | None = None,
     sentence: Sentence | None = None,
-  ):
-    """Greedy decoding with a key/value cache (OpenVLA): ids i32[b n] and the logits behind them f32[b n vocab]."""
+  ) -> Spoken:
+    """Action tokens behind the prompt, a whole chunk's unless `tokens` says how many; see models/speech.py."""
     x, valid, seen = self.read(observation, False, pixels, None, sentence)
-    b, l = valid.shape
-    allowed = masks.attention_mask(valid, jnp.zeros(l, bool), "causal")
-    cache = self.llm.empty_cache(b, l + tokens)
-    allowed = jnp.pad(allowed, ((0, 0), (0, 0), (0, tokens)))
-    hidden, cache = self.llm(x, masks.positions(valid), allowed, cache, 0)
     last = _last(seen["context"], seen["prompt_mask"])
-    first = self.llm.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
-    length, slots = valid.sum(axis=-1, dtype=jnp.int32), jnp.arange(l + tokens)
-    valid = jnp.pad(valid, ((0, 0), (0, tokens)))
-
-    def step(module, carry, i):
-      cache, logits = carry
-      token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-      keys = valid | ((slots >= l) & (slots <= l + i))
-      states, cache = module.llm(
-        module.llm.embed_tokens(token[:, None]), (length + i)[:, None], keys[:, None, :], cache, l + i
-      )
-      return (cache, module.llm.logits(states)[:, 0]), (token, logits)
-
-    scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, out_axes=1)
-    _, (ids, logits) = scan(self, (cache, first), jnp.arange(tokens))
-    return ids, logits
+    return speak(self, x, valid, last, self.chunk * self.spoken_dims if tokens is None else tokens, self.decoding)
 
   @property
   def spoken_vocab(self) -> int:
@@ -414,6 +380,8 @@ def build(config: Any) -> SemanticVLA:
     proprio_dim=c["proprio_dim"],
     optional_views=tuple(c["optional_views"]),
     decoder_pruner=None if c["decoder_pruner"] is None else DecoderPruner(**c["decoder_pruner"]),
+    spoken_dims=c["action_dim"],
+    decoding=c["decoding"],
   )
 
 

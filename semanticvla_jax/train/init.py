@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.lora import TARGETS, LoRA
-from semanticvla_jax.models.semanticvla import GREEDY_TOKENS, SemanticVLA, abstract_params, build, dummy_observation
+from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
 from semanticvla_jax.train.partition import LORA, combine, partition
 from semanticvla_jax.train.step import AuxLoss
 
@@ -31,17 +31,9 @@ def make_model(config: Any, aux_loss: AuxLoss | None = None) -> tuple[nn.Module,
   """(the module to train, the bare model): wrapped by `aux_loss`, or in LoRA when config.lora is there.
 
   Raises:
-    ValueError: unknown LoRA targets, or action tokens for a chunk or for two arms.
+    ValueError: unknown LoRA targets.
   """
   bare = build(config.model)
-  spoken = (config.model.chunk, config.model.action_dim)
-  if bare.coupler is None and spoken != (1, GREEDY_TOKENS):
-    raise refuse(
-      "config.model.coupler",
-      f"None (OpenVLA's action tokens) with chunk, action_dim = {spoken}",
-      f"(1, {GREEDY_TOKENS}): one token for each dimension of one action",
-      "see configs/openvla.py, or set model.coupler='single' (configs/openvla_oft.py)",
-    )
   if aux_loss is not None:
     return aux_loss.wrap(bare), bare
   if config.lora is None:

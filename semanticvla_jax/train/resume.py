@@ -37,6 +37,7 @@ FIELD_DEFAULTS_BEFORE = {
   "model.groups": None,
   "model.decoder_pruner": None,
   "model.compressor": None,
+  "model.decoding": "greedy",
 }
 
 # Config fields that may change when a run is resumed, each with all fields below it: how long and where it runs, not

@@ -115,22 +115,25 @@ def token_loss(model: nn.Module, params: dict, batch: Batch, count: Counts):
   actions they stand for. See `loss_fn` for `count`.
   """
   bare = getattr(model, "model", model)
-  n, vocab = batch.actions.shape[-1], bare.spoken_vocab
-  spoken = actions_to_tokens(batch.actions[:, 0], vocab)
+  (_, k, a), vocab = batch.actions.shape, bare.spoken_vocab
+  n = k * a
+  spoken = actions_to_tokens(batch.actions.reshape(-1, n), vocab)
+  inside = jnp.repeat(batch.action_mask, a, axis=1)  # which of these are of steps inside the trajectory
+  trained = jnp.concatenate([inside, inside[:, -1:]], axis=1)  # </s> goes with the last step
   tokens = jnp.pad(spoken, ((0, 0), (0, 1)), constant_values=STOP)
   observation = batch.observation
   ids, real, number = losses.append(observation.prompt, observation.prompt_mask, tokens)
   observation = observation.replace(prompt=ids, prompt_mask=real)
   how = {"call": "logits"} if isinstance(model, LoRA) else {"method": "logits"}
   logits, seen = model.apply({"params": params}, observation, **how)
-  each = (number >= 0) & (number <= n) & batch.action_mask[:, :1]
-  loss = losses.next_token(logits, ids, each, (n + 1) * count.steps)
+  each = (number >= 0) & (number <= n) & jnp.take_along_axis(trained, jnp.clip(number, 0, n), axis=1)
+  loss = losses.next_token(logits, ids, each, (a + 1 / k) * count.steps)
   before = batch.observation.prompt_mask.sum(axis=-1)[:, None] - 1 + jnp.arange(n)  # where token 0, 1, … is predicted
   likely = jnp.take_along_axis(jnp.argmax(logits, axis=-1), before, axis=1)
-  actions = tokens_to_actions(likely, vocab)[:, None]
+  actions = tokens_to_actions(likely, vocab).reshape(batch.actions.shape)
   distance, metrics = losses.l1(actions, batch.actions, batch.action_mask, count.steps)
-  hits = (likely == spoken) & batch.action_mask[:, :1]
-  metrics["accuracy"] = losses.divided(hits.sum(dtype=jnp.float32), n * count.steps)
+  hits = (likely == spoken) & inside
+  metrics["accuracy"] = losses.divided(hits.sum(dtype=jnp.float32), a * count.steps)
   metrics["l1"], metrics["tokens"] = distance, seen["valid"].sum(dtype=jnp.float32)
   return loss, metrics
 

@@ -174,7 +174,7 @@ def test_unread_intermediates_are_not_computed(params):
 def test_greedy_decoding_with_a_cache_equals_teacher_forcing():
   model = tiny(**OPENVLA)
   params, observation = random_params(model), random_observation(tiny(**OPENVLA), lengths=[8, 6])
-  ids, logits = jax.jit(lambda p, o: model.apply({"params": p}, o, method="generate"))(params, observation)
+  ids, logits, _ = jax.jit(lambda p, o: model.apply({"params": p}, o, method="generate"))(params, observation)
   np.testing.assert_array_equal(np.argmax(logits, -1), ids)
   n = np.asarray(observation.prompt_mask.sum(-1))
   prompt, mask = np.zeros((2, 8 + 7), np.int32), np.zeros((2, 8 + 7), bool)

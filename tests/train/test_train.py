@@ -250,19 +250,16 @@ def token_config(**values):
   return config
 
 
-def test_action_tokens_are_one_action_of_seven_dimensions():
-  with pytest.raises(ValueError, match=r"chunk, action_dim = \(8, 7\).*expected \(1, 7\).*model.coupler='single'"):
-    command.init.make_model(token_config(**{"model.chunk": 8}))
-
-
 @pytest.mark.slow
-def test_action_tokens_learned_are_those_that_are_spoken():
-  config = token_config(trainable=".*")
+@pytest.mark.parametrize("chunk, decoding", [(1, "greedy"), (2, "jacobi")])
+def test_action_tokens_learned_are_those_that_are_spoken(chunk, decoding):
+  config = token_config(trainable=".*", **{"model.chunk": chunk, "model.decoding": decoding})
   config.lora = None
   model, bare = command.init.make_model(config)
   observation = random_observation(bare, 2, 12, lengths=np.array([12, 9]))
   actions = np.array([[[-1, -0.7, -0.2, 0, 0.3, 0.8, 1]], [[1, 0.5, 0.1, 0, -0.4, -0.9, 0]]], np.float32)
-  batch = Batch(observation, jnp.asarray(actions), jnp.ones((2, 1), bool))
+  actions = np.concatenate([actions, 0.3 - actions], axis=1)[:, :chunk].clip(-1, 1)
+  batch = Batch(observation, jnp.asarray(actions), jnp.ones((2, chunk), bool))
   transform = optimizer.transform(config.optim)
   params = jax.jit(model.init)(jax.random.key(0), observation)["params"]
   state, before = stepping.new_state(transform, params), params

@@ -338,7 +338,7 @@ def _spoken(model: SemanticVLA, params: dict, config: dict, inputs: dict, theirs
   """Greedy tokens of one case, and what led there."""
   bins = _bins(config)
   observation, pixels = _observation(inputs, case, ids_of(config))
-  ids, logits = _run(model, method="generate", tokens=bins.tokens)(params, observation, pixels)
+  ids, logits, _ = _run(model, method="generate", tokens=bins.tokens)(params, observation, pixels)
   _, seen = _run(model, method="logits")(params, observation, pixels)
   actions = tokens_to_actions(ids[0], bins.vocab)
   ours = dict(_per_view(seen, 1)) | {
