@@ -17,6 +17,7 @@ from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls, fingerprint, folder, progress, report, results
 from semanticvla_jax.evaluate.rollout import Episodes
+from semanticvla_jax.evaluate.shards import Shard
 
 
 class SuiteRun(abc.ABC):
@@ -31,6 +32,10 @@ class SuiteRun(abc.ABC):
     seeds: numbers of the episodes.
     stored: rows of this and earlier commands.
     name, kind: of the policy's own row: ("this policy", "policy") or ("before", "baseline").
+    shard: which share of the episodes is run; None for all.
+
+  Attributes:
+    whole: numbers of all episodes of the evaluation; `seeds` are those that are run.
   """
 
   def __init__(
@@ -41,8 +46,11 @@ class SuiteRun(abc.ABC):
     stored: folder.ResultsFile,
     name: str = "this policy",
     kind: str = "policy",
+    shard: Shard | None = None,
   ):
-    self.policy, self.suite, self.seeds, self.stored, self.name, self.kind = policy, suite, seeds, stored, name, kind
+    self.policy, self.suite, self.stored, self.name, self.kind = policy, suite, stored, name, kind
+    self.whole, self.shard = seeds, shard
+    self.seeds = seeds if shard is None else shard.share(seeds, self.tasks())
 
   @abc.abstractmethod
   def runner(self, policy: Any) -> Any:
@@ -67,9 +75,21 @@ class SuiteRun(abc.ABC):
     resumed = folder.Resumed(runner, self.stored.before(self.key(row)), f"{self.suite}, {name}")
     return resumed.run(self.seeds, told, progress.one_line(name, len(self.seeds), lambda: runner.broken))
 
+  def asked(self) -> list[str] | None:
+    """The instruction of each of `whole`, known before the episodes are run; None where it is not."""
+    return None
+
+  def tasks(self) -> list[str] | None:
+    """The task of each of `whole`, over which shards are balanced; None for one task."""
+    asked = self.asked()
+    return None if asked is None else [self.task(instruction) for instruction in asked]
+
   def fingerprint(self, **changes: Any) -> dict:
-    """The fingerprint of this run, or of one of its controls: `told` and `model_changes` of `fingerprint.of`."""
-    return fingerprint.of(self.policy, self.seeds, **self.facts(), **changes)
+    """The fingerprint of this run, or of one of its controls: `told` and `model_changes` of `fingerprint.of`.
+
+    A shard has that of the whole evaluation.
+    """
+    return fingerprint.of(self.policy, self.whole, **self.facts(), **changes)
 
   def claim(self, row: str, mark: Mapping) -> dict:
     """The fingerprint of a row together with that of the episodes which an earlier command finished.
@@ -150,9 +170,21 @@ class Evaluation:
       own: the policy's own episodes.
       names: of `controls.NAMES`; those that change nothing in this policy are skipped.
     """
-    policy, before = self.run.policy, self.run.told_before()
-    for name, episodes, changes in controls.each(policy, self.run.run, own, names, before=before):
+    policy, before, told = self.run.policy, self.run.told_before(), None
+    if self.run.shard is not None and "shuffled" in names:
+      told = dict(zip(self.run.whole, controls.shuffle(self._asked())))
+    for name, episodes, changes in controls.each(policy, self.run.run, own, names, before=before, told=told):
       self._add(name, self.run.claim(name, self._control(name, changes)), episodes)
+
+  def _asked(self) -> list[str]:
+    if (asked := self.run.asked()) is None:
+      raise refuse(
+        "--shard with shuffled instructions",
+        f"{self.run.suite}, whose instructions are not known before an episode",
+        "a suite whose instructions are known",
+        "leave out --controls=shuffled or --shard",
+      )
+    return asked
 
   def _applying(self, names: Sequence[str]) -> list[tuple[str, dict]]:
     return [*controls.of_policy(self.run.policy, names).items()] if names else []
@@ -164,6 +196,7 @@ class Evaluation:
   def _add(self, row: str, mark: Mapping, episodes: Episodes) -> results.Row:
     suite, kind, name = self.run.key(row)
     summary = results.summary(episodes, self.run.task)
+    summary |= {} if self.run.shard is None else {"shard": str(self.run.shard), "of_episodes": len(self.run.whole)}
     return self._stored.add(results.Row(name, kind, suite, summary, {**mark}, episodes))
 
 
@@ -191,6 +224,10 @@ class Benchmark(abc.ABC):
   damaged: str = "all is measured again"
   film_note: str = "at half speed"
 
+  def task(self, instruction: str) -> str:
+    """The name under which an instruction is summarized."""
+    return instruction
+
   def add_flags(self, add: Callable[..., None]) -> None:  # noqa: B027, there may be none
     """Adds the benchmark's own flags; `add` is called like argparse's add_argument."""
 
@@ -216,6 +253,9 @@ class Benchmark(abc.ABC):
   def films(self, args: argparse.Namespace) -> int:
     """How many films per suite are made."""
     return args.films
+
+  def merge(self, shards: Sequence[pathlib.Path], out: pathlib.Path) -> None:  # noqa: B027, there may be none
+    """Puts together what the benchmark keeps in a folder besides results.json, films and pictures."""
 
 
 def check_minimum(args: argparse.Namespace, least: Mapping[str, int]) -> None:

@@ -29,7 +29,7 @@ T = TypeVar("T")
 Key = tuple[str, str, str]  # of a row: suite, kind, name
 _PROBE = 1 << 16  # bytes
 # In these, episodes of one row may differ: they say how many there are, or decide nothing.
-_MAY_DIFFER = (*fingerprint.NOTED, *fingerprint.COUNTED, "policy.folder")
+MAY_DIFFER = (*fingerprint.NOTED, *fingerprint.COUNTED, "policy.folder")
 
 
 @contextlib.contextmanager
@@ -121,15 +121,32 @@ def merged(before: Mapping, now: Mapping, out: pathlib.Path) -> dict:
     ValueError: they were measured differently; names the fields.
   """
   now = json.loads(json.dumps(now))
-  if lines := fingerprint.unlike(before, now, _MAY_DIFFER):
+  if lines := fingerprint.unlike(before, now, MAY_DIFFER):
     raise refuse(
       f"{out} holds episodes that were measured differently",
       "; ".join(lines),
       "the same",
       "choose another --out",
     )
-  parts = [part for each in (before, now) for part in each.get("sources", "").split()]
-  return now | {"sources": " ".join(dict.fromkeys(parts))}
+  return now | {"sources": all_sources([before, now])}
+
+
+def all_sources(marks: Sequence[Mapping]) -> str:
+  """The sources of several fingerprints, each once."""
+  return " ".join(dict.fromkeys(part for mark in marks for part in mark.get("sources", "").split()))
+
+
+def read_rows(out: pathlib.Path) -> tuple[dict[Key, Row], dict[str, float]]:
+  """The rows of a folder's results.json, and the seconds that they took by stage.
+
+  Raises:
+    ValueError: it is missing or damaged.
+  """
+  path = out / "results.json"
+  try:
+    return _held(json.loads(path.read_text(encoding="utf-8")))
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise refuse(f"{path}", cli.first_line(error), "results of evaluate run", "measure it again") from error
 
 
 class ResultsFile:

@@ -44,7 +44,7 @@ class LiberoRun(SuiteRun):
 
   def __init__(self, args: argparse.Namespace, policy: Any, suite: str, stored: folder.ResultsFile):
     name = "recorded actions" if isinstance(policy, ReplayPolicy) else "this policy"
-    super().__init__(policy, suite, seeds(args, suite), stored, name)
+    super().__init__(policy, suite, seeds(args, suite), stored, name, shard=args.shard)
     self._args, self._out, protocol = args, stored.out, PROTOCOLS[args.protocol]
     self.settings = settings(args, suite)
     own = policy.metadata.get("jpeg_quality")
@@ -102,6 +102,11 @@ class LiberoRun(SuiteRun):
       **(self.policy.facts if isinstance(self.policy, ServedPolicy) else {}),
     }
 
+  def asked(self) -> list[str]:
+    """See `SuiteRun`."""
+    found = suites.tasks(self.suite)
+    return [found[seed // suites.EPISODES].instruction for seed in self.whole]
+
   def _seeding(self) -> dict:
     """How fixtures are placed; the sentences are those of results.json files of all versions."""
     if self.settings.seeding == "environment":
@@ -114,9 +119,9 @@ class LiberoRun(SuiteRun):
   def _states_hash(self) -> str:
     """SHA-256 of the initial states of all episodes, 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for task in sorted({seed // suites.EPISODES for seed in self.seeds}):
+    for task in sorted({seed // suites.EPISODES for seed in self.whole}):
       found = suites.first_states(suites.tasks(self.suite)[task]) if self._begun is None else None
-      for seed in (seed for seed in self.seeds if seed // suites.EPISODES == task):
+      for seed in (seed for seed in self.whole if seed // suites.EPISODES == task):
         state = found[seed % suites.EPISODES] if self._begun is None else self._begun[seed].state
         digest.update(np.ascontiguousarray(state, np.float64).tobytes())
     return digest.hexdigest()[:16]
@@ -283,3 +288,16 @@ class Libero(Benchmark):
   def more(self, out: pathlib.Path) -> dict:
     """See `Benchmark`: the tracebacks of broken episodes."""
     return {"broken": broken(out)}
+
+  def merge(self, shards: Sequence[pathlib.Path], out: pathlib.Path) -> None:
+    """See `Benchmark`: the files of episodes, one after the other, and the lists of films."""
+    for suite in suites.SUITES:
+      for name in _episode_files(suite):
+        found = [shard / name for shard in shards if (shard / name).exists()]
+        if found:
+          files.write(out / name, b"".join(path.read_bytes() for path in found))
+      films = [
+        film for shard in shards for film in folder.read_json(shard / f"{suite}_films.json", list, [], "left out")
+      ]
+      if films:
+        files.write_json(out / f"{suite}_films.json", films)

@@ -21,7 +21,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from semanticvla_jax import files
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls
-from semanticvla_jax.evaluate.results import Row, interval_text, percent
+from semanticvla_jax.evaluate.results import Row, interval_text, percent, shard_text
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.visualize import Tile, png
 
@@ -165,6 +165,7 @@ def _verdict(summary: Mapping, suite: str, split: str) -> str:
     return f"<b>No</b> episode of {suite} can be counted: {apart}"
   text = f"<b>{_of(summary)}</b> episodes of {suite} end with the task done"
   text += f" <span class=soft>({_interval(summary)}, layouts: {html.escape(split)})</span>"
+  text += f" in <b>{html.escape(shard_text(summary))}</b>, counted from 0" if "shard" in summary else ""
   return text + (f", {apart}" if apart else "")
 
 

@@ -117,10 +117,16 @@ def count_text(summary: Mapping) -> str:
 
 def rate_text(summary: Mapping) -> str:
   """A summary's rate as a line ends with it: "38/48, 2 broke  79.2 %  (65–88 %)", or that there is none."""
+  part = f"  {shard_text(summary)}" if "shard" in summary else ""
   if not summary["episodes"]:
-    return f"no rate: all {summary.get('errors', 0)} episodes broke"
+    return f"no rate: all {summary.get('errors', 0)} episodes broke{part}"
   percentage = percent(summary["successes"], summary["episodes"])
-  return f"{count_text(summary)}  {percentage}  ({interval_text(summary['interval'])})"
+  return f"{count_text(summary)}  {percentage}  ({interval_text(summary['interval'])}){part}"
+
+
+def shard_text(summary: Mapping) -> str:
+  """What share of an evaluation the summary of a shard is: "shard 3/16 of 500 episodes"."""
+  return f"shard {summary['shard']} of {summary['of_episodes']} episodes"
 
 
 def select(episodes: Episodes, index: Sequence[int]) -> Episodes:

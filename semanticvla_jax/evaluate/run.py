@@ -25,7 +25,7 @@ from typing import Any
 from semanticvla_jax import cli
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate import controls, folder
+from semanticvla_jax.evaluate import controls, folder, shards
 from semanticvla_jax.evaluate.benchmarks import BENCHMARKS, of_suites
 from semanticvla_jax.evaluate.evaluation import Benchmark, Job, check_minimum
 from semanticvla_jax.evaluate.rollout import Episodes
@@ -58,7 +58,9 @@ def arguments(argv: Sequence[str]) -> tuple[Benchmark, argparse.Namespace]:
       )
   args = argparse.Namespace(**defaults | given)
   args.controls = [*benchmark.bare_controls] if args.controls == _BARE else _split(args.controls)
-  args.out = args.out or folder.default(args.policy or "recorded", ",".join(args.suite))
+  args.shard = shards.parse(args.shard)
+  part = "" if args.shard is None else f"/shard_{args.shard.index}_of_{args.shard.count}"
+  args.out = args.out or folder.default(args.policy or "recorded", ",".join(args.suite)) + part
   return benchmark, args
 
 
@@ -87,6 +89,12 @@ def _add_common_flags(add: Callable) -> None:
     metavar="NAMES",
     help="controls to measure in addition, "
     f"some of {','.join(controls.NAMES)} (without a value: {bare}; default: none)",
+  )
+  add(
+    "--shard",
+    metavar="K/N",
+    help="measure share K of N of the episodes, K from 0 to N-1, into a folder of its own; the merge subcommand puts "
+    "the N folders together (default: all episodes)",
   )
   add("--films", type=int, default=6, help="number of films per suite (default: 6; 0: no pictures either)")
   add("--metrics", help="metrics.jsonl file of the training, to plot its curves (default: no curves)")
@@ -147,6 +155,8 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace, command: str, metri
   films, scenes, problems = [], [], []
   try:
     for job in benchmark.jobs(args, stored):
+      if args.shard is not None:
+        shards.note(out, args.shard, job.own.run.suite, job.own.run.whole, job.own.run.seeds)
       episodes = measure(job, args, stored)
       if count:
         shown = show(job, episodes, count, stored)
@@ -180,6 +190,7 @@ def main(argv: Sequence[str]) -> None:
     benchmark.check(args)
     metrics = folder.metrics(args.metrics)
     with folder.alone(pathlib.Path(args.out)):
+      shards.claim(pathlib.Path(args.out), args.shard)
       missing = evaluate(benchmark, args, f"{_PROGRAM} {shlex.join(argv)}", metrics)
   except ValueError as error:
     sys.exit(f"error: {error}")

@@ -51,9 +51,9 @@ class TabletopRun(SuiteRun):
     self, args: argparse.Namespace, policy: Any, suite: str, stored: folder.ResultsFile, baseline: bool = False
   ):
     name, kind = ("before", "baseline") if baseline else ("this policy", "policy")
-    super().__init__(policy, suite, range(args.seed, args.seed + args.episodes), stored, name, kind)
-    tasks.check_seeds(self.seeds, args.split)
-    self._args = args
+    self._args, seeds = args, range(args.seed, args.seed + args.episodes)
+    tasks.check_seeds(seeds, args.split)
+    super().__init__(policy, suite, seeds, stored, name, kind, args.shard)
     self._own = self._make(policy)
     self._again: Episodes | None = None  # episodes that were run again for their states
 
@@ -64,7 +64,8 @@ class TabletopRun(SuiteRun):
   def _make(self, policy: Any) -> OnDevice | OnHost:
     args, replan_steps = self._args, self._args.replan_steps
     if not args.host:
-      batch = -(-args.episodes // -(-args.episodes // args.batch))  # equal batches
+      # Equal batches; a shard's are those of the whole, so that it runs the same program.
+      batch = -(-args.episodes // -(-args.episodes // args.batch))
       return OnDevice(policy, self.suite, args.split, replan_steps=replan_steps, batch=batch, keep_states=True)
     check_robot(policy, policy.replan_steps if replan_steps is None else replan_steps)
     environment = physics.TabletopEnvironment(self.suite, args.split, policy.image_size)
@@ -82,6 +83,10 @@ class TabletopRun(SuiteRun):
       "loop": "host" if self._args.host else "device",
       **(self.policy.facts if isinstance(self.policy, ServedPolicy) else {}),
     }
+
+  def asked(self) -> list[str]:
+    """See `SuiteRun`."""
+    return instructions(self.suite, self._args.split, self.whole)
 
   def task(self, instruction: str) -> str:
     """See `SuiteRun`."""
@@ -108,6 +113,10 @@ class Tabletop(Benchmark):
   """The tabletop, for the command."""
 
   title, suites = "the tabletop", tuple(tasks.SUITES)
+
+  def task(self, instruction: str) -> str:
+    """See `Benchmark`."""
+    return task(instruction)
 
   def add_flags(self, add: Callable[..., None]) -> None:
     """See `Benchmark`."""
@@ -156,7 +165,7 @@ class Tabletop(Benchmark):
       baseline = TabletopRun(args, before, suite, stored, baseline=True)
       _check_alike(own.fingerprint(), baseline.fingerprint())
     if "shuffled" in args.controls:
-      controls.shuffle(instructions(suite, args.split, own.seeds))
+      controls.shuffle(own.asked())
     return Job(Evaluation(own, stored), None if baseline is None else Evaluation(baseline, stored))
 
   def films(self, args: argparse.Namespace) -> int:
