@@ -18,6 +18,7 @@ from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls, fingerprint, folder, progress, report, results
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.shards import Shard
+from semanticvla_jax.evaluate.visualize import Tile
 
 
 class SuiteRun(abc.ABC):
@@ -127,6 +128,10 @@ class SuiteRun(abc.ABC):
     """Pictures of what the policy looked at in one of the episodes of those films."""
     return []
 
+  def grounding_picture(self, episodes: Episodes) -> list[Tile]:
+    """One of the policy's own episodes with the kept patches and the named objects' outlines, a tile a view."""
+    return []
+
   def close(self) -> None:  # noqa: B027, most have nothing to end
     """Ends what runs the episodes."""
 
@@ -216,6 +221,7 @@ class Benchmark(abc.ABC):
     bare_controls: controls that `--controls` without a value measures.
     damaged: what happens to rows of a results.json that cannot be read, for the warning.
     film_note: how fast its films run.
+    knows_objects: whether it can tell where the objects are that a task names, for `--grounding`.
   """
 
   title: str
@@ -223,6 +229,7 @@ class Benchmark(abc.ABC):
   bare_controls: tuple[str, ...] = tuple(controls.NAMES)
   damaged: str = "all is measured again"
   film_note: str = "at half speed"
+  knows_objects: bool = False
 
   def task(self, instruction: str) -> str:
     """The name under which an instruction is summarized."""

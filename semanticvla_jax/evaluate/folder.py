@@ -311,6 +311,17 @@ def write_film(path: pathlib.Path, frames: UInt8[np.ndarray, "t h w 3"], fps: in
   files.fsync(path.parent)
 
 
+def grounding_picture(out: pathlib.Path, suite: str) -> pathlib.Path:
+  """The file of a suite's picture of kept patches and named objects."""
+  return out / f"{suite}_grounding.png"
+
+
+def write_grounding_picture(out: pathlib.Path, suite: str, tiles: Sequence[visualize.Tile]) -> None:
+  """Writes that picture; none without tiles."""
+  if tiles:
+    files.write(grounding_picture(out, suite), visualize.png(visualize.sheet([tiles])))
+
+
 def write_page(out: pathlib.Path, stored: ResultsFile, *, finished: bool = True, **fields: Any) -> bool:
   """Writes report.html and records in results.json whether anything is missing; returns whether it could.
 
@@ -323,7 +334,9 @@ def write_page(out: pathlib.Path, stored: ResultsFile, *, finished: bool = True,
 
   def work() -> bool:
     page = out / "report.html"
-    shown = report.Page(rows=stored.all, command=stored.command, seconds=stored.seconds, **fields)
+    pictures = [grounding_picture(out, suite) for suite in dict.fromkeys(row.suite for row in stored.all)]
+    facts = {"command": stored.command, "seconds": stored.seconds, "grounding": pictures}
+    shown = report.Page(rows=stored.all, **facts, **fields)
     report.write(page, shown)
     stored.write(finished)
     print(f"report: {page.resolve()}")

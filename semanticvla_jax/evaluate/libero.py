@@ -19,12 +19,21 @@ import numpy as np
 
 from semanticvla_jax import files, policy_folder
 from semanticvla_jax.data import text
-from semanticvla_jax.evaluate import controls, folder, libero_checks, progress, report, rollout_pool, served
+from semanticvla_jax.evaluate import (
+  controls,
+  folder,
+  libero_checks,
+  libero_grounding,
+  progress,
+  report,
+  rollout_pool,
+  served,
+)
 from semanticvla_jax.evaluate.evaluation import Benchmark, Evaluation, Job, SuiteRun
 from semanticvla_jax.evaluate.film_recorder import FilmRecorder
 from semanticvla_jax.evaluate.libero_checks import seeds, settings
 from semanticvla_jax.evaluate.rollout import Episodes
-from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, OnSimulators
+from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, EpisodeResult, OnSimulators
 from semanticvla_jax.evaluate.served import ServedPolicy
 from semanticvla_jax.libero import simulator, suites
 from semanticvla_jax.libero.protocols import PROTOCOLS
@@ -53,13 +62,14 @@ class LiberoRun(SuiteRun):
     self._begun = policy.beginnings if isinstance(policy, ReplayPolicy) else None
     self._recorder: FilmRecorder | None = None
     tasks = suites.tasks(suite)
+    self._prepare = rollout_pool.stored_as_jpeg(self.jpeg, policy.metadata.get("dct", "accurate"))
     self.simulators = OnSimulators(
       policy,
       lambda: simulator.start(self.settings, self._begun, args.timeout),
       workers=args.workers,
       replan_steps=self.replan_steps,
       task=lambda seed: (seed // suites.EPISODES, tasks[seed // suites.EPISODES].instruction),
-      prepare=rollout_pool.stored_as_jpeg(self.jpeg, policy.metadata.get("dct", "accurate")),
+      prepare=self._prepare,
     )
 
   def runner(self, policy: Any) -> OnSimulators:
@@ -71,10 +81,25 @@ class LiberoRun(SuiteRun):
     """See `SuiteRun`."""
     if row == "policy" and self._args.films:
       self._recorder = FilmRecorder(self._out, self.suite, self._args.films, self.replan_steps)
-    runner = self.runner(policy)
-    runner.seen = self._recorder if row == "policy" else None
+    runner, records = self.runner(policy), self._log(row)
+    grounded = self._grounded(policy, row, records) if self._args.grounding else None
+    runner.seen = _each_of(self._recorder if row == "policy" else None, grounded)
     show = progress.line_per_episode(f"{self.suite} {row}", len(self.seeds), lambda: runner.broken)
-    return runner.run(self.seeds, told, show, self._log(row))
+    found = runner.run(self.seeds, told, show, records)
+    if grounded is None:
+      return found
+    return found._replace(grounding=[grounded.of(int(seed), said) for seed, said in zip(found.seeds, found.told)])
+
+  def _grounded(self, policy: Policy, row: str, records: EpisodeLog) -> libero_grounding.Recorder:
+    """What measures the grounding; episodes in `records` of which it is not known are taken out, to run again."""
+    path, draw = self._out / f"{self.suite}_{row}_grounding.jsonl", None
+    if row == "policy" and self._args.films and not folder.grounding_picture(self._out, self.suite).exists():
+      draw = functools.partial(folder.write_grounding_picture, self._out, self.suite)
+    found = libero_grounding.Recorder(policy, path, self._prepare, draw)
+    for seed, one in [*records.found.items()]:
+      if one.error is None and found.of(seed, one.told) is None:
+        del records.found[seed]
+    return found
 
   def _log(self, row: str) -> EpisodeLog:
     return EpisodeLog(self._out / f"{self.suite}_{row}.jsonl", repair=True)
@@ -186,6 +211,17 @@ class LiberoRun(SuiteRun):
     self.simulators.close()
 
 
+def _each_of(*takers: Callable[[EpisodeResult, list[dict]], None] | None) -> Callable:
+  """Hands an episode that ended to each of those that are not None."""
+
+  def take(result: EpisodeResult, seen: list[dict]) -> None:
+    for one in takers:
+      if one is not None:
+        one(result, seen)
+
+  return take
+
+
 def _fingerprint(value: Mapping) -> dict:
   if not {"suite", "replay", "policy"} & value.keys():
     raise KeyError("suite")
@@ -230,6 +266,7 @@ class Libero(Benchmark):
   """LIBERO, for the command."""
 
   title, suites, bare_controls = "LIBERO", tuple(suites.SUITES), ("shuffled",)
+  knows_objects = True
   damaged = "built again from the episodes"
   film_note = "a frame for each policy query, at about real speed"
 
@@ -292,7 +329,8 @@ class Libero(Benchmark):
   def merge(self, shards: Sequence[pathlib.Path], out: pathlib.Path) -> None:
     """See `Benchmark`: the files of episodes, one after the other, and the lists of films."""
     for suite in suites.SUITES:
-      for name in _episode_files(suite):
+      grounded = [name.replace(".jsonl", "_grounding.jsonl") for name in _episode_files(suite)]
+      for name in (*_episode_files(suite), *grounded):
         found = [shard / name for shard in shards if (shard / name).exists()]
         if found:
           files.write(out / name, b"".join(path.read_bytes() for path in found))

@@ -14,6 +14,7 @@ from semanticvla_jax.data import statistics
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls, folder, served
 from semanticvla_jax.evaluate.evaluation import check_minimum
+from semanticvla_jax.evaluate.visualize import check_prunes
 from semanticvla_jax.libero import suites
 from semanticvla_jax.libero.protocols import PROTOCOLS, fitting
 from semanticvla_jax.models.semanticvla import build
@@ -48,6 +49,7 @@ def settings(args: argparse.Namespace, suite: str) -> suites.Settings:
     quaternion=args.quaternion,
     renderer=args.renderer,
     egl_device=args.egl_device,
+    objects=args.grounding,
   )
   suites.check(found)
   return found
@@ -91,6 +93,11 @@ def _check_flags(args: argparse.Namespace) -> None:
     )
   if args.controls and args.recorded:
     raise refuse("Controls", f"{args.controls} with --recorded", "a policy, because they change it", "leave them out")
+  if args.grounding:
+    if args.recorded or served.is_url(args.policy):
+      got = "--recorded" if args.recorded else "a policy behind a server"
+      raise refuse("--grounding", got, "a policy folder", "leave one of the two out")
+    check_prunes(build(policy_folder.read_policy_json(args.policy).config["model"]))
   check_minimum(args, {"workers": 1})
   if args.timeout <= 0:
     raise refuse("--timeout", f"{args.timeout:g}", "more than 0 seconds", "raise it")

@@ -116,6 +116,9 @@ def _row(parts: Sequence[Part], key: folder.Key, benchmark: Benchmark) -> Row:
     if lines := fingerprint.unlike(rows[0].fingerprint, row.fingerprint, _MAY_DIFFER):
       got = f"{suite}, {key[2]!r}, measured differently than in {parts[0].path}: {'; '.join(lines)}"
       raise refuse(f"{part.path}", got, "the same", "measure all shards in the same way")
+    if (row.episodes.grounding is None) != (rows[0].episodes.grounding is None):
+      got = f"{suite}, {key[2]!r}, with --grounding in one of it and {parts[0].path}"
+      raise refuse(f"{part.path}", got, "in both or none", "run the other again with --grounding, which goes on")
     for one in results.per_episode(row.episodes):
       if one["seed"] in found:
         other = found[one["seed"]][1].path

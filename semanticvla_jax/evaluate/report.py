@@ -20,7 +20,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from semanticvla_jax import files
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate import controls
+from semanticvla_jax.evaluate import controls, report_grounding
 from semanticvla_jax.evaluate.results import Row, interval_text, percent, shard_text
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.visualize import Tile, png
@@ -76,6 +76,7 @@ class Page(NamedTuple):
     command: how to get this report again.
     seconds: time spent per stage.
     film_note: how fast the films run.
+    grounding: files of pictures of kept patches and named objects, shown where they exist and rows have such figures.
   """
 
   title: str
@@ -86,6 +87,7 @@ class Page(NamedTuple):
   command: str = ""
   seconds: Mapping[str, float] = {}
   film_note: str = "at half speed"
+  grounding: Sequence[pathlib.Path] = ()
 
 
 def write(path: str | os.PathLike, page: Page) -> pathlib.Path:
@@ -109,6 +111,7 @@ def write(path: str | os.PathLike, page: Page) -> pathlib.Path:
     _tasks(rows),
     _films(page.films, page.film_note),
     _scenes(page.scenes),
+    report_grounding.section(rows, page.grounding),
     _curves(page.metrics),
     _fingerprint(rows, page.command, page.seconds),
   ]

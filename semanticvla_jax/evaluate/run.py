@@ -97,6 +97,12 @@ def _add_common_flags(add: Callable) -> None:
     "the N folders together (default: all episodes)",
   )
   add("--films", type=int, default=6, help="number of films per suite (default: 6; 0: no pictures either)")
+  add(
+    "--grounding",
+    action="store_true",
+    help="measure in addition how much of what the instruction-driven pruner keeps lies on the objects that the task "
+    "names, against chance; success rates are the same (default: not measured)",
+  )
   add("--metrics", help="metrics.jsonl file of the training, to plot its curves (default: no curves)")
   add("--dataset", help="name of the statistics to use, if the policy has several (default: the only or fitting one)")
   add("--dtype", help="dtype of parameters and computation, e.g. bfloat16 (default: as trained)")
@@ -139,9 +145,14 @@ def measure(job: Job, args: argparse.Namespace, stored: folder.ResultsFile) -> E
   return episodes
 
 
-def show(job: Job, episodes: Episodes, count: int, stored: folder.ResultsFile) -> tuple[list, list]:
+def show(
+  job: Job, episodes: Episodes, count: int, stored: folder.ResultsFile, grounding: bool = False
+) -> tuple[list, list]:
   """Films and pictures of a suite, as many as can be made."""
   run, timed = job.own.run, stored.seconds.timed
+  if grounding:
+    draw = lambda: folder.write_grounding_picture(stored.out, run.suite, run.grounding_picture(episodes))  # noqa: E731
+    timed("pictures", lambda: folder.afterwards("the picture of the grounding", draw, None))
   films = timed("films", lambda: folder.afterwards("films", lambda: run.films(episodes, count), []))
   return films, timed("pictures", lambda: folder.afterwards("pictures", lambda: run.scenes(episodes, count), []))
 
@@ -159,7 +170,7 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace, command: str, metri
         shards.note(out, args.shard, job.own.run.suite, job.own.run.whole, job.own.run.seeds)
       episodes = measure(job, args, stored)
       if count:
-        shown = show(job, episodes, count, stored)
+        shown = show(job, episodes, count, stored, args.grounding)
         films, scenes = films + shown[0], scenes + shown[1]
   except BrokenEnvironment as error:
     problems = [str(error)]
@@ -187,6 +198,9 @@ def main(argv: Sequence[str]) -> None:
     benchmark, args = arguments(argv)
     check_minimum(args, {"films": 0, "replan_steps": 1})
     controls.check(args.controls)
+    if args.grounding and not benchmark.knows_objects:
+      known = " or ".join(one.title for one in BENCHMARKS.values() if one.knows_objects)
+      raise refuse("--grounding", f"{benchmark.title}, which knows no objects", f"suites of {known}", "leave it out")
     benchmark.check(args)
     metrics = folder.metrics(args.metrics)
     with folder.alone(pathlib.Path(args.out)):

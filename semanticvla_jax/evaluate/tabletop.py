@@ -12,10 +12,19 @@ import jax
 import numpy as np
 
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate import controls, fingerprint, folder, report, served, tabletop_films
+from semanticvla_jax.evaluate import (
+  controls,
+  fingerprint,
+  folder,
+  report,
+  served,
+  tabletop_films,
+  tabletop_grounding,
+)
 from semanticvla_jax.evaluate.evaluation import Benchmark, Evaluation, Job, SuiteRun, check_minimum
 from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost, check_robot
 from semanticvla_jax.evaluate.served import ServedPolicy
+from semanticvla_jax.evaluate.visualize import Tile, check_prunes
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
 
@@ -72,6 +81,26 @@ class TabletopRun(SuiteRun):
     ask = lambda seed: instructions(self.suite, args.split, [seed])[0]  # noqa: E731
     return OnHost(policy, environment, replan_steps=replan_steps, instruction=ask)
 
+  def run(self, policy: Any, row: str, told: Sequence[str] | None = None) -> Episodes:
+    """See `SuiteRun`; with --grounding also where the kept patches lay, for episodes of which that is not known."""
+    episodes = super().run(policy, row, told)
+    if not self._args.grounding:
+      return episodes
+    found = episodes.grounding or [None] * len(episodes.seeds)
+    if unknown := [i for i, one in enumerate(found) if one is None]:
+      some = episodes
+      if some.states is None:
+        some = self.runner(policy).run(episodes.seeds[unknown], told and [episodes.told[i] for i in unknown])
+      new = tabletop_grounding.measure(policy, self.suite, self._args.split, some, self._own.replan_steps)
+      found = [new[unknown.index(i)] if one is None else one for i, one in enumerate(found)]
+    return episodes._replace(grounding=found)
+
+  def grounding_picture(self, episodes: Episodes) -> list[Tile]:
+    """See `SuiteRun`: of the first episode that a film shows."""
+    some = self._with_states(episodes, 1)
+    index = tabletop_films.choose(some.success, 1)[0]
+    return tabletop_grounding.picture(self.policy, self.suite, self._args.split, some, index)
+
   def facts(self) -> dict:
     """See `SuiteRun`."""
     return {
@@ -112,7 +141,7 @@ class TabletopRun(SuiteRun):
 class Tabletop(Benchmark):
   """The tabletop, for the command."""
 
-  title, suites = "the tabletop", tuple(tasks.SUITES)
+  title, suites, knows_objects = "the tabletop", tuple(tasks.SUITES), True
 
   def task(self, instruction: str) -> str:
     """See `Benchmark`."""
@@ -136,6 +165,9 @@ class Tabletop(Benchmark):
     if served.is_url(args.policy):
       served.check_flags(args)
       args.host = True  # only the policy is elsewhere
+    if args.grounding and args.host:
+      got = "a policy behind a server" if served.is_url(args.policy) else "--host, which keeps no states"
+      raise refuse("--grounding", got, "a policy folder on the device", "leave one of the two out")
 
   def jobs(self, args: argparse.Namespace, stored: folder.ResultsFile) -> Iterator[Job]:
     """See `Benchmark`; all suites are checked before the first is measured."""
@@ -144,6 +176,9 @@ class Tabletop(Benchmark):
     options = dict(dataset=args.dataset, dtype=args.dtype, weights=args.weights, batch_sizes=sizes)
     policy = timed("load", lambda: self._load(args.policy, options))
     before = timed("load", lambda: Policy.load(args.baseline, **options)) if args.baseline else None
+    for one in (policy, before) if args.grounding else ():
+      if one is not None:
+        check_prunes(one.bare)
     found = [self._job(args, policy, before, suite, stored) for suite in args.suite]
     applying = controls.of_policy(policy, args.controls)
     if skipped := [name for name in args.controls if name not in applying]:

@@ -64,7 +64,7 @@ class Beginning(NamedTuple):
 
 
 class Settings(NamedTuple):
-  """How the simulator is run; all of it but `egl_device` is part of a result's fingerprint.
+  """How the simulator is run; all of it but `egl_device` and `objects` is part of a result's fingerprint.
 
   Attributes:
     suite: one of SUITES.
@@ -84,6 +84,8 @@ class Settings(NamedTuple):
     renderer: "egl" or "osmesa"; same frames.
     egl_device: EGL's number of the device that draws, which need not be CUDA's; None takes the first that works. What
       is in a fingerprint is that device's name.
+    objects: whether observations also hold masks of the objects that the task names, see `libero.objects`; frames and
+      physics are the same.
   """
 
   suite: str
@@ -97,6 +99,7 @@ class Settings(NamedTuple):
   max_steps: int | None = None
   renderer: str = "egl"
   egl_device: int | None = None
+  objects: bool = False
 
 
 def check(settings: Settings) -> None:

@@ -5,6 +5,10 @@ The tabletop runs for real, with a tiny policy, in programs that all runs here s
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import policies
 import pytest
@@ -17,7 +21,7 @@ from semanticvla_jax.evaluate import controls, run, shards
 from semanticvla_jax.evaluate.shards import Shard
 
 EPISODES, SHARDS, SUITE = 10, 4, "pick"
-WORDS = ["--suite=pick", f"--episodes={EPISODES}", "--films=0", "--controls=shuffled"]
+WORDS = ["--suite=pick", f"--episodes={EPISODES}", "--films=0", "--controls=shuffled", "--grounding"]
 FILMED = 2  # shards that make a film
 
 
@@ -108,6 +112,38 @@ def test_merged_shards_are_the_evaluation_in_one_piece(measured, tmp_path, capsy
   assert f"{EPISODES} of {EPISODES} episodes were measured before, kept" in capsys.readouterr().out
 
 
+def test_grounding_is_measured_beside_the_same_successes(measured, tmp_path):
+  words = [word for word in WORDS if word != "--grounding"]
+  command.main(["run", f"--policy={measured / 'policy'}", *words, f"--out={tmp_path}"])
+  with_, without = rows(measured / "whole"), rows(tmp_path)
+  for one, other in zip(with_, without):
+    figures = one.pop("grounding")
+    assert [*figures] == ["image", "wrist_image"] and figures["image"]["episodes"] == EPISODES
+    assert figures["image"]["kept"] == pytest.approx(figures["wrist_image"]["kept"])
+    for view in figures.values():
+      assert 0 < view["chance"] < view["kept"] and 0 <= view["on_objects"] <= 1 and 0 <= view["objects_kept"] <= 1
+    assert [*one["per_episode"][0].pop("grounding")] == ["image", "wrist_image"]
+    for episode in one["per_episode"][1:]:
+      assert episode.pop("grounding")["image"]["queries"] == -(-max(episode["steps"], 1) // 8)
+    assert one == other, "the fingerprint too"
+  assert "<h2>Grounding</h2>" not in (tmp_path / "report.html").read_text()
+  page = (measured / "0" / "report.html").read_text()
+  assert "<h2>Grounding</h2>" in page and "the outline of the objects" in page
+
+
+def test_a_folder_measured_without_grounding_is_gone_on_with(measured, tmp_path):
+  words = [
+    f"--policy={measured / 'policy'}",
+    "--suite=pick",
+    f"--episodes={EPISODES}",
+    "--films=0",
+    f"--out={tmp_path}",
+  ]
+  command.main(["run", *words])
+  command.main(["run", *words, "--grounding"])
+  assert rows(tmp_path)[0] == rows(measured / "whole")[0]
+
+
 def test_a_shard_says_that_it_is_one(measured, capsys):
   one = rows(measured / "3")
   assert [(row["shard"], row["of_episodes"], row["episodes"]) for row in one] == [("3/4", EPISODES, 2)] * 2
@@ -174,6 +210,12 @@ def _twice(file, value):
     value["results"][0]["per_episode"].append(value["results"][0]["per_episode"][0])
 
 
+def _without_grounding(file, value):
+  if file == "results.json":
+    for one in value["results"][0]["per_episode"]:
+      one.pop("grounding")
+
+
 def _share_of_another(file, value):
   """The share of shard 0, episodes and all, under another number."""
   if file == shards.FILE:
@@ -194,6 +236,10 @@ def _share_of_another(file, value):
     ),
     (_one_of_another, "/1: got no episode"),
     (_twice, "got episode [0-9]+ twice in .*/1; expected each episode once"),
+    (
+      _without_grounding,
+      "/1: got pick, 'this policy', with --grounding in one of it and .*/0; expected in both or none",
+    ),
     (_share_of_another, "/1: got a share of other episodes of pick than in .*/0; expected the same"),
   ],
 )
@@ -226,3 +272,22 @@ def test_shards_of_another_number_and_a_folder_with_results_are_refused(measured
   for out in (measured / "whole", measured / "0"):
     with pytest.raises(SystemExit, match="--out: got .*; expected a(nother| new) folder"):
       merge(measured, out)
+
+
+@pytest.mark.processes
+def test_a_shard_that_is_killed_goes_on_when_it_is_run_again(measured, tmp_path):
+  """Two shards as commands of their own; one is killed with SIGKILL between two rows."""
+  command_line = [sys.executable, "-m", "semanticvla_jax.evaluate", "run", f"--policy={measured / 'policy'}", *WORDS]
+  shard = lambda i: [*command_line, f"--shard={i}/2", f"--out={tmp_path / str(i)}"]  # noqa: E731
+  killed, written = subprocess.Popen(shard(1)), tmp_path / "1" / "results.json"
+  while not written.exists() and killed.poll() is None:
+    time.sleep(0.02)
+  killed.kill()
+  assert killed.wait(60) == -signal.SIGKILL and not json.loads(written.read_text())["finished"]
+  with pytest.raises(SystemExit, match="Shards: got 1 of 2, without 0/2"):
+    merge(measured, tmp_path / "out", tmp_path / "1")
+  again = subprocess.run(shard(1), check=True, capture_output=True, text=True, timeout=600).stdout
+  assert "5 of 5 episodes were measured before, kept" in again
+  subprocess.run(shard(0), check=True, timeout=600)
+  merge(measured, tmp_path / "out", tmp_path / "0", tmp_path / "1")
+  assert rows(tmp_path / "out") == rows(measured / "whole")
