@@ -59,6 +59,9 @@ def arguments(argv: Sequence[str]) -> tuple[Benchmark, argparse.Namespace]:
   args = argparse.Namespace(**defaults | given)
   args.controls = [*benchmark.bare_controls] if args.controls == _BARE else _split(args.controls)
   args.out = args.out or folder.default(args.policy or "recorded", ",".join(args.suite))
+  args.suite = benchmark.expand(args)
+  if len({*args.suite}) < len(args.suite):
+    raise refuse("--suite", f"{', '.join(args.suite)}", "each suite once", "name none twice")
   return benchmark, args
 
 
@@ -166,6 +169,7 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace, command: str, metri
       films=films,
       scenes=scenes,
       film_note=benchmark.film_note,
+      sections=benchmark.sections(stored.all),
     )
   return stored.no_rates() + problems
 
