@@ -80,8 +80,8 @@ class SuiteRun(abc.ABC):
     """The instruction of each of `whole`, known before the episodes are run; None where it is not."""
     return None
 
-  def tasks(self) -> list[str] | None:
-    """The task of each of `whole`, over which shards are balanced; None for one task."""
+  def tasks(self) -> list | None:
+    """The task of each of `whole`, its name or number, over which shards are balanced; None for one task."""
     asked = self.asked()
     return None if asked is None else [self.task(instruction) for instruction in asked]
 
@@ -238,6 +238,14 @@ class Benchmark(abc.ABC):
   def add_flags(self, add: Callable[..., None]) -> None:  # noqa: B027, there may be none
     """Adds the benchmark's own flags; `add` is called like argparse's add_argument."""
 
+  def expand(self, args: argparse.Namespace) -> list[str]:
+    """The suites of `args.suite`, a name that stands for several replaced by those.
+
+    Raises:
+      ValueError: it is unknown which.
+    """
+    return args.suite
+
   def check(self, args: argparse.Namespace) -> None:  # noqa: B027, there may be nothing to check
     """Checks what can be known before anything is loaded or written; `args.suite` is a list of its suites.
 
@@ -256,6 +264,10 @@ class Benchmark(abc.ABC):
   def more(self, out: pathlib.Path) -> dict:
     """What results.json holds in addition to the rows."""
     return {}
+
+  def sections(self, rows: Sequence[results.Row]) -> list[str]:
+    """Sections of the report that only this benchmark has, as HTML, from all measured rows."""
+    return []
 
   def films(self, args: argparse.Namespace) -> int:
     """How many films per suite are made."""

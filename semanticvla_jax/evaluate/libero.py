@@ -19,11 +19,13 @@ import numpy as np
 
 from semanticvla_jax import files, policy_folder
 from semanticvla_jax.data import text
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import (
   controls,
   folder,
   libero_checks,
   libero_grounding,
+  perturbed,
   progress,
   report,
   rollout_pool,
@@ -32,6 +34,7 @@ from semanticvla_jax.evaluate import (
 from semanticvla_jax.evaluate.evaluation import Benchmark, Evaluation, Job, SuiteRun
 from semanticvla_jax.evaluate.film_recorder import FilmRecorder
 from semanticvla_jax.evaluate.libero_checks import seeds, settings
+from semanticvla_jax.evaluate.results import Row
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, EpisodeResult, OnSimulators
 from semanticvla_jax.evaluate.served import ServedPolicy
@@ -39,6 +42,8 @@ from semanticvla_jax.libero import simulator, suites
 from semanticvla_jax.libero.protocols import PROTOCOLS
 from semanticvla_jax.libero.replay_policy import ReplayPolicy
 from semanticvla_jax.policy import Policy
+
+_PRO = "libero_pro"  # stands for the four perturbed variants of the suite that the policy was trained on
 
 
 class LiberoRun(SuiteRun):
@@ -111,7 +116,7 @@ class LiberoRun(SuiteRun):
       "environment": "libero",
       "suite": self.suite,
       "split": "the benchmark's first states" if self._begun is None else "where the demonstrations began",
-      "max_steps": wanted.max_steps or suites.MAX_STEPS[self.suite],
+      "max_steps": wanted.max_steps or suites.max_steps(self.suite),
       "replan_steps": self.replan_steps,
       "loop": "simulators",
       "protocol": self._args.protocol,
@@ -124,6 +129,7 @@ class LiberoRun(SuiteRun):
       "seeding": self._seeding(),
       "wait_steps": wanted.wait_steps,
       "prompt": text.prompt("{instruction}"),
+      **self._perturbed(),
       **(self.policy.facts if isinstance(self.policy, ServedPolicy) else {}),
     }
 
@@ -131,6 +137,14 @@ class LiberoRun(SuiteRun):
     """See `SuiteRun`."""
     found = suites.tasks(self.suite)
     return [found[seed // suites.EPISODES].instruction for seed in self.whole]
+
+  def tasks(self) -> list[int]:
+    """See `SuiteRun`."""
+    return [seed // suites.EPISODES for seed in self.whole]
+
+  def _perturbed(self) -> dict:
+    changes = suites.perturbation(self.suite)
+    return {} if changes is None else {"perturbed": {"suite": suites.parent(self.suite), "changes": changes}}
 
   def _seeding(self) -> dict:
     """How fixtures are placed; the sentences are those of results.json files of all versions."""
@@ -235,7 +249,7 @@ def _episode_files(suite: str) -> list[str]:
 
 def broken(out: pathlib.Path) -> dict[str, dict[int, str]]:
   """The tracebacks of all episodes that broke every time, by file of episodes and number."""
-  paths = sorted(out / name for suite in suites.SUITES for name in _episode_files(suite) if (out / name).exists())
+  paths = sorted(out / name for suite in suites.EVERY for name in _episode_files(suite) if (out / name).exists())
   found = {path.stem: EpisodeLog(path, repair=True).found.values() for path in paths}
   errors = {name: {one.seed: one.error for one in log if one.error is not None} for name, log in found.items()}
   return {name: some for name, some in errors.items() if some}
@@ -265,7 +279,7 @@ def _recorded(demonstrations: str, suite: str, numbers: tuple[int, ...], replan_
 class Libero(Benchmark):
   """LIBERO, for the command."""
 
-  title, suites, bare_controls = "LIBERO", tuple(suites.SUITES), ("shuffled",)
+  title, suites, bare_controls = "LIBERO", (*suites.EVERY, _PRO), ("shuffled",)
   knows_objects = True
   damaged = "built again from the episodes"
   film_note = "a frame for each policy query, at about real speed"
@@ -311,9 +325,23 @@ class Libero(Benchmark):
       help="seconds without an answer after which a simulator counts as crashed (default: 900)",
     )
 
+  def expand(self, args: argparse.Namespace) -> list[str]:
+    """See `Benchmark`: `libero_pro` stands for the perturbed variants of the policy's training suite."""
+    if _PRO not in args.suite:
+      return args.suite
+    if args.policy is None:
+      raise refuse("--suite=libero_pro", "no --policy", "a policy, whose statistics say which suite", "name the suites")
+    names = [args.dataset] if args.dataset else libero_checks.statistics_of(args.policy)
+    instead = libero_checks.variants(libero_checks.trained_suite(names)).split(",")
+    return [name for one in args.suite for name in (instead if one == _PRO else [one])]
+
   def check(self, args: argparse.Namespace) -> None:
     """See `Benchmark`."""
     libero_checks.check(args, load)
+
+  def sections(self, rows: Sequence[Row]) -> list[str]:
+    """See `Benchmark`: perturbed suites beside those that they perturb."""
+    return perturbed.section(rows)
 
   def jobs(self, args: argparse.Namespace, stored: folder.ResultsFile) -> Iterator[Job]:
     """See `Benchmark`; a suite's policy is loaded when the suite before it has been measured."""
@@ -328,7 +356,7 @@ class Libero(Benchmark):
 
   def merge(self, shards: Sequence[pathlib.Path], out: pathlib.Path) -> None:
     """See `Benchmark`: the files of episodes, one after the other, and the lists of films."""
-    for suite in suites.SUITES:
+    for suite in suites.EVERY:
       grounded = [name.replace(".jsonl", "_grounding.jsonl") for name in _episode_files(suite)]
       for name in (*_episode_files(suite), *grounded):
         found = [shard / name for shard in shards if (shard / name).exists()]

@@ -191,7 +191,8 @@ def write(parts: Sequence[Part], out: pathlib.Path, command: str, title: str, co
   for row in rows:
     stored.add(row)
   shown = films(rows, out, count)
-  folder.write_page(out, stored, title=title, films=shown, film_note=benchmark.film_note)
+  sections = benchmark.sections(rows)
+  folder.write_page(out, stored, title=title, films=shown, film_note=benchmark.film_note, sections=sections)
   return stored.no_rates()
 
 

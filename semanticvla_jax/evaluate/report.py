@@ -20,7 +20,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from semanticvla_jax import files
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate import controls, report_grounding
+from semanticvla_jax.evaluate import controls, fingerprint, report_grounding
 from semanticvla_jax.evaluate.results import Row, interval_text, percent, shard_text
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.visualize import Tile, png
@@ -77,6 +77,7 @@ class Page(NamedTuple):
     seconds: time spent per stage.
     film_note: how fast the films run.
     grounding: files of pictures of kept patches and named objects, shown where they exist and rows have such figures.
+    sections: of one benchmark, HTML that follows the controls.
   """
 
   title: str
@@ -88,6 +89,7 @@ class Page(NamedTuple):
   seconds: Mapping[str, float] = {}
   film_note: str = "at half speed"
   grounding: Sequence[pathlib.Path] = ()
+  sections: Sequence[str] = ()
 
 
 def write(path: str | os.PathLike, page: Page) -> pathlib.Path:
@@ -108,6 +110,7 @@ def write(path: str | os.PathLike, page: Page) -> pathlib.Path:
       "useful pruner must do better than patches chosen without looking at the image.",
       [row for row in rows if row.kind == "control"],
     ),
+    *page.sections,
     _tasks(rows),
     _films(page.films, page.film_note),
     _scenes(page.scenes),
@@ -414,7 +417,7 @@ def _draw(axis, name: str, points: np.ndarray, smooth: bool) -> None:
 def _fingerprint(rows: Sequence[Row], command: str, seconds: Mapping[str, float]) -> str:
   blocks = []
   for row in rows:
-    facts = [(html.escape(key), html.escape(_short(value))) for key, value in row.fingerprint.items()]
+    facts = [(html.escape(key), html.escape(_short(key, value))) for key, value in row.fingerprint.items()]
     lines = "".join(f"<tr><th scope=row>{key}</th><td><code>{value}</code></td></tr>\n" for key, value in facts)
     opened, name = " open" if row is rows[0] else "", html.escape(f"{row.suite} · {row.name}")
     table = f"<table class=facts><tbody>{lines}</tbody></table>"
@@ -429,8 +432,8 @@ def _fingerprint(rows: Sequence[Row], command: str, seconds: Mapping[str, float]
   )
 
 
-def _short(value: object) -> str:
+def _short(key: str, value: object) -> str:
   if isinstance(value, Mapping):
-    return ", ".join(f"{key}: {_short(x)}" for key, x in value.items()) or "–"
-  text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return ", ".join(f"{part}: {_short(part, x)}" for part, x in value.items()) or "–"
+  text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else fingerprint.named(key, value)
   return text if len(text) < 300 else text[:297] + "…"

@@ -61,6 +61,9 @@ def arguments(argv: Sequence[str]) -> tuple[Benchmark, argparse.Namespace]:
   args.shard = shards.parse(args.shard)
   part = "" if args.shard is None else f"/shard_{args.shard.index}_of_{args.shard.count}"
   args.out = args.out or folder.default(args.policy or "recorded", ",".join(args.suite)) + part
+  args.suite = benchmark.expand(args)
+  if len({*args.suite}) < len(args.suite):
+    raise refuse("--suite", f"{', '.join(args.suite)}", "each suite once", "name none twice")
   return benchmark, args
 
 
@@ -187,6 +190,7 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace, command: str, metri
       films=films,
       scenes=scenes,
       film_note=benchmark.film_note,
+      sections=benchmark.sections(stored.all),
     )
   return stored.no_rates() + problems
 

@@ -27,7 +27,10 @@ _CAMERAS = {"observation/image": "agentview_image", "observation/wrist_image": "
 
 
 def start(
-  settings: suites.Settings, beginnings: Mapping[int, suites.Beginning] | None = None, timeout: float = 900.0
+  settings: suites.Settings,
+  beginnings: Mapping[int, suites.Beginning] | None = None,
+  timeout: float = 900.0,
+  kind: type[Simulator] | None = None,
 ) -> Process:
   """A simulator in a separate process.
 
@@ -35,6 +38,7 @@ def start(
     settings: see there.
     beginnings: by episode number, instead of the benchmark's first states; see `Simulator`.
     timeout: seconds without an answer after which it counts as broken.
+    kind: the class of the simulator; None for `Simulator`.
 
   Raises:
     ValueError: a setting is wrong, benchmark or assets are missing, or OpenGL cannot draw.
@@ -44,7 +48,7 @@ def start(
   suites.tasks(settings.suite)
   device = opengl.choose(settings.renderer, settings.egl_device)
   variables = opengl.variables(settings.renderer, device) | {"LP_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-  return Process(functools.partial(Simulator, settings, beginnings), variables, timeout)
+  return Process(functools.partial(kind or Simulator, settings, beginnings), variables, timeout)
 
 
 class Simulator:
@@ -68,7 +72,7 @@ class Simulator:
     if "tensorflow" in sys.modules:
       raise RuntimeError("TensorFlow and the simulator crash in one process; put it into its own by `start`.")
     self.settings, self._beginnings = settings, beginnings
-    self.max_steps = settings.max_steps or suites.MAX_STEPS[settings.suite]
+    self.max_steps = settings.max_steps or suites.max_steps(settings.suite)
     self._tasks = suites.tasks(settings.suite)
     self._task: int | None = None
     self._resets = 0  # of the current environment
@@ -105,9 +109,7 @@ class Simulator:
     self._fresh(task, trial)
     self._last = self._environment.set_init_state(state)
     self._steps, self._done = 0, False
-    for i in range(self.settings.wait_steps):
-      self._open = i == self.settings.wait_steps - 1
-      self._last, _, self._done, _ = self._environment.step(list(suites.WAIT))
+    self._wait()
     return self._observation()
 
   def step(self, action: np.ndarray, observe: bool = True) -> tuple[dict | None, bool]:
@@ -142,6 +144,12 @@ class Simulator:
 
     drawn = GL.glGetString(GL.GL_RENDERER)
     return {"renderer": f"{self.settings.renderer}: {'unknown' if drawn is None else drawn.decode()}"}
+
+  def _wait(self) -> None:
+    """Lets objects fall into place; only the last frame is rendered."""
+    for i in range(self.settings.wait_steps):
+      self._open = i == self.settings.wait_steps - 1
+      self._last, _, self._done, _ = self._environment.step(list(suites.WAIT))
 
   def _first_state(self, episode: int, task: int, trial: int) -> np.ndarray:
     if self._beginnings is not None:

