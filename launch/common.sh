@@ -50,3 +50,11 @@ quoted() {  # quoted ARGUMENTS…: one string for a shell elsewhere
   line=$(show "$@")
   printf '%s' "${line:2}"
 }
+
+evaluate_arguments() {  # evaluate_arguments ARGUMENTS…: what a sharded evaluation cannot do without, and what is the script's
+  local joined=" $*"
+  [[ $joined == *" --policy="* ]] || fail "evaluation arguments: got '$*', expected --policy=FOLDER after --"
+  [[ $joined == *" --suite="* ]] || fail "evaluation arguments: got '$*', expected --suite=NAMES after --"
+  [[ $joined != *" --shard"* ]] || fail "evaluation arguments: got --shard, expected none: the script gives each its own"
+  [[ $joined != *" --out"* ]] || fail "evaluation arguments: got --out, expected it before --"
+}

@@ -1,8 +1,6 @@
 """Whether the LIBERO simulator can run here: packages, assets, an OpenGL library; tests skip with the reason if not."""
 
 import ctypes.util
-import tarfile
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ def installed(test):
 
 
 def assets() -> str:
-  """The folder of assets: a configured one, or the archive beside the repository, unpacked once."""
+  """The folder of assets: a configured one, or that of the packages that `make sim` installs."""
   if not suites.is_installed():
     pytest.skip("LIBERO is not installed: make sim")
   if ctypes.util.find_library("EGL") is None:
@@ -29,16 +27,7 @@ def assets() -> str:
   try:
     return str(suites.find_assets())
   except ValueError as error:
-    archive, reason = SHARED / "assets.tar.xz", str(error)
-  if not archive.exists():
-    pytest.skip(reason)
-  folder = Path(tempfile.gettempdir()) / f"libero_assets_{archive.stat().st_size}"
-  if not folder.exists():
-    partial = Path(tempfile.mkdtemp(prefix="libero_assets_"))
-    with tarfile.open(archive) as file:
-      file.extractall(partial, filter="data")
-    partial.rename(folder)
-  return str(folder)
+    pytest.skip(str(error))
 
 
 def demonstrations() -> Path:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from semanticvla_jax.benchmark.record import Result
-from semanticvla_jax.evaluate import results, rollout
+from semanticvla_jax.evaluate import results
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.serve.chunks import Chunks
 from semanticvla_jax.tabletop import physics, tasks
@@ -63,14 +63,14 @@ def programs(policy: Policy, suite: str, episodes: int, split: str = "heldout") 
 
   states → actions f32[k b 7]; nothing → first states; (states, actions f32[b 7]) → (states, success bool[b]).
   """
-  setup = rollout.setup_of(policy, suite, split, policy.chunk, tasks.max_steps(suite))
+  setup = tabletop_query.setup_of(policy, suite, split, policy.chunk, tasks.max_steps(suite))
   sentences = tasks.instructions(suite)
-  inputs = rollout.inputs_of(policy, sentences)
+  inputs = tabletop_query.inputs_of(policy, sentences)
 
   @jax.jit
   def ask(states: tasks.State) -> jax.Array:
     asked = states.instruction - tasks.INSTRUCTIONS.index(sentences[0])
-    return rollout.policy_query(policy.model, setup, inputs)(states, asked).swapaxes(0, 1)
+    return tabletop_query.policy_query(policy.model, setup, inputs)(states, asked).swapaxes(0, 1)
 
   @jax.jit
   def begin() -> tasks.State:

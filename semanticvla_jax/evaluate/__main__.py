@@ -2,6 +2,8 @@
 
     python -m semanticvla_jax.evaluate run --policy=DIR --suite=place --controls
     python -m semanticvla_jax.evaluate run --policy=DIR --suite=libero_object --workers=4
+    python -m semanticvla_jax.evaluate run --policy=DIR --suite=libero_object --shard=3/16 --out=runs/a/3
+    python -m semanticvla_jax.evaluate merge runs/a/* --out=runs/a_merged
     python -m semanticvla_jax.evaluate compare runs/a/report runs/b/report
     python -m semanticvla_jax.evaluate doctor --policy=DIR
 
@@ -11,12 +13,13 @@ Without a subcommand, flags are those of `run`.
 from __future__ import annotations
 
 from semanticvla_jax import cli
-from semanticvla_jax.evaluate import compare, run
+from semanticvla_jax.evaluate import compare, merge, run
 from semanticvla_jax.libero import doctor
 
 _PROGRAM = "python -m semanticvla_jax.evaluate"
 _COMMANDS = {
   "run": "measure a policy on suites of a benchmark (the tabletop, LIBERO) and write a report",
+  "merge": "put the shards of an evaluation (run --shard) together into one result",
   "compare": "compare two results episode by episode, if they were measured in the same way",
   "doctor": "check a LIBERO installation and a policy for known causes of wrong numbers",
 }
@@ -25,7 +28,7 @@ _COMMANDS = {
 def main(argv: list[str]) -> None:
   """Runs a subcommand; problems end the program with their message."""
   name, rest = cli.subcommand(_PROGRAM, __doc__, _COMMANDS, argv)
-  {"": run.main, "run": run.main, "compare": compare.main, "doctor": doctor.main}[name](rest)
+  {"": run.main, "run": run.main, "merge": merge.main, "compare": compare.main, "doctor": doctor.main}[name](rest)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ def each(
   *,
   seed: int = 0,
   before: Mapping[int, str] | None = None,
+  told: Mapping[int, str] | None = None,
 ) -> Iterator[tuple[str, Episodes, dict]]:
   """Yields the controls that apply to this policy one by one, on the episodes of `result`.
 
@@ -127,12 +128,15 @@ def each(
     names: which of NAMES; those that change nothing in this policy are skipped.
     seed: of the shuffle.
     before: {seed: instruction} of the episodes that an earlier run of the shuffled control measured.
+    told: {seed: instruction} of the shuffled control, where `result` is a share of the episodes that are shuffled.
 
   Yields:
     (name, episodes, what was changed in the model's config).
   """
   for name, changes in of_policy(policy, names).items():
-    if name == "shuffled":
+    if name == "shuffled" and told is not None:
+      yield name, run(policy, name, [told[int(one)] for one in result.seeds]), changes
+    elif name == "shuffled":
       kept = {i: before[int(one)] for i, one in enumerate(result.seeds) if int(one) in (before or {})}
       yield name, run(policy, name, shuffle(result.instruction, seed, kept)), changes
     else:

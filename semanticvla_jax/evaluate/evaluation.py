@@ -17,6 +17,8 @@ from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls, fingerprint, folder, progress, report, results
 from semanticvla_jax.evaluate.rollout import Episodes
+from semanticvla_jax.evaluate.shards import Shard
+from semanticvla_jax.evaluate.visualize import Tile
 
 
 class SuiteRun(abc.ABC):
@@ -31,6 +33,10 @@ class SuiteRun(abc.ABC):
     seeds: numbers of the episodes.
     stored: rows of this and earlier commands.
     name, kind: of the policy's own row: ("this policy", "policy") or ("before", "baseline").
+    shard: which share of the episodes is run; None for all.
+
+  Attributes:
+    whole: numbers of all episodes of the evaluation; `seeds` are those that are run.
   """
 
   def __init__(
@@ -41,8 +47,11 @@ class SuiteRun(abc.ABC):
     stored: folder.ResultsFile,
     name: str = "this policy",
     kind: str = "policy",
+    shard: Shard | None = None,
   ):
-    self.policy, self.suite, self.seeds, self.stored, self.name, self.kind = policy, suite, seeds, stored, name, kind
+    self.policy, self.suite, self.stored, self.name, self.kind = policy, suite, stored, name, kind
+    self.whole, self.shard = seeds, shard
+    self.seeds = seeds if shard is None else shard.share(seeds, self.tasks())
 
   @abc.abstractmethod
   def runner(self, policy: Any) -> Any:
@@ -67,9 +76,21 @@ class SuiteRun(abc.ABC):
     resumed = folder.Resumed(runner, self.stored.before(self.key(row)), f"{self.suite}, {name}")
     return resumed.run(self.seeds, told, progress.one_line(name, len(self.seeds), lambda: runner.broken))
 
+  def asked(self) -> list[str] | None:
+    """The instruction of each of `whole`, known before the episodes are run; None where it is not."""
+    return None
+
+  def tasks(self) -> list | None:
+    """The task of each of `whole`, its name or number, over which shards are balanced; None for one task."""
+    asked = self.asked()
+    return None if asked is None else [self.task(instruction) for instruction in asked]
+
   def fingerprint(self, **changes: Any) -> dict:
-    """The fingerprint of this run, or of one of its controls: `told` and `model_changes` of `fingerprint.of`."""
-    return fingerprint.of(self.policy, self.seeds, **self.facts(), **changes)
+    """The fingerprint of this run, or of one of its controls: `told` and `model_changes` of `fingerprint.of`.
+
+    A shard has that of the whole evaluation.
+    """
+    return fingerprint.of(self.policy, self.whole, **self.facts(), **changes)
 
   def claim(self, row: str, mark: Mapping) -> dict:
     """The fingerprint of a row together with that of the episodes which an earlier command finished.
@@ -105,6 +126,10 @@ class SuiteRun(abc.ABC):
 
   def scenes(self, episodes: Episodes, count: int) -> list[report.Scene]:
     """Pictures of what the policy looked at in one of the episodes of those films."""
+    return []
+
+  def grounding_picture(self, episodes: Episodes) -> list[Tile]:
+    """One of the policy's own episodes with the kept patches and the named objects' outlines, a tile a view."""
     return []
 
   def close(self) -> None:  # noqa: B027, most have nothing to end
@@ -150,9 +175,21 @@ class Evaluation:
       own: the policy's own episodes.
       names: of `controls.NAMES`; those that change nothing in this policy are skipped.
     """
-    policy, before = self.run.policy, self.run.told_before()
-    for name, episodes, changes in controls.each(policy, self.run.run, own, names, before=before):
+    policy, before, told = self.run.policy, self.run.told_before(), None
+    if self.run.shard is not None and "shuffled" in names:
+      told = dict(zip(self.run.whole, controls.shuffle(self._asked())))
+    for name, episodes, changes in controls.each(policy, self.run.run, own, names, before=before, told=told):
       self._add(name, self.run.claim(name, self._control(name, changes)), episodes)
+
+  def _asked(self) -> list[str]:
+    if (asked := self.run.asked()) is None:
+      raise refuse(
+        "--shard with shuffled instructions",
+        f"{self.run.suite}, whose instructions are not known before an episode",
+        "a suite whose instructions are known",
+        "leave out --controls=shuffled or --shard",
+      )
+    return asked
 
   def _applying(self, names: Sequence[str]) -> list[tuple[str, dict]]:
     return [*controls.of_policy(self.run.policy, names).items()] if names else []
@@ -164,6 +201,7 @@ class Evaluation:
   def _add(self, row: str, mark: Mapping, episodes: Episodes) -> results.Row:
     suite, kind, name = self.run.key(row)
     summary = results.summary(episodes, self.run.task)
+    summary |= {} if self.run.shard is None else {"shard": str(self.run.shard), "of_episodes": len(self.run.whole)}
     return self._stored.add(results.Row(name, kind, suite, summary, {**mark}, episodes))
 
 
@@ -183,6 +221,7 @@ class Benchmark(abc.ABC):
     bare_controls: controls that `--controls` without a value measures.
     damaged: what happens to rows of a results.json that cannot be read, for the warning.
     film_note: how fast its films run.
+    knows_objects: whether it can tell where the objects are that a task names, for `--grounding`.
   """
 
   title: str
@@ -190,9 +229,22 @@ class Benchmark(abc.ABC):
   bare_controls: tuple[str, ...] = tuple(controls.NAMES)
   damaged: str = "all is measured again"
   film_note: str = "at half speed"
+  knows_objects: bool = False
+
+  def task(self, instruction: str) -> str:
+    """The name under which an instruction is summarized."""
+    return instruction
 
   def add_flags(self, add: Callable[..., None]) -> None:  # noqa: B027, there may be none
     """Adds the benchmark's own flags; `add` is called like argparse's add_argument."""
+
+  def expand(self, args: argparse.Namespace) -> list[str]:
+    """The suites of `args.suite`, a name that stands for several replaced by those.
+
+    Raises:
+      ValueError: it is unknown which.
+    """
+    return args.suite
 
   def check(self, args: argparse.Namespace) -> None:  # noqa: B027, there may be nothing to check
     """Checks what can be known before anything is loaded or written; `args.suite` is a list of its suites.
@@ -213,9 +265,16 @@ class Benchmark(abc.ABC):
     """What results.json holds in addition to the rows."""
     return {}
 
+  def sections(self, rows: Sequence[results.Row]) -> list[str]:
+    """Sections of the report that only this benchmark has, as HTML, from all measured rows."""
+    return []
+
   def films(self, args: argparse.Namespace) -> int:
     """How many films per suite are made."""
     return args.films
+
+  def merge(self, shards: Sequence[pathlib.Path], out: pathlib.Path) -> None:  # noqa: B027, there may be none
+    """Puts together what the benchmark keeps in a folder besides results.json, films and pictures."""
 
 
 def check_minimum(args: argparse.Namespace, least: Mapping[str, int]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from semanticvla_jax.errors import refuse
+from semanticvla_jax.libero import suites
 
 PACKAGES = ("semanticvla_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 # Fields in which compared results may differ: that is what is compared. `require_alike` wants all others equal.
@@ -39,6 +40,7 @@ NOTED = ("sources",)
 # Fields that count episodes; each episode is identified by its own seed.
 COUNTED = ("seeds", "episodes", "first_states")
 OWN_INSTRUCTION, ANOTHER_INSTRUCTION = "the task's own instruction", "another episode's instruction"
+_NAMES = {"assets": suites.ASSETS}  # of known values, where a field is a hash
 _FIRST, _THEN = ("environment", "suite", "split"), ("max_steps", "loop")
 
 
@@ -118,8 +120,14 @@ def differences(first: Mapping, second: Mapping) -> dict[str, str]:
     if isinstance(a, Mapping) and isinstance(b, Mapping):
       found |= {f"{name}.{part}": pair for part, pair in differences(a, b).items()}
     elif a != b:
-      found[name] = f"{a} against {b}"
+      found[name] = f"{named(name, a)} against {named(name, b)}"
   return found
+
+
+def named(field: str, value: Any) -> str:
+  """A value in words, a known hash with its name: "7a3e5bfefe92d5b1 (visual stand-ins for 15 of the published)"."""
+  known = _NAMES.get(field, {}).get(value) if isinstance(value, str) else None
+  return f"{value}" if known is None else f"{value} ({known})"
 
 
 def within(name: str, fields: Sequence[str]) -> bool:

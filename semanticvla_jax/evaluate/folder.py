@@ -29,7 +29,7 @@ T = TypeVar("T")
 Key = tuple[str, str, str]  # of a row: suite, kind, name
 _PROBE = 1 << 16  # bytes
 # In these, episodes of one row may differ: they say how many there are, or decide nothing.
-_MAY_DIFFER = (*fingerprint.NOTED, *fingerprint.COUNTED, "policy.folder")
+MAY_DIFFER = (*fingerprint.NOTED, *fingerprint.COUNTED, "policy.folder")
 
 
 @contextlib.contextmanager
@@ -121,15 +121,32 @@ def merged(before: Mapping, now: Mapping, out: pathlib.Path) -> dict:
     ValueError: they were measured differently; names the fields.
   """
   now = json.loads(json.dumps(now))
-  if lines := fingerprint.unlike(before, now, _MAY_DIFFER):
+  if lines := fingerprint.unlike(before, now, MAY_DIFFER):
     raise refuse(
       f"{out} holds episodes that were measured differently",
       "; ".join(lines),
       "the same",
       "choose another --out",
     )
-  parts = [part for each in (before, now) for part in each.get("sources", "").split()]
-  return now | {"sources": " ".join(dict.fromkeys(parts))}
+  return now | {"sources": all_sources([before, now])}
+
+
+def all_sources(marks: Sequence[Mapping]) -> str:
+  """The sources of several fingerprints, each once."""
+  return " ".join(dict.fromkeys(part for mark in marks for part in mark.get("sources", "").split()))
+
+
+def read_rows(out: pathlib.Path) -> tuple[dict[Key, Row], dict[str, float]]:
+  """The rows of a folder's results.json, and the seconds that they took by stage.
+
+  Raises:
+    ValueError: it is missing or damaged.
+  """
+  path = out / "results.json"
+  try:
+    return _held(json.loads(path.read_text(encoding="utf-8")))
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise refuse(f"{path}", cli.first_line(error), "results of evaluate run", "measure it again") from error
 
 
 class ResultsFile:
@@ -294,6 +311,17 @@ def write_film(path: pathlib.Path, frames: UInt8[np.ndarray, "t h w 3"], fps: in
   files.fsync(path.parent)
 
 
+def grounding_picture(out: pathlib.Path, suite: str) -> pathlib.Path:
+  """The file of a suite's picture of kept patches and named objects."""
+  return out / f"{suite}_grounding.png"
+
+
+def write_grounding_picture(out: pathlib.Path, suite: str, tiles: Sequence[visualize.Tile]) -> None:
+  """Writes that picture; none without tiles."""
+  if tiles:
+    files.write(grounding_picture(out, suite), visualize.png(visualize.sheet([tiles])))
+
+
 def write_page(out: pathlib.Path, stored: ResultsFile, *, finished: bool = True, **fields: Any) -> bool:
   """Writes report.html and records in results.json whether anything is missing; returns whether it could.
 
@@ -306,7 +334,9 @@ def write_page(out: pathlib.Path, stored: ResultsFile, *, finished: bool = True,
 
   def work() -> bool:
     page = out / "report.html"
-    shown = report.Page(rows=stored.all, command=stored.command, seconds=stored.seconds, **fields)
+    pictures = [grounding_picture(out, suite) for suite in dict.fromkeys(row.suite for row in stored.all)]
+    facts = {"command": stored.command, "seconds": stored.seconds, "grounding": pictures}
+    shown = report.Page(rows=stored.all, **facts, **fields)
     report.write(page, shown)
     stored.write(finished)
     print(f"report: {page.resolve()}")

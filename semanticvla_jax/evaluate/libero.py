@@ -19,17 +19,31 @@ import numpy as np
 
 from semanticvla_jax import files, policy_folder
 from semanticvla_jax.data import text
-from semanticvla_jax.evaluate import controls, folder, libero_checks, progress, report, rollout_pool, served
+from semanticvla_jax.errors import refuse
+from semanticvla_jax.evaluate import (
+  controls,
+  folder,
+  libero_checks,
+  libero_grounding,
+  perturbed,
+  progress,
+  report,
+  rollout_pool,
+  served,
+)
 from semanticvla_jax.evaluate.evaluation import Benchmark, Evaluation, Job, SuiteRun
 from semanticvla_jax.evaluate.film_recorder import FilmRecorder
 from semanticvla_jax.evaluate.libero_checks import seeds, settings
+from semanticvla_jax.evaluate.results import Row
 from semanticvla_jax.evaluate.rollout import Episodes
-from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, OnSimulators
+from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, EpisodeResult, OnSimulators
 from semanticvla_jax.evaluate.served import ServedPolicy
 from semanticvla_jax.libero import simulator, suites
 from semanticvla_jax.libero.protocols import PROTOCOLS
 from semanticvla_jax.libero.replay_policy import ReplayPolicy
 from semanticvla_jax.policy import Policy
+
+_PRO = "libero_pro"  # stands for the four perturbed variants of the suite that the policy was trained on
 
 
 class LiberoRun(SuiteRun):
@@ -44,7 +58,7 @@ class LiberoRun(SuiteRun):
 
   def __init__(self, args: argparse.Namespace, policy: Any, suite: str, stored: folder.ResultsFile):
     name = "recorded actions" if isinstance(policy, ReplayPolicy) else "this policy"
-    super().__init__(policy, suite, seeds(args, suite), stored, name)
+    super().__init__(policy, suite, seeds(args, suite), stored, name, shard=args.shard)
     self._args, self._out, protocol = args, stored.out, PROTOCOLS[args.protocol]
     self.settings = settings(args, suite)
     own = policy.metadata.get("jpeg_quality")
@@ -53,13 +67,14 @@ class LiberoRun(SuiteRun):
     self._begun = policy.beginnings if isinstance(policy, ReplayPolicy) else None
     self._recorder: FilmRecorder | None = None
     tasks = suites.tasks(suite)
+    self._prepare = rollout_pool.stored_as_jpeg(self.jpeg, policy.metadata.get("dct", "accurate"))
     self.simulators = OnSimulators(
       policy,
       lambda: simulator.start(self.settings, self._begun, args.timeout),
       workers=args.workers,
       replan_steps=self.replan_steps,
       task=lambda seed: (seed // suites.EPISODES, tasks[seed // suites.EPISODES].instruction),
-      prepare=rollout_pool.stored_as_jpeg(self.jpeg, policy.metadata.get("dct", "accurate")),
+      prepare=self._prepare,
     )
 
   def runner(self, policy: Any) -> OnSimulators:
@@ -71,10 +86,25 @@ class LiberoRun(SuiteRun):
     """See `SuiteRun`."""
     if row == "policy" and self._args.films:
       self._recorder = FilmRecorder(self._out, self.suite, self._args.films, self.replan_steps)
-    runner = self.runner(policy)
-    runner.seen = self._recorder if row == "policy" else None
+    runner, records = self.runner(policy), self._log(row)
+    grounded = self._grounded(policy, row, records) if self._args.grounding else None
+    runner.seen = _each_of(self._recorder if row == "policy" else None, grounded)
     show = progress.line_per_episode(f"{self.suite} {row}", len(self.seeds), lambda: runner.broken)
-    return runner.run(self.seeds, told, show, self._log(row))
+    found = runner.run(self.seeds, told, show, records)
+    if grounded is None:
+      return found
+    return found._replace(grounding=[grounded.of(int(seed), said) for seed, said in zip(found.seeds, found.told)])
+
+  def _grounded(self, policy: Policy, row: str, records: EpisodeLog) -> libero_grounding.Recorder:
+    """What measures the grounding; episodes in `records` of which it is not known are taken out, to run again."""
+    path, draw = self._out / f"{self.suite}_{row}_grounding.jsonl", None
+    if row == "policy" and self._args.films and not folder.grounding_picture(self._out, self.suite).exists():
+      draw = functools.partial(folder.write_grounding_picture, self._out, self.suite)
+    found = libero_grounding.Recorder(policy, path, self._prepare, draw)
+    for seed, one in [*records.found.items()]:
+      if one.error is None and found.of(seed, one.told) is None:
+        del records.found[seed]
+    return found
 
   def _log(self, row: str) -> EpisodeLog:
     return EpisodeLog(self._out / f"{self.suite}_{row}.jsonl", repair=True)
@@ -86,7 +116,7 @@ class LiberoRun(SuiteRun):
       "environment": "libero",
       "suite": self.suite,
       "split": "the benchmark's first states" if self._begun is None else "where the demonstrations began",
-      "max_steps": wanted.max_steps or suites.MAX_STEPS[self.suite],
+      "max_steps": wanted.max_steps or suites.max_steps(self.suite),
       "replan_steps": self.replan_steps,
       "loop": "simulators",
       "protocol": self._args.protocol,
@@ -99,8 +129,22 @@ class LiberoRun(SuiteRun):
       "seeding": self._seeding(),
       "wait_steps": wanted.wait_steps,
       "prompt": text.prompt("{instruction}"),
+      **self._perturbed(),
       **(self.policy.facts if isinstance(self.policy, ServedPolicy) else {}),
     }
+
+  def asked(self) -> list[str]:
+    """See `SuiteRun`."""
+    found = suites.tasks(self.suite)
+    return [found[seed // suites.EPISODES].instruction for seed in self.whole]
+
+  def tasks(self) -> list[int]:
+    """See `SuiteRun`."""
+    return [seed // suites.EPISODES for seed in self.whole]
+
+  def _perturbed(self) -> dict:
+    changes = suites.perturbation(self.suite)
+    return {} if changes is None else {"perturbed": {"suite": suites.parent(self.suite), "changes": changes}}
 
   def _seeding(self) -> dict:
     """How fixtures are placed; the sentences are those of results.json files of all versions."""
@@ -114,9 +158,9 @@ class LiberoRun(SuiteRun):
   def _states_hash(self) -> str:
     """SHA-256 of the initial states of all episodes, 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for task in sorted({seed // suites.EPISODES for seed in self.seeds}):
+    for task in sorted({seed // suites.EPISODES for seed in self.whole}):
       found = suites.first_states(suites.tasks(self.suite)[task]) if self._begun is None else None
-      for seed in (seed for seed in self.seeds if seed // suites.EPISODES == task):
+      for seed in (seed for seed in self.whole if seed // suites.EPISODES == task):
         state = found[seed % suites.EPISODES] if self._begun is None else self._begun[seed].state
         digest.update(np.ascontiguousarray(state, np.float64).tobytes())
     return digest.hexdigest()[:16]
@@ -181,6 +225,17 @@ class LiberoRun(SuiteRun):
     self.simulators.close()
 
 
+def _each_of(*takers: Callable[[EpisodeResult, list[dict]], None] | None) -> Callable:
+  """Hands an episode that ended to each of those that are not None."""
+
+  def take(result: EpisodeResult, seen: list[dict]) -> None:
+    for one in takers:
+      if one is not None:
+        one(result, seen)
+
+  return take
+
+
 def _fingerprint(value: Mapping) -> dict:
   if not {"suite", "replay", "policy"} & value.keys():
     raise KeyError("suite")
@@ -194,7 +249,7 @@ def _episode_files(suite: str) -> list[str]:
 
 def broken(out: pathlib.Path) -> dict[str, dict[int, str]]:
   """The tracebacks of all episodes that broke every time, by file of episodes and number."""
-  paths = sorted(out / name for suite in suites.SUITES for name in _episode_files(suite) if (out / name).exists())
+  paths = sorted(out / name for suite in suites.EVERY for name in _episode_files(suite) if (out / name).exists())
   found = {path.stem: EpisodeLog(path, repair=True).found.values() for path in paths}
   errors = {name: {one.seed: one.error for one in log if one.error is not None} for name, log in found.items()}
   return {name: some for name, some in errors.items() if some}
@@ -224,7 +279,8 @@ def _recorded(demonstrations: str, suite: str, numbers: tuple[int, ...], replan_
 class Libero(Benchmark):
   """LIBERO, for the command."""
 
-  title, suites, bare_controls = "LIBERO", tuple(suites.SUITES), ("shuffled",)
+  title, suites, bare_controls = "LIBERO", (*suites.EVERY, _PRO), ("shuffled",)
+  knows_objects = True
   damaged = "built again from the episodes"
   film_note = "a frame for each policy query, at about real speed"
 
@@ -269,9 +325,23 @@ class Libero(Benchmark):
       help="seconds without an answer after which a simulator counts as crashed (default: 900)",
     )
 
+  def expand(self, args: argparse.Namespace) -> list[str]:
+    """See `Benchmark`: `libero_pro` stands for the perturbed variants of the policy's training suite."""
+    if _PRO not in args.suite:
+      return args.suite
+    if args.policy is None:
+      raise refuse("--suite=libero_pro", "no --policy", "a policy, whose statistics say which suite", "name the suites")
+    names = [args.dataset] if args.dataset else libero_checks.statistics_of(args.policy)
+    instead = libero_checks.variants(libero_checks.trained_suite(names)).split(",")
+    return [name for one in args.suite for name in (instead if one == _PRO else [one])]
+
   def check(self, args: argparse.Namespace) -> None:
     """See `Benchmark`."""
     libero_checks.check(args, load)
+
+  def sections(self, rows: Sequence[Row]) -> list[str]:
+    """See `Benchmark`: perturbed suites beside those that they perturb."""
+    return perturbed.section(rows)
 
   def jobs(self, args: argparse.Namespace, stored: folder.ResultsFile) -> Iterator[Job]:
     """See `Benchmark`; a suite's policy is loaded when the suite before it has been measured."""
@@ -283,3 +353,17 @@ class Libero(Benchmark):
   def more(self, out: pathlib.Path) -> dict:
     """See `Benchmark`: the tracebacks of broken episodes."""
     return {"broken": broken(out)}
+
+  def merge(self, shards: Sequence[pathlib.Path], out: pathlib.Path) -> None:
+    """See `Benchmark`: the files of episodes, one after the other, and the lists of films."""
+    for suite in suites.EVERY:
+      grounded = [name.replace(".jsonl", "_grounding.jsonl") for name in _episode_files(suite)]
+      for name in (*_episode_files(suite), *grounded):
+        found = [shard / name for shard in shards if (shard / name).exists()]
+        if found:
+          files.write(out / name, b"".join(path.read_bytes() for path in found))
+      films = [
+        film for shard in shards for film in folder.read_json(shard / f"{suite}_films.json", list, [], "left out")
+      ]
+      if films:
+        files.write_json(out / f"{suite}_films.json", films)

@@ -14,6 +14,7 @@ from semanticvla_jax.data import statistics
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls, folder, served
 from semanticvla_jax.evaluate.evaluation import check_minimum
+from semanticvla_jax.evaluate.visualize import check_prunes
 from semanticvla_jax.libero import suites
 from semanticvla_jax.libero.protocols import PROTOCOLS, fitting
 from semanticvla_jax.models.semanticvla import build
@@ -48,6 +49,7 @@ def settings(args: argparse.Namespace, suite: str) -> suites.Settings:
     quaternion=args.quaternion,
     renderer=args.renderer,
     egl_device=args.egl_device,
+    objects=args.grounding,
   )
   suites.check(found)
   return found
@@ -76,7 +78,7 @@ def check(args: argparse.Namespace, load: Callable[[argparse.Namespace, str], An
     if "shuffled" in args.controls:
       controls.shuffle([tasks[seed // suites.EPISODES].instruction for seed in numbers])
     _check_states(suite, numbers)
-  suites.find_assets(args.assets)
+  _check_assets(args)
   if args.policy:
     _report_skipped(args.policy, args.controls)
 
@@ -91,6 +93,11 @@ def _check_flags(args: argparse.Namespace) -> None:
     )
   if args.controls and args.recorded:
     raise refuse("Controls", f"{args.controls} with --recorded", "a policy, because they change it", "leave them out")
+  if args.grounding:
+    if args.recorded or served.is_url(args.policy):
+      got = "--recorded" if args.recorded else "a policy behind a server"
+      raise refuse("--grounding", got, "a policy folder", "leave one of the two out")
+    check_prunes(build(policy_folder.read_policy_json(args.policy).config["model"]))
   check_minimum(args, {"workers": 1})
   if args.timeout <= 0:
     raise refuse("--timeout", f"{args.timeout:g}", "more than 0 seconds", "raise it")
@@ -143,6 +150,42 @@ def _check_states(suite: str, numbers: Sequence[int]) -> None:
       )
 
 
+def _check_assets(args: argparse.Namespace) -> None:
+  """Raises ValueError unless the folder of assets has all objects of all tasks; the original one lacks LIBERO-PRO's."""
+  assets = suites.find_assets(args.assets)
+  for suite in args.suite:
+    for task in (suites.tasks(suite)[i] for i in suites.task_numbers(args.tasks, suite)):
+      if missing := suites.missing_assets(task, assets):
+        raise refuse(
+          f"Task {task.name} of {suite}",
+          f"no {', '.join(missing)} in {assets}",
+          "models of all its objects",
+          "run `make sim`, unset LIBERO_ASSETS and leave --assets out, or leave the task out with --tasks",
+        )
+
+
+def trained_suite(names: Sequence[str]) -> str:
+  """The one of LIBERO's suites with perturbed variants that a policy was trained on, by its statistics.
+
+  Raises:
+    ValueError: it has statistics of none of them, or of several.
+  """
+  found = [suite for suite in dict.fromkeys(suites.PRO.values()) if fitting(names, suite)]
+  if len(found) != 1:
+    raise refuse(
+      "--suite=libero_pro",
+      f"a policy with statistics {[*names]}, of {', '.join(found) or 'none of LIBERO'}",
+      f"one of {', '.join(dict.fromkeys(suites.PRO.values()))}",
+      f"name the suites, e.g. --suite={variants((found or [*suites.SUITES])[0])}",
+    )
+  return found[0]
+
+
+def variants(suite: str) -> str:
+  """The suites of LIBERO-PRO that perturb one of LIBERO's, with commas."""
+  return ",".join(name for name, parent in suites.PRO.items() if parent == suite)
+
+
 def check_found(args: argparse.Namespace, out: pathlib.Path) -> None:
   """Raises ValueError if episodes of one of the suites were measured differently, as far as flags and files tell.
 
@@ -156,7 +199,7 @@ def check_found(args: argparse.Namespace, out: pathlib.Path) -> None:
       continue
     wanted = settings(args, suite)
     now = {
-      "max_steps": wanted.max_steps or suites.MAX_STEPS[suite],
+      "max_steps": wanted.max_steps or suites.max_steps(suite),
       "protocol": args.protocol,
       "quaternion": wanted.quaternion,
       "wait_steps": wanted.wait_steps,
@@ -178,18 +221,25 @@ def _report_skipped(policy: str, names: Sequence[str]) -> None:
     logging.warning("Controls skipped, because they change nothing in this policy: %s", ", ".join(skipped))
 
 
+def statistics_of(policy: str) -> list[str]:
+  """Names of the statistics of a policy folder, or of the one that a server uses."""
+  if served.is_url(policy):
+    return [served.metadata(policy)["dataset"]]
+  return [*policy_folder.read_policy_json(policy).statistics]
+
+
 def dataset_for(names: Sequence[str], suite: str) -> str:
   """The name of the statistics to use, of those that a policy has.
 
   Raises:
     ValueError: none of them is in the suite's units.
   """
-  fits = fitting(names, suite)
+  fits, own = fitting(names, suite), suites.parent(suite)
   if not fits:
     raise refuse(
       f"Policy has no statistics of {suite}",
       f"those of {[*names]}",
-      f"{suite!r} or '{suite}_no_noops', because actions of another suite are in other units",
+      f"{own!r} or '{own}_no_noops', because actions of another suite are in other units",
       "evaluate the suite that it was trained on, or choose with --dataset",
     )
   return fits[0]

@@ -20,8 +20,8 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from semanticvla_jax import files
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate import controls
-from semanticvla_jax.evaluate.results import Row, interval_text, percent
+from semanticvla_jax.evaluate import controls, fingerprint, report_grounding
+from semanticvla_jax.evaluate.results import Row, interval_text, percent, shard_text
 from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.visualize import Tile, png
 
@@ -76,6 +76,8 @@ class Page(NamedTuple):
     command: how to get this report again.
     seconds: time spent per stage.
     film_note: how fast the films run.
+    grounding: files of pictures of kept patches and named objects, shown where they exist and rows have such figures.
+    sections: of one benchmark, HTML that follows the controls.
   """
 
   title: str
@@ -86,6 +88,8 @@ class Page(NamedTuple):
   command: str = ""
   seconds: Mapping[str, float] = {}
   film_note: str = "at half speed"
+  grounding: Sequence[pathlib.Path] = ()
+  sections: Sequence[str] = ()
 
 
 def write(path: str | os.PathLike, page: Page) -> pathlib.Path:
@@ -106,9 +110,11 @@ def write(path: str | os.PathLike, page: Page) -> pathlib.Path:
       "useful pruner must do better than patches chosen without looking at the image.",
       [row for row in rows if row.kind == "control"],
     ),
+    *page.sections,
     _tasks(rows),
     _films(page.films, page.film_note),
     _scenes(page.scenes),
+    report_grounding.section(rows, page.grounding),
     _curves(page.metrics),
     _fingerprint(rows, page.command, page.seconds),
   ]
@@ -165,6 +171,7 @@ def _verdict(summary: Mapping, suite: str, split: str) -> str:
     return f"<b>No</b> episode of {suite} can be counted: {apart}"
   text = f"<b>{_of(summary)}</b> episodes of {suite} end with the task done"
   text += f" <span class=soft>({_interval(summary)}, layouts: {html.escape(split)})</span>"
+  text += f" in <b>{html.escape(shard_text(summary))}</b>, counted from 0" if "shard" in summary else ""
   return text + (f", {apart}" if apart else "")
 
 
@@ -410,7 +417,7 @@ def _draw(axis, name: str, points: np.ndarray, smooth: bool) -> None:
 def _fingerprint(rows: Sequence[Row], command: str, seconds: Mapping[str, float]) -> str:
   blocks = []
   for row in rows:
-    facts = [(html.escape(key), html.escape(_short(value))) for key, value in row.fingerprint.items()]
+    facts = [(html.escape(key), html.escape(_short(key, value))) for key, value in row.fingerprint.items()]
     lines = "".join(f"<tr><th scope=row>{key}</th><td><code>{value}</code></td></tr>\n" for key, value in facts)
     opened, name = " open" if row is rows[0] else "", html.escape(f"{row.suite} · {row.name}")
     table = f"<table class=facts><tbody>{lines}</tbody></table>"
@@ -425,8 +432,8 @@ def _fingerprint(rows: Sequence[Row], command: str, seconds: Mapping[str, float]
   )
 
 
-def _short(value: object) -> str:
+def _short(key: str, value: object) -> str:
   if isinstance(value, Mapping):
-    return ", ".join(f"{key}: {_short(x)}" for key, x in value.items()) or "–"
-  text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return ", ".join(f"{part}: {_short(part, x)}" for part, x in value.items()) or "–"
+  text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else fingerprint.named(key, value)
   return text if len(text) < 300 else text[:297] + "…"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semanticvla_jax.errors import refuse
+from semanticvla_jax.evaluate import grounding
 from semanticvla_jax.evaluate.rollout import Episodes
 
 
@@ -104,6 +105,8 @@ def summary(episodes: Episodes, group: Callable[[str], str] | None = None) -> di
     names = [group(sentence) for sentence in episodes.instruction]
     members = {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
     found["tasks"] = {name: summary(select(episodes, index)) for name, index in members.items()}
+  if episodes.grounding is not None:
+    found["grounding"] = grounding.summary(episodes.grounding)
   return found
 
 
@@ -117,17 +120,24 @@ def count_text(summary: Mapping) -> str:
 
 def rate_text(summary: Mapping) -> str:
   """A summary's rate as a line ends with it: "38/48, 2 broke  79.2 %  (65–88 %)", or that there is none."""
+  part = f"  {shard_text(summary)}" if "shard" in summary else ""
   if not summary["episodes"]:
-    return f"no rate: all {summary.get('errors', 0)} episodes broke"
+    return f"no rate: all {summary.get('errors', 0)} episodes broke{part}"
   percentage = percent(summary["successes"], summary["episodes"])
-  return f"{count_text(summary)}  {percentage}  ({interval_text(summary['interval'])})"
+  return f"{count_text(summary)}  {percentage}  ({interval_text(summary['interval'])}){part}"
+
+
+def shard_text(summary: Mapping) -> str:
+  """What share of an evaluation the summary of a shard is: "shard 3/16 of 500 episodes"."""
+  return f"shard {summary['shard']} of {summary['of_episodes']} episodes"
 
 
 def select(episodes: Episodes, index: Sequence[int]) -> Episodes:
   """Some of the episodes, without their states."""
   names = ("seeds", "success", "steps", "error", "nonfinite", "retries", "seconds")
   arrays = {name: None if (x := getattr(episodes, name)) is None else x[list(index)] for name in names}
-  said = {name: [getattr(episodes, name)[i] for i in index] for name in ("instruction", "told")}
+  lists = ("instruction", "told", "grounding")
+  said = {name: None if (x := getattr(episodes, name)) is None else [x[i] for i in index] for name in lists}
   return Episodes(**arrays, **said)
 
 
@@ -149,6 +159,8 @@ def per_episode(episodes: Episodes) -> list[dict]:
   if episodes.retries is not None:
     times = zip(episodes.retries.tolist(), episodes.seconds.tolist())
     rows = [row | dict(retries=retries, seconds=seconds) for row, (retries, seconds) in zip(rows, times)]
+  if episodes.grounding is not None:
+    rows = [row | ({} if one is None else {"grounding": one}) for row, one in zip(rows, episodes.grounding)]
   return rows
 
 
@@ -170,6 +182,7 @@ def episodes_of(rows: Sequence[Mapping]) -> Episodes:
     retries=column("retries", np.int64) if timed else None,
     seconds=column("seconds", np.float64) if timed else None,
     nonfinite=np.array([bool(row.get("nonfinite", False)) for row in rows], bool),
+    grounding=[row.get("grounding") for row in rows] if any("grounding" in row for row in rows) else None,
   )
 
 

@@ -17,18 +17,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from semanticvla_jax import cli
-from semanticvla_jax.data import robot, statistics
-from semanticvla_jax.data.gripper import to_commands
-from semanticvla_jax.data.images import center_crop
+from semanticvla_jax.data import robot
 from semanticvla_jax.errors import refuse
+from semanticvla_jax.evaluate.tabletop_query import Inputs, Query, Setup, inputs_of, policy_query, setup_of
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
-from semanticvla_jax.types import Observation, Statistics
 
-Query = Callable[[tasks.State, Array], Array]  # states [b], told i32[b] -> actions f32[b k 7]
 Progress = Callable[[int, int], None]  # episodes done, successes among them
 
 
@@ -45,6 +42,7 @@ class Episodes(NamedTuple):
     states: every state before an action and the last one, State with leading axes [t + 1, n]; None unless asked for.
     retries, seconds: i64[n], how often each broke and was started again; f64[n], its duration. None without simulators.
     nonfinite: bool[n], True where the policy gave an action that is not finite, a failure; None for nowhere.
+    grounding: n dicts by view, see `grounding.of_episode`, None for an episode without; None where none was measured.
   """
 
   seeds: np.ndarray
@@ -57,6 +55,7 @@ class Episodes(NamedTuple):
   retries: np.ndarray | None = None
   seconds: np.ndarray | None = None
   nonfinite: np.ndarray | None = None
+  grounding: list[dict | None] | None = None
 
   @property
   def successes(self) -> int:
@@ -139,69 +138,6 @@ def simulate(
 
 def _like(flags: Bool[Array, "b"], x: Array) -> Array:
   return flags.reshape(flags.shape + (1,) * (x.ndim - 1))
-
-
-class Setup(NamedTuple):
-  """What is compiled into a program, apart from the model: all static.
-
-  Attributes:
-    image_size, views, crop_area, mode: of the policy: pixels, how many, what is cropped, and which bounds normalize.
-    suite, split: of the tabletop.
-    replan_steps, max_steps, keep_states: see `simulate`.
-  """
-
-  image_size: int
-  views: int
-  crop_area: float | None
-  mode: str
-  suite: str
-  split: str
-  replan_steps: int
-  max_steps: int
-  keep_states: bool
-
-
-def setup_of(
-  policy: Policy, suite: str, split: str, replan_steps: int, max_steps: int, keep_states: bool = False
-) -> Setup:
-  """The setup of a policy's program on a suite of the tabletop."""
-  crop_area, views = policy.metadata["crop_area"], policy.bare.num_views
-  own = (policy.image_size, views, crop_area, policy.mode)
-  return Setup(*own, suite, split, replan_steps, max_steps, keep_states)
-
-
-class Inputs(NamedTuple):
-  """What a program is given: parameters, statistics (action, proprio), and tables of words, a row a sentence.
-
-  As arguments, so that another policy of the same model runs in the same program.
-  """
-
-  params: Any
-  stats: tuple[Statistics, Statistics | None]
-  words: tuple
-
-
-def inputs_of(policy: Policy, sentences: Sequence[str]) -> Inputs:
-  """A policy's inputs, with a row of words for each sentence."""
-  stats = (policy.stats.action, None if policy.bare.proprio_dim is None else policy.stats.proprio)
-  return Inputs(policy.params, *(jax.tree.map(jnp.asarray, part) for part in (stats, policy.words(sentences))))
-
-
-def policy_query(model: nn.Module, setup: Setup, inputs: Inputs) -> Query:
-  """Asks a policy inside jit: render, read the gripper, gather the words, run the model, un-normalize."""
-  action, proprio = inputs.stats
-  look = jax.vmap(functools.partial(physics.observe, size=setup.image_size))
-
-  def query(states: tasks.State, told: Int[Array, "b"]) -> Float[Array, "b k 7"]:
-    images, state = look(states)
-    read = None if proprio is None else statistics.normalize(state, proprio, mode=setup.mode)
-    tokens = (None if table is None else table[told] for table in inputs.words)
-    images = images[:, : setup.views]
-    images = images if setup.crop_area is None else center_crop(images, setup.crop_area)
-    output = model.apply({"params": inputs.params}, Observation(images, read, *tokens))
-    return to_commands(statistics.unnormalize(output.actions, action, mode=setup.mode), action.mask)
-
-  return query
 
 
 @functools.partial(jax.jit, static_argnames=("model", "setup"))

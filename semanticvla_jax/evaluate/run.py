@@ -25,7 +25,7 @@ from typing import Any
 from semanticvla_jax import cli
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate import controls, folder
+from semanticvla_jax.evaluate import controls, folder, shards
 from semanticvla_jax.evaluate.benchmarks import BENCHMARKS, of_suites
 from semanticvla_jax.evaluate.evaluation import Benchmark, Job, check_minimum
 from semanticvla_jax.evaluate.rollout import Episodes
@@ -58,7 +58,12 @@ def arguments(argv: Sequence[str]) -> tuple[Benchmark, argparse.Namespace]:
       )
   args = argparse.Namespace(**defaults | given)
   args.controls = [*benchmark.bare_controls] if args.controls == _BARE else _split(args.controls)
-  args.out = args.out or folder.default(args.policy or "recorded", ",".join(args.suite))
+  args.shard = shards.parse(args.shard)
+  part = "" if args.shard is None else f"/shard_{args.shard.index}_of_{args.shard.count}"
+  args.out = args.out or folder.default(args.policy or "recorded", ",".join(args.suite)) + part
+  args.suite = benchmark.expand(args)
+  if len({*args.suite}) < len(args.suite):
+    raise refuse("--suite", f"{', '.join(args.suite)}", "each suite once", "name none twice")
   return benchmark, args
 
 
@@ -88,7 +93,19 @@ def _add_common_flags(add: Callable) -> None:
     help="controls to measure in addition, "
     f"some of {','.join(controls.NAMES)} (without a value: {bare}; default: none)",
   )
+  add(
+    "--shard",
+    metavar="K/N",
+    help="measure share K of N of the episodes, K from 0 to N-1, into a folder of its own; the merge subcommand puts "
+    "the N folders together (default: all episodes)",
+  )
   add("--films", type=int, default=6, help="number of films per suite (default: 6; 0: no pictures either)")
+  add(
+    "--grounding",
+    action="store_true",
+    help="measure in addition how much of what the instruction-driven pruner keeps lies on the objects that the task "
+    "names, against chance; success rates are the same (default: not measured)",
+  )
   add("--metrics", help="metrics.jsonl file of the training, to plot its curves (default: no curves)")
   add("--dataset", help="name of the statistics to use, if the policy has several (default: the only or fitting one)")
   add("--dtype", help="dtype of parameters and computation, e.g. bfloat16 (default: as trained)")
@@ -131,9 +148,14 @@ def measure(job: Job, args: argparse.Namespace, stored: folder.ResultsFile) -> E
   return episodes
 
 
-def show(job: Job, episodes: Episodes, count: int, stored: folder.ResultsFile) -> tuple[list, list]:
+def show(
+  job: Job, episodes: Episodes, count: int, stored: folder.ResultsFile, grounding: bool = False
+) -> tuple[list, list]:
   """Films and pictures of a suite, as many as can be made."""
   run, timed = job.own.run, stored.seconds.timed
+  if grounding:
+    draw = lambda: folder.write_grounding_picture(stored.out, run.suite, run.grounding_picture(episodes))  # noqa: E731
+    timed("pictures", lambda: folder.afterwards("the picture of the grounding", draw, None))
   films = timed("films", lambda: folder.afterwards("films", lambda: run.films(episodes, count), []))
   return films, timed("pictures", lambda: folder.afterwards("pictures", lambda: run.scenes(episodes, count), []))
 
@@ -147,9 +169,11 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace, command: str, metri
   films, scenes, problems = [], [], []
   try:
     for job in benchmark.jobs(args, stored):
+      if args.shard is not None:
+        shards.note(out, args.shard, job.own.run.suite, job.own.run.whole, job.own.run.seeds)
       episodes = measure(job, args, stored)
       if count:
-        shown = show(job, episodes, count, stored)
+        shown = show(job, episodes, count, stored, args.grounding)
         films, scenes = films + shown[0], scenes + shown[1]
   except BrokenEnvironment as error:
     problems = [str(error)]
@@ -166,6 +190,7 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace, command: str, metri
       films=films,
       scenes=scenes,
       film_note=benchmark.film_note,
+      sections=benchmark.sections(stored.all),
     )
   return stored.no_rates() + problems
 
@@ -177,9 +202,13 @@ def main(argv: Sequence[str]) -> None:
     benchmark, args = arguments(argv)
     check_minimum(args, {"films": 0, "replan_steps": 1})
     controls.check(args.controls)
+    if args.grounding and not benchmark.knows_objects:
+      known = " or ".join(one.title for one in BENCHMARKS.values() if one.knows_objects)
+      raise refuse("--grounding", f"{benchmark.title}, which knows no objects", f"suites of {known}", "leave it out")
     benchmark.check(args)
     metrics = folder.metrics(args.metrics)
     with folder.alone(pathlib.Path(args.out)):
+      shards.claim(pathlib.Path(args.out), args.shard)
       missing = evaluate(benchmark, args, f"{_PROGRAM} {shlex.join(argv)}", metrics)
   except ValueError as error:
     sys.exit(f"error: {error}")

@@ -12,10 +12,19 @@ import jax
 import numpy as np
 
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate import controls, fingerprint, folder, report, served, tabletop_films
+from semanticvla_jax.evaluate import (
+  controls,
+  fingerprint,
+  folder,
+  report,
+  served,
+  tabletop_films,
+  tabletop_grounding,
+)
 from semanticvla_jax.evaluate.evaluation import Benchmark, Evaluation, Job, SuiteRun, check_minimum
 from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost, check_robot
 from semanticvla_jax.evaluate.served import ServedPolicy
+from semanticvla_jax.evaluate.visualize import Tile, check_prunes
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
 
@@ -51,9 +60,9 @@ class TabletopRun(SuiteRun):
     self, args: argparse.Namespace, policy: Any, suite: str, stored: folder.ResultsFile, baseline: bool = False
   ):
     name, kind = ("before", "baseline") if baseline else ("this policy", "policy")
-    super().__init__(policy, suite, range(args.seed, args.seed + args.episodes), stored, name, kind)
-    tasks.check_seeds(self.seeds, args.split)
-    self._args = args
+    self._args, seeds = args, range(args.seed, args.seed + args.episodes)
+    tasks.check_seeds(seeds, args.split)
+    super().__init__(policy, suite, seeds, stored, name, kind, args.shard)
     self._own = self._make(policy)
     self._again: Episodes | None = None  # episodes that were run again for their states
 
@@ -64,12 +73,33 @@ class TabletopRun(SuiteRun):
   def _make(self, policy: Any) -> OnDevice | OnHost:
     args, replan_steps = self._args, self._args.replan_steps
     if not args.host:
-      batch = -(-args.episodes // -(-args.episodes // args.batch))  # equal batches
+      # Equal batches; a shard's are those of the whole, so that it runs the same program.
+      batch = -(-args.episodes // -(-args.episodes // args.batch))
       return OnDevice(policy, self.suite, args.split, replan_steps=replan_steps, batch=batch, keep_states=True)
     check_robot(policy, policy.replan_steps if replan_steps is None else replan_steps)
     environment = physics.TabletopEnvironment(self.suite, args.split, policy.image_size)
     ask = lambda seed: instructions(self.suite, args.split, [seed])[0]  # noqa: E731
     return OnHost(policy, environment, replan_steps=replan_steps, instruction=ask)
+
+  def run(self, policy: Any, row: str, told: Sequence[str] | None = None) -> Episodes:
+    """See `SuiteRun`; with --grounding also where the kept patches lay, for episodes of which that is not known."""
+    episodes = super().run(policy, row, told)
+    if not self._args.grounding:
+      return episodes
+    found = episodes.grounding or [None] * len(episodes.seeds)
+    if unknown := [i for i, one in enumerate(found) if one is None]:
+      some = episodes
+      if some.states is None:
+        some = self.runner(policy).run(episodes.seeds[unknown], told and [episodes.told[i] for i in unknown])
+      new = tabletop_grounding.measure(policy, self.suite, self._args.split, some, self._own.replan_steps)
+      found = [new[unknown.index(i)] if one is None else one for i, one in enumerate(found)]
+    return episodes._replace(grounding=found)
+
+  def grounding_picture(self, episodes: Episodes) -> list[Tile]:
+    """See `SuiteRun`: of the first episode that a film shows."""
+    some = self._with_states(episodes, 1)
+    index = tabletop_films.choose(some.success, 1)[0]
+    return tabletop_grounding.picture(self.policy, self.suite, self._args.split, some, index)
 
   def facts(self) -> dict:
     """See `SuiteRun`."""
@@ -82,6 +112,10 @@ class TabletopRun(SuiteRun):
       "loop": "host" if self._args.host else "device",
       **(self.policy.facts if isinstance(self.policy, ServedPolicy) else {}),
     }
+
+  def asked(self) -> list[str]:
+    """See `SuiteRun`."""
+    return instructions(self.suite, self._args.split, self.whole)
 
   def task(self, instruction: str) -> str:
     """See `SuiteRun`."""
@@ -107,7 +141,11 @@ class TabletopRun(SuiteRun):
 class Tabletop(Benchmark):
   """The tabletop, for the command."""
 
-  title, suites = "the tabletop", tuple(tasks.SUITES)
+  title, suites, knows_objects = "the tabletop", tuple(tasks.SUITES), True
+
+  def task(self, instruction: str) -> str:
+    """See `Benchmark`."""
+    return task(instruction)
 
   def add_flags(self, add: Callable[..., None]) -> None:
     """See `Benchmark`."""
@@ -127,6 +165,9 @@ class Tabletop(Benchmark):
     if served.is_url(args.policy):
       served.check_flags(args)
       args.host = True  # only the policy is elsewhere
+    if args.grounding and args.host:
+      got = "a policy behind a server" if served.is_url(args.policy) else "--host, which keeps no states"
+      raise refuse("--grounding", got, "a policy folder on the device", "leave one of the two out")
 
   def jobs(self, args: argparse.Namespace, stored: folder.ResultsFile) -> Iterator[Job]:
     """See `Benchmark`; all suites are checked before the first is measured."""
@@ -135,6 +176,9 @@ class Tabletop(Benchmark):
     options = dict(dataset=args.dataset, dtype=args.dtype, weights=args.weights, batch_sizes=sizes)
     policy = timed("load", lambda: self._load(args.policy, options))
     before = timed("load", lambda: Policy.load(args.baseline, **options)) if args.baseline else None
+    for one in (policy, before) if args.grounding else ():
+      if one is not None:
+        check_prunes(one.bare)
     found = [self._job(args, policy, before, suite, stored) for suite in args.suite]
     applying = controls.of_policy(policy, args.controls)
     if skipped := [name for name in args.controls if name not in applying]:
@@ -156,7 +200,7 @@ class Tabletop(Benchmark):
       baseline = TabletopRun(args, before, suite, stored, baseline=True)
       _check_alike(own.fingerprint(), baseline.fingerprint())
     if "shuffled" in args.controls:
-      controls.shuffle(instructions(suite, args.split, own.seeds))
+      controls.shuffle(own.asked())
     return Job(Evaluation(own, stored), None if baseline is None else Evaluation(baseline, stored))
 
   def films(self, args: argparse.Namespace) -> int:

@@ -9,22 +9,30 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import flax.linen as nn
 import imageio_ffmpeg
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from semanticvla_jax.data import images
+from semanticvla_jax.errors import refuse
+from semanticvla_jax.models import programs
+from semanticvla_jax.models.pruner import IDPruned
+from semanticvla_jax.models.semanticvla import SemanticVLA
 from semanticvla_jax.observation_dict import VIEWS
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, render, tasks
+from semanticvla_jax.types import Observation
 
 FRAMES_A_SECOND = 10  # half the speed of the tabletop's 20 Hz
 _RENDERED = 16  # frames rendered together
 _MARGIN, _CAPTION = 8, 44  # pixels
 _CAMERAS = {"image": "front camera", "wrist_image": "wrist camera"}
+_OUTLINE = (255, 64, 200)
 _INK, _PAPER, _GOOD, _BAD = (28, 30, 34), (255, 255, 255), (22, 130, 72), (190, 50, 45)
 
 
@@ -44,13 +52,40 @@ class Look(NamedTuple):
   aggregation: Float[np.ndarray, "v n"] | None
 
 
+def pruning_encoder(model: SemanticVLA) -> str | None:
+  """The encoder whose patches are kept by the instruction: "siglip" or "dino"; None without an ID-Pruner."""
+  return next((name for name in ("siglip", "dino") if model.pruner(name, "id") is not None), None)
+
+
+def check_prunes(model: SemanticVLA) -> None:
+  """Raises ValueError unless a model keeps patches by the instruction."""
+  if pruning_encoder(model) is None:
+    raise refuse(
+      "--grounding", "a policy without an ID-Pruner", "one that keeps patches by the instruction", "leave it out"
+    )
+
+
+def kept_patches(pruned: IDPruned) -> Bool[Array, "b n"]:
+  """Which patches an ID-Pruner kept, in raster order."""
+  b, n, _ = pruned.similarity.shape
+  return jnp.zeros((b, n), bool).at[jnp.arange(b)[:, None], pruned.kept].set(True)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def kept_of(params: dict, observation: Observation, *, model: nn.Module) -> Bool[Array, "b v n"]:
+  """The patches that a model with an ID-Pruner keeps of b observations; the rest of it is not computed."""
+  found = model.apply({"params": params}, observation).intermediates
+  kept = kept_patches(found[f"{pruning_encoder(programs.bare(model))}_pruned"])
+  return kept.reshape(*observation.images.shape[:2], -1)
+
+
 def looks(policy: Policy, observations: Sequence[Mapping]) -> list[Look]:
   """What the policy looks at in each observation (dicts as for `Policy.infer`), in one batch."""
   observation = policy.observe(observations)
   b, v = observation.images.shape[:2]
   bare = policy.bare
   sa = next((name for name in ("dino", "siglip") if bare.pruner(name, "sa") is not None), None)
-  id_ = next((name for name in ("siglip", "dino") if bare.pruner(name, "id") is not None), None)
+  id_ = pruning_encoder(bare)
 
   @jax.jit
   def seen(params, observation):
@@ -61,7 +96,7 @@ def looks(policy: Policy, observations: Sequence[Mapping]) -> list[Look]:
       out["aggregation"] = found[f"{sa}_attention"][..., patches].mean(axis=(1, 2))
     if id_ is not None:
       pruned = found[f"{id_}_pruned"]
-      out["kept"] = jnp.zeros(pruned.similarity.shape[:2], bool).at[jnp.arange(b * v)[:, None], pruned.kept].set(True)
+      out["kept"] = kept_patches(pruned)
       if pruned.cues is not None:
         out |= {"cues": pruned.cue_weights.swapaxes(1, 2), "salient": pruned.salient}
     return out
@@ -92,6 +127,40 @@ def kept_overlay(image: UInt8[np.ndarray, "s s 3"], kept: Bool[np.ndarray, "n"])
     y, x = divmod(int(index), side)
     draw.rectangle([x * step, y * step, (x + 1) * step - 1, (y + 1) * step - 1], outline=(255, 255, 255))
   return np.asarray(canvas)
+
+
+def outlined(image: UInt8[np.ndarray, "s s 3"], mask: Bool[np.ndarray, "s s"]) -> UInt8[np.ndarray, "s s 3"]:
+  """An image with the edge of a mask in its pixels' place."""
+  inside = mask.copy()
+  for axis in (0, 1):
+    for shift in (-1, 1):
+      inside &= np.roll(mask, shift, axis)
+  return np.where((mask & ~inside)[..., None], np.array(_OUTLINE, np.uint8), image)
+
+
+def grounding_tiles(
+  frames: UInt8[np.ndarray, "v s s 3"],
+  kept: Bool[np.ndarray, "v n"],
+  masks: Bool[np.ndarray, "v s s"],
+  crop_area: float | None,
+  views: Sequence[str],
+) -> list[Tile]:
+  """Each view as the policy sees it, with its kept patches and the outline of what the task names.
+
+  Args:
+    frames: whole frames.
+    kept: patches of each, in raster order.
+    masks: pixels that show an object that the task names.
+    crop_area: share of a frame that the policy sees; None for all of it.
+    views: their names.
+  """
+  masks = np.repeat(masks[..., None], 3, axis=-1).astype(np.uint8) * 255
+  if crop_area is not None:
+    frames, masks = images.center_crop(frames, crop_area), images.center_crop(masks, crop_area)
+  return [
+    Tile(f"{_CAMERAS.get(name, name)}: kept {int(k.sum())} of {len(k)}", outlined(kept_overlay(image, k), mask))
+    for name, image, k, mask in zip(views, frames, kept, masks[..., 0] > 127)
+  ]
 
 
 def heat_overlay(image: UInt8[np.ndarray, "s s 3"], weights: Float[np.ndarray, "n"]) -> UInt8[np.ndarray, "s s 3"]:

@@ -15,18 +15,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 
 from semanticvla_jax.envs.subprocess_env import LOGGER, Process
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.libero import opengl, suites
+from semanticvla_jax.libero import objects, opengl, suites
 
 _EARLIER = 100  # resets that a recorded one may have come after
+MASK = "objects/"  # a view's mask of the objects that the task names is under this and the view's name
 _CAMERAS = {"observation/image": "agentview_image", "observation/wrist_image": "robot0_eye_in_hand_image"}
 
 
 def start(
-  settings: suites.Settings, beginnings: Mapping[int, suites.Beginning] | None = None, timeout: float = 900.0
+  settings: suites.Settings,
+  beginnings: Mapping[int, suites.Beginning] | None = None,
+  timeout: float = 900.0,
+  kind: type[Simulator] | None = None,
 ) -> Process:
   """A simulator in a separate process.
 
@@ -34,6 +38,7 @@ def start(
     settings: see there.
     beginnings: by episode number, instead of the benchmark's first states; see `Simulator`.
     timeout: seconds without an answer after which it counts as broken.
+    kind: the class of the simulator; None for `Simulator`.
 
   Raises:
     ValueError: a setting is wrong, benchmark or assets are missing, or OpenGL cannot draw.
@@ -43,7 +48,7 @@ def start(
   suites.tasks(settings.suite)
   device = opengl.choose(settings.renderer, settings.egl_device)
   variables = opengl.variables(settings.renderer, device) | {"LP_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-  return Process(functools.partial(Simulator, settings, beginnings), variables, timeout)
+  return Process(functools.partial(kind or Simulator, settings, beginnings), variables, timeout)
 
 
 class Simulator:
@@ -67,11 +72,13 @@ class Simulator:
     if "tensorflow" in sys.modules:
       raise RuntimeError("TensorFlow and the simulator crash in one process; put it into its own by `start`.")
     self.settings, self._beginnings = settings, beginnings
-    self.max_steps = settings.max_steps or suites.MAX_STEPS[settings.suite]
+    self.max_steps = settings.max_steps or suites.max_steps(settings.suite)
     self._tasks = suites.tasks(settings.suite)
     self._task: int | None = None
     self._resets = 0  # of the current environment
     self._environment: Any = None
+    self._geoms = np.zeros(0, bool)  # of the named objects, with `settings.objects`
+    self._masks: dict[str, np.ndarray] = {}  # by camera
     self._samplers: list = []  # of drawers and knobs, that one reset leaves behind
     self._ahead: int | None = 0  # earlier resets less seed, of the last recorded reset that was found; None: none was
     self._make = _import(settings.assets)
@@ -102,9 +109,7 @@ class Simulator:
     self._fresh(task, trial)
     self._last = self._environment.set_init_state(state)
     self._steps, self._done = 0, False
-    for i in range(self.settings.wait_steps):
-      self._open = i == self.settings.wait_steps - 1
-      self._last, _, self._done, _ = self._environment.step(list(suites.WAIT))
+    self._wait()
     return self._observation()
 
   def step(self, action: np.ndarray, observe: bool = True) -> tuple[dict | None, bool]:
@@ -139,6 +144,12 @@ class Simulator:
 
     drawn = GL.glGetString(GL.GL_RENDERER)
     return {"renderer": f"{self.settings.renderer}: {'unknown' if drawn is None else drawn.decode()}"}
+
+  def _wait(self) -> None:
+    """Lets objects fall into place; only the last frame is rendered."""
+    for i in range(self.settings.wait_steps):
+      self._open = i == self.settings.wait_steps - 1
+      self._last, _, self._done, _ = self._environment.step(list(suites.WAIT))
 
   def _first_state(self, episode: int, task: int, trial: int) -> np.ndarray:
     if self._beginnings is not None:
@@ -237,15 +248,20 @@ class Simulator:
       self._environment.env.object_property_initializers[:] = self._samplers * earlier
     self._environment.reset()
     self._resets += 1
+    if self.settings.objects:
+      self._geoms = objects.geoms(self._environment.env)
     for name in _CAMERAS.values():  # a hard reset makes new sensors
       camera = self._environment.env._observables[name]
-      camera._sensor = self._gate(camera._sensor)
+      camera._sensor = self._gate(camera._sensor, name)
 
-  def _gate(self, sensor: Callable) -> Callable:
+  def _gate(self, sensor: Callable, name: str) -> Callable:
     """A camera that draws only while `_open`: and at the moment when robosuite would."""
-    dark = np.zeros((self.settings.size, self.settings.size, 3), np.uint8)
+    size = self.settings.size
+    dark = np.zeros((size, size, 3), np.uint8)
 
     def gated(cache: dict) -> np.ndarray:
+      if self._open and self.settings.objects:
+        self._masks[name] = objects.mask(self._environment.env, name.removesuffix("_image"), size, self._geoms)
       return sensor(cache) if self._open else dark
 
     gated.__modality__ = sensor.__modality__
@@ -257,9 +273,12 @@ class Simulator:
     rotation = suites.axis_angle(last["robot0_eef_quat"], self.settings.quaternion)
     state = np.concatenate([last["robot0_eef_pos"], rotation, last["robot0_gripper_qpos"]]).astype(np.float32)
     joints = np.asarray(last["robot0_joint_pos"], np.float32)
-    return {**pictures, "observation/state": state, "observation/joint_state": joints, "prompt": self.instruction}
+    found = {**pictures, "observation/state": state, "observation/joint_state": joints, "prompt": self.instruction}
+    for name, camera in _CAMERAS.items() if self.settings.objects else ():
+      found[name.replace("observation/", MASK)] = self._turn(self._masks[camera])
+    return found
 
-  def _turn(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+  def _turn(self, image: Shaped[np.ndarray, "h w *c"]) -> Shaped[np.ndarray, "h w *c"]:
     return np.ascontiguousarray(image[::-1, ::-1] if self.settings.rotation == 180 else image)
 
   def _current(self) -> int:

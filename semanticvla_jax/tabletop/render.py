@@ -249,13 +249,18 @@ def _table(o: Vector, d: Vector) -> Hit:
   )
 
 
-def _objects(hit: Hit, state: State, o: Vector, d: Vector) -> Hit:
-  """Everything that is on the table or held."""
+def _placed(state: State) -> tuple[Float[Array, "n 3"], Float[Array, "n 3 3"], Int[Array, " n"]]:
+  """Where the frames of all objects are, their axes, and the objects' kinds."""
   about_z = jax.vmap(lambda yaw: rotation_matrix(jnp.array([0.0, 0.0, 1.0]) * yaw))
   held = rotation_matrix(state.rotation) @ about_z(state.grip_yaw[None])[0]
   turns = jnp.where((jnp.arange(MAX_OBJECTS) == state.held)[:, None, None], held, about_z(state.yaw))
   under = jnp.asarray(HALF)[state.kind, 2].at[:GRASPABLE].set(0.0)
-  things = (state.center.at[:, 2].add(-under), turns, state.kind, jnp.asarray(PALETTE)[state.color])
+  return state.center.at[:, 2].add(-under), turns, state.kind
+
+
+def _objects(hit: Hit, state: State, o: Vector, d: Vector) -> Hit:
+  """Everything that is on the table or held."""
+  things = (*_placed(state), jnp.asarray(PALETTE)[state.color])
 
   def add(surface, hit, thing):
     origin, turn, kind, color = thing
@@ -316,6 +321,28 @@ def views(state: State, size: int, samples: int = 1) -> UInt8[Array, "2 {size} {
   bright = _AMBIENT + _DIRECT * jnp.clip(hit.lambert, 0.0, 1.0) * _light(hit, state, o, d)
   rgb = jnp.stack([jnp.clip(c * bright, 0.0, 1.0) for c in hit[2:]], -1).mean(0)
   return (rgb * 255 + 0.5).astype(jnp.uint8).reshape(2, size, size, 3)
+
+
+@in_32_bits
+def visible_objects(state: State, size: int) -> Int[Array, "2 {size} {size}"]:
+  """Which object each pixel of `views` shows: its index in the state, or -1 (table, background, gripper)."""
+  o, d = _rays(state, size, 1)
+  table = _table(o, d)
+
+  def add(surface, found, thing):
+    nearest, which = found
+    (origin, turn, kind), index = thing
+    local = _into(turn, tuple(a - b for a, b in zip(o, origin)))
+    t = surface(local, _into(turn, d), _into(turn, _LIGHT), kind).t
+    return (jnp.minimum(t, nearest), jnp.where(t < nearest, index, which)), None
+
+  found = (table.t, jnp.full(table.t.shape, -1))
+  for surface, part in ((_solid, slice(GRASPABLE)), (_container, slice(GRASPABLE, None))):
+    things = (tuple(x[part] for x in _placed(state)), jnp.arange(MAX_OBJECTS)[part])
+    found, _ = jax.lax.scan(functools.partial(add, surface), found, things)
+  nearest, which = found
+  hidden = _gripper(table._replace(t=nearest), state, o, d).t < nearest
+  return jnp.where(hidden, -1, which).reshape(2, size, size)
 
 
 @in_32_bits

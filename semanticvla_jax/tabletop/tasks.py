@@ -178,6 +178,15 @@ def instruction(state: State) -> str:
   return INSTRUCTIONS[int(state.instruction)]
 
 
+def named_objects(state: State) -> Bool[Array, "n"]:
+  """Which objects the instruction names: targets, containers to put them into, and the bowl of suite `spatial`."""
+  asks = state.verb != NOTHING
+  into = (state.verb == PUT) | (state.verb == INSERT)
+  index = jnp.arange(MAX_OBJECTS)[:, None]
+  named = ((index == state.target) & asks) | ((index == state.destination) & into)
+  return named.any(axis=1) | ((index[:, 0] == 3) & (state.suite == SPATIAL))
+
+
 def max_steps(suite: str | int) -> int:
   """How many actions an episode of the suite may take."""
   return MAX_STEPS[suite_index(suite)]

