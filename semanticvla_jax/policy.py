@@ -98,7 +98,7 @@ class Policy(BasePolicy):
       jpeg_quality=data.get("jpeg_quality"),
       dct=_choice("dct", data.get("dct", "accurate"), images.DCTS),
     )
-    self.chunk = self.bare.chunk if self.bare.coupler is not None else 1
+    self.chunk = self.bare.chunk
     self.replan_steps = self.chunk if replan_steps is None else replan_steps
     self._extra = dict(metadata or {})
     self.robot = robot.select(config, self._extra.get("dataset", ""))

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from semanticvla_jax import policy_folder
-from semanticvla_jax.data import statistics
+from semanticvla_jax.data import robot, statistics
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import controls, folder, served
 from semanticvla_jax.evaluate.evaluation import check_minimum
+from semanticvla_jax.evaluate.rollout import check_grippers
 from semanticvla_jax.evaluate.visualize import check_prunes
 from semanticvla_jax.libero import suites
 from semanticvla_jax.libero.protocols import PROTOCOLS, fitting
@@ -122,8 +123,10 @@ def _shapes(args: argparse.Namespace, suite: str) -> tuple[int, int | None, int,
   config, entries, _ = policy_folder.read_policy_json(args.policy)
   dataset = args.dataset or dataset_for([*entries], suite)
   stats = statistics.select({name: statistics.from_openvla(one, name) for name, one in entries.items()}, dataset)
+  if (own := robot.select(config, dataset)) is not None:
+    check_grippers(own.grippers, "LIBERO")
   model = build(config["model"])
-  return model.num_views, model.proprio_dim, len(stats.action.mask), model.chunk if model.coupler is not None else 1
+  return model.num_views, model.proprio_dim, len(stats.action.mask), model.chunk
 
 
 def _shapes_served(args: argparse.Namespace, suite: str) -> tuple[int, int | None, int, int]:

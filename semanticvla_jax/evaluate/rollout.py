@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Int
 
 from semanticvla_jax import cli
 from semanticvla_jax.data import robot
+from semanticvla_jax.data.spec import Gripper
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate.tabletop_query import Inputs, Query, Setup, inputs_of, policy_query, setup_of
 from semanticvla_jax.policy import Policy
@@ -348,7 +349,7 @@ class OnHost:
       raise _Broken from error
 
 
-_GRIPPER = (6, "binary", (-1.0, 1.0))  # of the tabletop: dimension, kind, values that open and close
+_GRIPPER = (6, "binary", (-1.0, 1.0))  # of both benchmarks: dimension, kind, values that open and close
 
 
 def check_robot(policy: Any, replan_steps: int) -> None:
@@ -362,16 +363,21 @@ def check_robot(policy: Any, replan_steps: int) -> None:
       "1 or 2, 8, 7 and 'command'",
       "evaluate a policy trained on the tabletop",
     )
-  own = [] if robot.KEY not in known else robot.from_json("The policy", known[robot.KEY]).grippers
-  if robot.KEY in known and [(one.dimension, one.kind, one.answers) for one in own] != [_GRIPPER]:
+  if robot.KEY in known:
+    check_grippers(robot.from_json("The policy", known[robot.KEY]).grippers, "the tabletop")
+  if not 1 <= replan_steps <= policy.chunk:
+    raise refuse("Evaluation", f"replan_steps={replan_steps}", f"1 to {policy.chunk}, the policy's chunk", "lower it")
+
+
+def check_grippers(own: Sequence[Gripper], benchmark: str) -> None:
+  """Raises ValueError unless a robot's grippers are the one that both benchmarks have, by its values."""
+  if [(one.dimension, one.kind, one.answers) for one in own] != [_GRIPPER]:
     raise refuse(
       "Policy is for another robot",
       f"the grippers {[*own]}",
       "-1 open and +1 closed in dimension 6",
-      "evaluate a policy trained on the tabletop",
+      f"evaluate a policy trained on {benchmark}",
     )
-  if not 1 <= replan_steps <= policy.chunk:
-    raise refuse("Evaluation", f"replan_steps={replan_steps}", f"1 to {policy.chunk}, the policy's chunk", "lower it")
 
 
 def _check(policy: Policy, replan_steps: int) -> None:

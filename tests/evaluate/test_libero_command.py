@@ -9,7 +9,7 @@ import pytest
 from helpers import random_params, tiny
 
 from semanticvla_jax import policy_folder
-from semanticvla_jax.data import statistics, text
+from semanticvla_jax.data import datasets, robot, statistics, text
 from semanticvla_jax.evaluate import compare, libero, libero_checks, run
 from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.evaluate.film_recorder import FilmRecorder
@@ -73,6 +73,16 @@ def test_a_policy_of_another_suite_is_refused_by_the_command(tmp_path):
   folder = policy_folder.save_policy(tmp_path / "p", {"x": np.zeros(1)}, config=policies.CONFIG, statistics=entries)
   with pytest.raises(SystemExit, match=r"got those of \['libero_object_no_noops'\]"):
     main([f"--policy={folder}", "--suite=libero_goal", f"--out={tmp_path / 'out'}"])
+
+
+def test_a_gripper_with_other_values_is_refused_by_the_command(tmp_path):
+  entries = {"libero_object_no_noops": statistics.to_openvla(policies.stats())}
+  spec = datasets.spec("libero_object_no_noops")
+  own = spec._replace(gripper=spec.grippers[0]._replace(command=(0.0, 1.0)))
+  config = policies.CONFIG | {robot.KEY: {"libero_object_no_noops": robot.of(own).to_json()}}
+  folder = policy_folder.save_policy(tmp_path / "p", {"x": np.zeros(1)}, config=config, statistics=entries)
+  with pytest.raises(SystemExit, match=r"another robot: got the grippers .*expected -1 open .*trained on LIBERO"):
+    main([f"--policy={folder}", "--suite=libero_object", f"--out={tmp_path / 'out'}"])
 
 
 def test_a_misspelt_control_is_told_before_anything_is_loaded(tmp_path):
