@@ -16,6 +16,8 @@ DECODER = {
   "fastv_mean": dict(block=2, score="mean"),  # the score that FastV's paper describes
   "fastv_stop": dict(block=2, score="stop"),
   "fastv_action": dict(block=2, score="action"),
+  "sparsevlm": dict(block=2, score="raters"),
+  "vla_pruner_now": dict(block=3, score="mean+action"),
   # Controls: what a score is worth.
   "prune_random": dict(block=2, score="random"),
   "prune_uniform": dict(block=2, score="uniform"),

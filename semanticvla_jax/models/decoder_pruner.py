@@ -1,4 +1,4 @@
-"""Visual tokens that the decoder's later layers do without: FastV (Chen et al. 2024, arXiv 2403.06764) and controls.
+"""Visual tokens that the decoder's later layers do without: FastV (arXiv 2403.06764), others like it, and controls.
 
     layers 0 … block-1 ─ all tokens ─► a score for each visual token ─► the `keep` best of each view ─► layers block …
 
@@ -8,20 +8,24 @@ Nothing is trained. What is kept goes on as it is, with its rotary position: pos
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax.models import masks
 from semanticvla_jax.models.llama import take
-from semanticvla_jax.models.pruner import ANCHOR_RULES, top_indices
+from semanticvla_jax.models.pruner import ANCHOR_RULES, cosine_similarity, top_indices
 
 if TYPE_CHECKING:
   from semanticvla_jax.models.semanticvla import SemanticVLA
 
 # Whose attention makes the score; the others ignore it and tell what an attention score is worth.
-ATTENTION = ("last", "stop", "mean", "text", "action")
+ATTENTION = ("last", "stop", "mean", "text", "raters", "action", "mean+action")
 CONTROLS = ("random", "uniform", "centre")
 FORMS = ("drop", "mask")
 
@@ -51,7 +55,9 @@ class DecoderPruner:
     keep: visual tokens of each view that the other layers see.
     score: mean attention, over heads, of these positions to a visual token: "last", the prompt's last token (FastV's
       code, whose models speak behind it); "stop", </s>, the last one of a sequence here; "mean", everything before the
-      action block (FastV's paper); "text", the prompt; "action", the action placeholders. Or a control.
+      action block (FastV's paper); "text", the prompt; "raters", its words whose embeddings look like the image
+      (SparseVLM, arXiv 2410.04417); "action", the action placeholders. "mean+action": the best of either, thinned to the
+      most different (VLA-Pruner, arXiv 2511.16449, by one layer's attention alone). Or a control.
     form: "drop" shortens the sequence; "mask" hides what is not kept from all other positions, which gives the same at
       the kept ones and saves nothing.
   """
@@ -61,37 +67,30 @@ class DecoderPruner:
   score: str = "last"
   form: str = "drop"
 
-  def rows(self, spans: Spans) -> Int[Array, "b r"] | None:
-    """The positions whose attention is the score; None for a control."""
-    if self.score == "last":
-      return spans.last[:, None]
-    ranges = {
-      "mean": (0, spans.block),
-      "text": (spans.prompt, spans.block),
-      "action": (spans.block, spans.length - 1),
-      "stop": (spans.length - 1, spans.length),
-    }
-    if self.score not in ranges:
-      return None
-    rows = jnp.arange(*ranges[self.score])
-    return jnp.broadcast_to(rows, (len(spans.last), len(rows)))
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """The scores that this one is made of; () for a control."""
+    return () if self.score in CONTROLS else tuple(self.score.split("+"))
 
   def choose(
-    self, weights: Float[Array, "b r l"] | None, real: Bool[Array, "b r"] | None, spans: Spans
+    self, weights: Sequence[Float[Array, "b _ l"]], real: Sequence[Bool[Array, "b _"]], patches: Array, spans: Spans
   ) -> Int[Array, "b k"]:
     """The visual tokens to keep, counted over all views, ascending.
 
     Args:
-      weights: attention of the positions `rows`; None for a control. real: which of these are not padding.
+      weights: of each part, the attention of its rows. real: which of these count. patches: f[b n D], embeddings of the
+        visual tokens.
     """
-    b, n = len(spans.last), spans.visual
-    if weights is None:
-      scores = jnp.broadcast_to(ANCHOR_RULES[self.score](jnp.zeros((1, n, 1)), None, None, None), (b, spans.views, n))
-    else:
-      own = real[..., None].astype(jnp.float32)
-      mean = (weights * own).sum(axis=1) / own.sum(axis=1)
-      scores = mean[:, 1 : 1 + spans.views * n].reshape(b, spans.views, n)
-    kept = top_indices(scores.reshape(b * spans.views, n), self.keep, "visual tokens of a view (decoder_pruner)")
+    (b, n), what = (len(spans.last), spans.visual), "visual tokens of a view (decoder_pruner)"
+    each = [_scores(*pair, spans) for pair in zip(weights, real, strict=True)]
+    if not each:
+      control = ANCHOR_RULES[self.score](jnp.zeros((1, n, 1)), None, None, None)
+      each = [jnp.broadcast_to(control, (b * spans.views, n))]
+    kept = top_indices(each[0], self.keep, what)
+    if len(each) > 1:
+      best = [_members(top_indices(scores, self.keep, what), n) for scores in each]
+      candidates = functools.reduce(jnp.logical_or, best)
+      kept = most_different(patches.reshape(b * spans.views, n, -1), candidates, self.keep)
     return (kept.reshape(b, spans.views, -1) + n * jnp.arange(spans.views)[:, None]).reshape(b, -1)
 
   def positions(self, kept: Int[Array, "b k"], spans: Spans) -> Int[Array, "b m"]:
@@ -99,6 +98,59 @@ class DecoderPruner:
     behind = jnp.arange(1 + spans.views * spans.visual, spans.length)
     parts = (jnp.zeros((len(kept), 1), kept.dtype), 1 + kept, jnp.broadcast_to(behind, (len(kept), len(behind))))
     return jnp.concatenate(parts, axis=1)
+
+
+def rows(part: str, spans: Spans) -> Int[Array, "b r"]:
+  """The positions whose attention makes a score."""
+  if part == "last":
+    return spans.last[:, None]
+  start, stop = {
+    "mean": (0, spans.block),
+    "text": (spans.prompt, spans.block),
+    "raters": (spans.prompt, spans.block),
+    "action": (spans.block, spans.length - 1),
+    "stop": (spans.length - 1, spans.length),
+  }[part]
+  return jnp.broadcast_to(jnp.arange(start, stop), (len(spans.last), stop - start))
+
+
+def raters(
+  patches: Float[Array, "b n D"], words: Float[Array, "b t D"], real: Bool[Array, "b t"]
+) -> Bool[Array, "b t"]:
+  """The words that patches look like more than like the average word, by a softmax over words of inner products."""
+  logits = jnp.einsum("bnd,btd->bnt", patches.astype(jnp.float32), words.astype(jnp.float32))
+  share = jax.nn.softmax(jnp.where(real[:, None], logits, -jnp.inf), axis=-1).mean(axis=1)
+  return real & (share >= 1 / real.sum(axis=-1, keepdims=True))
+
+
+def most_different(tokens: Float[Array, "b n D"], candidates: Bool[Array, "b n"], keep: int) -> Int[Array, "b k"]:
+  """`keep` of at least as many candidates, ascending: one after the other the farthest from those chosen, by cosine.
+
+  The first is the candidate whose nearest other one is farthest.
+  """
+  far = 1 - cosine_similarity(tokens, tokens)
+  apart = jnp.where(candidates[:, None] & ~jnp.eye(tokens.shape[1], dtype=bool), far, jnp.inf).min(axis=-1)
+
+  def choose(_, carry):
+    nearest, chosen = carry
+    new = jnp.argmax(jnp.where(candidates & ~chosen, nearest, -jnp.inf), axis=-1)
+    to_new = jnp.take_along_axis(far, new[:, None, None], axis=1)[:, 0]
+    first = ~chosen.any(axis=-1, keepdims=True)
+    return jnp.where(first, to_new, jnp.minimum(nearest, to_new)), chosen | _members(new[:, None], far.shape[1])
+
+  _, chosen = jax.lax.fori_loop(0, keep, choose, (apart, jnp.zeros(candidates.shape, bool)))
+  return jnp.sort(jax.lax.top_k(chosen, keep)[1], axis=-1)
+
+
+def _members(indices: Int[Array, "b k"], n: int) -> Bool[Array, "b n"]:
+  return (indices[..., None] == jnp.arange(n)).any(axis=1)
+
+
+def _scores(weights: Float[Array, "b r l"], real: Bool[Array, "b r"], spans: Spans) -> Float[Array, "bv n"]:
+  """Mean attention of the rows that count to each visual token, a view a row."""
+  own = real[..., None].astype(jnp.float32)
+  mean = (weights * own).sum(axis=1) / own.sum(axis=1)
+  return mean[:, 1 : 1 + spans.views * spans.visual].reshape(-1, spans.visual)
 
 
 def pruned_states(
@@ -113,12 +165,19 @@ def pruned_states(
   x, valid, positions = seen["sequence"], seen["valid"], seen["positions"]
   views, prompt, length = seen["views"].shape[1], seen["context"].shape[1], len(block)
   spans = Spans(model.num_views, views, prompt, length - read.shape[1] - 1, length, last)
-  rows = pruner.rows(spans)
-  x, weights = model.llm.begin(x, positions, seen["allowed"], pruner.block, rows)
-  seen["kept_visual"] = pruner.choose(weights, None if rows is None else take(valid, rows), spans)
+  patches, asked = x[:, 1 : 1 + spans.views * views], [rows(part, spans) for part in pruner.parts]
+  real = [take(valid, at) for at in asked]
+  if pruner.score == "raters":
+    real = [raters(patches, take(x, asked[0]), real[0])]
+  x, weights = model.llm.begin(
+    x, positions, seen["allowed"], pruner.block, jnp.concatenate(asked, axis=1) if asked else None
+  )
+  ends = np.cumsum([at.shape[1] for at in asked])[:-1]
+  each = jnp.split(weights, ends, axis=1) if asked else []
+  seen["kept_visual"] = pruner.choose(each, real, patches, spans)
   on = pruner.positions(seen["kept_visual"], spans)
   if pruner.form == "mask":
-    valid &= jnp.zeros(valid.shape, bool).at[jnp.arange(len(valid))[:, None], on].set(True)
+    valid &= _members(on, length)
   else:
     x, positions, valid = (take(array, on) for array in (x, positions, valid))
     dropped = length - on.shape[1]

@@ -8,7 +8,15 @@ from helpers import TINY, jit_apply, random_observation, random_params
 
 from semanticvla_jax.models import checks
 from semanticvla_jax.models.config import resolve
-from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, DecoderPruner, Spans
+from semanticvla_jax.models.decoder_pruner import (
+  ATTENTION,
+  CONTROLS,
+  DecoderPruner,
+  Spans,
+  most_different,
+  raters,
+  rows,
+)
 from semanticvla_jax.models.llama import attention_weights
 from semanticvla_jax.models.semanticvla import build
 
@@ -34,7 +42,7 @@ def test_all_kept_is_no_pruning_bit_for_bit(dense):
     np.testing.assert_array_equal(act(block=1, keep=PATCHES, score=score)[0], dense[0])
 
 
-@pytest.mark.parametrize("score", ["last", "mean"])
+@pytest.mark.parametrize("score", ["last", "raters", "mean+action"])
 def test_dropping_gives_what_hiding_gives(dense, score):
   dropped, seen = act(lengths=(8, 5), block=1, keep=6, score=score)
   hidden, _ = act(lengths=(8, 5), block=1, keep=6, score=score, form="mask")
@@ -54,23 +62,50 @@ def test_weights_are_those_of_the_attention():
   np.testing.assert_allclose(attention_weights(q, k, mask), want, atol=1e-6)
 
 
-def test_every_score_chooses_by_its_own_rows():
-  spans = Spans(views=2, visual=4, prompt=10, block=13, length=18, last=jnp.array([11, 12]))
-  rows = {score: DecoderPruner(1, 2, score).rows(spans) for score in (*ATTENTION, *CONTROLS)}
-  assert {score: None if x is None else np.asarray(x[0]).tolist() for score, x in rows.items()} == {
+SPANS = Spans(views=2, visual=4, prompt=10, block=13, length=18, last=jnp.array([11, 12]))
+PATCHES_OF_BOTH = jnp.asarray(np.random.default_rng(3).normal(size=(2, 8, 5)), jnp.float32)
+
+
+def test_every_score_has_rows_of_its_own():
+  parts = {part for score in ATTENTION for part in DecoderPruner(1, 2, score).parts}
+  assert {part: np.asarray(rows(part, SPANS)[0]).tolist() for part in parts} == {
     "last": [11],
     "stop": [17],
     "mean": [*range(13)],
     "text": [10, 11, 12],
+    "raters": [10, 11, 12],
     "action": [13, 14, 15, 16],
-  } | dict.fromkeys(CONTROLS)
+  }
+  assert [DecoderPruner(1, 2, score).parts for score in CONTROLS] == [()] * len(CONTROLS)
+
+
+def test_what_is_kept():
   weights = jnp.zeros((2, 3, 18)).at[0, 1, 3].set(0.5).at[0, 2, 4].set(9.0).at[0, :, 8].set(0.1).at[1, 0, 1].set(1.0)
   real = jnp.array([[True, True, False], [True, True, True]])
-  pruner = DecoderPruner(1, 1, "text")
-  kept = pruner.choose(weights, real, spans)
+  kept = DecoderPruner(1, 1, "text").choose([weights], [real], PATCHES_OF_BOTH, SPANS)
   assert np.asarray(kept).tolist() == [[2, 7], [0, 4]], "padding does not count; ties go to the first"
-  assert np.asarray(pruner.positions(kept, spans))[0].tolist() == [0, 3, 8, *range(9, 18)]
-  assert np.asarray(DecoderPruner(0, 2, "uniform").choose(None, None, spans)).tolist() == [[0, 2, 4, 6]] * 2
+  assert np.asarray(DecoderPruner(1, 1).positions(kept, SPANS))[0].tolist() == [0, 3, 8, *range(9, 18)]
+  even = DecoderPruner(0, 2, "uniform").choose([], [], PATCHES_OF_BOTH, SPANS)
+  assert np.asarray(even).tolist() == [[0, 2, 4, 6]] * 2
+  both = DecoderPruner(1, 2, "mean+action")
+  same = both.choose([weights] * 2, [real] * 2, PATCHES_OF_BOTH, SPANS)
+  np.testing.assert_array_equal(same, DecoderPruner(1, 2).choose([weights], [real], PATCHES_OF_BOTH, SPANS))
+
+
+def test_the_most_different_of_a_union():
+  tokens = jnp.asarray([[[1, 0, 0], [1, 0.1, 0], [0, 1, 0], [0, 0.9, 0.1], [-1, 0, 0], [0, 0, 1]]], jnp.float32)
+  everyone = jnp.ones((1, 6), bool)
+  assert np.asarray(most_different(tokens, everyone, 4)).tolist()[0][-2:] == [4, 5]
+  assert not {0, 1} <= {*np.asarray(most_different(tokens, everyone, 4))[0].tolist()}
+  few = jnp.array([[True, False, False, True, False, True]])
+  assert np.asarray(most_different(tokens, few, 3)).tolist() == [[0, 3, 5]], "as many as are wanted: all of them"
+
+
+def test_raters_are_words_that_look_like_the_image():
+  patches = jnp.tile(jnp.array([[[4.0, 0.0]]]), (2, 6, 1))
+  words = jnp.array([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]] * 2)
+  real = jnp.array([[True, True, True], [True, True, False]])
+  assert np.asarray(raters(patches, words, real)).tolist() == [[True, False, True], [True, False, False]]
 
 
 @pytest.mark.parametrize(
