@@ -56,8 +56,8 @@ class DecoderPruner:
     score: mean attention, over heads, of these positions to a visual token: "last", the prompt's last token (FastV's
       code, whose models speak behind it); "stop", </s>, the last one of a sequence here; "mean", everything before the
       action block (FastV's paper); "text", the prompt; "raters", its words whose embeddings look like the image
-      (SparseVLM, arXiv 2410.04417); "action", the action placeholders. "mean+action": the best of either, thinned to the
-      most different (VLA-Pruner, arXiv 2511.16449, by one layer's attention alone). Or a control.
+      (SparseVLM, arXiv 2410.04417); "action", the action placeholders. "mean+action": the best of either, of these
+      the most different (VLA-Pruner, arXiv 2511.16449, by one layer's attention alone). Or a control.
     form: "drop" shortens the sequence; "mask" hides what is not kept from all other positions, which gives the same at
       the kept ones and saves nothing.
   """
