@@ -355,15 +355,15 @@ class Libero(Benchmark):
     return {"broken": broken(out)}
 
   def merge(self, shards: Sequence[pathlib.Path], out: pathlib.Path) -> None:
-    """See `Benchmark`: the files of episodes, one after the other, and the lists of films."""
+    """See `Benchmark`: the files of episodes, one after the other, their fingerprint, and the lists of films."""
     for suite in suites.EVERY:
       grounded = [name.replace(".jsonl", "_grounding.jsonl") for name in _episode_files(suite)]
       for name in (*_episode_files(suite), *grounded):
         found = [shard / name for shard in shards if (shard / name).exists()]
         if found:
           files.write(out / name, b"".join(path.read_bytes() for path in found))
-      films = [
-        film for shard in shards for film in folder.read_json(shard / f"{suite}_films.json", list, [], "left out")
-      ]
-      if films:
+      read = lambda name: [folder.read_json(shard / name, lambda one: one, None, "left out") for shard in shards]  # noqa: E731
+      if marks := [mark for mark in read(f"{suite}_fingerprint.json") if mark is not None]:
+        files.write_json(out / f"{suite}_fingerprint.json", marks[0] | {"sources": folder.all_sources(marks)})
+      if films := [film for some in read(f"{suite}_films.json") for film in some or ()]:
         files.write_json(out / f"{suite}_films.json", films)
