@@ -1,0 +1,115 @@
+"""What the parts of a policy do: the signs of a model that was built or trained wrongly, on the tabletop's frames.
+
+    python -m semanticvla_jax.evaluate doctor --model --policy=checkpoints/tabletop_small --suite=place
+
+prints where the Dense-Fuser runs, how much FiLM modulates each block and whether instructions differ in it, how widely
+the aggregation tokens look, and which words the cues choose. Whether kept patches lie on what is asked for is measured
+by `evaluate run --grounding`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semanticvla_jax import cli
+from semanticvla_jax.evaluate import visualize
+from semanticvla_jax.policy import Policy
+from semanticvla_jax.tabletop import physics, tasks
+
+_WORDS = 8  # of the cues, that are listed
+
+
+def diagnose(policy: Policy, observations: Sequence[dict]) -> Iterator[str]:
+  """Lines about a policy's parts, from observation dicts as for `Policy.infer`; a part that it lacks has none."""
+  observation = policy.observe(observations)
+  yield from _dense_fuser(policy.bare)
+  yield from _film(policy, observation)
+  yield from _aggregation(policy, observation)
+  yield from _cues(policy, observations)
+
+
+def _dense_fuser(model: Any) -> Iterator[str]:
+  if model.dense_fuser is None:
+    return
+  blocks = {name: [pair[i] for pair in model.dense_fuser.pairs] for i, name in enumerate(("dino", "siglip"))}
+  yield "dense fuser: behind " + "; ".join(
+    f"{name} blocks {', '.join(map(str, own))} of 0 to {getattr(model, name).depth - 1}" for name, own in blocks.items()
+  )
+
+
+def _film(policy: Policy, observation: Any) -> Iterator[str]:
+  """Of each block: how large scale and shift are, and what share of that differs between instructions."""
+  if not policy.bare.film:
+    return
+  sentence = jax.jit(lambda params, o: policy.model.apply({"params": params}, o, True, **_call(policy, "sentence")))
+  for name, by in sentence(policy.params, observation).condition.items():
+    by = np.asarray(by, np.float64)  # [b depth 2 d]
+    size = np.sqrt((by**2).mean(axis=(0, 3)))
+    varies = np.sqrt(by.var(axis=0).mean(axis=-1)) / np.maximum(size, 1e-12)
+    for part, column in (("scale", 0), ("shift", 1)):
+      cells = " ".join(f"{a:.2f}({b:.0%})" for a, b in zip(size[:, column], varies[:, column]))
+      yield f"FiLM of {name}, {part} by block, root mean square (what differs between instructions): {cells}"
+
+
+def _call(policy: Policy, method: str) -> dict:
+  """How a method of the bare model is called through `policy.model`, which may be wrapped."""
+  return {"method": method} if policy.model is policy.bare else {"call": method}
+
+
+def _aggregation(policy: Policy, observation: Any) -> Iterator[str]:
+  """Entropy of where aggregation tokens look, as a share of the largest, and how much the tokens look alike."""
+  for name in ("dino", "siglip"):
+    if policy.bare.pruner(name, "sa") is None:
+      continue
+    vit = getattr(policy.bare, name)
+    patches = slice(vit.num_prefix, vit.num_prefix + vit.num_patches)
+    look = jax.jit(lambda p, o, name=name: policy.model.apply({"params": p}, o).intermediates[f"{name}_attention"])
+    weights = jnp.asarray(look(policy.params, observation)).mean(axis=1)[..., patches]  # heads; [bv q n]
+    inside = weights.sum(axis=-1)
+    weights = np.asarray(weights / inside[..., None], np.float64)
+    entropy = -(weights * np.log(np.maximum(weights, 1e-30))).sum(axis=-1) / np.log(vit.num_patches)
+    centered = weights - weights.mean(axis=1, keepdims=True)
+    own = np.sqrt((centered**2).sum() / (weights**2).sum())
+    yield (
+      f"aggregation tokens of {name}: {float(inside.mean()):.0%} of their attention is on patches; entropy there "
+      f"{entropy.mean():.2f} ({entropy.min():.2f} to {entropy.max():.2f}; 1 looks everywhere alike); "
+      f"{own:.0%} of it differs between tokens"
+    )
+
+
+def _cues(policy: Policy, observations: Sequence[dict]) -> Iterator[str]:
+  """Which words the cues choose, most frequent first, with the share of cues, and how many of them are said at all."""
+  looks = visualize.looks(policy, observations)
+  words = Counter(word for look in looks for view in look.words for word in view)
+  if not words:
+    return
+  total = sum(words.values())
+  listed = ", ".join(f"{word} {count / total:.0%}" for word, count in words.most_common(_WORDS))
+  yield f"cues: {len(looks[0].words[0])} words a view; chosen: {listed}"
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints the lines; problems end the program with their message."""
+  parser = cli.ArgumentParser("python -m semanticvla_jax.evaluate doctor --model", __doc__)
+  parser.add_argument("--model", action="store_true", help=argparse.SUPPRESS)
+  parser.add_argument("--policy", required=True, help="policy folder")
+  parser.add_argument("--suite", default="place", help=f"one of {', '.join(tasks.SUITES)} (default: place)")
+  parser.add_argument("--split", default="heldout", help=f"one of {', '.join(tasks.SPLITS)} (default: heldout)")
+  parser.add_argument("--episodes", type=int, default=32, help="first frames to look at (default: 32)")
+  parser.add_argument("--dataset", help="name of the statistics to use, if the policy has several")
+  args = parser.parse_args(argv)
+  try:
+    policy = Policy.load(args.policy, dataset=args.dataset)
+    environment = physics.TabletopEnvironment(args.suite, args.split, policy.image_size)
+    for line in diagnose(policy, [environment.reset(seed) for seed in range(args.episodes)]):
+      print(line)
+  except ValueError as error:
+    sys.exit(f"error: {error}")
