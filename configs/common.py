@@ -63,6 +63,7 @@ def _model(variant: str, ratio: int) -> ConfigDict:
       film=("dino",),
       film_pool="words",
       keep=PATCHES[variant] // ratio,
+      keep_least=placeholder(int),  # patches that an ID-Pruner shows at least; None: all `keep`
       cues=5,
       temperature=1.0,
       similarity_noise=0.1,

@@ -56,6 +56,10 @@ def check(c: Mapping[str, Any]) -> None:
       _refuse(field, c[field], "a number from 0", f"set model.{field} to one; 0 turns it off")
   if not _is_number(c["temperature"]) or c["temperature"] <= 0:
     _refuse("temperature", c["temperature"], "a number above 0", "small ones sharpen the cues, 1 is the release's")
+  if c["keep_least"] is not None and not (_is_count(c["keep_least"], 1) and c["keep_least"] <= c["keep"]):
+    _refuse("keep_least", c["keep_least"], f"None, or 1 to {c['keep']} (keep)", "None shows all patches that are kept")
+  if c["keep_least"] is not None and c["sparse_fuser"] != "joint":
+    _refuse("keep_least", c["keep_least"], "None with sparse_fuser='separate'", "set model.sparse_fuser='joint'")
   _check_views(c)
   _check_groups(c)
   _check_encoders(c)

@@ -48,6 +48,7 @@ DEFAULTS = dict(
   film=("dino",),  # encoders whose every block is modulated by the pooled prompt
   film_pool="words",  # 'words': mean over real tokens; 'all': over padding too, as the release does in training
   keep=32,  # h, patches kept per view, and q, aggregation tokens
+  keep_least=None,  # patches that an ID-Pruner shows at least; how many follows its scores' entropy. None: all `keep`
   cues=5,  # k, instruction tokens kept per view
   temperature=1.0,  # of the cues' softmax
   similarity_noise=0.1,  # on similarities, in training

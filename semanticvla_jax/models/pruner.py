@@ -111,6 +111,7 @@ class IDPruned:
     anchors: f[b h d], the kept patches, unchanged, in raster order.
     similarity: f32[b n m], cosine of patch and word; -1 in masked columns.
     kept: i32[b h], indices of the anchors, ascending.
+    shown: bool[b h], which of these the language model sees; None for all.
     cues: f[b k d], one weighted sum of patches per salient word, in text order; None when k is 0.
     salient: i32[b k], indices of the words behind the cues, ascending; None when k is 0.
     cue_weights: f32[b n k], where each cue looks (columns sum to one); None when k is 0.
@@ -119,6 +120,7 @@ class IDPruned:
   anchors: Float[Array, "b h d"]
   similarity: Float[Array, "b n m"]
   kept: Int[Array, "b h"]
+  shown: Bool[Array, "b h"] | None = None
   cues: Float[Array, "b k d"] | None = None
   salient: Int[Array, "b k"] | None = None
   cue_weights: Float[Array, "b n k"] | None = None
@@ -140,6 +142,16 @@ def top_indices(scores: Float[Array, "b n"], k: int, what: str) -> Int[Array, "b
   if k > n:
     raise refuse("pruner", f"{k} {what} to keep of {n}", f"{n} or fewer", "lower model.keep (patches) or model.cues")
   return jnp.sort(jax.lax.top_k(scores, k)[1], axis=-1)
+
+
+def dynamic_count(scores: Float[Array, "b n"], temperature: float, least: int, most: int) -> Int[Array, "b"]:
+  """How many patches to show: from `least`, where all weight is on one, to `most`, where all patches score alike.
+
+  By the entropy of softmax(scores / temperature), as a share of the largest, log n.
+  """
+  log = jax.nn.log_softmax(scores / temperature, axis=-1)
+  share = -(jnp.exp(log) * log).sum(axis=-1) / jnp.log(scores.shape[-1])
+  return jnp.round(least + (most - least) * share).astype(jnp.int32)
 
 
 def gather(tokens: Float[Array, "b n d"], indices: Int[Array, "b k"]) -> Float[Array, "b k d"]:
@@ -267,6 +279,8 @@ class IDPruner(nn.Module):
     temperature: of the softmax over patches behind each cue (Eq. 4); 1 in the released code.
     noise: standard deviation of the Gaussian noise added to S in training.
     anchor_rule: a name in ANCHOR_RULES.
+    least: patches that are shown at least; how many between this and h follows how widely the scores spread over the
+      picture (`dynamic_count`). None shows all h.
 
   Differs from the paper: W_l is a two-layer GELU MLP; scores are means (same ranking); noise in training.
   """
@@ -276,6 +290,7 @@ class IDPruner(nn.Module):
   temperature: float
   noise: float
   anchor_rule: str
+  least: int | None = None
   dtype: Any = jnp.float32
 
   keeps: ClassVar[str] = "anchors"
@@ -286,9 +301,8 @@ class IDPruner(nn.Module):
   @classmethod
   def from_config(cls, config: Mapping[str, Any], width: int, name: str) -> IDPruner:
     c = config
-    return cls(
-      c["keep"], c["cues"], c["temperature"], c["similarity_noise"], c["anchor_rule"], jnp.dtype(c["dtype"]), name=name
-    )
+    how = (c["keep"], c["cues"], c["temperature"], c["similarity_noise"], c["anchor_rule"], c["keep_least"])
+    return cls(*how, jnp.dtype(c["dtype"]), name=name)
 
   def prune(self, encoded: Encoded, words: Words) -> Pruned:
     """Anchors as tokens, and cues; `info` has the whole IDPruned as "pruned"."""
@@ -326,8 +340,16 @@ class IDPruner(nn.Module):
     if normal is not None:
       s = s + self.noise * normal
     s = jnp.where(mask[:, None, :], s, -1.0)
-    kept = top_indices(anchor_scores(self.anchor_rule, s, patches, words, mask), self.anchors, "anchors (patches)")
+    scores = anchor_scores(self.anchor_rule, s, patches, words, mask)
+    kept = top_indices(scores, self.anchors, "anchors (patches)")
     found = IDPruned(anchors=gather(patches, kept), similarity=s, kept=kept)
+    if self.least is not None:
+      count = dynamic_count(scores, self.temperature, self.least, self.anchors)
+      own = jnp.take_along_axis(scores, kept, axis=1)
+      better = (own[:, None] > own[..., None]) | (
+        (own[:, None] == own[..., None]) & jnp.tri(self.anchors, k=-1, dtype=bool)
+      )
+      found = found.replace(shown=better.sum(axis=-1) < count[:, None])
     if not self.cues:
       return found
     salient = top_indices(s.mean(axis=1), self.cues, "cues (instruction tokens)")

@@ -38,7 +38,7 @@ from semanticvla_jax.models.decoder_pruner import DecoderPruner, pruned_states
 from semanticvla_jax.models.fuser import DenseFuser, SparseFuser, check_pairs
 from semanticvla_jax.models.llama import Llama
 from semanticvla_jax.models.mlp import MLP
-from semanticvla_jax.models.pruner import KINDS, Encoded, Words, kinds
+from semanticvla_jax.models.pruner import KINDS, Encoded, IDPruned, Words, kinds
 from semanticvla_jax.models.speech import Spoken, speak
 from semanticvla_jax.models.text import TextEncoder
 from semanticvla_jax.models.vit import ViT
@@ -172,6 +172,8 @@ class SemanticVLA(nn.Module):
       parts.append(self.proprio_projector(observation.proprio.astype(visual.dtype))[:, None])
     context = jnp.concatenate(parts, axis=1)
     there = masks.seen(observation.images, self.optional_views, visual.shape[1], context.shape[1])
+    if "shown" in seen:
+      there = there.at[:, 1 : 1 + visual.shape[1]].min(rearrange(seen["shown"], "(b v) n -> b (v n)", b=there.shape[0]))
     valid = jnp.concatenate([there, mask[:, 1:]], axis=1)
     seen |= {"context": context, "prompt": prompt, "prompt_mask": mask}
     return jnp.concatenate([context, prompt[:, 1:]], axis=1), valid, seen
@@ -213,6 +215,9 @@ class SemanticVLA(nn.Module):
         kept[f"{name}_patches"] = seen[f"{name}_patches"]
     seen |= kept
     seen["views"] = self.sparse_fuser(kept, cues)
+    if shown := [x.shown for x in seen.values() if isinstance(x, IDPruned) and x.shown is not None]:
+      fused = functools.reduce(jnp.logical_or, shown)  # behind the cues, one for each kept patch
+      seen["shown"] = jnp.pad(fused, ((0, 0), (seen["views"].shape[1] - fused.shape[1], 0)), constant_values=True)
     if self.compressor is not None:
       words = (repeat(x, "b t ... -> (b v) t ...", v=v) for x in (sentence.prompt, sentence.prompt_mask))
       seen["views"] = self.compressor(seen["views"], *words)

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from helpers import TINY, random_observation, random_params
 
-from semanticvla_jax.models.pruner import ANCHOR_RULES, Encoded, IDPruner, SAPruner, Words, anchor_rule, anchor_scores
+from semanticvla_jax.models.pruner import (
+  ANCHOR_RULES,
+  Encoded,
+  IDPruner,
+  SAPruner,
+  Words,
+  anchor_rule,
+  anchor_scores,
+  dynamic_count,
+)
 from semanticvla_jax.models.semanticvla import build
 
 B, N, M, D = 2, 16, 6, 8
@@ -156,3 +165,31 @@ def test_each_pruner_gets_its_own_queries_and_words():
   np.testing.assert_array_equal(again.info["pruned"].kept, seen["siglip_pruned"].kept)
   assert model.pruner("dino", "sa") is None and model.prunes_by_instruction
   assert not build(TINY | dict(siglip_pruner="sa")).prunes_by_instruction
+
+
+def test_the_number_of_patches_follows_the_entropy_of_their_scores():
+  flat, one = jnp.zeros(8), jnp.zeros(8).at[3].set(50.0)
+  assert np.asarray(dynamic_count(jnp.stack([flat, one]), 1.0, 2, 6)).tolist() == [6, 2]
+  found = prune(anchors=4, cues=0, least=1, temperature=0.03)
+  shown, scores = np.asarray(found.shown), np.asarray(found.similarity.mean(axis=2))
+  count = np.asarray(dynamic_count(jnp.asarray(scores), 0.03, 1, 4))
+  assert (shown.sum(axis=1) == count).all()
+  for i in range(len(shown)):
+    own = scores[i][np.asarray(found.kept)[i]]
+    assert own[shown[i]].min() >= own[~shown[i]].max(initial=-9)
+
+
+def test_patches_that_are_not_shown_are_hidden_from_the_language_model():
+  params, observation = random_params(build(TINY)), random_observation(build(TINY))
+
+  def run(**fields):
+    model = build(TINY | fields)
+    return jax.jit(lambda p, o: model.apply({"params": p}, o))(params, observation)
+
+  every, same = run(), run(keep_least=TINY["keep"])
+  np.testing.assert_array_equal(same.actions, every.actions)
+  few = run(keep_least=1, temperature=0.001)
+  shown = few.intermediates["siglip_pruned"].shown.reshape(2, 2, -1).sum(axis=(1, 2))
+  dropped = every.intermediates["valid"].sum(axis=1) - few.intermediates["valid"].sum(axis=1)
+  np.testing.assert_array_equal(dropped, 2 * TINY["keep"] - shown)
+  assert (dropped > 0).all() and np.abs(few.actions - every.actions).max() > 1e-4
