@@ -136,15 +136,16 @@ def all_sources(marks: Sequence[Mapping]) -> str:
   return " ".join(dict.fromkeys(part for mark in marks for part in mark.get("sources", "").split()))
 
 
-def read_rows(out: pathlib.Path) -> tuple[dict[Key, Row], dict[str, float]]:
-  """The rows of a folder's results.json, and the seconds that they took by stage.
+def read_rows(out: pathlib.Path) -> tuple[dict[Key, Row], dict[str, float], bool]:
+  """The rows of a folder's results.json, the seconds that they took by stage, and whether nothing is missing.
 
   Raises:
     ValueError: it is missing or damaged.
   """
   path = out / "results.json"
   try:
-    return _held(json.loads(path.read_text(encoding="utf-8")))
+    value = json.loads(path.read_text(encoding="utf-8"))
+    return (*_held(value), bool(value["finished"]))
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise refuse(f"{path}", cli.first_line(error), "results of evaluate run", "measure it again") from error
 

@@ -45,6 +45,7 @@ class Part(NamedTuple):
     episodes: of the evaluation and of the share, by suite.
     rows: of results.json.
     seconds: spent by stage.
+    finished: whether its command came to its end.
   """
 
   path: pathlib.Path
@@ -52,6 +53,7 @@ class Part(NamedTuple):
   episodes: dict[str, shards.Episodes]
   rows: dict[folder.Key, Row]
   seconds: dict[str, float]
+  finished: bool
 
 
 def read(paths: Sequence[pathlib.Path]) -> list[Part]:
@@ -97,6 +99,10 @@ def merged(parts: Sequence[Part], benchmark: Benchmark) -> list[Row]:
     if lost := [f"{suite}, {name!r}" for suite, kind, name in keys if (suite, kind, name) not in part.rows]:
       got = f"no row of {_listed(lost, '; ')}"
       raise refuse(f"{part.path}", got, "the rows of all shards", f"run shard {part.shard} again with the same flags")
+    without = [suite for suite in part.episodes if suite not in {suite for suite, _, _ in part.rows}]
+    if without or not part.finished:
+      got = f"no results of {_listed(without)}" if without else "results that are not finished"
+      raise refuse(f"{part.path}", got, "all of them", f"run shard {part.shard} again, which goes on")
   return [_row(parts, key, benchmark) for key in keys]
 
 

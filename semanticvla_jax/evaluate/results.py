@@ -104,7 +104,8 @@ def summary(episodes: Episodes, group: Callable[[str], str] | None = None) -> di
   if group is not None:
     names = [group(sentence) for sentence in episodes.instruction]
     members = {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
-    found["tasks"] = {name: summary(select(episodes, index)) for name, index in members.items()}
+    bare = episodes._replace(grounding=None)
+    found["tasks"] = {name: summary(select(bare, index)) for name, index in members.items()}
   if episodes.grounding is not None:
     found["grounding"] = grounding.summary(episodes.grounding)
   return found
