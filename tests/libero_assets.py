@@ -9,6 +9,7 @@ from semanticvla_jax.libero import suites
 
 SHARED = Path(__file__).parents[2] / "shared" / "libero"
 DEMONSTRATIONS = SHARED / "demonstrations"
+RECORDED_WITH = "3.8.1"  # the version of mujoco, which decides where objects come to rest
 
 skipped = pytest.mark.skipif(not suites.is_installed(), reason="LIBERO is not installed: make sim")
 

@@ -39,8 +39,9 @@ def of_suites(words: str, benchmarks: Mapping[str, Benchmark] = BENCHMARKS) -> t
 
 
 def _nearest(name: str, known: list[str]) -> str:
-  """The names most like one that does not exist: those that contain it, else those spelled alike, else the nearest."""
+  """Names most like one that does not exist: the shortest that contain it, those spelled alike, else the nearest."""
   containing = [one for one in known if name and name in one]
+  containing = [one for one in containing if len(one) == min(map(len, containing))]
   alike = difflib.get_close_matches(name, known, 2, 0.6)
   found = dict.fromkeys([*containing, *alike]) or difflib.get_close_matches(name, known, 1, 0.0)
   return " or ".join(map(repr, found))

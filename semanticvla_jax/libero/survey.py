@@ -19,6 +19,7 @@ from semanticvla_jax.envs.subprocess_env import Process
 from semanticvla_jax.libero import simulator, suites
 
 RISEN = 0.1  # metres: bottles and boxes that the stored states have in the table top are pushed out by up to 4 cm
+ASIDE = 0.025  # metres: at rest, nothing slides further from where the stored states have it
 FALLING = 0.2  # metres a second at the end of the wait
 
 
@@ -46,8 +47,9 @@ class Rest(NamedTuple):
 
   @property
   def restless(self) -> list[str]:
-    """The objects that were thrown up or still move; those that only fall into place are none of them."""
-    return [name for name, one in self.objects.items() if one.up > RISEN or one.speed > FALLING]
+    """The objects that were thrown up, slid or still move; those that only fall into place are none of them."""
+    found = self.objects.items()
+    return [name for name, one in found if one.up > RISEN or one.aside > ASIDE or one.speed > FALLING]
 
   def __str__(self) -> str:
     red, green, blue = self.rgb

@@ -187,6 +187,8 @@ def test_a_recorded_episode_is_replayed_and_goes_on_where_it_was_interrupted(tmp
 @pytest.mark.sim
 def test_a_recorded_drawer_stands_where_it_stood():
   """Both fail where the cabinet stands as the recorded seed alone would have it, without what resets before it left."""
+  if suites.versions()["mujoco"] != libero_assets.RECORDED_WITH:
+    pytest.skip(f"recorded with mujoco {libero_assets.RECORDED_WITH}: its seeds lead to its states there only")
   settings = suites.Settings("libero_spatial", libero_assets.assets(), size=16, max_steps=1000)
   options = replays.ReplayOptions(str(libero_assets.demonstrations()), "libero_spatial", settings, tasks=(4,))
   rows = {seed: row for seed, row in replays.collect(options).items() if row.name in ("demo_8", "demo_10")}

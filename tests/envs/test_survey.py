@@ -13,7 +13,8 @@ from semanticvla_jax.libero.survey import Motion, Rest
   [
     (Motion(-0.16, 0.0, 0.0), []),  # falls into place
     (Motion(0.04, 0.001, 0.0), []),  # pushed out of the table top
-    (Motion(0.5, 0.03, 0.01), ["ketchup_1"]),
+    (Motion(0.5, 0.01, 0.01), ["ketchup_1"]),
+    (Motion(-0.06, 0.037, 0.06), ["ketchup_1"]),
     (Motion(-0.02, 0.0, 1.5), ["ketchup_1"]),
   ],
 )
@@ -45,8 +46,3 @@ def test_a_sample_rests_and_is_as_bright_as_the_published_data(suite, task):
   assert not found.restless, found
   if suite == "libero_object":
     assert found.rgb == pytest.approx((145, 139, 132), abs=6), "another light, or other assets"
-  if suite == "libero_spatial":
-    bowl = found.objects["akita_black_bowl_1"]
-    assert bowl.aside < 0.025, "the bowl does not stay on the ramekin"
-  if suite == "libero_10":
-    assert abs(found.objects["ketchup_1"].up) < 0.1
