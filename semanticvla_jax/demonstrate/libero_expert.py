@@ -36,6 +36,7 @@ def _arguments(program: str, argv: list[str]) -> argparse.Namespace:
   add("--assets", help=f"folder of assets (default: ${suites.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
   add("--renderer", default=settings.renderer, help="OpenGL library: egl or osmesa (default: egl)")
   add("--egl-device", type=int, help="number of the EGL device that renders (default: the first that works)")
+  add("--check", action="store_true", help="render and write nothing: only report each task's success rate")
   add("--out", default="data", help="folder of datasets (default: data)")
   add("--name", help="name of the dataset (default: <suite>_no_noops)")
   return parser.parse_args(argv)
@@ -61,10 +62,14 @@ def write(program: str, argv: list[str]) -> None:
     print(f"{done} attempts, {succeeded} of {wanted} episodes, {time.perf_counter() - start:.0f} s", flush=True)
 
   try:
-    summary = demonstrations.write(_options(args), args.out, args.name or f"{args.suite}_no_noops", progress)
+    if args.check:
+      summary = demonstrations.check(_options(args), progress)
+    else:
+      summary = demonstrations.write(_options(args), args.out, args.name or f"{args.suite}_no_noops", progress)
   except (ValueError, BrokenEnvironment) as error:
     sys.exit(f"error: {error}")
   for name, (good, tried) in summary.counts.items():
     note = f", left out: below {args.bar:.0%}" if name in summary.left_out else ""
     print(f"  {name}: {good} of {tried} attempts succeeded ({good / tried:.0%}){note}")
-  print(f"{summary.folder}: {summary.frames} frames, {time.perf_counter() - start:.0f} s")
+  what = "nothing written" if summary.folder is None else f"{summary.folder}: {summary.frames} frames"
+  print(f"{what}, {time.perf_counter() - start:.0f} s")

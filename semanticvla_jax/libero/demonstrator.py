@@ -47,10 +47,11 @@ class Demonstrator(simulator.Simulator):
     super().__init__(settings)
     self._variety = variety
 
-  def demonstrate(self, task: int, attempt: int) -> Recording:
+  def demonstrate(self, task: int, attempt: int, look: bool = True) -> Recording:
     """Does a task once. Layout, start, and noise depend on (seed, task, attempt) alone.
 
-    An action that would be dropped as a no-op is not executed, so that the recorded ones repeat the episode.
+    An action that would be dropped as a no-op is not executed, so that the recorded ones repeat the episode. Without
+    `look` nothing is rendered and no observation is returned; all else is the same.
     """
     rng = np.random.default_rng([self.settings.seed, task, attempt])
     goals = expert.goals(self._tasks[task].bddl.read_text(encoding="utf-8"))
@@ -61,15 +62,16 @@ class Demonstrator(simulator.Simulator):
     before = [*([suites.WAIT] * self.settings.wait_steps), *([None] * _STRAY)]
     for i, action in enumerate(before):
       action = agent.towards(elsewhere, expert.OPEN, noise=0.0) if action is None else action
-      self._advance(action, observe=i == len(before) - 1)
+      self._advance(action, observe=look and i == len(before) - 1)
     seen, actions = [], np.zeros((0, 7))
     for action in agent.actions():
       longer = np.concatenate([actions, action[None]])
       if not trajectories.kept(longer)[-1]:
         continue
-      seen.append(self._observation())
+      if look:
+        seen.append(self._observation())
       actions = longer
-      self._advance(action, observe=True)
+      self._advance(action, observe=look)
       if self._done or len(actions) >= self.max_steps:
         break
     return Recording(seen, actions, self._done)

@@ -48,12 +48,12 @@ class Options(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """What came of it: (successful, all) attempts by task name, the names left out, frames, the folder."""
+  """What came of it: (successful, all) attempts by task name, the names left out, frames, the folder (None: none)."""
 
   counts: dict[str, tuple[int, int]]
   left_out: list[str]
   frames: int
-  folder: pathlib.Path
+  folder: pathlib.Path | None
 
 
 def write(
@@ -75,7 +75,14 @@ def write(
   folder, waiting = pathlib.Path(out) / name / "1.0.0", pathlib.Path(out) / f".{name}.expert"
   if folder.exists():
     raise refuse("Dataset exists", f"{folder}", "a new folder", "remove it or choose another name")
-  _check(options, name)
+  _check(options)
+  if not name.startswith("libero"):
+    raise refuse(
+      "Dataset name",
+      f"{name!r}, which would be read as another dataset",
+      "one that starts with 'libero'",
+      "choose another --name",
+    )
   facts = _facts(options)
   with files.alone(waiting):
     episode_files.claim(waiting, facts)
@@ -84,22 +91,29 @@ def write(
     return _assemble(options, collection.outcomes, waiting, folder, name, facts)
 
 
+def check(options: Options, progress: Callable[[int, int, int], None] | None = None) -> Summary:
+  """Makes the same attempts without rendering and writes nothing: each task's success in a fraction of the time.
+
+  Raises:
+    ValueError, BrokenEnvironment: see `write`.
+  """
+  _check(options)
+  collection = _Collection(options, None, progress)
+  collection.run()
+  counts, taken = _sums(options, collection.outcomes)
+  names = [task.name for task in suites.tasks(options.settings.suite)]
+  return Summary(counts, [names[task] for task in options.tasks if task not in taken], 0, None)
+
+
 def able(suite: str) -> list[int]:
   """Numbers of the tasks whose goals the expert can pursue."""
   goals = [expert.goals(task.bddl.read_text(encoding="utf-8")) for task in suites.tasks(suite)]
   return [number for number, found in enumerate(goals) if found is not None]
 
 
-def _check(options: Options, name: str) -> None:
+def _check(options: Options) -> None:
   """Raises ValueError for options that nothing can come of."""
   suite, variety = options.settings.suite, options.variety
-  if not name.startswith("libero"):
-    raise refuse(
-      "Dataset name",
-      f"{name!r}, which would be read as another dataset",
-      "one that starts with 'libero'",
-      "choose another --name",
-    )
   most = math.floor(_ATTEMPTS * min(options.bar, 1))
   if not (0 < options.bar <= 1 and 1 <= options.episodes <= most and options.workers >= 1):
     raise refuse(
@@ -141,16 +155,17 @@ def _facts(options: Options) -> dict:
 class _Collection:
   """Simulators, a thread each, that take the next attempt until each task has enough.
 
-  `outcomes` says by task and attempt which succeeded. Attempts are given out in order and one more for each that
+  With a `folder` each episode is stored there, those in it count as done, and every frame is rendered. `outcomes` says
+  by task and attempt which succeeded, None while it runs. Attempts are given out in order and one more for each that
   failed, so that those of a finished task are the same however many simulators ran.
   """
 
-  def __init__(self, options: Options, folder: pathlib.Path, progress: Callable[[int, int, int], None] | None):
+  def __init__(self, options: Options, folder: pathlib.Path | None, progress: Callable[[int, int, int], None] | None):
     self.options, self.folder, self.progress = options, folder, progress
-    self.outcomes: dict[int, dict[int, bool]] = {task: {} for task in options.tasks}
+    self.outcomes: dict[int, dict[int, bool | None]] = {task: {} for task in options.tasks}
     self.running: collections.Counter[int] = collections.Counter()
     self.lock, self.error = threading.Lock(), None
-    for path in sorted(folder.glob("*.npz")):
+    for path in [] if folder is None else sorted(folder.glob("*.npz")):
       task, attempt = divmod(int(path.stem), _ATTEMPTS)
       if task in self.outcomes and episode_files.is_sound(path):
         self.outcomes[task][attempt] = episode_files.read(path) is not None
@@ -171,8 +186,9 @@ class _Collection:
         process = process or self._start()
         task, attempt = job
         recording = self._attempt(process, task, attempt)
-        rows = recording.observations if recording.success else []
-        episode_files.store(episode_files.path(self.folder, _ATTEMPTS * task + attempt), rows, recording.actions)
+        if self.folder is not None:
+          rows = recording.observations if recording.success else []
+          episode_files.store(episode_files.path(self.folder, _ATTEMPTS * task + attempt), rows, recording.actions)
         self._finish(task, attempt, recording.success)
     except Exception as error:  # raised where the threads are joined
       self.error = self.error or error
@@ -207,7 +223,7 @@ class _Collection:
   def _attempt(self, process: Process, task: int, attempt: int) -> demonstrator.Recording:
     for left in reversed(range(_TRIES)):
       try:
-        return process.ask("demonstrate", task, attempt)
+        return process.ask("demonstrate", task, attempt, self.folder is not None)
       except BrokenEnvironment as error:
         logging.warning("Attempt %d of task %d broke, %d tries left:\n%s", attempt, task, left, error)
         if not left:
@@ -239,15 +255,8 @@ def _assemble(
 ) -> Summary:
   """Writes the dataset from the stored episodes, in the order of tasks and attempts, and removes them."""
   suite, every = options.settings.suite, suites.tasks(options.settings.suite)
-  counts, taken, left_out = {}, {}, []
-  for task in options.tasks:
-    used = _used(outcomes[task], options.episodes)
-    good = [attempt for attempt in used if outcomes[task][attempt]]
-    counts[every[task].name] = (len(good), len(used))
-    if len(good) < options.episodes:
-      left_out.append(every[task].name)
-    else:
-      taken[task] = good
+  counts, taken = _sums(options, outcomes)
+  left_out = [every[task].name for task in options.tasks if task not in taken]
   if not taken:
     raise refuse(
       "No task reaches the bar",
@@ -277,6 +286,20 @@ def _assemble(
   writer.write(folder.parent.parent, name, episodes(), finish=finish)
   shutil.rmtree(waiting)
   return Summary(counts, left_out, sum(len(action) for action, _ in kept), folder)
+
+
+def _sums(
+  options: Options, outcomes: dict[int, dict[int, bool]]
+) -> tuple[dict[str, tuple[int, int]], dict[int, list[int]]]:
+  """(Successful, all) attempts by task name, and of each task that reaches the bar the successful attempts."""
+  counts, taken = {}, {}
+  for task in options.tasks:
+    used = _used(outcomes[task], options.episodes)
+    good = [attempt for attempt in used if outcomes[task][attempt]]
+    counts[suites.tasks(options.settings.suite)[task].name] = (len(good), len(used))
+    if len(good) == options.episodes:
+      taken[task] = good
+  return counts, taken
 
 
 def _used(outcomes: dict[int, bool], episodes: int) -> list[int]:

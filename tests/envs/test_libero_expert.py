@@ -8,7 +8,8 @@ import pytest
 
 from semanticvla_jax.data import rlds
 from semanticvla_jax.demonstrate.__main__ import main
-from semanticvla_jax.libero import episode_files, expert, suites
+from semanticvla_jax.envs.subprocess_env import Process
+from semanticvla_jax.libero import demonstrator, episode_files, expert, simulator, suites
 from semanticvla_jax.libero import expert_demonstrations as demonstrations
 
 NAME = "libero_object_no_noops"
@@ -96,6 +97,36 @@ def test_a_task_below_the_bar_is_named_and_left_out(tmp_path, monkeypatch, capsy
   assert facts["tasks"][names[0]] == {"success": 4, "attempts": 5, "kept_attempts": [0, 2, 3, 4]}
   dataset = rlds.load(str(tmp_path), NAME)
   assert np.bincount(dataset.episodes).tolist() == [5] * 4 and not waiting.exists()
+
+
+class Scripted(Process):
+  """Stands in for a simulator: of task 3 every other attempt fails."""
+
+  def __init__(self, asked):
+    self.asked = asked
+
+  def ask(self, name, task, attempt, look):
+    self.asked.append((name, task, attempt, look))
+    return demonstrator.Recording([], np.zeros((5, 7)), task != 3 or attempt % 2 == 1)
+
+  def close(self):
+    pass
+
+
+@libero_assets.installed
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_check_renders_and_writes_nothing(tmp_path, monkeypatch, capsys, workers):
+  asked = []
+  monkeypatch.setattr(simulator, "start", lambda settings, make: Scripted(asked))
+  flags = ["--suite=libero_object", "--tasks=0,3", "--episodes=4", f"--workers={workers}", "--check"]
+  main(["libero", "--expert", *flags, f"--out={tmp_path / 'out'}"])
+  printed = capsys.readouterr().out
+  names = [suites.tasks("libero_object")[task].name for task in (0, 3)]
+  assert f"{names[0]}: 4 of 4 attempts succeeded (100%)\n" in printed and "nothing written" in printed
+  assert f"{names[1]}: " in printed and "left out: below 80%" in printed
+  assert {name for name, *_ in asked} == {"demonstrate"} and not any(look for *_, look in asked)
+  assert len({(task, attempt) for _, task, attempt, _ in asked}) == len(asked)
+  assert not (tmp_path / "out").exists()
 
 
 @libero_assets.installed
