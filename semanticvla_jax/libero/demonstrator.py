@@ -74,7 +74,7 @@ class Demonstrator(simulator.Simulator):
       self._advance(action, observe=look)
       if self._done or len(actions) >= self.max_steps:
         break
-    return Recording(seen, actions, self._done)
+    return Recording(seen, actions, bool(self._done))
 
   def _begin(self, task: int, attempt: int, goals: list[expert.Goal], rng: np.random.Generator) -> None:
     """A new random layout of the task, its distractors moved."""

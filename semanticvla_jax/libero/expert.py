@@ -18,7 +18,9 @@ from semanticvla_jax.libero import grasps
 OPEN, CLOSE = -1.0, 1.0
 _TURN = 0.5  # radians of a command of 1
 _CLEARANCE = 0.03  # between what is carried and what it passes over
+_BELOW_RIM = 0.02  # meters that the grip site goes below the rim of what an object is put in
 _TRIES = 3  # grasps of one object
+_OPENING = 12  # steps in which the fingers let go of the widest object
 
 
 class Goal(NamedTuple):
@@ -155,16 +157,27 @@ class Expert:
     inside = goal.relation == "in"
     near = 0.025 if inside else 0.01
     yield from self._over(over, safe, CLOSE, near)
-    bottom = top + self._hang + (0.015 if inside else -0.005)
+    bottom = top + self._hang - 0.005
+    if inside and len(shape):  # down to its floor, as far as the hand's height over the rim allows
+      bottom = max(top - _BELOW_RIM, shape[:, 2].min() + self._hang + 0.015)
     for _ in range(60):
       low = np.array([*self._held_at(goal.thing, place), bottom])
       yield self.towards(low, CLOSE, 16.0, 1.0 if scene.grip[2] - bottom > 0.08 else 0.5)
-      if scene.grip[2] - bottom < 0.012 + near and np.linalg.norm((scene.grip - low)[:2]) < near:
+      if scene.grip[2] - bottom < 0.012 and np.linalg.norm((scene.grip - low)[:2]) < near:
         break
-    still = scene.grip
-    for _ in range(6):
+    yield from self._release(goal.thing)
+
+  def _release(self, thing: str) -> Iterator[Float[np.ndarray, "7"]]:
+    """Opens until the object falls or, where it rests on something, the fingers are apart; then rises and waits."""
+    still, height = self._scene.grip, self._scene.position(thing)[2]
+    for _ in range(_OPENING):
       yield self.towards(still, OPEN)
+      if self._scene.position(thing)[2] < height - 0.01:
+        break
     yield from self._retreat(20)
+    still = self._scene.grip
+    for _ in range(20):
+      yield self.towards(still, OPEN)
 
   def _held_at(self, thing: str, place: Float[np.ndarray, "3"]) -> Float[np.ndarray, "2"]:
     """Where the gripper has to be for the object in it to be over a place."""
