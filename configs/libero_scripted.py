@@ -52,7 +52,8 @@ def get_config(arg=None):
   config.train.update(steps=12_200, save_every=1_000, keep_last=2, log_every=50)
   if smaller:
     config.optim.update(warmup_steps=100, decay_steps=1_500)
-    config.data.update(augment=False, crop_area=None)  # an object is four pixels wide
+    # An object is four pixels wide. The last frames, where the gripper opens, begin chunks too.
+    config.data.update(augment=False, crop_area=None, trajectory_end="pad")
     config.train.update(steps=1_600, save_every=400)
   else:
     config.model.keep = 36  # of 144 patches a view

@@ -12,12 +12,18 @@ replays LIBERO's own demonstrations (HDF5) in the simulator by the release's rul
 data/libero_object_no_noops; the same command resumes after an interruption. With --check it only reports which
 demonstrations succeed.
 
+    python -m semanticvla_jax.demonstrate libero --expert --suite=libero_object --episodes=30 --out=data
+
+lets a scripted expert do the tasks in the simulator, in random layouts, and writes data/libero_object_no_noops; it
+needs no download and resumes after an interruption.
+
     python -m semanticvla_jax.demonstrate lerobot --from-lerobot=DIR --absolute=none --gripper=6:1:0 --out=data
 
 writes a LeRobot dataset (v2.1 or v3.0) as data/<name>, with the DatasetSpec that reads it in data/<name>.py; the
 same command resumes after an interruption. What the dataset does not say of its robot is asked for by flags.
 
-Without a subcommand, --from-hdf5 means `libero`, --from-lerobot means `lerobot`, and all other flags mean `tabletop`.
+Without a subcommand, --from-hdf5 and --expert mean `libero`, --from-lerobot means `lerobot`, and all other flags mean
+`tabletop`.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ import time
 
 from semanticvla_jax import cli
 from semanticvla_jax.data import datasets, lerobot, lerobot_to_rlds
+from semanticvla_jax.demonstrate import libero_expert
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.libero import demonstrations as replays
@@ -224,6 +231,8 @@ def main(argv: list[str]) -> None:
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
   name, rest = cli.subcommand(_PROGRAM, __doc__, _COMMANDS, argv)
   flags = {word.partition("=")[0] for word in cli.dashed(rest)}
+  if name in ("", "libero") and "--expert" in flags:
+    return libero_expert.write(_PROGRAM, rest)
   if name == "libero" or (not name and "--from-hdf5" in flags):
     return replay(rest)
   if name == "lerobot" or (not name and "--from-lerobot" in flags):

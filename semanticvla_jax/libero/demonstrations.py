@@ -9,27 +9,20 @@ file says what its reset was seeded with (LIBERO's own do not), fixtures are pla
 from __future__ import annotations
 
 import collections
-import io
-import json
 import logging
 import pathlib
 import shutil
 import threading
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import numpy as np
-
-from semanticvla_jax import cli, files
+from semanticvla_jax import files
 from semanticvla_jax.data import writer
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process, StepResult
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.libero import hdf5, simulator, suites
+from semanticvla_jax.libero import episode_files, hdf5, simulator, suites
 
 _TRIES = 3
-_VIEWS = ("observation/image", "observation/wrist_image")
 
 
 class ReplayOptions(NamedTuple):
@@ -90,7 +83,7 @@ def write(
   demonstrations = collect(options)
   facts = _facts(options, demonstrations)
   with files.alone(parts):
-    _claim(parts, facts)
+    episode_files.claim(parts, facts)
     _Replays(options, demonstrations, parts, progress).run()
     return _assemble(options, demonstrations, parts, folder, name, facts)
 
@@ -134,37 +127,6 @@ def _facts(options: ReplayOptions, demonstrations: dict[int, hdf5.Demonstration]
   return {"suite": options.suite, "simulator": settings, "resets": seeds, "versions": versions, "files": hashes}
 
 
-def _claim(parts: pathlib.Path, facts: dict) -> dict:
-  """Makes the folder of finished replays, or checks that those in it were made alike; returns the facts of all.
-
-  More or fewer tasks and demonstrations are no difference: of the files, only those that both know are compared.
-  """
-  parts.mkdir(parents=True, exist_ok=True)
-  path = parts / "facts.json"
-  try:
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else facts
-  except ValueError as error:
-    raise refuse(
-      f"{path} is damaged",
-      f"{cli.first_line(error)}",
-      f"what the replays in {parts} were made with",
-      "remove that folder to start again",
-    ) from error
-  known = before.get("files", {})
-  unlike = [(key, before.get(key), facts[key]) for key in facts if key != "files" and before.get(key) != facts[key]]
-  unlike += [(name, known[name], found) for name, found in facts["files"].items() if known.get(name, found) != found]
-  if unlike:
-    raise refuse(
-      f"Replays in {parts} were made differently",
-      f"(what, then, now) {unlike}",
-      "the same",
-      "remove that folder to start again",
-    )
-  facts = facts | {"files": known | facts["files"]}
-  files.write_json(path, facts)
-  return facts
-
-
 class _Replays:
   """Simulators, a thread each, that take the next demonstration until none is left.
 
@@ -176,8 +138,9 @@ class _Replays:
     self, options: ReplayOptions, demonstrations: dict[int, hdf5.Demonstration], parts: pathlib.Path | None, progress
   ):
     self.options, self.demonstrations, self.parts, self.progress = options, demonstrations, parts, progress
-    stored = [] if parts is None else [seed for seed in demonstrations if _is_sound(_part(parts, seed))]
-    self.ended = {seed: _read(_part(parts, seed)) is not None for seed in stored}
+    paths = {} if parts is None else {seed: episode_files.path(parts, seed) for seed in demonstrations}
+    sound = {seed: path for seed, path in paths.items() if episode_files.is_sound(path)}
+    self.ended = {seed: episode_files.read(path) is not None for seed, path in sound.items()}
     self.waiting = collections.deque(seed for seed in demonstrations if seed not in self.ended)
     self.lock, self.error = threading.Lock(), None
 
@@ -201,7 +164,7 @@ class _Replays:
         task = seed // suites.EPISODES
         seen, end = self._replay(process, seed)
         if self.parts is not None:
-          _store(_part(self.parts, seed), self.demonstrations[seed], seen, end)
+          _store(episode_files.path(self.parts, seed), self.demonstrations[seed], seen, end)
         self._tell(seed, end.success)
     except Exception as error:  # raised where the threads are joined
       self.error = self.error or error
@@ -243,49 +206,9 @@ class _Replays:
         self.progress(len(self.ended), sum(self.ended.values()), len(self.demonstrations))
 
 
-def _part(parts: pathlib.Path, seed: int) -> pathlib.Path:
-  return parts / f"{seed:05d}.npz"
-
-
 def _store(path: pathlib.Path, demonstration: hdf5.Demonstration, seen: list[dict], end: StepResult) -> None:
-  """One replay on disk, frames as JPEG; an empty one where it did not end in success."""
-  arrays = {}
-  if end.success:
-    rows = seen[: end.steps]
-    arrays = {name: np.stack([row[f"observation/{name}"] for row in rows]) for name in ("state", "joint_state")}
-    arrays["action"] = demonstration.moving.astype(np.float32)
-    for name in _VIEWS:
-      frames = [writer.jpeg(row[name]) for row in rows]
-      arrays[name.split("/")[1]] = np.frombuffer(b"".join(frames), np.uint8)
-      arrays[name.split("/")[1] + "_sizes"] = np.array([*map(len, frames)])
-    arrays["shape"] = np.array(seen[0][_VIEWS[0]].shape)
-  contents = io.BytesIO()
-  np.savez(contents, **arrays)
-  files.write(path, contents.getvalue())
-
-
-def _is_sound(path: pathlib.Path) -> bool:
-  """Whether a replay is stored and can be read; a damaged one is reported and made again."""
-  try:
-    if path.exists():
-      _read(path)
-    return path.exists()
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-    logging.warning("%s is damaged (%s): replayed again", path, cli.first_line(error))
-    return False
-
-
-def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
-  """One replay as stored; None for a failed one."""
-  with np.load(path) as file:
-    return {name: file[name] for name in file.files} or None
-
-
-def _frames(part: dict[str, np.ndarray], name: str) -> writer.Encoded:
-  ends = np.cumsum(part[f"{name}_sizes"])
-  whole = part[name].tobytes()
-  frames = [whole[end - size : end] for end, size in zip(ends.tolist(), part[f"{name}_sizes"].tolist())]
-  return writer.Encoded(frames, *part["shape"][:2].tolist())
+  """One replay on disk; an empty one where it did not end in success."""
+  episode_files.store(path, seen[: end.steps] if end.success else [], demonstration.moving)
 
 
 def _assemble(
@@ -302,20 +225,13 @@ def _assemble(
 
   def episodes() -> Iterator[writer.Episode]:
     for seed, demonstration in demonstrations.items():
-      task, part = every[seed // suites.EPISODES], _read(_part(parts, seed))
+      task, part = every[seed // suites.EPISODES], episode_files.read(episode_files.path(parts, seed))
       if part is None:
         dropped[task.name].append(demonstration.name)
         continue
       kept.append((part["action"], part["state"]))
-      yield writer.Episode(
-        _frames(part, "image"),
-        _frames(part, "wrist_image"),
-        part["state"],
-        part["action"],
-        task.instruction,
-        part["joint_state"],
-        f"{options.suite}/{demonstration.path.name}/{demonstration.name}",
-      )
+      source = f"{options.suite}/{demonstration.path.name}/{demonstration.name}"
+      yield episode_files.episode(part, task.instruction, source)
 
   def summary() -> ReplaySummary:
     return ReplaySummary(len(demonstrations), len(kept), dict(dropped), sum(len(action) for action, _ in kept), folder)

@@ -30,7 +30,7 @@ def start(
   settings: suites.Settings,
   beginnings: Mapping[int, suites.Beginning] | None = None,
   timeout: float = 900.0,
-  kind: type[Simulator] | None = None,
+  make: Callable[..., Simulator] | None = None,
 ) -> Process:
   """A simulator in a separate process.
 
@@ -38,7 +38,7 @@ def start(
     settings: see there.
     beginnings: by episode number, instead of the benchmark's first states; see `Simulator`.
     timeout: seconds without an answer after which it counts as broken.
-    kind: the class of the simulator; None for `Simulator`.
+    make: called in the process with the settings, for another kind of simulator; picklable.
 
   Raises:
     ValueError: a setting is wrong, benchmark or assets are missing, or OpenGL cannot draw.
@@ -48,7 +48,8 @@ def start(
   suites.tasks(settings.suite)
   device = opengl.choose(settings.renderer, settings.egl_device)
   variables = opengl.variables(settings.renderer, device) | {"LP_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-  return Process(functools.partial(kind or Simulator, settings, beginnings), variables, timeout)
+  made = functools.partial(Simulator, beginnings=beginnings) if make is None else make
+  return Process(functools.partial(made, settings), variables, timeout)
 
 
 class Simulator:

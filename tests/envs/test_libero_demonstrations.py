@@ -12,7 +12,7 @@ from semanticvla_jax.data import images, rlds, tfrecord_index
 from semanticvla_jax.demonstrate.__main__ import main
 from semanticvla_jax.envs.subprocess_env import Process, StepResult
 from semanticvla_jax.libero import demonstrations as replays
-from semanticvla_jax.libero import hdf5, simulator, suites
+from semanticvla_jax.libero import episode_files, hdf5, simulator, suites
 
 NAME = "libero_object_no_noops"
 
@@ -28,7 +28,7 @@ def demonstration(seed, length=12):
 def seen(seed, count):
   rng = np.random.default_rng(seed)
   shapes = {"observation/state": 8, "observation/joint_state": 7}
-  pictures = {name: np.full((32, 32, 3), seed * 20, np.uint8) for name in replays._VIEWS}
+  pictures = {name: np.full((32, 32, 3), seed * 20, np.uint8) for name in episode_files.VIEWS}
   return [
     {name: rng.normal(size=width).astype(np.float32) for name, width in shapes.items()} | pictures for _ in range(count)
   ]
@@ -38,10 +38,10 @@ def seen(seed, count):
 def test_the_dataset_of_finished_replays(tmp_path):
   options = replays.ReplayOptions("unused", "libero_object", suites.Settings("libero_object"))
   rows, parts = {seed: demonstration(seed) for seed in (0, 1, 2)}, tmp_path / "parts"
-  replays._claim(parts, {"size": 32, "files": {}})
+  episode_files.claim(parts, {"size": 32, "files": {}})
   for seed, row in rows.items():
     success = seed != 1
-    replays._store(replays._part(parts, seed), row, seen(seed, 12), StepResult([], 11, success, success, "lift"))
+    replays._store(episode_files.path(parts, seed), row, seen(seed, 12), StepResult([], 11, success, success, "lift"))
   report = replays._assemble(options, rows, parts, tmp_path / NAME / "1.0.0", NAME, {"size": 32})
   task = suites.tasks("libero_object")[0]
   assert (report.tried, report.kept, report.frames, report.dropped) == (3, 2, 22, {task.name: ["demo_1"]})
@@ -59,21 +59,21 @@ def test_the_dataset_of_finished_replays(tmp_path):
 
 def test_replays_made_otherwise_are_not_mixed(tmp_path):
   parts, facts = tmp_path / "parts", {"assets": "a", "files": {"lift": "1"}}
-  replays._claim(parts, facts)
-  replays._claim(parts, facts)
+  episode_files.claim(parts, facts)
+  episode_files.claim(parts, facts)
   with pytest.raises(ValueError, match=r"\('assets', 'a', 'b'\).*remove that folder"):
-    replays._claim(parts, facts | {"assets": "b"})
+    episode_files.claim(parts, facts | {"assets": "b"})
   with pytest.raises(ValueError, match=r"\('lift', '1', '2'\).*remove that folder"):
-    replays._claim(parts, facts | {"files": {"lift": "2"}})
+    episode_files.claim(parts, facts | {"files": {"lift": "2"}})
 
 
 def test_other_tasks_go_on_in_the_same_folder(tmp_path):
   parts, facts = tmp_path / "parts", {"assets": "a", "files": {"lift": "1"}}
-  replays._claim(parts, facts)
-  replays._claim(parts, facts | {"files": {"push": "3"}})
+  episode_files.claim(parts, facts)
+  episode_files.claim(parts, facts | {"files": {"push": "3"}})
   assert json.loads((parts / "facts.json").read_text())["files"] == {"lift": "1", "push": "3"}
   with pytest.raises(ValueError, match="'lift', '1', '2'"):
-    replays._claim(parts, facts | {"files": {"lift": "2", "push": "3"}})
+    episode_files.claim(parts, facts | {"files": {"lift": "2", "push": "3"}})
 
 
 def test_the_facts_tell_sources_apart(tmp_path, monkeypatch):
@@ -207,8 +207,8 @@ def test_a_recorded_drawer_stands_where_it_stood():
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"noise"])
 def test_a_damaged_replay_is_told_and_made_again(tmp_path, content, caplog):
   path = tmp_path / "00003.npz"
-  assert not replays._is_sound(path)
+  assert not episode_files.is_sound(path)
   np.savez(path)
-  assert replays._is_sound(path) and not caplog.text
+  assert episode_files.is_sound(path) and not caplog.text
   path.write_bytes(content)
-  assert not replays._is_sound(path) and f"{path} is damaged" in caplog.text
+  assert not episode_files.is_sound(path) and f"{path} is damaged" in caplog.text

@@ -1,0 +1,75 @@
+"""`demonstrate libero --expert`: the flags of LIBERO's scripted expert, and what is printed of its episodes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from semanticvla_jax import cli
+from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
+from semanticvla_jax.libero import demonstrator, suites
+from semanticvla_jax.libero import expert_demonstrations as demonstrations
+
+
+def _arguments(program: str, argv: list[str]) -> argparse.Namespace:
+  settings = suites.Settings("libero_object")
+  default, variety = demonstrations.Options(settings, ()), demonstrator.Variety()
+  parser = cli.ArgumentParser(f"{program} libero --expert", "Writes demonstrations of LIBERO's scripted expert.")
+  add = parser.add_argument
+  add("--expert", action="store_true", required=True, help="the scripted expert, in place of recorded demonstrations")
+  add("--suite", required=True, help=f"suite of LIBERO: one of {', '.join(suites.SUITES)}")
+  add("--tasks", help="numbers of the tasks, separated by commas, e.g. 0,3 (default: all that the expert can do)")
+  add("--episodes", type=int, default=default.episodes, help="successful episodes per task (default: 30)")
+  add("--bar", type=float, default=default.bar, help="leave out tasks below this success rate (default: 0.8)")
+  add("--start", type=float, default=variety.start, help="largest shift of the arm's start, meters (default: 0.05)")
+  add(
+    "--distractors",
+    type=float,
+    default=variety.distractors,
+    help="largest shift of objects that the task does not name, meters (default: 0.03)",
+  )
+  add("--noise", type=float, default=variety.noise, help="noise on the expert's movements, 0 to 1 (default: 0.1)")
+  add("--workers", type=int, default=default.workers, help="simulators at once, about 2 GB each (default: 2)")
+  add("--size", type=int, default=settings.size, help="width and height of both views in pixels (default: 256)")
+  add("--seed", type=int, default=settings.seed, help="seed of layouts, starts, and noise (default: 0)")
+  add("--assets", help=f"folder of assets (default: ${suites.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
+  add("--renderer", default=settings.renderer, help="OpenGL library: egl or osmesa (default: egl)")
+  add("--egl-device", type=int, help="number of the EGL device that renders (default: the first that works)")
+  add("--check", action="store_true", help="render and write nothing: only report each task's success rate")
+  add("--out", default="data", help="folder of datasets (default: data)")
+  add("--name", help="name of the dataset (default: <suite>_no_noops)")
+  return parser.parse_args(argv)
+
+
+def _options(args: argparse.Namespace) -> demonstrations.Options:
+  """The flags as options. Raises ValueError for tasks or settings that do not exist."""
+  settings = suites.Settings(
+    args.suite, args.assets, size=args.size, seed=args.seed, renderer=args.renderer, egl_device=args.egl_device
+  )
+  suites.check(settings)
+  tasks = demonstrations.able(args.suite) if args.tasks is None else suites.task_numbers(args.tasks, args.suite)
+  variety = demonstrator.Variety(args.start, args.distractors, args.noise)
+  return demonstrations.Options(settings, tuple(tasks), variety, args.episodes, args.bar, args.workers)
+
+
+def write(program: str, argv: list[str]) -> None:
+  """Writes a dataset of the expert's episodes; problems end the program with their message."""
+  args = _arguments(program, argv)
+  start = time.perf_counter()
+
+  def progress(done: int, succeeded: int, wanted: int) -> None:
+    print(f"{done} attempts, {succeeded} of {wanted} episodes, {time.perf_counter() - start:.0f} s", flush=True)
+
+  try:
+    if args.check:
+      summary = demonstrations.check(_options(args), progress)
+    else:
+      summary = demonstrations.write(_options(args), args.out, args.name or f"{args.suite}_no_noops", progress)
+  except (ValueError, BrokenEnvironment) as error:
+    sys.exit(f"error: {error}")
+  for name, (good, tried) in summary.counts.items():
+    note = f", left out: below {args.bar:.0%}" if name in summary.left_out else ""
+    print(f"  {name}: {good} of {tried} attempts succeeded ({good / tried:.0%}){note}")
+  what = "nothing written" if summary.folder is None else f"{summary.folder}: {summary.frames} frames"
+  print(f"{what}, {time.perf_counter() - start:.0f} s")

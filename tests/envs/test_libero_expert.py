@@ -1,0 +1,171 @@
+"""LIBERO's scripted expert: its goals, its bookkeeping, one episode in the simulator, its command."""
+
+import json
+
+import libero_assets
+import numpy as np
+import pytest
+
+from semanticvla_jax.data import rlds
+from semanticvla_jax.demonstrate.__main__ import main
+from semanticvla_jax.envs.subprocess_env import Process
+from semanticvla_jax.libero import demonstrator, episode_files, expert, simulator, suites
+from semanticvla_jax.libero import expert_demonstrations as demonstrations
+
+NAME = "libero_object_no_noops"
+BDDL = """(define (problem LIBERO_Floor_Manipulation)
+  (:objects
+    butter_1 milk_1 - food
+    basket_1 - basket
+  )
+  (:goal
+    (And {})
+  )
+)"""
+OPTIONS = demonstrations.Options(suites.Settings("libero_object"), (0, 3), episodes=4)
+
+
+def test_the_goals_of_a_task():
+  found = expert.goals(BDDL.format("(In butter_1 basket_1_contain_region) (On milk_1 basket_1)"))
+  assert found == [("in", "butter_1", "basket_1_contain_region"), ("on", "milk_1", "basket_1")]
+
+
+@pytest.mark.parametrize(
+  "goal", ["(Open basket_1)", "(On stove_1 basket_1)", "(Turnon stove_1) (In butter_1 basket_1)", ""]
+)
+def test_what_is_not_pick_and_place_is_not_tried(goal):
+  assert expert.goals(BDDL.format(goal)) is None
+
+
+@libero_assets.installed
+def test_the_tasks_that_the_expert_can_do():
+  assert demonstrations.able("libero_object") == demonstrations.able("libero_spatial") == [*range(10)]
+  assert demonstrations.able("libero_goal") == [1, 2, 3, 4, 5, 6, 8, 9]
+
+
+def collection(tmp_path, outcomes):
+  found = demonstrations._Collection(OPTIONS, tmp_path, None)
+  found.outcomes = {0: {}, 3: outcomes}
+  found.outcomes[0] = dict.fromkeys(range(4), True)
+  return found
+
+
+def test_one_more_attempt_for_each_that_failed(tmp_path):
+  found = collection(tmp_path, {0: True, 1: None, 2: False})
+  assert found._next(0) == (3, 3) and found._next(3) == (3, 4) and found._next(3) is None
+
+
+def test_a_task_that_cannot_reach_the_bar_is_given_up(tmp_path):
+  found = collection(tmp_path, {0: True, 1: False})
+  assert found._next(None) == (3, 2)
+  assert collection(tmp_path, {0: True, 1: False, 2: False})._next(None) is None
+
+
+def test_the_attempts_of_a_finished_task_do_not_depend_on_how_many_were_made():
+  outcomes = {2: True, 0: True, 1: False, 3: True, 4: True}
+  assert demonstrations._used(outcomes, 2) == [0, 1, 2]
+  assert demonstrations._used(outcomes, 9) == [0, 1, 2, 3, 4]
+
+
+def rows(count):
+  shapes = {"observation/state": 8, "observation/joint_state": 7}
+  pictures = {name: np.full((16, 16, 3), 90, np.uint8) for name in episode_files.VIEWS}
+  return [{name: np.zeros(width, np.float32) for name, width in shapes.items()} | pictures for _ in range(count)]
+
+
+def stored(folder, outcomes):
+  """Episodes of 5 actions, as an earlier call left them."""
+  for task, ends in outcomes.items():
+    for attempt, success in enumerate(ends):
+      actions = np.random.default_rng(attempt).uniform(-1, 1, (5, 7))
+      seen = rows(5) if success else []
+      episode_files.store(episode_files.path(folder, 1000 * task + attempt), seen, actions)
+
+
+@libero_assets.installed
+def test_a_task_below_the_bar_is_named_and_left_out(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(demonstrations, "_facts", lambda options: {"suite": "libero_object"})
+  waiting = tmp_path / f".{NAME}.expert"
+  waiting.mkdir()
+  stored(waiting, {0: [True, False, True, True, True], 3: [False, True, False, True]})
+  main(["--expert", "--suite=libero_object", "--tasks=0,3", "--episodes=4", f"--out={tmp_path}"])
+  names = [suites.tasks("libero_object")[task].name for task in (0, 3)]
+  printed = capsys.readouterr().out
+  assert f"{names[0]}: 4 of 5" in printed and f"{names[1]}: 2 of 4" in printed and "left out: below 80%" in printed
+  facts = json.loads((tmp_path / NAME / "1.0.0" / "demonstrations.json").read_text())
+  assert facts["left_out"] == [names[1]] and facts["frames"] == 20
+  assert facts["tasks"][names[0]] == {"success": 4, "attempts": 5, "kept_attempts": [0, 2, 3, 4]}
+  dataset = rlds.load(str(tmp_path), NAME)
+  assert np.bincount(dataset.episodes).tolist() == [5] * 4 and not waiting.exists()
+
+
+class Scripted(Process):
+  """Stands in for a simulator: of task 3 every other attempt fails."""
+
+  def __init__(self, asked):
+    self.asked = asked
+
+  def ask(self, name, task, attempt, look):
+    self.asked.append((name, task, attempt, look))
+    return demonstrator.Recording([], np.zeros((5, 7)), task != 3 or attempt % 2 == 1)
+
+  def close(self):
+    pass
+
+
+@libero_assets.installed
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_check_renders_and_writes_nothing(tmp_path, monkeypatch, capsys, workers):
+  asked = []
+  monkeypatch.setattr(simulator, "start", lambda settings, make: Scripted(asked))
+  flags = ["--suite=libero_object", "--tasks=0,3", "--episodes=4", f"--workers={workers}", "--check"]
+  main(["libero", "--expert", *flags, f"--out={tmp_path / 'out'}"])
+  printed = capsys.readouterr().out
+  names = [suites.tasks("libero_object")[task].name for task in (0, 3)]
+  assert f"{names[0]}: 4 of 4 attempts succeeded (100%)\n" in printed and "nothing written" in printed
+  assert f"{names[1]}: " in printed and "left out: below 80%" in printed
+  assert {name for name, *_ in asked} == {"demonstrate"} and not any(look for *_, look in asked)
+  assert len({(task, attempt) for _, task, attempt, _ in asked}) == len(asked)
+  assert not (tmp_path / "out").exists()
+
+
+@libero_assets.installed
+def test_no_dataset_where_no_task_reaches_the_bar(tmp_path, monkeypatch):
+  monkeypatch.setattr(demonstrations, "_facts", lambda options: {"suite": "libero_object"})
+  waiting = tmp_path / f".{NAME}.expert"
+  waiting.mkdir()
+  stored(waiting, {3: [False, False]})
+  with pytest.raises(SystemExit, match="No task reaches the bar: .*0 of 2.*--bar"):
+    main(["--expert", "--suite=libero_object", "--tasks=3", "--episodes=4", f"--out={tmp_path}"])
+  assert waiting.exists() and not (tmp_path / NAME).exists()
+
+
+@libero_assets.installed
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--suite=libero_goal", "--tasks=0"], "middle.*movable object.*--tasks=1"),
+    (["--suite=libero_object", "--tasks=10"], "numbers from 0 to 9"),
+    (["--suite=libero_object", "--bar=0"], "a bar in"),
+    (["--suite=libero_object", "--episodes=0"], "episodes=0"),
+    (["--suite=libero_object", "--start=0.5"], "start=0.5.*0 to 0.1"),
+    (["--suite=libero_object", "--name=mine"], "starts with 'libero'"),
+    (["--suite=libero_objects"], "suite"),
+  ],
+)
+def test_what_cannot_be_is_refused_in_one_line(tmp_path, flags, message):
+  with pytest.raises(SystemExit, match=f"(?i){message}") as refused:
+    main(["--expert", f"--out={tmp_path}", *flags])
+  assert str(refused.value).startswith("error: ") and "\n" not in str(refused.value)
+  assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.sim
+def test_an_episode_succeeds_and_is_written(tmp_path):
+  assets = libero_assets.assets()
+  flags = ["--suite=libero_object", "--tasks=6", "--episodes=1", "--workers=1", "--size=64", f"--assets={assets}"]
+  main(["libero", "--expert", *flags, f"--out={tmp_path}"])
+  dataset = rlds.load(str(tmp_path), NAME)
+  assert dataset.instruction(0) == "pick up the butter and place it in the basket"
+  assert 60 < len(dataset.actions) < 200
+  assert dataset.actions[0, 6] != dataset.actions[len(dataset.actions) // 2, 6]  # it closes the gripper
