@@ -205,8 +205,8 @@ def main(argv: Sequence[str]) -> None:
     if args.grounding and not benchmark.knows_objects:
       known = " or ".join(one.title for one in BENCHMARKS.values() if one.knows_objects)
       raise refuse("--grounding", f"{benchmark.title}, which knows no objects", f"suites of {known}", "leave it out")
-    benchmark.check(args)
     metrics = folder.metrics(args.metrics)
+    benchmark.check(args)
     with folder.alone(pathlib.Path(args.out)):
       shards.claim(pathlib.Path(args.out), args.shard)
       missing = evaluate(benchmark, args, f"{_PROGRAM} {shlex.join(argv)}", metrics)

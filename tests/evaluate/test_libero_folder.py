@@ -71,6 +71,7 @@ def run(folder, tmp_path, monkeypatch):
   monkeypatch.setattr(libero.simulator, "start", start)
   monkeypatch.setattr(libero.suites, "find_assets", lambda given=None: Path("assets"))
   monkeypatch.setattr(libero.suites, "assets_hash", lambda folder: "0" * 16)
+  monkeypatch.setattr(libero.suites, "missing_assets", lambda task, folder: [])
   return command
 
 
