@@ -94,5 +94,8 @@ def resolve(config: Any) -> dict[str, Any]:
         "set model.variant to one of them, or to a row of sizes",
       )
     resolved["variant"] = VARIANTS[resolved["variant"]]
+  for name in ("compressor", "decoder_pruner"):
+    if hasattr(resolved[name], "keys"):  # a mapping of ml_collections, say, which is none to isinstance
+      resolved[name] = {**resolved[name]}
   resolved["remat"] = None if resolved["remat"] == "none" else resolved["remat"]
   return resolved
