@@ -2,7 +2,7 @@
 
 Rows of DECODER keep 1/8 of each view's patches from layer `block` of the language model on. Nothing of that is trained,
 so a row is meant for a policy trained as `configs/openvla_oft.py`; trained from the start it is a model that prunes
-while it learns. Rows of COMPRESSOR have modules of their own in front of the language model and are trained. Rows of
+while it learns. Rows of COMPRESSOR have an additional module in front of the language model and are trained. Rows of
 SPOKEN are OpenVLA with two views and eight actions a query, a token for each of their 56 numbers: the three differ in
 how the tokens are decoded, not in training. PAPER.md says what is public of each method, and which reading ours is.
 """
@@ -38,7 +38,7 @@ def get_config(arg=None):
   config = openvla_oft.get_config(f"libero@{variant}")
   if row in DECODER:
     fields = DECODER[row] | (dict(block=1) if variant == "tiny" else {})  # which has two layers
-    config.model.scan = False  # layers that see different tokens are no loop
+    config.model.scan = False  # layers that see different tokens cannot run as one loop
     config.model.decoder_pruner = dict(keep=common.PATCHES[variant] // 8, **fields)
   else:
     side = SIDES[variant]

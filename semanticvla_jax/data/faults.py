@@ -114,7 +114,7 @@ def remembered_of_images(name: str, spec: DatasetSpec, index: tfrecord_index.Ind
   kind = "images that cannot be decoded"
   if memory is None:
     return [*of_images(name, spec, index)]
-  with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+  with contextlib.suppress(OSError, ValueError, TypeError):  # missing or damaged
     known = json.loads(memory.read_text(encoding="utf-8"))
     return [Fault(kind, int(episode), ValueError(message)) for episode, message in known]
   found = [*of_images(name, spec, index)]

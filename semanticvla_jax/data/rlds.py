@@ -115,7 +115,7 @@ def load(
     given: statistics to use instead, e.g. of a checkpoint.
     cache_dir: local folder in which the index is kept from one run to the next; None for records.CACHE, "" for none.
     skip_bad: leaves out episodes that cannot be used, and logs how many and why. Every image is decoded for it once;
-      which cannot be is kept beside the index.
+      which cannot be is stored next to the index.
 
   Raises:
     ValueError: no such dataset or split, a missing feature, a corrupt shard, non-finite numbers, an empty image of a

@@ -221,7 +221,7 @@ class Benchmark(abc.ABC):
     bare_controls: controls that `--controls` without a value measures.
     damaged: what happens to rows of a results.json that cannot be read, for the warning.
     film_note: how fast its films run.
-    knows_objects: whether it can tell where the objects are that a task names, for `--grounding`.
+    knows_objects: whether it knows where the objects are that a task names, for `--grounding`.
   """
 
   title: str
@@ -239,7 +239,7 @@ class Benchmark(abc.ABC):
     """Adds the benchmark's own flags; `add` is called like argparse's add_argument."""
 
   def expand(self, args: argparse.Namespace) -> list[str]:
-    """The suites of `args.suite`, a name that stands for several replaced by those.
+    """The suites of `args.suite`, a name that selects several replaced by those.
 
     Raises:
       ValueError: it is unknown which.

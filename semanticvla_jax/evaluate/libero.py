@@ -43,7 +43,7 @@ from semanticvla_jax.libero.protocols import PROTOCOLS
 from semanticvla_jax.libero.replay_policy import ReplayPolicy
 from semanticvla_jax.policy import Policy
 
-_PRO = "libero_pro"  # stands for the four perturbed variants of the suite that the policy was trained on
+_PRO = "libero_pro"  # selects the four perturbed variants of the suite that the policy was trained on
 
 
 class LiberoRun(SuiteRun):
@@ -326,7 +326,7 @@ class Libero(Benchmark):
     )
 
   def expand(self, args: argparse.Namespace) -> list[str]:
-    """See `Benchmark`: `libero_pro` stands for the perturbed variants of the policy's training suite."""
+    """See `Benchmark`: `libero_pro` selects the perturbed variants of the policy's training suite."""
     if _PRO not in args.suite:
       return args.suite
     if args.policy is None:
@@ -340,7 +340,7 @@ class Libero(Benchmark):
     libero_checks.check(args, load)
 
   def sections(self, rows: Sequence[Row]) -> list[str]:
-    """See `Benchmark`: perturbed suites beside those that they perturb."""
+    """See `Benchmark`: perturbed suites next to those that they perturb."""
     return perturbed.section(rows)
 
   def jobs(self, args: argparse.Namespace, stored: folder.ResultsFile) -> Iterator[Job]:

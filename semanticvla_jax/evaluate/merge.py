@@ -4,7 +4,7 @@
     python -m semanticvla_jax.evaluate run --policy=DIR --suite=place --shard=1/2 --out=runs/place/1
     python -m semanticvla_jax.evaluate merge runs/place/0 runs/place/1 --out=runs/place_merged
 
-writes results.json, report.html and all films into a folder of its own; the shards stay as they are. Every shard of the
+writes results.json, report.html and all films into a separate folder; the shards are not changed. Every shard of the
 evaluation has to be there, with all of its episodes, measured in the same way. The result can be resumed, extended and
 compared as any other.
 """

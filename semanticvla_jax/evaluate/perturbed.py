@@ -1,4 +1,4 @@
-"""The section of a report about perturbed suites: what each changes, beside the suite that it perturbs."""
+"""The section of a report about perturbed suites: what each changes, next to the suite that it perturbs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def _is_perturbed(row: Row) -> bool:
 
 def _line(row: Row, before: Row | None) -> str:
   what = row.fingerprint["perturbed"]
-  beside = (
+  unperturbed = (
     f"{_rate(before.summary)} of {what['suite']}" if before is not None else f"{what['suite']}: not measured here"
   )
-  cells = (row.suite, what["changes"], _rate(row.summary), beside)
+  cells = (row.suite, what["changes"], _rate(row.summary), unperturbed)
   return "<tr class=row>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>\n"
 
 

@@ -27,7 +27,7 @@ def section(rows: Sequence[Row], pictures: Sequence[pathlib.Path]) -> str:
     "share of the kept patches' area that shows them; chance is their share of the whole picture, which as many random "
     "patches have on average. <b>Area of objects kept</b>: how much of what is seen of them lies in kept patches; its "
     "chance is the share of patches that is kept. The objects are those of the episode's own task in every row, also "
-    f"where the policy was told another one.</p><table class=rates>{head}<tbody>{lines}</tbody></table>"
+    f"where the policy was given another one.</p><table class=rates>{head}<tbody>{lines}</tbody></table>"
     f"{''.join(map(_picture, filter(pathlib.Path.exists, pictures)))}</section>"
   )
 

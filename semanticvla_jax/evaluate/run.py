@@ -96,7 +96,7 @@ def _add_common_flags(add: Callable) -> None:
   add(
     "--shard",
     metavar="K/N",
-    help="measure share K of N of the episodes, K from 0 to N-1, into a folder of its own; the merge subcommand puts "
+    help="measure share K of N of the episodes, K from 0 to N-1, into a separate folder; the merge subcommand puts "
     "the N folders together (default: all episodes)",
   )
   add("--films", type=int, default=6, help="number of films per suite (default: 6; 0: no pictures either)")

@@ -1,6 +1,6 @@
 """A share of an evaluation's episodes, for one of several machines: which episodes, and what its folder notes of it.
 
-`run --shard=3/16` measures share 3 of 16, counted from 0, into a folder of its own. Every shard knows all episodes of
+`run --shard=3/16` measures share 3 of 16, counted from 0, into a separate folder. Every shard knows all episodes of
 the evaluation: its rows have the fingerprint of the whole, and the shuffled instructions are those that the episodes
 have in the whole. `merge` puts the shards together.
 """
@@ -57,7 +57,7 @@ def parse(words: str | None) -> Shard | None:
   """A shard from "3/16"; None from None.
 
   Raises:
-    ValueError: it is something else, or there is no such share.
+    ValueError: it is something else, or the share does not exist.
   """
   if words is None:
     return None

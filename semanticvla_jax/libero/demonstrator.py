@@ -14,7 +14,7 @@ _STRAY = 14  # steps on which the arm leaves its usual pose before an episode
 
 
 class Variety(NamedTuple):
-  """What differs between the episodes of a task, beside the benchmark's own random layout.
+  """What differs between the episodes of a task, in addition to the benchmark's random layout.
 
   Attributes:
     start: meters that the gripper is moved at most on each axis before the recording begins; 0 leaves the usual pose.

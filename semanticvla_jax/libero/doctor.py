@@ -190,7 +190,7 @@ def simulator_versions(versions: Mapping[str, str | None]) -> list[Finding]:
 
 
 def _since(version: str | None, first: tuple[int, ...]) -> bool | None:
-  """Whether a version is at least that one; None where there is none, or where it is no number."""
+  """Whether a version is at least that one; None where it is missing or not a number."""
   found = re.match(r"\d+(\.\d+)*", version or "")
   return None if found is None else tuple(map(int, found[0].split("."))) >= first
 

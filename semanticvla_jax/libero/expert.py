@@ -201,8 +201,8 @@ class Expert:
     """Moves to a point, vertically where it is above or below it, until `near`; at most so many steps."""
     for _ in range(steps):
       here = self._scene.grip
-      beside = np.linalg.norm((here - point)[:2]) > 0.008
-      yield self.towards(np.array([*point[:2], here[2]]) if beside else point, grip, gain, fastest)
+      aside = np.linalg.norm((here - point)[:2]) > 0.008
+      yield self.towards(np.array([*point[:2], here[2]]) if aside else point, grip, gain, fastest)
       if np.linalg.norm(self._scene.grip - point) < near:
         return
 

@@ -1,7 +1,7 @@
 """Where in a frame the objects are that a LIBERO task names, by MuJoCo's segmentation rendering.
 
 They are those of the bddl's `(:obj_of_interest …)`. A part of an object or fixture ("wooden_cabinet_1_top_region")
-stands for the whole one; a region of the table is no object.
+means the whole one; a region of the table is not an object.
 """
 
 from __future__ import annotations

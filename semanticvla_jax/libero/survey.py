@@ -47,7 +47,7 @@ class Rest(NamedTuple):
 
   @property
   def restless(self) -> list[str]:
-    """The objects that were thrown up, slid or still move; those that only fall into place are none of them."""
+    """The objects that were thrown up, slid or still move; without those that only fall into place."""
     found = self.objects.items()
     return [name for name, one in found if one.up > RISEN or one.aside > ASIDE or one.speed > FALLING]
 
@@ -106,22 +106,22 @@ def tasks(settings: suites.Settings, chosen: Sequence[int]) -> Iterator[Rest]:
     process.close()
 
 
-def run(settings: suites.Settings, names: Sequence[str], words: str | None, tell: Callable[[str], None]) -> list[Rest]:
-  """Surveys tasks of several suites, each line told when it is known; returns those that do not rest.
+def run(settings: suites.Settings, names: Sequence[str], words: str | None, say: Callable[[str], None]) -> list[Rest]:
+  """Surveys tasks of several suites, each line as soon as it is known; returns those that do not rest.
 
   Args:
     settings: of the simulator; its suite is replaced.
     names: of the suites.
     words: numbers of the tasks, "0,3"; None for all.
-    tell: called with a line.
+    say: called with a line.
   """
   restless = []
   for suite in names:
     found = []
     for one in tasks(settings._replace(suite=suite), suites.task_numbers(words, suite)):
-      tell(str(one))
+      say(str(one))
       found.append(one)
     red, green, blue = np.mean([one.rgb for one in found], axis=0)
     restless += [one for one in found if one.restless]
-    tell(f"{suite}: mean frame {red:.0f} {green:.0f} {blue:.0f} over {len(found)} tasks")
+    say(f"{suite}: mean frame {red:.0f} {green:.0f} {blue:.0f} over {len(found)} tasks")
   return restless

@@ -95,7 +95,7 @@ def resolve(config: Any) -> dict[str, Any]:
       )
     resolved["variant"] = VARIANTS[resolved["variant"]]
   for name in ("compressor", "decoder_pruner"):
-    if hasattr(resolved[name], "keys"):  # a mapping of ml_collections, say, which is none to isinstance
+    if hasattr(resolved[name], "keys"):  # such as a ConfigDict, which isinstance does not take for a mapping
       resolved[name] = {**resolved[name]}
   resolved["remat"] = None if resolved["remat"] == "none" else resolved["remat"]
   return resolved

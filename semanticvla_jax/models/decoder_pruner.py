@@ -24,7 +24,7 @@ from semanticvla_jax.models.pruner import ANCHOR_RULES, cosine_similarity, top_i
 if TYPE_CHECKING:
   from semanticvla_jax.models.semanticvla import SemanticVLA
 
-# Whose attention makes the score; the others ignore it and tell what an attention score is worth.
+# Whose attention makes the score; the controls ignore it and show what an attention score is worth.
 ATTENTION = ("last", "stop", "mean", "text", "raters", "action", "mean+action")
 CONTROLS = ("random", "uniform", "centre")
 FORMS = ("drop", "mask")

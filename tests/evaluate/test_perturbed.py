@@ -1,4 +1,4 @@
-"""The suites of LIBERO-PRO in the command: what they stand for, what is refused, and the report's section."""
+"""The suites of LIBERO-PRO in the command: what they select, what is refused, and the report's section."""
 
 import argparse
 import json

@@ -282,7 +282,7 @@ def test_shards_of_another_number_and_a_folder_with_results_are_refused(measured
 
 @pytest.mark.processes
 def test_a_shard_that_is_killed_goes_on_when_it_is_run_again(measured, tmp_path):
-  """Two shards as commands of their own; one is killed with SIGKILL between two rows."""
+  """Two shards as separate commands; one is killed with SIGKILL between two rows."""
   command_line = [sys.executable, "-m", "semanticvla_jax.evaluate", "run", f"--policy={measured / 'policy'}", *WORDS]
   shard = lambda i: [*command_line, f"--shard={i}/2", f"--out={tmp_path / str(i)}"]  # noqa: E731
   killed, written = subprocess.Popen(shard(1)), tmp_path / "1" / "results.json"
