@@ -37,7 +37,7 @@ import time
 
 from semanticvla_jax import cli
 from semanticvla_jax.data import datasets, lerobot, lerobot_to_rlds
-from semanticvla_jax.demonstrate import libero_expert
+from semanticvla_jax.demonstrate import libero_expert, libero_flags
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.libero import demonstrations as replays
@@ -84,19 +84,12 @@ def _replay_arguments(argv: list[str]) -> argparse.Namespace:
   add("--suite", required=True, help=f"suite of LIBERO: one of {', '.join(suites.SUITES)}")
   add("--tasks", help="numbers of the tasks, separated by commas, e.g. 0,3 (default: all)")
   add("--episodes", type=int, help="number of demonstrations per task (default: all)")
-  add("--workers", type=int, default=2, help="number of simulators running at once, about 2 GB each (default: 2)")
-  add("--size", type=int, default=default.size, help="width and height of both views in pixels (default: 256)")
-  add("--seed", type=int, default=default.seed, help="seed of the resets (default: 0)")
-  add("--assets", help=f"folder of assets (default: ${suites.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
-  add("--renderer", default=default.renderer, help="OpenGL library: egl or osmesa (default: egl)")
-  add("--egl-device", type=int, help="number of the EGL device that renders (default: the first that works)")
   add(
     "--check",
     action="store_true",
     help="render and write nothing, summary which replays succeed, in a quarter of the time",
   )
-  add("--out", default="data", help="folder of datasets (default: data)")
-  add("--name", help="name of the dataset (default: <suite>_no_noops)")
+  libero_flags.add_flags(add, default, "the resets")
   return parser.parse_args(argv)
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 
 from semanticvla_jax import cli
+from semanticvla_jax.demonstrate import libero_flags
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.libero import demonstrator, suites
 from semanticvla_jax.libero import expert_demonstrations as demonstrations
@@ -30,15 +31,8 @@ def _arguments(program: str, argv: list[str]) -> argparse.Namespace:
     help="largest shift of objects that the task does not name, meters (default: 0.03)",
   )
   add("--noise", type=float, default=variety.noise, help="noise on the expert's movements, 0 to 1 (default: 0.1)")
-  add("--workers", type=int, default=default.workers, help="simulators at once, about 2 GB each (default: 2)")
-  add("--size", type=int, default=settings.size, help="width and height of both views in pixels (default: 256)")
-  add("--seed", type=int, default=settings.seed, help="seed of layouts, starts, and noise (default: 0)")
-  add("--assets", help=f"folder of assets (default: ${suites.ASSETS_VARIABLE}, site-packages, ~/.cache/libero)")
-  add("--renderer", default=settings.renderer, help="OpenGL library: egl or osmesa (default: egl)")
-  add("--egl-device", type=int, help="number of the EGL device that renders (default: the first that works)")
   add("--check", action="store_true", help="render and write nothing: only report each task's success rate")
-  add("--out", default="data", help="folder of datasets (default: data)")
-  add("--name", help="name of the dataset (default: <suite>_no_noops)")
+  libero_flags.add_flags(add, settings, "layouts, starts, and noise")
   return parser.parse_args(argv)
 
 

@@ -19,7 +19,6 @@ from typing import NamedTuple
 from semanticvla_jax import files
 from semanticvla_jax.data import writer
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process, StepResult
-from semanticvla_jax.errors import refuse
 from semanticvla_jax.libero import episode_files, hdf5, simulator, suites
 
 _TRIES = 3
@@ -70,16 +69,7 @@ def write(
     ValueError: the dataset exists, or files, packages or assets are missing.
     BrokenEnvironment: the same replay broke every time.
   """
-  folder, parts = pathlib.Path(out) / name / "1.0.0", pathlib.Path(out) / f".{name}.parts"
-  if folder.exists():
-    raise refuse("Dataset exists", f"{folder}", "a new folder", "remove it or choose another name")
-  if not name.startswith("libero"):
-    raise refuse(
-      "Dataset name",
-      f"{name!r}, which would be read as another dataset",
-      "one that starts with 'libero'",
-      "choose another --name",
-    )
+  folder, parts = episode_files.check_new(out, name), pathlib.Path(out) / f".{name}.parts"
   demonstrations = collect(options)
   facts = _facts(options, demonstrations)
   with files.alone(parts):

@@ -24,6 +24,25 @@ from semanticvla_jax.errors import refuse
 VIEWS = ("observation/image", "observation/wrist_image")
 
 
+def check_new(out: str | pathlib.Path, name: str) -> pathlib.Path:
+  """The folder of a dataset's version, for a dataset that is to be written.
+
+  Raises:
+    ValueError: it exists, or the name would be read as that of another kind of dataset.
+  """
+  folder = pathlib.Path(out) / name / "1.0.0"
+  if folder.exists():
+    raise refuse("Dataset exists", f"{folder}", "a new folder", "remove it or choose another name")
+  if not name.startswith("libero"):
+    raise refuse(
+      "Dataset name",
+      f"{name!r}, which would be read as another dataset",
+      "one that starts with 'libero'",
+      "choose another --name",
+    )
+  return folder
+
+
 def path(folder: pathlib.Path, number: int) -> pathlib.Path:
   """Where episode `number` is stored."""
   return folder / f"{number:05d}.npz"
@@ -52,7 +71,7 @@ def is_sound(path: pathlib.Path) -> bool:
       read(path)
     return path.exists()
   except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-    logging.warning("%s is damaged (%s): replayed again", path, cli.first_line(error))
+    logging.warning("%s is damaged (%s): recorded again", path, cli.first_line(error))
     return False
 
 
@@ -85,7 +104,7 @@ def claim(folder: pathlib.Path, facts: dict) -> dict:
     raise refuse(
       f"{path} is damaged",
       f"{cli.first_line(error)}",
-      f"what the replays in {folder} were made with",
+      f"what the episodes in {folder} were made with",
       "remove that folder to start again",
     ) from error
   known, found = before.get("files", {}), facts.get("files", {})
@@ -93,7 +112,7 @@ def claim(folder: pathlib.Path, facts: dict) -> dict:
   unlike += [(name, known[name], value) for name, value in found.items() if known.get(name, value) != value]
   if unlike:
     raise refuse(
-      f"Replays in {folder} were made differently",
+      f"Episodes in {folder} were made differently",
       f"(what, then, now) {unlike}",
       "the same",
       "remove that folder to start again",

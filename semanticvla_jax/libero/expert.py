@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from semanticvla_jax.libero import grasps
 
+REVISION = 3  # raise it when the same layout gives other actions: episodes of different revisions are not mixed
 OPEN, CLOSE = -1.0, 1.0
 _TURN = 0.5  # radians of a command of 1
 _CLEARANCE = 0.03  # between what is carried and what it passes over

@@ -72,17 +72,8 @@ def write(
       tasks, or none of them reaches the bar.
     BrokenEnvironment: the same attempt broke every time.
   """
-  folder, waiting = pathlib.Path(out) / name / "1.0.0", pathlib.Path(out) / f".{name}.expert"
-  if folder.exists():
-    raise refuse("Dataset exists", f"{folder}", "a new folder", "remove it or choose another name")
+  folder, waiting = episode_files.check_new(out, name), pathlib.Path(out) / f".{name}.expert"
   _check(options)
-  if not name.startswith("libero"):
-    raise refuse(
-      "Dataset name",
-      f"{name!r}, which would be read as another dataset",
-      "one that starts with 'libero'",
-      "choose another --name",
-    )
   facts = _facts(options)
   with files.alone(waiting):
     episode_files.claim(waiting, facts)
@@ -142,13 +133,13 @@ def _facts(options: Options) -> dict:
   settings = options.settings._asdict()
   settings["assets"] = suites.assets_hash(str(suites.find_assets(options.settings.assets)))
   settings.pop("egl_device")  # another of the same kind draws the same
-  versions = suites.versions()
   return {
     "suite": options.settings.suite,
     "source": "expert",
+    "expert": expert.REVISION,
     "simulator": settings,
     "variety": options.variety._asdict(),
-    "versions": versions,
+    "versions": suites.versions(),
   }
 
 
