@@ -1,10 +1,12 @@
 """Small policies with random parameters, for the tests of what runs a policy."""
 
 import functools
+from pathlib import Path
 
 import numpy as np
 from helpers import TINY, random_params, tiny
 
+from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.models import lora
 from semanticvla_jax.policy import Policy
@@ -38,6 +40,18 @@ def policy(seed: int = 0, config: dict | None = None, **options) -> Policy:
   model = tiny(**{name: value for name, value in config["model"].items() if name not in TINY})
   options = {"batch_sizes": ()} | options
   return Policy(model, random_params(model, seed), stats(), tokenizers(), config, **options)
+
+
+def saved_for_libero(folder: Path) -> Path:
+  """A tiny policy in a folder, whose statistics are named after `libero_object`."""
+  policy_folder.save_policy(
+    folder,
+    random_params(tiny()),
+    config=CROPPING | {"data": CROPPING["data"] | {"prompt_length": 64}},
+    tokenizers=text.EMBEDDED,
+    statistics={"libero_object_no_noops": statistics.to_openvla(stats())},
+  )
+  return folder
 
 
 @functools.cache

@@ -6,10 +6,9 @@ import libero_assets
 import numpy as np
 import policies
 import pytest
-from helpers import random_params, tiny
 
 from semanticvla_jax import policy_folder
-from semanticvla_jax.data import datasets, robot, statistics, text
+from semanticvla_jax.data import datasets, robot, statistics
 from semanticvla_jax.evaluate import compare, libero, libero_checks, run
 from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.evaluate.film_recorder import FilmRecorder
@@ -147,14 +146,7 @@ def test_what_was_measured_otherwise_is_not_gone_on_with(tmp_path):
 def test_a_policy_goes_through_the_whole_command(tmp_path, monkeypatch):
   """A tiny one with random parameters, two tasks, a few steps: films, overlays, controls, fingerprint."""
   monkeypatch.setenv("LIBERO_ASSETS", libero_assets.assets())
-  config = policies.CROPPING | {"data": policies.CROPPING["data"] | {"prompt_length": 64}}
-  folder = policy_folder.save_policy(
-    tmp_path / "policy",
-    random_params(tiny()),
-    config=config,
-    tokenizers=text.EMBEDDED,
-    statistics={"libero_object_no_noops": statistics.to_openvla(policies.stats())},
-  )
+  folder = policies.saved_for_libero(tmp_path / "policy")
   out = tmp_path / "out"
   words = ["--suite=libero_object", "--tasks=0,1", "--trials=1", "--workers=1", "--max-steps=8", "--films=2"]
   main([f"--policy={folder}", *words, "--controls=shuffled,random", f"--out={out}"])

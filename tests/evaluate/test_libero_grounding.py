@@ -7,10 +7,7 @@ import libero_assets
 import numpy as np
 import policies
 import pytest
-from helpers import random_params, tiny
 
-from semanticvla_jax import policy_folder
-from semanticvla_jax.data import statistics, text
 from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.evaluate.rollout_pool import EpisodeLog
 from semanticvla_jax.libero import objects, simulator, suites
@@ -48,14 +45,7 @@ def test_masks_show_the_objects_and_change_no_frame(monkeypatch):
 def test_shards_with_grounding_merge(tmp_path, monkeypatch):
   """A tiny policy with random parameters, two episodes of one task, a few steps."""
   monkeypatch.setenv("LIBERO_ASSETS", libero_assets.assets())
-  config = policies.CROPPING | {"data": policies.CROPPING["data"] | {"prompt_length": 64}}
-  folder = policy_folder.save_policy(
-    tmp_path / "policy",
-    random_params(tiny()),
-    config=config,
-    tokenizers=text.EMBEDDED,
-    statistics={"libero_object_no_noops": statistics.to_openvla(policies.stats())},
-  )
+  folder = policies.saved_for_libero(tmp_path / "policy")
   words = [f"--policy={folder}", "--suite=libero_object", "--tasks=3", "--trials=2", "--workers=1", "--max-steps=9"]
   for i in (0, 1):
     main(["run", *words, "--films=1", "--grounding", f"--shard={i}/2", f"--out={tmp_path / str(i)}"])
