@@ -122,8 +122,8 @@ class BatchLoader:
       rows: which examples of each global batch, ascending; None for all. A host passes its own.
       workers: threads of the tf.data pipeline that reads, decodes and augments; None for one per core, at most 16.
       prefetch: batches worked on ahead.
-      processes: other processes that decode and augment, for a host that one process cannot feed: Python's lock lets
-        its threads do the work of about two cores. 0 for none; the batches are the same.
+      processes: other processes that decode and augment, for a host that one process cannot feed, since Python's lock
+        holds its threads back. 0 for none; the batches are the same.
 
     Returns:
       Batches of numpy arrays, see types.Batch; `instruction` is None if the tokenizers have no SigLIP part.
