@@ -360,6 +360,7 @@ def _parser() -> cli.ArgumentParser:
     help=f"suite to evaluate, one of {', '.join(suites.EVERY)} (default: the first one in the statistics; "
     f"with --survey: {', '.join(suites.SUITES)})",
   )
+  add("--model", action="store_true", help="what the policy's parts do; flags: doctor --model --help")
   add("--survey", action="store_true", help="simulate the first state of every task: do objects rest, how bright is it")
   add("--tasks", help="with --survey: numbers of the tasks, separated by commas, e.g. 0,3 (default: all)")
   add("--dataset", help="name of the statistics to use (default: all that the policy has)")

@@ -2,7 +2,7 @@
 
 greedy                  token i given those before it, a pass of one position each, with a key/value cache
 jacobi                  all tokens guessed, then replaced by what the model says behind each, until nothing moves:
-                        the same tokens in fewer passes (PD-VLA, arXiv 2503.02310, as its authors' code has it)
+                        the same tokens in at most as many passes (PD-VLA, arXiv 2503.02310, its authors' code)
 jacobi_bidirectional    the same with guesses that see one another, as PD-VLA's paper describes it: other tokens
 """
 
