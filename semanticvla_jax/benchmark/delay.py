@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from semanticvla_jax.benchmark.record import Result
-from semanticvla_jax.evaluate import results
+from semanticvla_jax.evaluate import results, tabletop_query
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.serve.chunks import Chunks
 from semanticvla_jax.tabletop import physics, tasks

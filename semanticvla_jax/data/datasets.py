@@ -80,7 +80,7 @@ def bridge(columns: Columns) -> Trajectory:
   return Trajectory(np.concatenate([movement, opening], axis=1), proprio, 1 + np.arange(len(movement)))
 
 
-def binary_gripper(command: Float[np.ndarray, "t"]) -> Float32[np.ndarray, "t"]:
+def binary_gripper(command: Float[np.ndarray, " t"]) -> Float32[np.ndarray, " t"]:
   """Rounds a gripper command: above 0.95 open (1), below 0.05 closed (0), between: the state reached afterwards.
 
   Commands that end an episode in between keep the value of the last one.

@@ -16,7 +16,7 @@ def to_opening(command: Float[Any, "*b"]) -> Float[Any, "*b"]:
   return 1 - command.__array_namespace__().clip(command, 0, 1)
 
 
-def to_commands(actions: Float[Any, "*b a"], mask: Bool[Any, "a"]) -> Float[Any, "*b a"]:
+def to_commands(actions: Float[Any, "*b a"], mask: Bool[Any, " a"]) -> Float[Any, "*b a"]:
   """Actions whose openings become commands: binary at 0.5, so that LIBERO and the tabletop act on them.
 
   Released code: `process_action`.

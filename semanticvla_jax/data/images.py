@@ -326,15 +326,15 @@ def _taps(n: int, offset: float, side: float) -> tuple[np.ndarray, np.ndarray, n
   return first, np.minimum(first + 1, n - 1), (at - first).astype(np.float32)
 
 
-def _between(bounds: tuple[float, float], u: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+def _between(bounds: tuple[float, float], u: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
   return bounds[0] + u * (bounds[1] - bounds[0])
 
 
-def _each(values: Float[np.ndarray, "n"]) -> Float32[np.ndarray, "n 1 1 1"]:
+def _each(values: Float[np.ndarray, " n"]) -> Float32[np.ndarray, "n 1 1 1"]:
   return values.astype(np.float32)[:, None, None, None]
 
 
-def _adjust_contrast(planes: Float32[np.ndarray, "n 3 h w"], factor: Float[np.ndarray, "n"]) -> None:
+def _adjust_contrast(planes: Float32[np.ndarray, "n 3 h w"], factor: Float[np.ndarray, " n"]) -> None:
   """Scales about the mean of each channel, in place."""
   mean = planes.mean(axis=(2, 3), keepdims=True)
   planes *= _each(factor)
@@ -343,7 +343,7 @@ def _adjust_contrast(planes: Float32[np.ndarray, "n 3 h w"], factor: Float[np.nd
 
 
 def _adjust_color(
-  planes: Float32[np.ndarray, "n 3 h w"], saturation: Float[np.ndarray, "n"], hue: Float[np.ndarray, "n"]
+  planes: Float32[np.ndarray, "n 3 h w"], saturation: Float[np.ndarray, " n"], hue: Float[np.ndarray, " n"]
 ) -> Float32[np.ndarray, "n 3 h w"]:
   """Scales the saturation of HSV (at most to 1) and rotates its hue (in turns), in one pass through hue and chroma."""
   # Hue as sixths of a turn: which channel is largest picks the sector, the difference of the other two the place in it.

@@ -21,7 +21,7 @@ class Film:
     self._reached = -np.inf  # seconds of the last frame given
 
   def frames(
-    self, path: pathlib.Path, seconds: Float[np.ndarray, "t"], tolerance: float, name: str
+    self, path: pathlib.Path, seconds: Float[np.ndarray, " t"], tolerance: float, name: str
   ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """Yields the frames at these times, RGB.
 

@@ -79,7 +79,7 @@ class _Source(NamedTuple):
 
   dataset: Dataset
   reader: tfrecord_index.Reader
-  starts: Int[np.ndarray, "m"]
+  starts: Int[np.ndarray, " m"]
   prompt: tuple[Int32[np.ndarray, "i t"], Bool[np.ndarray, "i t"]]
   instruction: tuple[Int32[np.ndarray, "i s"], Bool[np.ndarray, "i s"]] | None
 
@@ -110,7 +110,7 @@ class BatchLoader:
   def batches(
     self,
     start_step: int = 0,
-    rows: Int[np.ndarray, "rows"] | None = None,
+    rows: Int[np.ndarray, " rows"] | None = None,
     workers: int | None = None,
     prefetch: int = 2,
     processes: int = 0,
@@ -159,7 +159,7 @@ class BatchLoader:
       for examples, pictures in made:
         yield self._batch(*examples.T, pictures)
 
-  def _draw(self, rows: Int[np.ndarray, "b"], step: int) -> Int[np.ndarray, "b 3"]:
+  def _draw(self, rows: Int[np.ndarray, " b"], step: int) -> Int[np.ndarray, "b 3"]:
     """Dataset, candidate and number of each example of a batch."""
     first = step * self.options.batch_size
     with self._taking:
@@ -190,9 +190,9 @@ class BatchLoader:
 
   def _batch(
     self,
-    datasets: Int[np.ndarray, "b"],
-    candidates: Int[np.ndarray, "b"],
-    examples: Int[np.ndarray, "b"],
+    datasets: Int[np.ndarray, " b"],
+    candidates: Int[np.ndarray, " b"],
+    examples: Int[np.ndarray, " b"],
     pictures: UInt8[np.ndarray, "b v h w 3"],
   ) -> Batch:
     """The examples of each dataset together, back in the order in which they were drawn."""
@@ -223,7 +223,7 @@ def _source(dataset: Dataset, tokenizers: text.Tokenizers, options: BatchOptions
 
 
 def _columns(
-  source: _Source, candidates: Int[np.ndarray, "b"], chunk: int, shift: Float[np.ndarray, "b 6"] | None
+  source: _Source, candidates: Int[np.ndarray, " b"], chunk: int, shift: Float[np.ndarray, "b 6"] | None
 ) -> tuple[np.ndarray | None, ...]:
   """Everything of some examples of one dataset but the images, displaced, normalized and tokenized."""
   dataset, spec = source.dataset, source.dataset.spec
@@ -246,7 +246,7 @@ def _columns(
   )
 
 
-def _shifts(jitter: Jitter, seed: int, examples: Int[np.ndarray, "b"]) -> Float[np.ndarray, "b 6"] | None:
+def _shifts(jitter: Jitter, seed: int, examples: Int[np.ndarray, " b"]) -> Float[np.ndarray, "b 6"] | None:
   """How far the arm of each example is displaced, in meters and radians: the same for the same arguments."""
   if jitter == NO_JITTER:
     return None

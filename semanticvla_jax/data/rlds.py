@@ -48,9 +48,9 @@ class Dataset:
   statistics: statistics.DatasetStatistics
   actions: Float32[np.ndarray, "n a"]
   proprio: Float32[np.ndarray, "n p"]
-  frames: Int[np.ndarray, "n"]
-  episodes: Int[np.ndarray, "n"]
-  ends: Int[np.ndarray, "n"]
+  frames: Int[np.ndarray, " n"]
+  episodes: Int[np.ndarray, " n"]
+  ends: Int[np.ndarray, " n"]
 
   @property
   def digest(self) -> str:
@@ -73,7 +73,7 @@ class Dataset:
     """The instruction of frame `frame` of this dataset."""
     return self.index.instructions[self.index.instruction[self.frames[frame]]]
 
-  def starts(self, chunk: int, trajectory_end: str) -> Int[np.ndarray, "m"]:
+  def starts(self, chunk: int, trajectory_end: str) -> Int[np.ndarray, " m"]:
     """Frames that may start an example, ascending; logs how many episodes have none."""
     first = np.flatnonzero(np.diff(self.episodes, prepend=-1))
     lengths = np.diff(np.append(first, len(self.episodes)))
@@ -199,7 +199,7 @@ def _collected(problems: list[ValueError] | None) -> Iterator[None]:
 
 
 def _check_gripper(
-  name: str, spec: datasets.DatasetSpec, index: tfrecord_index.Index, kept: Bool[np.ndarray, "n"]
+  name: str, spec: datasets.DatasetSpec, index: tfrecord_index.Index, kept: Bool[np.ndarray, " n"]
 ) -> None:
   """`datasets.check_gripper` over the kept frames of an index, where it has the columns of the action."""
   if spec.grippers and set(spec.action) <= set(index.columns):

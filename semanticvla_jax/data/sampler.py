@@ -29,7 +29,7 @@ class IndexSampler:
 
   def __init__(
     self,
-    episodes: Sequence[Int[np.ndarray, "_"]],
+    episodes: Sequence[Int[np.ndarray, " _"]],
     probabilities: Sequence[float],
     seed: int,
     window: int | None = None,
@@ -64,7 +64,7 @@ class IndexSampler:
     self._permutation = functools.lru_cache(2 * len(episodes))(self._permutation)
     self._block = functools.lru_cache(2)(self._block)
 
-  def take(self, first: int, count: int) -> tuple[Int[np.ndarray, "count"], Int[np.ndarray, "count"]]:
+  def take(self, first: int, count: int) -> tuple[Int[np.ndarray, " count"], Int[np.ndarray, " count"]]:
     """Returns the datasets and the candidates of examples first, ..., first + count - 1."""
     blocks = range(first // _BLOCK, (first + count - 1) // _BLOCK + 1)
     start = blocks[0] * _BLOCK
@@ -72,17 +72,17 @@ class IndexSampler:
     datasets, candidates = (np.concatenate(part)[first - start : first - start + count] for part in parts)
     return datasets, candidates
 
-  def _bits(self, stream: int, count: int, *counter: int) -> UInt64[np.ndarray, "count"]:
+  def _bits(self, stream: int, count: int, *counter: int) -> UInt64[np.ndarray, " count"]:
     words = [0, *counter, 0, 0]
     return np.random.Philox(key=[self._seed, stream], counter=words[:4]).random_raw(count)
 
-  def _choice(self, block: int) -> Int[np.ndarray, "n"]:
+  def _choice(self, block: int) -> Int[np.ndarray, " n"]:
     if not len(self._edges):
       return np.zeros(_BLOCK, np.int64)
     uniform = (self._bits(_CHOICE, _BLOCK, block) >> np.uint64(11)) * 2.0**-53
     return np.searchsorted(self._edges, uniform, side="right")
 
-  def _block(self, block: int) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+  def _block(self, block: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     # How often each dataset was drawn before this block: its place in its own sequence of shuffled epochs. A resumed
     # run repeats only these draws of datasets, not those of frames.
     while len(self._before) <= block:
@@ -98,7 +98,7 @@ class IndexSampler:
         candidates[rows[here]] = self._permutation(dataset, int(epoch))[position[here] % size]
     return datasets, candidates
 
-  def _permutation(self, dataset: int, epoch: int) -> Int[np.ndarray, "n"]:
+  def _permutation(self, dataset: int, epoch: int) -> Int[np.ndarray, " n"]:
     episodes = self._episodes[dataset]
     bits = self._bits(_PERMUTATION, len(episodes), epoch, dataset)
     if self._window is None:

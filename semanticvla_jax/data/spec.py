@@ -45,7 +45,7 @@ class Trajectory(NamedTuple):
 
   actions: Float32[np.ndarray, "t a"]
   proprio: Float32[np.ndarray, "t p"]
-  frames: Int[np.ndarray, "t"]
+  frames: Int[np.ndarray, " t"]
 
 
 class Gripper(NamedTuple):

@@ -40,7 +40,7 @@ class DatasetStatistics(NamedTuple):
 
 
 def compute(
-  values: Float32[np.ndarray, "n d"], mask: Sequence[bool] | Bool[np.ndarray, "d"] | None = None
+  values: Float32[np.ndarray, "n d"], mask: Sequence[bool] | Bool[np.ndarray, " d"] | None = None
 ) -> Statistics:
   """Computes mean, std, min, max and the 1 % and 99 % quantiles (linear interpolation) of each dimension.
 

@@ -48,13 +48,13 @@ class Index(NamedTuple):
   """
 
   files: tuple[str, ...]
-  record_file: Int[np.ndarray, "e"]
-  record_offset: Int[np.ndarray, "e"]
-  record_bytes: Int[np.ndarray, "e"]
-  lengths: Int[np.ndarray, "e"]
+  record_file: Int[np.ndarray, " e"]
+  record_offset: Int[np.ndarray, " e"]
+  record_bytes: Int[np.ndarray, " e"]
+  lengths: Int[np.ndarray, " e"]
   image_offset: Int[np.ndarray, "n v"]
   image_bytes: Int[np.ndarray, "n v"]
-  instruction: Int[np.ndarray, "n"]
+  instruction: Int[np.ndarray, " n"]
   instructions: tuple[str, ...]
   columns: dict[str, Float32[np.ndarray, "n d"]]
 

@@ -10,7 +10,7 @@ from semanticvla_jax.errors import refuse
 ENDS = ("cut", "pad")
 
 
-def starts(length: int, chunk: int, trajectory_end: str = "cut") -> Int[np.ndarray, "n"]:
+def starts(length: int, chunk: int, trajectory_end: str = "cut") -> Int[np.ndarray, " n"]:
   """Lists the frames of an episode of `length` frames that may start a training example.
 
   "cut" keeps frames whose whole chunk is inside the episode: the last `chunk` - 1 are never a start, and an episode
@@ -28,10 +28,10 @@ def starts(length: int, chunk: int, trajectory_end: str = "cut") -> Int[np.ndarr
 
 def windows(
   actions: Float32[np.ndarray, "n a"],
-  frames: Int[np.ndarray, "b"],
-  ends: Int[np.ndarray, "b"],
+  frames: Int[np.ndarray, " b"],
+  ends: Int[np.ndarray, " b"],
   chunk: int,
-  absolute: Bool[np.ndarray, "a"],
+  absolute: Bool[np.ndarray, " a"],
 ) -> tuple[Float32[np.ndarray, "b k a"], Bool[np.ndarray, "b k"]]:
   """Gathers the actions of `chunk` steps from each frame on, in raw units.
 
@@ -52,7 +52,7 @@ def windows(
   return np.where(inside[:, :, None] | absolute, chunks, np.float32(0)), inside
 
 
-def stride(actions: Float[np.ndarray, "n a"], proprio: Float[np.ndarray, "n p"], ends: Int[np.ndarray, "n"]) -> float:
+def stride(actions: Float[np.ndarray, "n a"], proprio: Float[np.ndarray, "n p"], ends: Int[np.ndarray, " n"]) -> float:
   """Meters that one unit of a translation command moves the arm in a step: least squares over all steps.
 
   Args:
@@ -90,7 +90,7 @@ def displaced(
   return moved, answer
 
 
-def kept(actions: Float[np.ndarray, "t a"], threshold: float = 1e-4) -> Bool[np.ndarray, "t"]:
+def kept(actions: Float[np.ndarray, "t a"], threshold: float = 1e-4) -> Bool[np.ndarray, " t"]:
   """Marks the steps that are not no-ops, by the rule that made the `*_no_noops` data sets.
 
   A step is dropped if the norm of its first 6 dimensions is below `threshold` and its gripper command (the last

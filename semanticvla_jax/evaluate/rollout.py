@@ -81,15 +81,15 @@ class Episodes(NamedTuple):
 class Ended(NamedTuple):
   """The running record of a batch: success bool[b], nonfinite bool[b] (the policy failed so), steps i32[b]."""
 
-  success: Bool[Array, "b"]
-  nonfinite: Bool[Array, "b"]
-  steps: Int[Array, "b"]
+  success: Bool[Array, " b"]
+  nonfinite: Bool[Array, " b"]
+  steps: Int[Array, " b"]
 
 
 def simulate(
   query: Query,
   states: tasks.State,
-  told: Int[Array, "b"],
+  told: Int[Array, " b"],
   *,
   max_steps: int,
   replan_steps: int,
@@ -137,14 +137,14 @@ def simulate(
   return ended, jax.tree.map(lambda first, x: jnp.concatenate([first[None], x.reshape(-1, *x.shape[2:])]), states, seen)
 
 
-def _like(flags: Bool[Array, "b"], x: Array) -> Array:
+def _like(flags: Bool[Array, " b"], x: Array) -> Array:
   return flags.reshape(flags.shape + (1,) * (x.ndim - 1))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "setup"))
 def _program(
-  inputs: Inputs, seeds: Int[Array, "b"], told: Int[Array, "b"], *, model: nn.Module, setup: Setup
-) -> tuple[Ended, Int[Array, "b"], tasks.State | None]:
+  inputs: Inputs, seeds: Int[Array, " b"], told: Int[Array, " b"], *, model: nn.Module, setup: Setup
+) -> tuple[Ended, Int[Array, " b"], tasks.State | None]:
   """One batch: outcomes, each episode's own sentence (an index into the suite's), and its states."""
   keys = jax.vmap(lambda seed: tasks.seed_key(seed, setup.split))(seeds)
   states = jax.vmap(lambda key: tasks.reset(key, setup.suite, setup.split))(keys)

@@ -36,7 +36,7 @@ def named_masks(states: tasks.State, size: int) -> Bool[Array, "b 2 {size} {size
 
 @functools.partial(jax.jit, static_argnames=("model", "setup"))
 def _kept(
-  inputs: Inputs, states: tasks.State, told: Int[Array, "b"], *, model: nn.Module, setup: Setup
+  inputs: Inputs, states: tasks.State, told: Int[Array, " b"], *, model: nn.Module, setup: Setup
 ) -> Bool[Array, "b v n"]:
   """The patches that the ID-Pruner keeps in b states."""
   return visualize.kept_of(inputs.params, observed(setup, inputs, states, told), model=model)

@@ -67,7 +67,7 @@ def inputs_of(policy: Policy, sentences: Sequence[str]) -> Inputs:
   return Inputs(policy.params, *(jax.tree.map(jnp.asarray, part) for part in (stats, policy.words(sentences))))
 
 
-def observed(setup: Setup, inputs: Inputs, states: tasks.State, told: Int[Array, "b"]) -> Observation:
+def observed(setup: Setup, inputs: Inputs, states: tasks.State, told: Int[Array, " b"]) -> Observation:
   """What the model reads in b states, inside jit: render, read the gripper, gather the words."""
   proprio = inputs.stats[1]
   images, state = jax.vmap(functools.partial(physics.observe, size=setup.image_size))(states)
@@ -82,7 +82,7 @@ def policy_query(model: nn.Module, setup: Setup, inputs: Inputs) -> Query:
   """Asks a policy inside jit: observe, run the model, un-normalize."""
   action = inputs.stats[0]
 
-  def query(states: tasks.State, told: Int[Array, "b"]) -> Float[Array, "b k 7"]:
+  def query(states: tasks.State, told: Int[Array, " b"]) -> Float[Array, "b k 7"]:
     output = model.apply({"params": inputs.params}, observed(setup, inputs, states, told))
     return to_commands(statistics.unnormalize(output.actions, action, mode=setup.mode), action.mask)
 

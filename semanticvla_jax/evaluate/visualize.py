@@ -116,7 +116,7 @@ def _piece(policy: Policy, index: int) -> str:
   return policy.tokenizers.siglip.id_to_piece(index).replace("▁", " ").strip() or "_"
 
 
-def kept_overlay(image: UInt8[np.ndarray, "s s 3"], kept: Bool[np.ndarray, "n"]) -> UInt8[np.ndarray, "s s 3"]:
+def kept_overlay(image: UInt8[np.ndarray, "s s 3"], kept: Bool[np.ndarray, " n"]) -> UInt8[np.ndarray, "s s 3"]:
   """The kept patches as they are, each framed; the rest dark."""
   size, side = image.shape[0], round(len(kept) ** 0.5)
   dark = 0.38 * image.mean(axis=2, keepdims=True) + 0.10 * image
@@ -163,7 +163,7 @@ def grounding_tiles(
   ]
 
 
-def heat_overlay(image: UInt8[np.ndarray, "s s 3"], weights: Float[np.ndarray, "n"]) -> UInt8[np.ndarray, "s s 3"]:
+def heat_overlay(image: UInt8[np.ndarray, "s s 3"], weights: Float[np.ndarray, " n"]) -> UInt8[np.ndarray, "s s 3"]:
   """Weights as colors from dark violet (least) to yellow (most), each picture on its own scale, over a gray image."""
   span = float(np.ptp(weights))
   heat = (weights - weights.min()) / (span if span > 0 else 1.0)
@@ -204,7 +204,7 @@ def tiles(pictures: Sequence[UInt8[np.ndarray, "s s 3"]], look: Look) -> list[li
   return rows
 
 
-def _peak(weights: Float[np.ndarray, "n"]) -> str:
+def _peak(weights: Float[np.ndarray, " n"]) -> str:
   """How much more the brightest patch gets than an even share: colors are scaled to each picture, this is not."""
   return f"(peak {weights.max() / weights.mean():.1f}x)"
 

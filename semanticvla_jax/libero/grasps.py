@@ -131,7 +131,7 @@ def room(
 
 def _between(
   band: Float[np.ndarray, "n 2"], centers: Float[np.ndarray, "k 2"], axes: Float[np.ndarray, "2 2"]
-) -> tuple[Bool[np.ndarray, "k"], Float[np.ndarray, "k 2"]]:
+) -> tuple[Bool[np.ndarray, " k"], Float[np.ndarray, "k 2"]]:
   """Whether each center is a grasp of the object, and from where to where it is gripped along the closing axis."""
   place = (band[None] - centers[:, None]) @ axes.T
   along, strip = place[..., 0], abs(place[..., 1]) < _PAD
@@ -145,7 +145,7 @@ def _between(
 
 def _blocked(
   others: Float[np.ndarray, "m 3"], centers: Float[np.ndarray, "k 2"], axes: Float[np.ndarray, "2 2"], z: float
-) -> Bool[np.ndarray, "k"]:
+) -> Bool[np.ndarray, " k"]:
   """Whether an obstacle is where the open fingers or the hand would be."""
   place = abs((others[None, :, :2] - centers[:, None]) @ axes.T)
   along, across = place[..., 0], place[..., 1]

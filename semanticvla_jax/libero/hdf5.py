@@ -28,7 +28,7 @@ class Demonstration(NamedTuple):
 
   name: str
   actions: Float[np.ndarray, "t 7"]
-  first: Float[np.ndarray, "s"]
+  first: Float[np.ndarray, " s"]
   path: pathlib.Path
   seed: int | None = None
 

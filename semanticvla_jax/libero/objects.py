@@ -20,7 +20,7 @@ def named(environment: Any) -> list[str]:
   return [*dict.fromkeys(max(names, key=len) for names in parts if names)]
 
 
-def geoms(environment: Any) -> Bool[np.ndarray, "g"]:
+def geoms(environment: Any) -> Bool[np.ndarray, " g"]:
   """Which geoms belong to the objects of interest; known until the next hard reset."""
   known = {**environment.objects_dict, **environment.fixtures_dict}
   model = environment.sim.model
@@ -32,7 +32,7 @@ def geoms(environment: Any) -> Bool[np.ndarray, "g"]:
   return inside[np.asarray(model.geom_bodyid)]
 
 
-def mask(environment: Any, camera: str, size: int, wanted: Bool[np.ndarray, "g"]) -> Bool[np.ndarray, "{size} {size}"]:
+def mask(environment: Any, camera: str, size: int, wanted: Bool[np.ndarray, " g"]) -> Bool[np.ndarray, "{size} {size}"]:
   """The pixels of a camera that show one of the wanted geoms now, rows as OpenGL has them: bottom first.
 
   robosuite's own decoding of the ids overflows with numpy 2, so the colors are read here.

@@ -43,7 +43,7 @@ class Spans(NamedTuple):
   prompt: int
   block: int
   length: int
-  last: Int[Array, "b"]
+  last: Int[Array, " b"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _scores(weights: Float[Array, "b r l"], real: Bool[Array, "b r"], spans: Spa
 
 
 def pruned_states(
-  model: SemanticVLA, pruner: DecoderPruner, seen: dict, block: Bool[Array, "l"], read: Array, last: Int[Array, "b"]
+  model: SemanticVLA, pruner: DecoderPruner, seen: dict, block: Bool[Array, " l"], read: Array, last: Int[Array, " b"]
 ) -> tuple[Array, Array]:
   """As `Llama.states_at`, with fewer visual tokens from some layer on; notes which ("kept_visual") in `seen`.
 

@@ -32,7 +32,7 @@ def positions(valid: Bool[Array, "b l"]) -> Int[Array, "b l"]:
   return jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
 
 
-def attention_mask(valid: Bool[Array, "b l"], block: Bool[Array, "l"], kind: str) -> Bool[Array, "b l l"]:
+def attention_mask(valid: Bool[Array, "b l"], block: Bool[Array, " l"], kind: str) -> Bool[Array, "b l l"]:
   """allowed[b, query, key].
 
   Sequence (`.` is padding):  [ s | v v q | p p . | O O O e ]    s: <s>, v: visual, q: proprioception, p: prompt,

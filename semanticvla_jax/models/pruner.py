@@ -144,7 +144,7 @@ def top_indices(scores: Float[Array, "b n"], k: int, what: str) -> Int[Array, "b
   return jnp.sort(jax.lax.top_k(scores, k)[1], axis=-1)
 
 
-def dynamic_count(scores: Float[Array, "b n"], temperature: float, least: int, most: int) -> Int[Array, "b"]:
+def dynamic_count(scores: Float[Array, "b n"], temperature: float, least: int, most: int) -> Int[Array, " b"]:
   """How many patches to show: from `least`, where all weight is on one, to `most`, where all patches score alike.
 
   By the entropy of softmax(scores / temperature), as a share of the largest, log n.
@@ -263,7 +263,7 @@ def anchor_scores(
   return jnp.broadcast_to(scores.astype(jnp.float32), (b, n))
 
 
-def _bit_reversed(n: int) -> Float[Array, "n"]:
+def _bit_reversed(n: int) -> Float[Array, " n"]:
   bits = max(1, (n - 1).bit_length())
   index, reverse = jnp.arange(n), jnp.zeros(n, jnp.int32)
   for i in range(bits):

@@ -348,7 +348,7 @@ class SemanticVLA(nn.Module):
       )
 
 
-def _last(context: Float[Array, "b c D"], prompt_mask: Bool[Array, "b t"]) -> Int[Array, "b"]:
+def _last(context: Float[Array, "b c D"], prompt_mask: Bool[Array, "b t"]) -> Int[Array, " b"]:
   """Position of each prompt's last real token (29871); `context` is what precedes the prompt's second token."""
   return context.shape[1] + prompt_mask.sum(axis=-1) - 2
 

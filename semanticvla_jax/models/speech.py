@@ -41,7 +41,7 @@ class _Prompt(NamedTuple):
 
   cache: Any
   valid: Bool[Array, "b s"]
-  length: Int[Array, "b"]
+  length: Int[Array, " b"]
   first: Float[Array, "b vocab"]
   end: int
 
@@ -50,7 +50,7 @@ def speak(
   model: SemanticVLA,
   x: Float[Array, "b l D"],
   valid: Bool[Array, "b l"],
-  last: Int[Array, "b"],
+  last: Int[Array, " b"],
   tokens: int,
   decoding: str = "greedy",
 ) -> Spoken:

@@ -155,7 +155,7 @@ def _rollouts() -> Any:
 
 
 def _roll(
-  seeds: Int[Array, "n"], noise: float | Array, perturbed: float | Array, suite: str, split: str, steps: int
+  seeds: Int[Array, " n"], noise: float | Array, perturbed: float | Array, suite: str, split: str, steps: int
 ) -> expert.Rollout:
   def one(seed):
     k_reset, k_noise = jax.random.split(physics.seed_key(seed, split))
@@ -179,7 +179,7 @@ def _compile_rendering(states: tasks.State, size: int) -> None:
   jax.block_until_ready(_observe(jax.tree.map(lambda x: np.zeros((_FRAMES, *x.shape[2:]), x.dtype), states), size))
 
 
-def _frames(states: tasks.State, lengths: Int[np.ndarray, "n"], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _frames(states: tasks.State, lengths: Int[np.ndarray, " n"], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Views u8[2 size size 3] and proprioception f32[8] of the first `lengths` states of each episode, one after another.
 
   Rendered _FRAMES at a time, whichever episodes they are of.

@@ -47,7 +47,7 @@ def initial_state(key: PRNGKeyArray, suite: Int[Array, ""], split: str, hard_yaw
 
 def sample_state(
   key: PRNGKeyArray,
-  suites: Float[Array, "s"],
+  suites: Float[Array, " s"],
   split: str,
   initial_fraction: float | Float[Array, ""] = 0.0,
   hard_yaw_fraction: float = 0.0,
@@ -93,9 +93,9 @@ class StateTargets(NamedTuple):
   """Targets of one state, see auxiliary_losses.Targets. `sentences` are indices in INSTRUCTIONS."""
 
   where: Float[Array, "g 2 n"]
-  sentences: Int[Array, "g"]
+  sentences: Int[Array, " g"]
   displacement: Float[Array, "9"]
-  shape: Int[Array, "g-1"]
+  shape: Int[Array, " g-1"]
   edges: Float[Array, "g-1 2 2"]
   aim: Float[Array, "2 2"]
 

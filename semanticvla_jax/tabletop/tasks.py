@@ -178,7 +178,7 @@ def instruction(state: State) -> str:
   return INSTRUCTIONS[int(state.instruction)]
 
 
-def named_objects(state: State) -> Bool[Array, "n"]:
+def named_objects(state: State) -> Bool[Array, " n"]:
   """Which objects the instruction names: targets, containers to put them into, and the bowl of suite `spatial`."""
   asks = state.verb != NOTHING
   into = (state.verb == PUT) | (state.verb == INSERT)

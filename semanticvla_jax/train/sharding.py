@@ -216,7 +216,7 @@ def devices_of_rows(mesh: Mesh | AbstractMesh) -> int:
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def host_rows(size: int, mesh: Mesh) -> Int[np.ndarray, "rows"]:
+def host_rows(size: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
   """Which examples of a global batch of `size` lie on this process's devices, ascending: what it has to read.
 
   Processes that share examples (`tensor` across hosts) read the same ones.
