@@ -5,6 +5,7 @@ Also the 256-bin action tokens of the original OpenVLA, which has no coupler.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -134,3 +135,17 @@ def actions_to_tokens(
 def tokens_to_actions(ids: Int[Array, "..."], vocab: int = TOKENIZER_VOCAB) -> Float[Array, "..."]:
   """Token ids → center of their interval in (-1, 1); ids outside 31744..31999 land on the nearest end (as OpenVLA)."""
   return jnp.asarray(_CENTERS)[jnp.clip(vocab - ids - 1, 0, BINS - 2)]
+
+
+def from_config(c: Mapping[str, Any], width: int, dtype: Any) -> Coupler | None:
+  """The coupler of a resolved model config, or None: a model that speaks a token for each action dimension."""
+  a, kind = c["action_dim"], c["coupler"]
+  if kind is None:
+    return None
+  if kind == "single":
+    return Coupler((("all", tuple(range(a))),), tokens=a, hidden=width, dtype=dtype)
+  literal = dict(read="own", head="linear") if kind == "paper" else {}
+  if c["groups"] is None:
+    return Coupler(grouped(a), tokens=3 * (a // 7), hidden=width, dtype=dtype, **literal)
+  groups = tuple((name, tuple(dims)) for name, dims in c["groups"])
+  return Coupler(groups, tokens=len(groups), hidden=width, dtype=dtype, **literal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -89,3 +90,13 @@ class SparseFuser(nn.Module):
 
   def _project(self, name: str, x: Float[Array, "b n d"]) -> Float[Array, "b n D"]:
     return MLP((4 * x.shape[-1], self.width, self.width), dtype=self.dtype, name=name)(x)
+
+
+def from_config(c: Mapping[str, Any], dtype: Any) -> DenseFuser | None:
+  """The Dense-Fuser of a resolved model config, or None."""
+  if c["dense_fuser"] is None:
+    return None
+  pairs = c["variant"]["pairs"] if c["dense_fuser"] == "variant" else c["dense_fuser"]
+  pairs = tuple((first, second) for first, second in pairs)
+  check_pairs(pairs, tuple(c["variant"][name]["depth"] for name in ("dino", "siglip")))
+  return DenseFuser(pairs, dtype)

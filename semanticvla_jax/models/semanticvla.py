@@ -31,11 +31,11 @@ from einops import rearrange, repeat
 from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
-from semanticvla_jax.models import checks, compressor, masks
+from semanticvla_jax.models import checks, compressor, coupler, fuser, masks
 from semanticvla_jax.models.config import DEFAULTS, VARIANTS, resolve  # noqa: F401 (`build` goes by them)
-from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, grouped, tokens_to_actions
+from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, tokens_to_actions
 from semanticvla_jax.models.decoder_pruner import DecoderPruner, pruned_states
-from semanticvla_jax.models.fuser import DenseFuser, SparseFuser, check_pairs
+from semanticvla_jax.models.fuser import DenseFuser, SparseFuser
 from semanticvla_jax.models.llama import Llama
 from semanticvla_jax.models.mlp import MLP
 from semanticvla_jax.models.pruner import KINDS, Encoded, IDPruned, Words, kinds
@@ -369,12 +369,12 @@ def build(config: Any) -> SemanticVLA:
     **{name: _encoder(c, name, pruners.get(name), dtype) for name in ("dino", "siglip")},
     pruners=pruners,
     text=TextEncoder(**sizes["text"], scan=c["scan_encoders"], dtype=dtype) if uses_text else None,
-    dense_fuser=_dense_fuser(c, dtype),
+    dense_fuser=fuser.from_config(c, dtype),
     sparse_fuser=SparseFuser(width, joint=c["sparse_fuser"] == "joint", dtype=dtype),
     compressor=compressor.from_config(c["compressor"], dtype),
     proprio_projector=None if c["proprio_dim"] is None else MLP((width, width), dtype=dtype),
     llm=Llama(**sizes["llm"], scan=c["scan"], remat=c["remat"], fused=c["fused"], dtype=dtype),
-    coupler=_coupler(c, width, dtype),
+    coupler=coupler.from_config(c, width, dtype),
     film=tuple(name for name in c["encoders"] if name in c["film"]),
     film_pool=c["film_pool"],
     vision_layer=c["vision_layer"],
@@ -403,28 +403,6 @@ def _encoder(c: Mapping[str, Any], name: str, pruners: tuple[nn.Module, ...] | N
 def _encoder_pruners(c: Mapping[str, Any], name: str) -> tuple[nn.Module, ...]:
   chosen = [(kind, KINDS[kind]) for kind in kinds(c[f"{name}_pruner"])]
   return tuple(of.from_config(c, c["variant"][name]["width"], f"{name}_{kind}_pruner") for kind, of in chosen)
-
-
-def _dense_fuser(c: Mapping[str, Any], dtype: Any) -> DenseFuser | None:
-  if c["dense_fuser"] is None:
-    return None
-  pairs = c["variant"]["pairs"] if c["dense_fuser"] == "variant" else c["dense_fuser"]
-  pairs = tuple((first, second) for first, second in pairs)
-  check_pairs(pairs, tuple(c["variant"][name]["depth"] for name in ("dino", "siglip")))
-  return DenseFuser(pairs, dtype)
-
-
-def _coupler(c: Mapping[str, Any], width: int, dtype: Any) -> Coupler | None:
-  a, kind = c["action_dim"], c["coupler"]
-  if kind is None:
-    return None
-  if kind == "single":
-    return Coupler((("all", tuple(range(a))),), tokens=a, hidden=width, dtype=dtype)
-  literal = dict(read="own", head="linear") if kind == "paper" else {}
-  if c["groups"] is None:
-    return Coupler(grouped(a), tokens=3 * (a // 7), hidden=width, dtype=dtype, **literal)
-  groups = tuple((name, tuple(dims)) for name, dims in c["groups"])
-  return Coupler(groups, tokens=len(groups), hidden=width, dtype=dtype, **literal)
 
 
 def dummy_observation(model: SemanticVLA, batch: int = 1, prompt: int = 8) -> Observation:
