@@ -33,7 +33,8 @@ def get_config(variant: str = "7b", ratio: int = 8) -> ConfigDict:
   config.seed = 7
   config.model = _model(variant, ratio)
   # A policy folder to start from; several with commas, where later ones give what the first lacks. Frozen parameters
-  # that none has are an error, unless "random" stands in the list.
+  # that none has are an error, unless "random" is in the list. With "matching" in it, what of a base does not fit this
+  # model by name and shape is left out.
   config.init_from = placeholder(str)
   config.lora = ConfigDict(dict(rank=64, alpha=128.0, targets="release"))
   # Trained in full beside the adapters; everything else is frozen (and kept in bfloat16 at 7b).

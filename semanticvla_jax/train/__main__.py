@@ -87,7 +87,8 @@ def initial_params(config: Any, model: Any, bare: Any, mesh: Any) -> tuple[dict,
   sharding.check(wanted, mesh, rule)
   folders, random = init.bases(config.init_from)
   found = {folder: policy_folder.read_policy_shapes(folder) for folder in folders}  # before any weight is read
-  taken, new = init.assign_sources(wanted, found, config.trainable, random, bool(config.data.get("specs")))
+  own_robot, matching = bool(config.data.get("specs")), init.matching(config.init_from)
+  taken, new = init.assign_sources(wanted, found, config.trainable, random, own_robot, matching)
   params = init.init_params(model, bare, config.seed, new, sharding.param_sharding(new, mesh, rule)) if new else {}
   check_bases(config, taken)
   stats = None
@@ -102,7 +103,8 @@ def check_bases(config: Any, taken: dict[str, list[str]]) -> None:
   """Raises ValueError where a base's own settings or tokenizers give what is taken from it another meaning."""
   here = inputs.tokenizer_files(config)
   for folder, paths in taken.items():
-    base_settings.check(folder, policy_folder.read_policy_json(folder).config, config, paths)
+    base = policy_folder.read_policy_json(folder).config
+    base_settings.check(folder, base, config, paths, init.matching(config.init_from))
     base_settings.check_tokenizers(folder, here, paths)
 
 

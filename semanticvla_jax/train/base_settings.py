@@ -63,7 +63,7 @@ HEADS = r"(coupler|proprio_projector)/.*"  # whose numbers are normalized
 WORDS = {"tokenizer.model": r"llm/(embed|lm_head)/.*", "spiece.model": r"text/.*"}  # whose rows are a tokenizer's ids
 
 
-def check(source: str, base: Mapping, config: Any, paths: Sequence[str]) -> None:
+def check(source: str, base: Mapping, config: Any, paths: Sequence[str], matching: bool = False) -> None:
   """Compares a base's settings with those of the config that takes some of its parameters, and lists what differs.
 
   Args:
@@ -71,6 +71,7 @@ def check(source: str, base: Mapping, config: Any, paths: Sequence[str]) -> None
     base: its config.json: {"model": …, "lora": …, "data": …}; fields it lacks have their defaults.
     config: of the run.
     paths: the parameters that are taken.
+    matching: whether parameters may mean something else here, because they are only initial values (init.MATCHING).
 
   Raises:
     ValueError: a parameter would mean something else here; names each such setting, its two values and a remedy.
@@ -78,7 +79,10 @@ def check(source: str, base: Mapping, config: Any, paths: Sequence[str]) -> None
   if not base.get("model"):
     logging.warning("init_from %s: its config.json says nothing of the model, so that nothing can be compared", source)
     return
-  problems = _adapters(base, config, paths) + _parts(base, config, paths) + _numbers(base, config, paths)
+  problems, changed = _adapters(base, config, paths), _parts(base, config, paths) + _numbers(base, config, paths)
+  if matching and changed:
+    logging.info("init_from %s: trained for other settings (there → here): %s", source, "; ".join(changed))
+  problems += [] if matching else changed
   if problems:
     raise refuse(
       f"init_from {source}: its parameters were trained for other settings",

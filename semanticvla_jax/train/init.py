@@ -18,7 +18,9 @@ from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, bui
 from semanticvla_jax.train.partition import LORA, combine, partition
 from semanticvla_jax.train.step import AuxLoss
 
-RANDOM = "random"  # as config.init_from: draw the frozen parameters too
+# Words of config.init_from besides folders.
+RANDOM = "random"  # draw the frozen parameters too
+MATCHING = "matching"  # take of the bases what fits by name and shape, whatever it was trained for; draw the rest
 # Parts of a base that a model with another head does not read, each as a whole. Anything else it lacks is an error.
 UNUSED_IN_BASE = {
   "llm/lm_head/": "logits of the language model; a coupler answers instead",
@@ -82,18 +84,32 @@ def select(tree: dict, paths: list[str]) -> dict:
 
 def bases(init_from: str | None) -> tuple[list[str], bool]:
   """config.init_from → (policy folders, whether "random" is among them): "policies/openvla,policies/siglip"."""
-  names = [name.strip() for name in (init_from or "").split(",") if name.strip()]
-  return [name for name in names if name != RANDOM], RANDOM in names
+  names = _names(init_from)
+  return [name for name in names if name not in (RANDOM, MATCHING)], RANDOM in names
+
+
+def matching(init_from: str | None) -> bool:
+  """Whether config.init_from has the word "matching"."""
+  return MATCHING in _names(init_from)
+
+
+def _names(init_from: str | None) -> list[str]:
+  return [name.strip() for name in (init_from or "").split(",") if name.strip()]
 
 
 def assign_sources(
-  wanted: dict, found: Mapping[str, dict], trainable: str | None, random: bool = False, own_robot: bool = False
+  wanted: dict,
+  found: Mapping[str, dict],
+  trainable: str | None,
+  random: bool = False,
+  own_robot: bool = False,
+  matching: bool = False,
 ) -> tuple[dict[str, list[str]], dict]:
   """Where each parameter comes from: (paths by base, the first that has them; those that are drawn).
 
   Args:
     wanted: the model's parameters, as shapes. found: those of each base, in order.
-    trainable: config.trainable. random: draws frozen parameters too. own_robot: see `match_base`.
+    trainable: config.trainable. random: draws frozen parameters too. own_robot, matching: see `match_base`.
 
   Raises:
     ValueError: a shape that differs, a parameter of a base that the model does not have (but UNUSED_IN_BASE), or a
@@ -101,7 +117,7 @@ def assign_sources(
   """
   left, taken = flatten_dict(wanted, sep="/"), {}
   for i, (source, base) in enumerate(found.items()):
-    taken[source] = match_base(unflatten_dict(left, sep="/"), base, source, i == 0, own_robot)
+    taken[source] = match_base(unflatten_dict(left, sep="/"), base, source, i == 0, own_robot, matching)
     left = {path: x for path, x in left.items() if path not in taken[source]}
     logging.info("init_from %s: took %d parameters", source, len(taken[source]))
   _, frozen = partition(wanted, trainable)
@@ -120,18 +136,25 @@ def assign_sources(
   return taken, unflatten_dict(left, sep="/")
 
 
-def match_base(wanted: dict, base: dict, source: str, whole: bool = True, own_robot: bool = False) -> list[str]:
+def match_base(
+  wanted: dict, base: dict, source: str, whole: bool = True, own_robot: bool = False, matching: bool = False
+) -> list[str]:
   """Paths of the parameters `wanted` (shapes or arrays) that `base` has; what it has beyond them is logged.
 
   Args:
     whole: whether `base` may hold nothing that the model does not have but UNUSED_IN_BASE; False where it only
       completes another base.
     own_robot: whether a part of UNUSED_IN_BASE whose shapes differ is that of another robot, and drawn anew.
+    matching: what the model does not have, or has in another shape, is left unread and logged.
 
   Raises:
     ValueError: a shape that differs, or a parameter of `base` that the model has no use for.
   """
   ours, theirs = flatten_dict(wanted, sep="/"), flatten_dict(base, sep="/")
+  if matching:
+    fitting = sorted(path for path, x in theirs.items() if path in ours and ours[path].shape == x.shape)
+    logging.info("init_from %s: left %d parameters that do not match unread", source, len(theirs) - len(fitting))
+    return fitting
   for part, reason in UNUSED_IN_BASE.items():
     there = {path for path in theirs if path.startswith(part)}
     foreign = any(path not in ours and not re.fullmatch(LORA, path) for path in there)
@@ -147,6 +170,6 @@ def match_base(wanted: dict, base: dict, source: str, whole: bool = True, own_ro
       f"init_from {source}",
       f"{len(extra)} parameters the model does not have ({extra[:4]}) and {len(wrong)} of another shape ({wrong[:4]})",
       "a base of this config",
-      "pass the config it was trained with",
+      f"pass the config it was trained with, or take what fits with --config.init_from=…,{MATCHING}",
     )
   return both

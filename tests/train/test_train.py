@@ -290,6 +290,18 @@ def test_base_of_another_size_is_refused():
     command.init.match_base(fresh, {"llm": {"kernel": np.zeros((3, 4)), "bias": np.zeros(3)}}, "base")
 
 
+def test_matching_parameters_alone_are_taken_where_that_is_asked_for(caplog):
+  wanted = {"llm": {"kernel": np.zeros((3, 3)), "bias": np.zeros(3)}}
+  base = {"llm": {"kernel": np.zeros((3, 4)), "bias": np.zeros(3)}, "dense_fuser": {"bias": np.zeros(2)}}
+  with caplog.at_level("INFO"):
+    taken, new = command.init.assign_sources(wanted, {"base": base}, ".*", matching=True)
+  assert taken == {"base": ["llm/bias"]} and [*flatten_dict(new, sep="/")] == ["llm/kernel"]
+  assert "init_from base: left 2 parameters that do not match unread" in caplog.text
+  with pytest.raises(ValueError, match="take what fits with --config.init_from=…,matching"):
+    command.init.assign_sources(wanted, {"base": base}, ".*")
+  assert command.init.bases("a,matching") == (["a"], False) and command.init.matching("a, matching")
+
+
 def tree(*paths):
   return unflatten_dict({path: np.zeros((2, 2)) for path in paths}, sep="/")
 
