@@ -1,8 +1,8 @@
-"""Every row of the paper's tables with one budget, to be fine-tuned from one base: `configs/tables.py:fastv_k2@small64`.
+"""Rows of the paper's tables with one budget, to be fine-tuned from one base: `configs/tables.py:fastv_k2@small64`.
 
-Rows are those of configs/ablations.py and configs/baselines.py, `oft` and `openvla`. At `7b` a row is trained as its own
-config says. On the tabletop (the small variants) every parameter of every row is trained in the same way, so that rows
-differ in nothing but the model; what a row has and the base has not begins at random.
+Rows are those of configs/ablations.py and configs/baselines.py, and `oft` and `openvla`. At `7b` a row is trained as
+its config says. On the tabletop (the small variants) all parameters of every row are trained in the same way, so that
+rows differ in nothing but the model; what a row has and the base has not begins at random.
 `python -m semanticvla_jax.evaluate table` runs them.
 """
 
@@ -27,16 +27,16 @@ def tabletop(config):
   config.lora = None
   config.trainable = ".*"
   config.model.update(scan=False, temperature=0.03, similarity_noise=0.03)  # as the base
-  config.optim.update(name="muon", lr=1e-3, warmup_steps=50, decay_steps=950, end_lr=2e-5, b2=0.99, clip_norm=1.0)
+  config.optim.update(name="muon", lr=1e-3, warmup_steps=30, decay_steps=470, end_lr=2e-5, b2=0.99, clip_norm=1.0)
   config.optim.update(drop_at=None, drop_to=None)
   config.data.update(
     mixture="tabletop_place",
-    batch_size=64,
+    batch_size=32,
     prompt_length=32,
     instruction_length=24,
     augment=False,
     crop_area=None,
     trajectory_end="pad",
   )
-  config.train.update(steps=1_000, save_every=500, keep_last=1, log_every=50)
+  config.train.update(steps=500, save_every=250, keep_last=1, log_every=50)
   return config
