@@ -40,6 +40,7 @@ ROWS = {
       "model.film": ("siglip",),
     },
   ),
+  "dino_only": (8, NO_DENSE | {"model.encoders": ("dino",)}),  # which cannot be pruned by the instruction
   # The number of patches follows the entropy of their scores, from 1/32 to 1/4. At the release's temperature every
   # picture would have nearly the largest.
   "dynamic": (4, {"model.temperature": 0.03}),

@@ -5,6 +5,7 @@
     python -m semanticvla_jax.evaluate run --policy=DIR --suite=libero_object --shard=3/16 --out=runs/a/3
     python -m semanticvla_jax.evaluate merge runs/a/* --out=runs/a_merged
     python -m semanticvla_jax.evaluate compare runs/a/report runs/b/report
+    python -m semanticvla_jax.evaluate table --table=4,5,6 --seeds=1 --out=runs/tables
     python -m semanticvla_jax.evaluate doctor --policy=DIR
     python -m semanticvla_jax.evaluate doctor --model --policy=DIR --suite=place
 
@@ -14,7 +15,7 @@ Without a subcommand, flags are those of `run`.
 from __future__ import annotations
 
 from semanticvla_jax import cli
-from semanticvla_jax.evaluate import compare, merge, model_doctor, run
+from semanticvla_jax.evaluate import compare, merge, model_doctor, run, table
 from semanticvla_jax.libero import doctor
 
 _PROGRAM = "python -m semanticvla_jax.evaluate"
@@ -22,6 +23,7 @@ _COMMANDS = {
   "run": "measure a policy on suites of a benchmark (the tabletop, LIBERO) and write a report",
   "merge": "put the shards of an evaluation (run --shard) together into one result",
   "compare": "compare two results episode by episode, if they were measured in the same way",
+  "table": "train and measure the rows of the paper's tables, beside its own figures",
   "doctor": "check a LIBERO installation and a policy for known causes of wrong numbers; --model: what its parts do",
 }
 
@@ -30,7 +32,9 @@ def main(argv: list[str]) -> None:
   """Runs a subcommand; problems end the program with their message."""
   name, rest = cli.subcommand(_PROGRAM, __doc__, _COMMANDS, argv)
   examine = model_doctor.main if "--model" in rest else doctor.main
-  {"": run.main, "run": run.main, "merge": merge.main, "compare": compare.main, "doctor": examine}[name](rest)
+  {"": run.main, "run": run.main, "merge": merge.main, "compare": compare.main, "table": table.main, "doctor": examine}[
+    name
+  ](rest)
 
 
 if __name__ == "__main__":
