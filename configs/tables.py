@@ -34,6 +34,7 @@ def tabletop(config):
     batch_size=32,
     prompt_length=32,
     instruction_length=24,
+    keep_statistics=True,
     augment=False,
     crop_area=None,
     trajectory_end="pad",

@@ -29,6 +29,12 @@ class BasePolicy:
   def reset(self) -> None:
     """Begins an episode. A policy remembers nothing from one call to the next."""
 
+  @property
+  def datasets(self) -> tuple[str, ...]:
+    """Those whose statistics the policy knows; `of_dataset` changes to another."""
+    name = self.metadata.get("dataset")
+    return () if name is None else (name,)
+
   def infer(self, observation: Any) -> dict:
     """One observation → {"actions": f32[k a], "policy_timing": …}.
 

@@ -103,18 +103,8 @@ class Policy(BasePolicy):
     self._extra = dict(metadata or {})
     self.robot = robot.select(config, self._extra.get("dataset", ""))
     self._check()
-    self.preparation = Preparation(
-      stats,
-      tokenizers,
-      self._picture,
-      name=self._extra.get("dataset", "the policy"),
-      mode=self.mode,
-      views=self._views,
-      proprio_dim=self.bare.proprio_dim,
-      reads_words=self.bare.text is not None,
-      gripper=self.gripper,
-      robot=self.robot,
-    )
+    self._statistics: Mapping[str, statistics.DatasetStatistics] = {}  # of all datasets that it was trained on
+    self.preparation = self._make_preparation()
     named = (programs.sentence(model), programs.actions(model))
     self.inference = inference.Inference(*named, self._dummy, remember)
     if sizes:
@@ -189,7 +179,9 @@ class Policy(BasePolicy):
     facts = {k: files.metadata.get(k) for k in ("package_version", "created", "step", "merged", "parameters")}
     facts |= {"policy_hash": policy_folder.policy_hash(folder), "dataset": key, "folder": str(files.folder)}
     stats, tokenizers = statistics.select(entries, key), _tokenizers(files.tokenizers, config, bare)
-    return cls(model, params, stats, tokenizers, config, metadata=facts, **options)
+    policy = cls(model, params, stats, tokenizers, config, metadata=facts, **options)
+    policy._statistics = entries
+    return policy
 
   def variant(self, **fields: Any) -> Policy:
     """The same parameters in a model with other values of `config["model"]`, e.g. anchor_rule; compiled as this one."""
@@ -210,6 +202,24 @@ class Policy(BasePolicy):
       gripper=self.gripper,
       metadata={**self._extra, "variant": fields},
     )
+
+  @property
+  def datasets(self) -> tuple[str, ...]:
+    """Those whose statistics the policy knows."""
+    return tuple(self._statistics) or super().datasets
+
+  def of_dataset(self, name: str) -> Policy:
+    """The same parameters and programs in the units of another dataset that it was trained on: statistics and robot.
+
+    Raises:
+      ValueError: the policy knows no such dataset, or its robot does not fit the model.
+    """
+    other = copy.copy(self)
+    other.stats, other._extra = statistics.select(self._statistics, name), {**self._extra, "dataset": name}
+    other.robot = robot.select(self.config, name)
+    other._check()
+    other.preparation = other._make_preparation()
+    return other
 
   def blind(self) -> Policy:
     """A copy of the policy that ignores images: every pixel maps to each encoder's mean color.
@@ -272,6 +282,21 @@ class Policy(BasePolicy):
       "prompt_lengths": [*self.inference.lengths],
       **({} if self.robot is None else {robot.KEY: self.robot.to_json()}),
     }
+
+  def _make_preparation(self) -> Preparation:
+    """From dicts to arrays and back, for the policy's dataset."""
+    return Preparation(
+      self.stats,
+      self.tokenizers,
+      self._picture,
+      name=self._extra.get("dataset", "the policy"),
+      mode=self.mode,
+      views=self._views,
+      proprio_dim=self.bare.proprio_dim,
+      reads_words=self.bare.text is not None,
+      gripper=self.gripper,
+      robot=self.robot,
+    )
 
   @property
   def _views(self) -> tuple[str, ...]:

@@ -197,29 +197,45 @@ def run_all(args: argparse.Namespace) -> list[str]:
   """Runs what is missing, `--jobs` at once, and writes the tables after each; returns what failed."""
   for stage in data_stage(args):
     print(f"demonstrations: {run(args.out, stage):.0f} s", flush=True)
-  trained, free = (
-    [entry for entry in args.entries if (entry.row in PARAMETERS_OF) == without] for without in (False, True)
-  )
-  failed, spent, total = [], [], len(args.entries) * args.seeds
-  with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-    for group in (trained, free):
-      jobs = {pool.submit(train_and_measure, args, *job): job for job in itertools.product(group, range(args.seeds))}
-      for future in concurrent.futures.as_completed(jobs):
-        entry, seed = jobs[future]
-        try:
-          spent.append(future.result())
-        except StageFailed as error:
-          failed.append(str(error))
-          print(error, file=sys.stderr, flush=True)
-          continue
+  progress = _Progress(len(args.entries) * args.seeds, args.jobs)
+  for without in (False, True):  # rows that take the parameters of others come after them
+    group = [entry for entry in args.entries if (entry.row in PARAMETERS_OF) == without]
+    pairs = [(entry, seed) for seed in range(args.seeds) for entry in group]  # each row once before any twice
+    _run_group(args, pairs, progress)
+  return progress.failed
+
+
+def _run_group(args: argparse.Namespace, pairs: Sequence[tuple[Entry, int]], progress: _Progress) -> None:
+  pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+  try:
+    jobs = {pool.submit(train_and_measure, args, *pair): pair for pair in pairs}
+    for future in concurrent.futures.as_completed(jobs):
+      entry, seed = jobs[future]
+      try:
+        progress.add(f"{entry.row}, seed {seed}", future.result())
         table_report.write(args)
-        done, left = len(spent), total - len(spent) - len(failed)
-        print(
-          f"{entry.row}, seed {seed}: {spent[-1]:.0f} s; {done} of {total} done, about "
-          f"{sum(spent) / done * left / args.jobs / 60:.0f} min left",
-          flush=True,
-        )
-  return failed
+      except StageFailed as error:
+        progress.fail(error)
+  finally:
+    pool.shutdown(cancel_futures=True)  # after an interruption, which has reached the commands as well
+
+
+class _Progress:
+  """Says after each row and seed how many are done and how long the others may take; keeps what failed."""
+
+  def __init__(self, total: int, jobs: int):
+    self._total, self._jobs, self._seconds = total, jobs, []
+    self.failed: list[str] = []
+
+  def add(self, name: str, seconds: float) -> None:
+    self._seconds.append(seconds)
+    done = len(self._seconds)
+    left = sum(self._seconds) / done * (self._total - done - len(self.failed)) / self._jobs
+    print(f"{name}: {seconds:.0f} s; {done} of {self._total} done, about {left / 60:.0f} min left", flush=True)
+
+  def fail(self, error: StageFailed) -> None:
+    self.failed.append(str(error))
+    print(error, file=sys.stderr, flush=True)
 
 
 def measure_latency(args: argparse.Namespace) -> list[str]:

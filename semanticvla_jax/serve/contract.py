@@ -88,7 +88,9 @@ def device() -> str:
   return f"{first.platform}: {first.device_kind} × {jax.device_count()}"
 
 
-def describe(policy: Any, limits: Mapping[str, Any], grippers: Mapping[str, str], device: str) -> dict[str, Any]:
+def describe(
+  policy: Any, limits: Mapping[str, Any], grippers: Mapping[str, str], device: str, datasets: Sequence[str | None]
+) -> dict[str, Any]:
   """The metadata of a server.
 
   Args:
@@ -96,6 +98,7 @@ def describe(policy: Any, limits: Mapping[str, Any], grippers: Mapping[str, str]
     limits: of the server: sizes, deadlines, range of actions.
     grippers: the convention by door.
     device: what computes.
+    datasets: whose units a request may ask for.
   """
   metadata = policy.metadata
   chunk, width = metadata["chunk"], metadata["action_dim"]
@@ -120,7 +123,7 @@ def describe(policy: Any, limits: Mapping[str, Any], grippers: Mapping[str, str]
     "limits": dict(limits),
     # what starVLA's clients read
     "action_chunk_size": chunk,
-    "available_unnorm_keys": [metadata.get("dataset")],
+    "available_unnorm_keys": [*datasets],
     "default_unnorm_key": metadata.get("dataset"),
     "training_obs_image_size": [size, size],
     "action_keys": ["actions"],
@@ -142,10 +145,3 @@ def grippers(choices: Sequence[str]) -> dict[str, str]:
       raise refuse("--gripper", repr(word), expected, "choose one of them")
     found[door] = name
   return found
-
-
-def check_unnorm_key(key: Any, metadata: Mapping[str, Any]) -> None:
-  """Raises ValueError for a request that wants the statistics of another dataset than the policy was loaded with."""
-  own = metadata.get("dataset")
-  if key not in (None, "", own):
-    raise refuse("unnorm_key", f"{key!r:.80}", f"{own!r}, or none", "serve the policy with --dataset for another one")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import copy
 import logging
 import os
 import queue
@@ -25,8 +24,9 @@ import numpy as np
 
 from semanticvla_jax import cli
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.serve import observations
+from semanticvla_jax.serve import units
 from semanticvla_jax.serve.limits import ActionLimit
+from semanticvla_jax.serve.units import Units
 
 RECENT = 1.0  # seconds for which a client that sent a request is expected to send another
 # What a request can be refused for, with the HTTP status of each.
@@ -101,6 +101,7 @@ class _Waiting(NamedTuple):
 
   observation: Any  # types.Observation of batch 1
   given: dict  # what it was made of, by canonical names
+  units: Units
   gripper: str
   session: str
   future: asyncio.Future
@@ -113,22 +114,22 @@ class Core:
   """A policy, its thread and its queue; `start` before use.
 
   Args:
-    policy: observe, device_step, preparation.actions and metadata are used; compiled, and warm.
+    policy: observe, device_step, preparation.actions, metadata and datasets are used; compiled, and warm.
     settings: see Settings.
-    limit: of outgoing actions.
+    limit: of outgoing actions, in the units of the dataset that the policy was loaded for.
     watch: called as `batch(size, seconds)` and `outside(count)`, see serve.metrics; or None.
     record: called after every device call as `add(number, rows)`, see serve.record; or None.
 
   Attributes:
-    under_way: requests accepted and not answered yet. draining: whether all further ones are refused.
+    units: by dataset, see serve.units. under_way: requests accepted and not answered yet.
+    draining: whether all further ones are refused.
   """
 
   def __init__(self, policy: Any, settings: Settings, limit: ActionLimit, watch: Any = None, record: Any = None):
     self.policy, self.settings, self.limit, self.watch, self.record = policy, settings, limit, watch, record
     self.under_way, self.draining = 0, False
-    self.keys = observations.keys_of(policy)
-    self.own_gripper = policy.metadata["gripper"]
-    self._units = {self.own_gripper: policy.preparation}
+    self._own = Units(policy, limit)
+    self.units = units.of_datasets(self._own)
     self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
     self._recent: dict[str, float] = {}  # session: when it last asked; of the device thread alone
     self._batches, self._latest = 0, 0.05
@@ -156,16 +157,19 @@ class Core:
     self._thread.join()
     self._pool.shutdown()
 
-  async def infer(self, observation: Any, *, session: str, gripper: str | None = None) -> Answer:
+  async def infer(
+    self, observation: Any, *, session: str, gripper: str | None = None, unnorm_key: Any = None
+  ) -> Answer:
     """The policy's actions for one observation, in names and layout of any client that `observations` knows.
 
     Args:
       session: who asks; clients that were active a moment ago are waited for when a batch is collected.
       gripper: "command" or "raw"; None for the policy's own convention.
+      unnorm_key: the dataset whose units state and actions are in; None for the one that the policy was loaded for.
 
     Raises:
-      Refused: the observation is not one, too many requests are under way, the server shuts down, it waited too long,
-        or the policy failed.
+      Refused: the observation is not one, the policy does not know the dataset, too many requests are under way, the
+        server shuts down, it waited too long, or the policy failed.
     """
     if self.draining:
       raise Refused("draining", "the server is shutting down", retry_after=5.0)
@@ -174,7 +178,7 @@ class Core:
       raise Refused("overloaded", f"{self.under_way} requests are under way, the most there may be", retry_after=wait)
     self.under_way += 1
     try:
-      return await self._infer(observation, session, gripper or self.own_gripper)
+      return await self._infer(observation, session, gripper, unnorm_key)
     finally:
       self.under_way -= 1
 
@@ -182,29 +186,17 @@ class Core:
     """Runs what takes milliseconds of a CPU outside the event loop."""
     return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
-  async def _infer(self, observation: Any, session: str, gripper: str) -> Answer:
+  async def _infer(self, observation: Any, session: str, gripper: str | None, unnorm_key: Any) -> Answer:
     loop = asyncio.get_running_loop()
     try:
-      given, prepared, seconds = await self.in_pool(self._prepare, observation)
+      chosen = units.choose(self.units, unnorm_key, self._own.dataset)
+      given, prepared, seconds = await self.in_pool(_timed, chosen.prepare, observation)
     except ValueError as error:
       raise Refused("bad_request", str(error)) from error
-    waiting = _Waiting(prepared, given, gripper, session, loop.create_future(), loop, time.monotonic(), seconds)
+    gripper, future = gripper or chosen.own_gripper, loop.create_future()
+    waiting = _Waiting(prepared, given, chosen, gripper, session, future, loop, time.monotonic(), seconds)
     self._queue.put(waiting)
     return await waiting.future
-
-  def _prepare(self, observation: Any) -> tuple[dict, Any, float]:
-    begin = time.monotonic()
-    given = observations.canonical(observation, self.keys)
-    prepared = self.policy.observe([given])
-    return given, prepared, time.monotonic() - begin
-
-  def actions(self, normalized: np.ndarray, gripper: str) -> np.ndarray:
-    """Normalized actions of the model [b k a] → the robot's units, with the gripper by a convention."""
-    if gripper not in self._units:
-      other = copy.copy(self.policy.preparation)
-      other.gripper = gripper
-      self._units[gripper] = other
-    return self._units[gripper].actions(normalized)
 
   def run_batch(self, observations: Sequence[Any]) -> np.ndarray:
     """Prepared observations of batch 1 → normalized actions f32[b k a]; of the device thread, or of a replay."""
@@ -261,7 +253,7 @@ class Core:
     self._batches += 1
     try:
       normalized = self.run_batch([one.observation for one in batch])
-      results = [self.checked(normalized[i : i + 1], one.gripper) for i, one in enumerate(batch)]
+      results = [self.checked(normalized[i : i + 1], one.gripper, one.units) for i, one in enumerate(batch)]
     except Exception as error:  # of any kind: the next batch has its own fate
       logging.error("Batch %d failed: %s", self._batches, cli.first_line(error), exc_info=error)
       results = [Refused("failed", "the policy failed; the server's log says why")] * len(batch)
@@ -274,20 +266,32 @@ class Core:
     if self.watch is not None:
       self.watch.batch(len(batch), seconds)
     if self.record is not None:
-      self.record.add(self._batches, [(one.given, one.gripper, result) for one, result in zip(batch, answers)])
+      rows = [(one.given, one.gripper, self._key(one.units), result) for one, result in zip(batch, answers)]
+      self.record.add(self._batches, rows)
 
-  def checked(self, normalized: np.ndarray, gripper: str) -> np.ndarray | Refused:
-    """One row of `run_batch`, [1 k a] → what may be sent, [k a]: limited, or refused."""
-    actions = self.actions(normalized, gripper)[0]
+  def _key(self, chosen: Units) -> str | None:
+    """A request's dataset, None for the policy's own."""
+    return None if chosen is self._own else chosen.dataset
+
+  def checked(self, normalized: np.ndarray, gripper: str, chosen: Units | None = None) -> np.ndarray | Refused:
+    """One row of `run_batch`, [1 k a] → what may be sent, [k a]: limited, or refused; None: in the policy's units."""
+    chosen = chosen or self._own
+    actions, limit = chosen.actions(normalized, gripper)[0], chosen.limit
     if not np.isfinite(actions).all():
       return Refused("unsafe", "the policy gave an action that is not finite; it is not sent")
-    outside = int(self.limit.outside(actions).sum())
+    outside = int(limit.outside(actions).sum())
     if outside and self.watch is not None:
       self.watch.outside(outside)
-    if outside and self.limit.choice == "refuse":
+    if outside and limit.choice == "refuse":
       what = f"{outside} of {len(actions)} actions are outside the range of the training data; they are not sent"
       return Refused("unsafe", what)
-    return self.limit.clip(actions) if self.limit.choice == "clip" else actions
+    return limit.clip(actions) if limit.choice == "clip" else actions
+
+
+def _timed(prepare: Any, observation: Any) -> tuple[dict, Any, float]:
+  """What `Units.prepare` gives, and its seconds."""
+  begin = time.monotonic()
+  return *prepare(observation), time.monotonic() - begin
 
 
 def _set(one: _Waiting, result: Answer | Refused) -> None:

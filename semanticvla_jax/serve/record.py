@@ -3,7 +3,8 @@
 A recording is a folder with a pair of files for each start of a server:
 
     <time>.json       the policy's hash, batch sizes, prompt lengths, limit, device, versions
-    <time>.msgpack    a frame per call of the device: its number, and for every row observation, gripper and answer
+    <time>.msgpack    a frame per call of the device: its number, and for every row observation, gripper and answer,
+                      and the dataset whose units they are in, where that is not the policy's
 
 Rows stay together as they were batched, since the last bits of an action depend on the size of its batch.
 """
@@ -58,8 +59,8 @@ class Recorder:
     self._thread = threading.Thread(target=self._run, name="record", daemon=True)
     self._thread.start()
 
-  def add(self, number: int, rows: Sequence[tuple[dict, str, Any]]) -> None:
-    """One device call: of each row the observation, the gripper's convention, and the answer or its Refused."""
+  def add(self, number: int, rows: Sequence[tuple[dict, str, str | None, Any]]) -> None:
+    """One device call: of each row observation, gripper's convention, dataset (None: the policy's) and answer."""
     try:
       self._queue.put_nowait((number, rows))
     except queue.Full:
@@ -87,9 +88,9 @@ class Recorder:
         self.left_out += 1
 
 
-def _row(observation: dict, gripper: str, result: Any) -> dict[str, Any]:
+def _row(observation: dict, gripper: str, dataset: str | None, result: Any) -> dict[str, Any]:
   answer = {"error": result.kind} if isinstance(result, Refused) else {"actions": result.actions}
-  return {"observation": observation, "gripper": gripper, **answer}
+  return {"observation": observation, "gripper": gripper, **({"dataset": dataset} if dataset else {}), **answer}
 
 
 def facts(policy: Any, limit: str, device: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -171,9 +172,10 @@ def replay(
     check_alike(known, policy, path)
     core = Core(policy, Settings(), ActionLimit(policy.stats.action, known["limit"]))
     for number, rows in calls(path):
-      normalized = core.run_batch([policy.observe([row["observation"]]) for row in rows])
-      for i, row in enumerate(rows):
-        now = core.checked(normalized[i : i + 1], row["gripper"])
+      units = [core.units[row.get("dataset", known.get("dataset"))] for row in rows]
+      normalized = core.run_batch([one.policy.observe([row["observation"]]) for one, row in zip(units, rows)])
+      for i, (one, row) in enumerate(zip(units, rows)):
+        now = core.checked(normalized[i : i + 1], row["gripper"], one)
         if (line := _compared(row, now)) is not None:
           unequal, largest = unequal + 1, max(largest, line[1])
           lines += [f"{path.name}, call {number}, row {i}: {line[0]}"] if len(lines) < 10 else []

@@ -57,20 +57,17 @@ class Site:
       "idle_timeout_s": idle_timeout,
       "actions": core.limit.describe(),
     }
-    self.metadata = contract.describe(core.policy, limits, self.grippers, contract.device())
+    self.metadata = contract.describe(core.policy, limits, self.grippers, contract.device(), [*core.units])
 
   async def ask(self, door: str, observation: Any, session: str, unnorm_key: Any = None) -> Answer:
     """An observation's actions, counted under a door's name.
 
     Raises:
-      Refused: see `Core.infer`; statistics of another dataset are asked for.
+      Refused: see `Core.infer`.
     """
     begin = time.monotonic()
-    try:
-      contract.check_unnorm_key(unnorm_key, self.own)
-    except ValueError as error:
-      raise Refused("bad_request", str(error)) from error
-    answer = await self.core.infer(observation, session=session, gripper=self.grippers[door])
+    own = dict(session=session, gripper=self.grippers[door], unnorm_key=unnorm_key)
+    answer = await self.core.infer(observation, **own)
     self.metrics.answered(door, answer, time.monotonic() - begin)
     return answer
 
