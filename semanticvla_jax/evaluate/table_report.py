@@ -107,7 +107,7 @@ def _header(args: argparse.Namespace, found: Mapping[str, Found]) -> str:
 def _table(name: str, found: Mapping[str, Found]) -> str:
   title = "Robustness" if name == "robustness" else f"Table {name}"
   extra = ["changed layouts", *_CONTROLS.values()] if name == "robustness" else []
-  head = ["row", "success", *extra, "the paper's", "FLOPs a call", "latency", "steps", "training", "policy"]
+  head = ["row", "success", *extra, "the paper, %", "FLOPs a call", "latency", "steps", "training", "policy"]
   lines = [f"## {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
   for entry in TABLES[name]:
     if (one := found.get(entry.row)) is not None:
