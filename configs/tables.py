@@ -27,7 +27,7 @@ def tabletop(config):
   config.lora = None
   config.trainable = ".*"
   config.model.update(scan=False, temperature=0.03, similarity_noise=0.03)  # as the base
-  config.optim.update(name="muon", lr=1e-3, warmup_steps=30, decay_steps=470, end_lr=2e-5, b2=0.99, clip_norm=1.0)
+  config.optim.update(name="muon", lr=1e-3, warmup_steps=30, decay_steps=500, end_lr=2e-5, b2=0.99, clip_norm=1.0)
   config.optim.update(drop_at=None, drop_to=None)
   config.data.update(
     mixture="tabletop_place",

@@ -130,7 +130,10 @@ def _train(args: argparse.Namespace, row: str, seed: int) -> list[str]:
   name = f"tabletop_{args.suite}" if args.benchmark == "tabletop" else f"{args.suite}_no_noops"
   given = {"seed": FIRST_TRAINING_SEED + seed, "data.dir": args.data_dir or args.out / "data", "data.mixture": name}
   if source is None:
-    given |= {"init_from": f"{args.base},matching"} | ({} if args.steps is None else {"train.steps": args.steps})
+    given |= {"init_from": f"{args.base},matching"}
+    if args.steps is not None:
+      given |= {"train.steps": args.steps}
+      given |= {"optim.decay_steps": args.steps} if args.benchmark == "tabletop" else {}
   else:
     policy = folder_of(args.out, source, seed) / "policy"
     given |= {"init_from": policy, "train.steps": 0, "data.keep_statistics": True}

@@ -70,9 +70,13 @@ def read(out: Path, row: str, seeds: int) -> Found | None:
           hashes.append(mark["policy"]["policy_hash"])
           steps, device = mark["policy"]["step"], mark["device"]
   figures = _json(folders[0] / "latency_figures.json").get("figures", {})
-  values = [figures.get(name, {}).get("value") for name in ("policy FLOPs", "policy infer p50")]
+  values = [_value(figures, name) for name in ("policy FLOPs", "policy infer p50")]
   minutes = [_json(folder / "train.json")["seconds"] / 60 for folder in folders]
   return Found(rates, None if row in PARAMETERS_OF else steps, minutes, hashes, device, *values)
+
+
+def _value(figures: Mapping[str, Any], name: str) -> float | None:
+  return float(figures[name]["value"]) if name in figures else None
 
 
 def _results(path: Path) -> list[dict]:
