@@ -65,7 +65,8 @@ DEFAULTS = dict(
   groups=None,  # ((name, action dimensions), …), a head and an action token a step each; None: arms of 7 dimensions
   chunk=8,
   coupler="grouped",  # 'paper' (Eq. 11 literally), 'single' (a token per dimension, one head), None (OpenVLA's tokens)
-  decoding="greedy",  # of coupler=None: 'jacobi', 'jacobi_bidirectional', see speech.py
+  codec="bins",  # of coupler=None: 'fast', FAST's tokens, or those themselves, an action_tokens.ActionTokenizer
+  decoding="greedy",  # of coupler=None: 'jacobi', 'jacobi_bidirectional', of codec='fast' 'constrained', see speech.py
   mask="block",  # 'full', 'causal': see masks.py
   compressor=None,  # dict(kind, …): fewer visual tokens of projected patches, see compressor.py
   decoder_pruner=None,  # dict(block, keep, score): visual tokens that later layers do without, see decoder_pruner.py
