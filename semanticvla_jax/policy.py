@@ -400,7 +400,7 @@ def _codec(files: policy_folder.PolicyFiles) -> dict:
   """The field of the model config that holds a policy's action tokens, {} for one without."""
   if files.config["model"].get("codec", "bins") == "bins":
     return {}
-  return {"codec": action_tokens.load(files.folder / "tokenizers" / action_tokens.NAME)}
+  return {"codec": action_tokens.load(files.folder / "tokenizers" / action_tokens.NAME).to_json()}
 
 
 def _choice(name: str, value: Any, allowed: Sequence | Mapping) -> Any:

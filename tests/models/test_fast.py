@@ -1,6 +1,7 @@
 """FAST's tokens in the model: decoding as on the host, and chunks that are whole by construction."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,15 @@ def test_a_constraint_changes_the_first_token_only_where_it_may_not_come():
     first = free["ids"][:, 0]
     fits = fast.id_lengths(own, VOCAB, 512)[first] > 0
     assert (bound["ids"][:, 0] == first)[fits].all()
+
+
+def test_a_config_of_json_values_builds_the_same_model():
+  own = tokenizer()
+  as_json = json.loads(json.dumps(own.to_json()))
+  fields = TINY | OPENVLA | {"decoding": "constrained"}
+  assert build(fields | {"codec": as_json}) == build(fields | {"codec": own})
+  with pytest.raises(ValueError, match="model.codec holds no action tokens"):
+    build(fields | {"codec": {"kind": "bins"}})
 
 
 def test_what_does_not_fit_together():

@@ -57,6 +57,7 @@ def test_the_command_trains_and_keeps_the_tokens_with_the_policy(trained, fitted
   assert policy.bare.codec == action_tokens.load(fitted) and policy.bare.decoding == "constrained"
   actions = policy.infer(policies.observation())["actions"]
   assert actions.shape == (8, 7) and np.isfinite(actions).all()
+  json.dumps(policy.config)
 
 
 def test_a_policy_without_its_tokens_or_with_others(trained, tmp_path):
