@@ -4,7 +4,9 @@ Rows of DECODER keep 1/8 of each view's patches from layer `block` of the langua
 so a row is meant for a policy trained as `configs/openvla_oft.py`; trained from the start it is a model that prunes
 while it learns. Rows of COMPRESSOR have an additional module in front of the language model and are trained. Rows of
 SPOKEN are OpenVLA with two views and eight actions a query, a token for each of their 56 numbers: the three differ in
-how the tokens are decoded, not in training. PAPER.md says what is public of each method, and which reading ours is.
+how the tokens are decoded, not in training. Rows of FAST are the same model with FAST's tokens, fitted to the data:
+`python -m semanticvla_jax.data fit-tokenizer`, then `--config.data.action_tokens=FILE`. PAPER.md says what is public of
+each method, and which reading ours is.
 """
 
 from configs import common, openvla, openvla_oft
@@ -25,15 +27,17 @@ DECODER = {
 }
 COMPRESSOR = ("slime", "slime_router")
 SPOKEN = {"openvla_chunk": "greedy", "pd_vla": "jacobi", "pd_vla_bidirectional": "jacobi_bidirectional"}
-ROWS = (*DECODER, *COMPRESSOR, *SPOKEN)
+FAST = {"fast": "constrained", "fast_unconstrained": "greedy"}
+ROWS = (*DECODER, *COMPRESSOR, *SPOKEN, *FAST)
 SIDES = {"tiny": 3, "small": 2, "small64": 3, "7b": 6}  # of SliME's grid: 36 tokens a view at 7b, about an eighth
 
 
 def get_config(arg=None):
   row, variant = common.split(arg, ROWS)
-  if row in SPOKEN:
+  if row in SPOKEN or row in FAST:
     config = openvla.get_config(f"libero@{variant}")
-    config.model.update(chunk=8, num_views=2, decoding=SPOKEN[row])
+    codec = "fast" if row in FAST else "bins"
+    config.model.update(chunk=8, num_views=2, codec=codec, decoding=(SPOKEN | FAST)[row])
     return config
   config = openvla_oft.get_config(f"libero@{variant}")
   if row in DECODER:

@@ -81,6 +81,7 @@ def _model(variant: str, ratio: int) -> ConfigDict:
       groups=placeholder(object),  # of action dimensions; None: arms of seven
       chunk=8,
       coupler="grouped",
+      codec="bins",  # of coupler=None; "fast" with data.action_tokens
       decoding="greedy",  # of coupler=None
       mask="block",
       compressor=placeholder(object),  # dict(kind, …): fewer visual tokens of projected patches
@@ -139,6 +140,7 @@ def _data(variant: str) -> ConfigDict:
       pruner_text_eval=placeholder(str),  # None: as trained; "prompt" is the release's
       prompt_length=64,
       instruction_length=WORDS[variant],
+      action_tokens=placeholder(str),  # of model.codec="fast": the file of `data fit-tokenizer`
       tokenizers=placeholder(str),  # a folder; None: those of init_from, or the embedded pair
       keep_statistics=False,  # normalize with the statistics of init_from
     )

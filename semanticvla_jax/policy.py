@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from semanticvla_jax import exported, inference, policy_folder
+from semanticvla_jax import action_tokens, exported, inference, policy_folder
 from semanticvla_jax.base_policy import BasePolicy
 from semanticvla_jax.data import images, robot, statistics, text
 from semanticvla_jax.errors import refuse
@@ -137,14 +137,14 @@ class Policy(BasePolicy):
       **options: batch_sizes, prompt_lengths, remember, replan_steps and gripper of the constructor.
 
     Raises:
-      ValueError: the folder is missing or damaged, does not say which statistics or tokenizers to use, or a dtype that
-        does not exist.
+      ValueError: the folder is missing or damaged, does not say which statistics or tokenizers to use, lacks its action
+        tokens, or a dtype that does not exist.
     """
     if dtype not in (None, *checks.CHOICES["dtype"]):
       raise refuse("Policy", f"dtype={dtype!r}", f"one of {checks.CHOICES['dtype']}", "choose one, or None")
     files = policy_folder.load_policy(folder, sharding=sharding, dtype=dtype, verify=verify)
     run = {"scan_encoders": False} | ({} if dtype is None else {"dtype": dtype})
-    config = files.config | {"model": files.config["model"] | run}
+    config = files.config | {"model": files.config["model"] | run | _codec(files)}
     model, params = _adapted(build(config["model"]), files.params, config, _choice("adapters", adapters, ADAPTERS))
     files = files._replace(params={})  # nothing else holds the arrays while they are laid out anew
     if not isinstance(model, lora.LoRA):
@@ -419,6 +419,13 @@ def _tokenizers(folder: Any, config: Mapping, model: SemanticVLA) -> text.Tokeni
     instruction_length=data.get("instruction_length") or min(64, positions),
     pruner_text=data.get("pruner_text_eval") or data.get("pruner_text", "question"),
   )
+
+
+def _codec(files: policy_folder.PolicyFiles) -> dict:
+  """The field of the model config that holds a policy's action tokens, {} for one without."""
+  if files.config["model"].get("codec", "bins") == "bins":
+    return {}
+  return {"codec": action_tokens.load(files.folder / "tokenizers" / action_tokens.NAME).to_json()}
 
 
 def _choice(name: str, value: Any, allowed: Sequence | Mapping) -> Any:

@@ -4,7 +4,7 @@
     config.json        the resolved config: {"model": …, "lora": …, "data": …}
     statistics.json    {dataset: {"action": …, "proprio": …}}, OpenVLA's dataset_statistics.json
     metadata.json      package version, step, created, merged, params_sha256, and what the caller adds
-    tokenizers/        tokenizer.model, spiece.model (where there are any)
+    tokenizers/        tokenizer.model, spiece.model, action_tokens.json (where there are any)
 
 so that parameters cannot be combined with the wrong statistics. Checkpoints of a running training are
 train/checkpoints.py.
@@ -31,7 +31,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 import semanticvla_jax
-from semanticvla_jax import cli
+from semanticvla_jax import action_tokens, cli
 from semanticvla_jax.errors import refuse
 
 FILES = ("config.json", "statistics.json", "metadata.json")
@@ -82,7 +82,7 @@ def save_policy(
     config, statistics: JSON values; tuples become lists.
     metadata: added to (and may override) package_version, created, step (None) and merged: True if the tree holds no
       LoRA adapters.
-    tokenizers: folder whose `*.model` files are copied, or {name: file}.
+    tokenizers: folder whose `*.model` files and action tokens are copied, or {name: file}.
     replace: whether the new folder, once complete, replaces one that exists.
 
   Returns:
@@ -136,7 +136,9 @@ def _complete(partial: epath.Path, contents: list[str], tokenizers: Path | Mappi
   for name, content in zip(FILES, contents):
     (partial / name).write_bytes(content.encode())
   if not isinstance(tokenizers, Mapping | None):
-    tokenizers = {path.name: path for path in sorted(absolute(tokenizers).glob("*.model"))}
+    folder = absolute(tokenizers)
+    found = [*sorted(folder.glob("*.model")), *folder.glob(action_tokens.NAME)]
+    tokenizers = {path.name: path for path in found}
   for name, path in (tokenizers or {}).items():
     (partial / "tokenizers").mkdir(exist_ok=True)
     path.copy(partial / "tokenizers" / name)
@@ -247,9 +249,11 @@ def read_policy_json(folder: Path) -> PolicyJson:
 
 
 def policy_hash(folder: Path) -> str:
-  """Sixteen hex digits that name a policy: its parameters, its config and its statistics; the same for a copy."""
+  """Sixteen hex digits of a policy: of its parameters, config, statistics and action tokens; the same for a copy."""
   config, statistics, metadata = read_policy_json(folder)
   parts = [metadata["params_sha256"], *(json.dumps(part, sort_keys=True) for part in (config, statistics))]
+  tokens = absolute(folder) / "tokenizers" / action_tokens.NAME
+  parts += [tokens.read_text(encoding="utf-8")] if tokens.exists() else []
   return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

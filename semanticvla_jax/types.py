@@ -77,12 +77,14 @@ class Batch:
     action_mask: bool[b k], False where the chunk runs past the end of its episode (such steps carry no loss).
     aux: targets of an auxiliary loss, a pytree of arrays [b …] that only that loss reads (train.step.AuxLoss); None
       without one.
+    labels: i32[b n+1], of a model that speaks FAST's tokens: ids, </s>, and -1 behind it; None for other models.
   """
 
   observation: Observation
   actions: Array
   action_mask: Array
   aux: Any = None
+  labels: Array | None = None
 
 
 @_pytree

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from configs import common
 
 ROOT = Path(__file__).parent.parent / "semanticvla_jax"
-ANYWHERE = {"types", "errors", "files", "cli"}
+ANYWHERE = {"types", "errors", "files", "cli", "action_tokens"}
 MAY_IMPORT = {
   **{part: set() for part in ANYWHERE},
   "models": set(),

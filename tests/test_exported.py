@@ -12,6 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from semanticvla_jax import exported
+from semanticvla_jax.action_tokens import ActionTokenizer
 from semanticvla_jax.exported import ExportedPolicy
 from semanticvla_jax.models import serving
 from semanticvla_jax.models.semanticvla import build
@@ -87,11 +88,15 @@ def test_sizes_that_are_none_are_refused(path):
 OPENVLA = dict(coupler=None, dino_pruner=None, siglip_pruner=None, dense_fuser=None, film=(), mask="causal")
 
 
-@pytest.mark.parametrize("kind", ["openvla", "int8", "fp8"])
+FAST = dict(codec=ActionTokenizer(8, 7, merges=((28, 28),)), decoding="constrained")
+
+
+@pytest.mark.parametrize("kind", ["openvla", "fast", "int8", "fp8"])
 def test_other_programs_are_exported_too(kind, policy, tmp_path):
-  """Greedy decoding with a cache, which has no text tower to remember anything of, and kernels of eight bits."""
-  if kind == "openvla":
-    ours = policies.policy(config=policies.CONFIG | {"model": policies.CONFIG["model"] | OPENVLA}, batch_sizes=(1,))
+  """Action tokens with a cache, without a text tower to remember anything of, and kernels of eight bits."""
+  if kind in ("openvla", "fast"):
+    fields = OPENVLA | (FAST if kind == "fast" else {})
+    ours = policies.policy(config=policies.CONFIG | {"model": policies.CONFIG["model"] | fields}, batch_sizes=(1,))
   else:
     config = policies.CONFIG | {"model": policies.CONFIG["model"] | serving.LAYOUT}
     params = serving.quantize(serving.lay_out(flatten_dict(policy.params, sep="/")), kind)

@@ -84,8 +84,9 @@ def to_torch(
 
   Raises:
     ValueError: the target exists, the folder is damaged or not a policy of a whole model, its coupler has groups that
-      the released code lacks, the base is of another model, something is missing for `companions`, or adapters cannot
-      be kept: there are none, or the parts of a fused matrix have separate adapters. Nothing is left then.
+      the released code lacks, its action tokens are FAST's, the base is of another model, something is missing for
+      `companions`, or adapters cannot be kept: there are none, or the parts of a fused matrix have separate adapters.
+      Nothing is left then.
   """
   began = time.monotonic()
   base = [] if base is None else [base] if isinstance(base, (str, Path)) else list(base)
@@ -197,6 +198,13 @@ def _check_policy(folder: PolicyFolder, lora: str) -> None:
       f"Policy {folder.folder}: groups of its coupler",
       ", ".join(other),
       f"some of {', '.join(semanticvla.HEADS)}, which the released PyTorch code has heads for",
+      "use it in JAX, or as one file (Policy.export)",
+    )
+  if folder.config["model"].get("codec", "bins") != "bins":
+    raise refuse(
+      f"Policy {folder.folder}: its action tokens",
+      "FAST's (model.codec='fast')",
+      "OpenVLA's bins, by which the released PyTorch code would read them",
       "use it in JAX, or as one file (Policy.export)",
     )
   if lora == "keep" and not folder.adapted:

@@ -1,8 +1,9 @@
-"""Looks at a dataset: `python -m semanticvla_jax.data inspect|statistics|preview --data-dir DIR --name NAME`.
+"""Looks at a dataset: `python -m semanticvla_jax.data VERB --data-dir DIR --name NAME`.
 
-inspect     sizes, instructions and ranges; everything that training would stop at, with counts; what looks odd
-statistics  writes dataset_statistics.json (--format openvla) or norm_stats.json (--format openpi)
-preview     writes an HTML sheet: frames as stored, evaluated and trained on, with instruction, state and actions
+inspect        sizes, instructions and ranges; everything that training would stop at, with counts; what looks odd
+statistics     writes dataset_statistics.json (--format openvla) or norm_stats.json (--format openpi)
+preview        writes an HTML sheet: frames as stored, evaluated and trained on, with instruction, state and actions
+fit-tokenizer  writes action_tokens.json: FAST's tokens of the dataset's chunks, for model.codec="fast"
 
 A dataset that the package does not know is read by --spec=FILE.py:NAME, a DatasetSpec (docs/your_robot.md), whose name
 is then that of the dataset. `inspect` reads every image, and ends with status 1 where training would stop.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import io
+import json
 import logging
 import pathlib
 import sys
@@ -21,9 +23,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from semanticvla_jax import cli, files
+from semanticvla_jax import action_tokens, cli, files
 from semanticvla_jax.data import datasets as specs
 from semanticvla_jax.data import (
+  fit_action_tokens,
   images,
   inspection,
   mixtures,
@@ -136,8 +139,9 @@ def _numbers(values: np.ndarray) -> str:
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
   parser = cli.ArgumentParser("python -m semanticvla_jax.data", __doc__)
-  verbs = "inspect: print sizes and ranges; statistics: write them as JSON; preview: draw frames"
-  parser.add_argument("verb", choices=("inspect", "statistics", "preview"), help=verbs)
+  verbs = "inspect: print sizes and ranges; statistics: write them as JSON; preview: draw frames; "
+  verbs += "fit-tokenizer: fit FAST's action tokens"
+  parser.add_argument("verb", choices=("inspect", "statistics", "preview", "fit-tokenizer"), help=verbs)
   parser.add_argument("--data-dir", required=True, help="folder of datasets, <name>/<version>/; local or gs://")
   parser.add_argument(
     "--name", help=f"name of a dataset, several with commas, or of a mixture: {', '.join(mixtures.MIXTURES)}"
@@ -149,7 +153,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     "--cache-dir", help=f"folder where the dataset's index is kept; '' keeps none (default: {tfrecord_index.CACHE})"
   )
   parser.add_argument(
-    "--out", help="file to write (default: dataset_statistics.json or norm_stats.json, <name>.html for a preview)"
+    "--out",
+    help="file to write (default: dataset_statistics.json or norm_stats.json, <name>.html for a preview, "
+    f"{action_tokens.NAME})",
   )
   parser.add_argument(
     "--format", choices=("openvla", "openpi"), default="openvla", help="layout of the statistics (default: openvla)"
@@ -160,7 +166,17 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("--prompt-length", type=int, default=64, help=most % "prompt")
   parser.add_argument("--instruction-length", type=int, default=64, help=most % "ID-Pruner's text")
   parser.add_argument("--tokenizers", default=text.EMBEDDED, help="folder of tokenizers (default: the embedded pair)")
+  _add_fit_flags(parser)
   return parser.parse_args(argv)
+
+
+def _add_fit_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of fit-tokenizer."""
+  own, default = fit_action_tokens, "(default: %(default)s)"
+  parser.add_argument("--chunk", type=int, help="actions of an example, as config.model.chunk (default: the spec's)")
+  parser.add_argument("--vocab", type=int, default=own.VOCAB, help=f"number of action tokens, at most {default}")
+  parser.add_argument("--examples", type=int, default=own.EXAMPLES, help=f"chunks to fit to, at most {default}")
+  parser.add_argument("--trajectory-end", choices=trajectories.ENDS, default="cut", help=f"as in the config {default}")
 
 
 def main(argv: list[str]) -> None:
@@ -181,6 +197,8 @@ def main(argv: list[str]) -> None:
       print(inspect(datasets))
     elif args.verb == "statistics":
       _write_statistics(datasets, args.out, args.format)
+    elif args.verb == "fit-tokenizer":
+      _fit_tokenizer(datasets, args)
     else:
       _write_preview(datasets, pathlib.Path(args.out or f"{datasets[0].name.replace('/', '_')}.html"), args)
   except ValueError as error:
@@ -215,6 +233,19 @@ def _write_preview(datasets: list[rlds.Dataset], out: pathlib.Path, args: argpar
   else:
     files.write(out, sheet.page(datasets, [inspect([one]) for one in datasets], count=args.count, size=args.size))
   logging.info("wrote %s", out)
+
+
+def _fit_tokenizer(datasets: list[rlds.Dataset], args: argparse.Namespace) -> None:
+  """Fits FAST's action tokens, writes them and prints what they make of the chunks that they were fitted to."""
+  chunk = datasets[0].spec.chunk if args.chunk is None else args.chunk
+  actions = fit_action_tokens.chunks(datasets, chunk, args.trajectory_end, args.examples)
+  tokenizer = fit_action_tokens.fit(actions, datasets[0].spec.mode, args.vocab)
+  found = fit_action_tokens.summary(tokenizer, actions)
+  path = pathlib.Path(args.out or action_tokens.NAME)
+  facts = {"datasets": [one.name for one in datasets], "fit": found}
+  files.write(path, json.dumps(tokenizer.to_json() | facts) + "\n")
+  print(fit_action_tokens.describe(found))
+  logging.info("wrote %s", path)
 
 
 def _write_statistics(datasets: list[rlds.Dataset], out: str | None, kind: str) -> None:

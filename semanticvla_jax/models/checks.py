@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.models import compressor, masks, speech
+from semanticvla_jax.models import compressor, fast, masks, speech
+from semanticvla_jax.models.coupler import EXTRA_ROWS
 from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, FORMS, DecoderPruner
 from semanticvla_jax.models.llama import REMAT
 from semanticvla_jax.models.pruner import ANCHOR_RULES, KINDS, kinds
@@ -67,6 +68,7 @@ def check(c: Mapping[str, Any]) -> None:
   _check_variant(c)
   _check_decoder_pruner(c)
   _check_compressor(c)
+  fast.check(c, EXTRA_ROWS)
 
 
 def _refuse(field: str, got: Any, expected: str, remedy: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from semanticvla_jax import action_tokens
 from semanticvla_jax.errors import refuse
 
 # Sizes; everything else is the same code. `pairs`: where the Dense-Fuser sits, (dino block, siglip block), 0-based.
@@ -65,7 +66,8 @@ DEFAULTS = dict(
   groups=None,  # ((name, action dimensions), …), a head and an action token a step each; None: arms of 7 dimensions
   chunk=8,
   coupler="grouped",  # 'paper' (Eq. 11 literally), 'single' (a token per dimension, one head), None (OpenVLA's tokens)
-  decoding="greedy",  # of coupler=None: 'jacobi', 'jacobi_bidirectional', see speech.py
+  codec="bins",  # of coupler=None: 'fast', FAST's tokens, or those themselves, an ActionTokenizer, also as JSON
+  decoding="greedy",  # of coupler=None: 'jacobi', 'jacobi_bidirectional', of codec='fast' 'constrained', see speech.py
   mask="block",  # 'full', 'causal': see masks.py
   compressor=None,  # dict(kind, …): fewer visual tokens of projected patches, see compressor.py
   decoder_pruner=None,  # dict(block, keep, score): visual tokens that later layers do without, see decoder_pruner.py
@@ -97,5 +99,7 @@ def resolve(config: Any) -> dict[str, Any]:
   for name in ("compressor", "decoder_pruner"):
     if hasattr(resolved[name], "keys"):  # such as a ConfigDict, which isinstance does not take for a mapping
       resolved[name] = {**resolved[name]}
+  if hasattr(resolved["codec"], "keys"):
+    resolved["codec"] = action_tokens.from_json({**resolved["codec"]}, "model.codec")
   resolved["remat"] = None if resolved["remat"] == "none" else resolved["remat"]
   return resolved

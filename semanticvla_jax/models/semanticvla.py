@@ -31,10 +31,12 @@ from einops import rearrange, repeat
 from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
-from semanticvla_jax.models import checks, compressor, coupler, fuser, masks
+from semanticvla_jax.action_tokens import ActionTokenizer
+from semanticvla_jax.models import checks, compressor, coupler, fast, fuser, masks
 from semanticvla_jax.models.config import DEFAULTS, VARIANTS, resolve  # noqa: F401 (`build` goes by them)
 from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, tokens_to_actions
 from semanticvla_jax.models.decoder_pruner import DecoderPruner, pruned_states
+from semanticvla_jax.models.fast import STOP
 from semanticvla_jax.models.fuser import DenseFuser, SparseFuser
 from semanticvla_jax.models.llama import Llama
 from semanticvla_jax.models.mlp import MLP
@@ -43,8 +45,6 @@ from semanticvla_jax.models.speech import Spoken, speak
 from semanticvla_jax.models.text import TextEncoder
 from semanticvla_jax.models.vit import ViT
 from semanticvla_jax.types import Observation, Sentence
-
-STOP = 2  # </s>
 
 # DINOv2's ImageNet constants as openvla-7b's preprocessor file holds them: written through bfloat16.
 DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
@@ -88,6 +88,7 @@ class SemanticVLA(nn.Module):
   decoder_pruner: DecoderPruner | None = None
   spoken_dims: int = 7  # action dimensions, of a model that speaks a token for each
   decoding: str = "greedy"
+  codec: ActionTokenizer | None = None  # FAST's tokens instead, of which a chunk has different numbers
 
   def __call__(
     self,
@@ -108,6 +109,9 @@ class SemanticVLA(nn.Module):
     """
     if self.coupler is None:
       spoken = self.generate(observation, pixels, sentence=sentence)
+      if self.codec is not None:
+        actions, whole = fast.actions(spoken.ids, self.codec, self.spoken_vocab)
+        return Output(actions, {"ids": spoken.ids, "passes": spoken.passes, "malformed": ~whole})
       actions = tokens_to_actions(spoken.ids, self.spoken_vocab)
       return Output(rearrange(actions, "b (k a) -> b k a", k=self.chunk), {"ids": spoken.ids, "passes": spoken.passes})
     x, valid, seen = self.read(observation, train, pixels, part, sentence)
@@ -282,7 +286,8 @@ class SemanticVLA(nn.Module):
     """Action tokens behind the prompt, a whole chunk's unless `tokens` says how many; see models/speech.py."""
     x, valid, seen = self.read(observation, False, pixels, None, sentence)
     last = _last(seen["context"], seen["prompt_mask"])
-    return speak(self, x, valid, last, self.chunk * self.spoken_dims if tokens is None else tokens, self.decoding)
+    whole = self.chunk * self.spoken_dims + (self.codec is not None)  # and </s>, of FAST's tokens
+    return speak(self, x, valid, last, whole if tokens is None else tokens, self.decoding, self.codec)
 
   @property
   def spoken_vocab(self) -> int:
@@ -387,6 +392,7 @@ def build(config: Any) -> SemanticVLA:
     decoder_pruner=None if c["decoder_pruner"] is None else DecoderPruner(**c["decoder_pruner"]),
     spoken_dims=c["action_dim"],
     decoding=c["decoding"],
+    codec=fast.from_config(c),
   )
 
 

@@ -4,6 +4,8 @@ greedy                  token i given those before it, a pass of one position ea
 jacobi                  all tokens guessed, then replaced by what the model says behind each, until nothing moves:
                         the same tokens in at most as many passes (PD-VLA, arXiv 2503.02310, its authors' code)
 jacobi_bidirectional    the same with guesses that see one another, as PD-VLA's paper describes it: other tokens
+constrained             FAST's tokens, of different lengths: one after the other, of those alone whose numbers still fit
+                        into the chunk, and </s> exactly when it is full. "greedy" says anything until </s>
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from semanticvla_jax.models import masks
+from semanticvla_jax.action_tokens import ActionTokenizer
+from semanticvla_jax.models import fast, masks
+from semanticvla_jax.models.fast import STOP
 
 if TYPE_CHECKING:
   from semanticvla_jax.models.semanticvla import SemanticVLA
 
-DECODINGS = ("greedy", "jacobi", "jacobi_bidirectional")
+DECODINGS = ("greedy", "jacobi", "jacobi_bidirectional", "constrained")
 
 
 class Spoken(NamedTuple):
@@ -27,12 +31,12 @@ class Spoken(NamedTuple):
 
   Attributes:
     ids: i32[b n], of the tokenizer.
-    logits: f32[b n vocab], the ones behind each.
+    logits: f32[b n vocab], the ones behind each; None of FAST's tokens.
     passes: i32[], of the decoder over what is spoken; the prompt's own is not counted.
   """
 
   ids: Int[Array, "b n"]
-  logits: Float[Array, "b n vocab"]
+  logits: Float[Array, "b n vocab"] | None
   passes: Int[Array, ""]
 
 
@@ -53,14 +57,18 @@ def speak(
   last: Int[Array, " b"],
   tokens: int,
   decoding: str = "greedy",
+  codec: ActionTokenizer | None = None,
 ) -> Spoken:
   """Tokens behind a prompt, by one of DECODINGS.
 
   Args:
     model: bound to its parameters. x: [ <s> | visual | proprio | prompt ] as embeddings, and which are `valid`.
     last: position of each prompt's last real token. tokens: n.
+    codec: of FAST's tokens, of which there are different numbers; behind them </s> fills the n. None for other tokens.
   """
   prompt = _read(model, x, valid, last, tokens)
+  if codec is not None:
+    return _until_stop(model, prompt, tokens, codec if decoding == "constrained" else None)
   if decoding == "greedy":
     return _greedy(model, prompt, tokens)
   return _jacobi(model, prompt, tokens, decoding == "jacobi_bidirectional")
@@ -116,3 +124,43 @@ def _jacobi(model: SemanticVLA, prompt: _Prompt, tokens: int, bidirectional: boo
   begin = (guess, jnp.bool_(tokens > 1), jnp.int32(0), jnp.repeat(prompt.first[:, None], tokens, axis=1))
   ids, _, passes, logits = nn.while_loop(again, one_pass, model, begin, broadcast_variables="params")
   return Spoken(ids, logits, passes)
+
+
+def _until_stop(model: SemanticVLA, prompt: _Prompt, tokens: int, codec: ActionTokenizer | None) -> Spoken:
+  """At most n tokens, in as many passes as the longest row of the batch needs but one; </s> behind those of a row.
+
+  Args:
+    codec: which constrains the tokens to whole chunks. None: any token may come, until </s> does.
+  """
+  vocab, slots = model.spoken_vocab, jnp.arange(prompt.valid.shape[1])
+  takes = None if codec is None else fast.id_lengths(codec, vocab, prompt.first.shape[-1])  # of what is left of a row
+
+  def choose(logits, left):
+    """The next token of each row, and what is left behind it."""
+    if takes is None:
+      token = jnp.where(left > 0, jnp.argmax(logits, axis=-1).astype(jnp.int32), STOP)
+      return token, left * (token != STOP)
+    fits = (takes > 0) & (takes <= left[:, None])
+    token = jnp.argmax(jnp.where(fits, logits, -jnp.inf), axis=-1).astype(jnp.int32)
+    token = jnp.where(left > 0, token, STOP)
+    return token, left - takes[token]
+
+  def unfinished(_, carry):
+    count, _, left, _, _ = carry
+    return (left > 0).any() & (count < tokens)
+
+  def one_more(module, carry):
+    count, token, left, ids, cache = carry
+    at = prompt.end + count - 1
+    keys = prompt.valid | ((slots >= prompt.end) & (slots <= at))
+    where = (prompt.length + count - 1)[:, None]
+    states, cache = module.llm(module.llm.embed_tokens(token[:, None]), where, keys[:, None, :], cache, at)
+    token, left = choose(module.llm.logits(states)[:, 0], left)
+    return count + 1, token, left, ids.at[:, count].set(token), cache
+
+  b = prompt.first.shape[0]
+  token, left = choose(prompt.first, jnp.full(b, 1 if codec is None else codec.numbers, jnp.int32))
+  ids = jnp.full((b, tokens), STOP, jnp.int32).at[:, 0].set(token)
+  begin = (jnp.int32(1), token, left, ids, prompt.cache)
+  count, _, _, ids, _ = nn.while_loop(unfinished, one_more, model, begin, broadcast_variables="params")
+  return Spoken(ids, None, count - 1)

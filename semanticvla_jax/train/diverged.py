@@ -86,7 +86,8 @@ def load_batch(path: Path) -> Batch:
     with np.load(path) as file:
       arrays = dict(file)
     seen = {name.removeprefix("observation."): x for name, x in arrays.items() if name.startswith("observation.")}
-    return Batch(Observation(**{"proprio": None} | seen), arrays["actions"], arrays["action_mask"])
+    own = {name: arrays[name] for name in ("actions", "action_mask", "labels") if name != "labels" or name in arrays}
+    return Batch(Observation(**{"proprio": None} | seen), **own)
   except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
     raise refuse(
       f"{path} is not a saved batch",

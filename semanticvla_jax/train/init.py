@@ -10,8 +10,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from semanticvla_jax import action_tokens
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.lora import TARGETS, LoRA
 from semanticvla_jax.models.semanticvla import SemanticVLA, abstract_params, build, dummy_observation
@@ -33,9 +35,10 @@ def make_model(config: Any, aux_loss: AuxLoss | None = None) -> tuple[nn.Module,
   """(the module to train, the bare model): wrapped by `aux_loss`, or in LoRA when config.lora is there.
 
   Raises:
-    ValueError: unknown LoRA targets.
+    ValueError: unknown LoRA targets, or action tokens that are not there or of other actions.
   """
-  bare = build(config.model)
+  codec = fitted_tokens(config)
+  bare = build(config.model if codec is None else {**config.model, "codec": codec})
   if aux_loss is not None:
     return aux_loss.wrap(bare), bare
   if config.lora is None:
@@ -43,6 +46,50 @@ def make_model(config: Any, aux_loss: AuxLoss | None = None) -> tuple[nn.Module,
   if config.lora.targets not in TARGETS:
     raise refuse("config.lora.targets", f"{config.lora.targets!r}", f"one of {sorted(TARGETS)}", "choose one of them")
   return LoRA(bare.clone(), config.lora.rank, config.lora.alpha, TARGETS[config.lora.targets]), bare
+
+
+def action_tokens_file(config: Any) -> epath.Path | None:
+  """Where FAST's tokens of a config are: config.data.action_tokens, else of the first base that has any; None for bins.
+
+  Raises:
+    ValueError: the model needs them and there are none, or the other way round.
+  """
+  given = config.data.get("action_tokens")
+  if config.model.get("codec", "bins") == "bins":
+    if given is not None:
+      raise refuse("config.data.action_tokens", f"{given} with model.codec='bins'", "None", "set model.codec='fast'")
+    return None
+  folders = [] if given is not None else bases(config.init_from)[0]
+  known = (epath.Path(folder).expanduser() / "tokenizers" / action_tokens.NAME for folder in folders)
+  found = epath.Path(given).expanduser() if given is not None else next((path for path in known if path.exists()), None)
+  if found is None:
+    raise refuse(
+      "config.data.action_tokens",
+      "None with model.codec='fast'",
+      "the file of tokens fitted to the data",
+      "write it with python -m semanticvla_jax.data fit-tokenizer",
+    )
+  return found
+
+
+def fitted_tokens(config: Any) -> action_tokens.ActionTokenizer | None:
+  """FAST's tokens of a config, None for bins.
+
+  Raises:
+    ValueError: see `action_tokens_file`; or they are of actions that were normalized otherwise.
+  """
+  path = action_tokens_file(config)
+  if path is None:
+    return None
+  found = action_tokens.load(path)
+  if found.normalisation != config.data.normalisation:
+    raise refuse(
+      f"config.data.action_tokens={path}",
+      f"tokens of actions normalized by {found.normalisation!r}",
+      f"{config.data.normalisation!r} (data.normalisation)",
+      "fit them with the DatasetSpec's mode set to it, or change data.normalisation",
+    )
+  return found
 
 
 def shapes(model: nn.Module, bare: SemanticVLA, trainable: str | None, frozen_dtype: str | None) -> dict:

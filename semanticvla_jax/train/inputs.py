@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from semanticvla_jax import action_tokens
 from semanticvla_jax.data import datasets, mixtures, statistics, text
 from semanticvla_jax.errors import refuse
+from semanticvla_jax.models.semanticvla import STOP
 from semanticvla_jax.train import from_specs, init, sharding
 from semanticvla_jax.types import Batch
 
@@ -29,8 +31,13 @@ class Source(NamedTuple):
 
 def tokenizer_files(config: Any) -> dict[str, epath.Path]:
   """{name: path} of the run's SentencePiece files: of config.data.tokenizers; of the bases, of which later ones give
-  what the first lacks; or the embedded pair.
+  what the first lacks; or the embedded pair. And of its action tokens, where it has any.
   """
+  spoken = init.action_tokens_file(config)
+  return _words(config) | ({} if spoken is None else {action_tokens.NAME: spoken})
+
+
+def _words(config: Any) -> dict[str, epath.Path]:
   if config.data.tokenizers is not None:
     return text.files(config.data.tokenizers)
   folders, _ = init.bases(config.init_from)
@@ -206,18 +213,21 @@ def make_source(
     name = config.data.mixture
     kept = kept_statistics(base, name) if base is not None and config.data.keep_statistics else None
     make, stats = generator.batches(config, bare, tokenizers, kept)
-    return Source(lambda step: sharding.place_whole(without_unread(make(step), bare), mesh), {name: stats}, {})
+    return Source(lambda step: sharding.place_whole(as_read(make(step), bare), mesh), {name: stats}, {})
   rows = sharding.host_rows(size, mesh)
   iterator, stats, digests = rlds_source(config, bare, tokenizers, rows, start, base)
-  place = lambda step: sharding.place_batch(without_unread(next(iterator), bare), mesh, size)  # noqa: E731
+  place = lambda step: sharding.place_batch(as_read(next(iterator), bare), mesh, size)  # noqa: E731
   return Source(place, stats, digests)
 
 
-def without_unread(batch: Batch, bare: Any) -> Batch:
-  """The batch without the parts of an observation that the model has no place for."""
+def as_read(batch: Batch, bare: Any) -> Batch:
+  """The batch without the parts of an observation that the model has no place for, and with the labels of FAST."""
   seen = batch.observation
   if bare.proprio_dim is None:
     seen = seen.replace(proprio=None)
   if bare.text is None:
     seen = seen.replace(instruction=None, instruction_mask=None)
-  return batch.replace(observation=seen)
+  labels = None
+  if bare.codec is not None:
+    labels = bare.codec.labels(np.asarray(batch.actions), bare.spoken_vocab, STOP)
+  return batch.replace(observation=seen, labels=labels)

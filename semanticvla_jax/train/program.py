@@ -57,11 +57,13 @@ def abstract_observation(config: Any, bare: SemanticVLA, size: int) -> Observati
 def abstract_batch(config: Any, bare: SemanticVLA, aux_loss: stepping.AuxLoss | None = None) -> Batch:
   """A global batch as shapes."""
   size, chunk = config.data.batch_size, config.model.chunk
+  spoken = None if bare.codec is None else jax.ShapeDtypeStruct((size, bare.codec.numbers + 1), jnp.int32)
   return Batch(
     abstract_observation(config, bare, size),
     jax.ShapeDtypeStruct((size, chunk, config.model.action_dim), jnp.float32),
     jax.ShapeDtypeStruct((size, chunk), jnp.bool_),
     None if aux_loss is None else aux_loss.shapes(config, bare),
+    spoken,
   )
 
 

@@ -39,6 +39,8 @@ FIELD_DEFAULTS_BEFORE = {
   "model.compressor": None,
   "model.keep_least": None,
   "model.decoding": "greedy",
+  "model.codec": "bins",
+  "data.action_tokens": None,
 }
 
 # Config fields that may change when a run is resumed, each with all fields below it: how long and where it runs, not
@@ -53,6 +55,7 @@ MUTABLE_FIELDS = (
   "data.specs",
   "data.processes",
   "data.tokenizers",
+  "data.action_tokens",
   "train.steps",
   "train.save_every",
   "train.keep_last",

@@ -67,15 +67,22 @@ class AuxLoss(Protocol):
 
 
 class Counts(NamedTuple):
-  """What the means of a batch's losses divide by: unmasked steps f32[], and the auxiliary loss's own counts."""
+  """What the means of a batch's losses divide by.
+
+  Attributes:
+    steps: f32[], unmasked ones. aux: the auxiliary loss's own counts. labels: f32[], FAST's tokens and </s>; or None.
+  """
 
   steps: Any
   aux: Any
+  labels: Any = None
 
 
 def counts(batch: Batch, aux_loss: AuxLoss | None) -> Counts:
   """Those of a batch. They depend on the data alone, so that they are known before its first part is worked on."""
-  return Counts(losses.steps(batch.action_mask), None if aux_loss is None else aux_loss.counts(batch.aux))
+  aux = None if aux_loss is None else aux_loss.counts(batch.aux)
+  labels = None if batch.labels is None else (batch.labels >= 0).sum(dtype=jnp.float32)
+  return Counts(losses.steps(batch.action_mask), aux, labels)
 
 
 def loss_fn(
@@ -89,15 +96,16 @@ def loss_fn(
 ):
   """Loss and metrics of one batch: L1 over the chunk, plus `aux_loss` where there is one.
 
-  A model without a coupler learns action tokens instead, see `token_loss`.
+  A model without a coupler learns action tokens instead, see `token_loss` and, for FAST's, `label_loss`.
 
   Args:
     count: `counts` of the whole batch, and part: (i, p), where these are its examples i, i + p, …; None: they are all.
       What the parts of a batch return adds up to what the batch does.
   """
   count = counts(batch, aux_loss) if count is None else count
-  if getattr(model, "model", model).coupler is None:
-    return token_loss(model, params, batch, count)
+  bare = getattr(model, "model", model)
+  if bare.coupler is None:
+    return (token_loss if bare.codec is None else label_loss)(model, params, batch, count)
   out = model.apply({"params": params}, batch.observation, train=True, part=part, rngs={"noise": key})
   loss, metrics = losses.l1(out.actions, batch.actions, batch.action_mask, count.steps)
   metrics["l1"] = loss
@@ -123,9 +131,7 @@ def token_loss(model: nn.Module, params: dict, batch: Batch, count: Counts):
   tokens = jnp.pad(spoken, ((0, 0), (0, 1)), constant_values=STOP)
   observation = batch.observation
   ids, real, number = losses.append(observation.prompt, observation.prompt_mask, tokens)
-  observation = observation.replace(prompt=ids, prompt_mask=real)
-  how = {"call": "logits"} if isinstance(model, LoRA) else {"method": "logits"}
-  logits, seen = model.apply({"params": params}, observation, **how)
+  logits, seen = _logits(model, params, observation.replace(prompt=ids, prompt_mask=real))
   each = (number >= 0) & (number <= n) & jnp.take_along_axis(trained, jnp.clip(number, 0, n), axis=1)
   loss = losses.next_token(logits, ids, each, (a + 1 / k) * count.steps)
   before = batch.observation.prompt_mask.sum(axis=-1)[:, None] - 1 + jnp.arange(n)  # where token 0, 1, … is predicted
@@ -136,6 +142,31 @@ def token_loss(model: nn.Module, params: dict, batch: Batch, count: Counts):
   metrics["accuracy"] = losses.divided(hits.sum(dtype=jnp.float32), a * count.steps)
   metrics["l1"], metrics["tokens"] = distance, seen["valid"].sum(dtype=jnp.float32)
   return loss, metrics
+
+
+def label_loss(model: nn.Module, params: dict, batch: Batch, count: Counts):
+  """Cross entropy of FAST's tokens and </s> behind each prompt, in float32, and its metrics, of which `accuracy` is the
+  share of them that is most likely given those before.
+
+  A token stands for several numbers of the whole chunk, so that a step outside the trajectory is learned too: the robot
+  stays where it is (trajectories.windows). See `loss_fn` for `count`.
+  """
+  observation, labels = batch.observation, batch.labels
+  ids, _, number = losses.append(observation.prompt, observation.prompt_mask, labels)
+  real = number < (labels >= 0).sum(axis=1, keepdims=True)
+  ids, each = jnp.where(real, ids, 0), real & (number >= 0)
+  logits, seen = _logits(model, params, observation.replace(prompt=ids, prompt_mask=real))
+  loss = losses.next_token(logits, ids, each, count.labels)
+  hits = (jnp.argmax(logits[:, :-1], axis=-1) == ids[:, 1:]) & each[:, 1:]
+  metrics = {"accuracy": losses.divided(hits.sum(dtype=jnp.float32), count.labels)}
+  metrics["tokens"] = seen["valid"].sum(dtype=jnp.float32)
+  return loss, metrics
+
+
+def _logits(model: nn.Module, params: dict, observation: Any) -> tuple[Any, dict]:
+  """`SemanticVLA.logits`, through the adapters where there are any."""
+  how = {"call": "logits"} if isinstance(model, LoRA) else {"method": "logits"}
+  return model.apply({"params": params}, observation, **how)
 
 
 def make_step(

@@ -185,3 +185,10 @@ def test_groups_that_the_release_lacks_are_refused(tmp_path):
   folder = policy_folder.save_policy(tmp_path / "policy", params, config={"model": {}}, statistics={})
   with pytest.raises(ValueError, match="groups of its coupler: got fingers, wrist; expected some of trans, rot, grip"):
     to_torch.to_torch(str(folder), tmp_path / "back")
+
+
+def test_action_tokens_that_the_release_would_misread_are_refused(tmp_path):
+  params = {"llm": {"norm": {"scale": np.zeros(3, np.float32)}}}
+  folder = policy_folder.save_policy(tmp_path / "policy", params, config={"model": {"codec": "fast"}}, statistics={})
+  with pytest.raises(ValueError, match="its action tokens: got FAST's .model.codec='fast'.; expected OpenVLA's bins"):
+    to_torch.to_torch(str(folder), tmp_path / "back")
