@@ -116,7 +116,8 @@ class Policy(BasePolicy):
       robot=self.robot,
     )
     named = (programs.sentence(model), programs.actions(model))
-    self.inference = inference.Inference(*named, self._dummy, remember)
+    memory = programs.empty_memory(model, params, self._dummy(1))
+    self.inference, self.memories = inference.Inference(*named, self._dummy, remember, memory), {}
     if sizes:
       longest = tokenizers.prompt_length
       self.inference.compile(params, sizes, {longest, *(self._prompt_length(length) for length in lengths)})
@@ -220,6 +221,7 @@ class Policy(BasePolicy):
     grey |= {name: jnp.zeros_like(grey[name]) for name in grey if _PIXELS.fullmatch(name)}
     other = copy.copy(self)
     other.params, other._extra = unflatten_dict(grey, sep="/"), {**self._extra, "variant": {"images": "grey"}}
+    other.memories = {}
     return other
 
   def warm(self, instructions: Sequence[str]) -> None:

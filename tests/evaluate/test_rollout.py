@@ -27,12 +27,12 @@ def pick(state: tasks.State) -> jax.Array:
   return jnp.concatenate([move, jnp.stack([0 * turn, 0 * turn, turn, jnp.where(close, 1.0, -1.0)])])
 
 
-def scripted(states: tasks.State, told: jax.Array) -> jax.Array:
+def scripted(states: tasks.State, told: jax.Array, memory: None = None) -> tuple[jax.Array, None]:
   """Told 0: pick, then hold still; told 1: nothing; told 2: a broken second action. f32[b 3 7]."""
   actions = jax.vmap(pick)(states)[:, None] * jnp.array([1.0, 0.0, 0.0])[:, None]
   actions = actions.at[:, 1:, 6].set(actions[:, :1, 6])
   actions = jnp.where(told[:, None, None] == 1, 0.0, actions)
-  return jnp.where((told[:, None, None] == 2) & (jnp.arange(3) >= 1)[:, None], jnp.nan, actions)
+  return jnp.where((told[:, None, None] == 2) & (jnp.arange(3) >= 1)[:, None], jnp.nan, actions), memory
 
 
 @functools.cache
@@ -55,7 +55,7 @@ class Scripted:
   def __init__(self, environment):
     self.environment = environment
     self.resets, self.asked = 0, 0
-    self._plan = jax.jit(lambda state, told: scripted(jax.tree.map(lambda x: x[None], state), told)[0])
+    self._plan = jax.jit(lambda state, told: scripted(jax.tree.map(lambda x: x[None], state), told)[0][0])
 
   def reset(self):
     self.resets += 1
