@@ -95,7 +95,7 @@ class DecoderPruner:
       weights: of each part, the attention of its rows. real: which of these count. patches: f[b n D], embeddings of the
         visual tokens. expected: of History, one more score and the rows that have it.
     """
-    (b, n), what = (len(spans.last), spans.visual), "visual tokens of a view (decoder_pruner)"
+    (b, n), what = (spans.last.shape[0], spans.visual), "visual tokens of a view (decoder_pruner)"
     each = [_scores(*pair, spans) for pair in zip(weights, real, strict=True)]
     if not each:
       control = ANCHOR_RULES[self.score](jnp.zeros((1, n, 1)), None, None, None)
@@ -113,7 +113,11 @@ class DecoderPruner:
   def positions(self, kept: Int[Array, "b k"], spans: Spans) -> Int[Array, "b m"]:
     """The positions of a sequence that go on, ascending."""
     behind = jnp.arange(1 + spans.views * spans.visual, spans.length)
-    parts = (jnp.zeros((len(kept), 1), kept.dtype), 1 + kept, jnp.broadcast_to(behind, (len(kept), len(behind))))
+    parts = (
+      jnp.zeros((kept.shape[0], 1), kept.dtype),
+      1 + kept,
+      jnp.broadcast_to(behind, (kept.shape[0], len(behind))),
+    )
     return jnp.concatenate(parts, axis=1)
 
 
@@ -136,7 +140,7 @@ def rows(part: str, spans: Spans) -> Int[Array, "b r"]:
     "action": (spans.block, spans.length - 1),
     "stop": (spans.length - 1, spans.length),
   }[part]
-  return jnp.broadcast_to(jnp.arange(start, stop), (len(spans.last), stop - start))
+  return jnp.broadcast_to(jnp.arange(start, stop), (spans.last.shape[0], stop - start))
 
 
 def raters(
@@ -211,7 +215,7 @@ def pruned_states(
   each = jnp.split(weights, ends, axis=1) if asked else []
   expected, actions = None, None
   if history is not None:
-    memory = history.empty(len(x), patches.shape[1]) if memory is None else memory
+    memory = history.empty(x.shape[0], patches.shape[1]) if memory is None else memory
     expected, actions = history.estimate(memory), each[1] if len(each) > 1 else None
     each, real = each[:1], real[:1]
   seen["kept_visual"] = pruner.choose(each, real, patches, spans, expected)
@@ -236,4 +240,5 @@ def _looked(weights: Float[Array, "b r l"], kept: Int[Array, "b k"], spans: Span
   n, mean = spans.views * spans.visual, weights.mean(axis=1)
   if weights.shape[-1] == spans.length:
     return mean[:, 1 : 1 + n]
-  return jnp.put_along_axis(jnp.zeros((len(kept), n)), kept, mean[:, 1 : 1 + kept.shape[1]], axis=1, inplace=False)
+  there = lambda at, found: jnp.zeros(n, jnp.float32).at[at].set(found)  # noqa: E731
+  return jax.vmap(there)(kept, mean[:, 1 : 1 + kept.shape[1]])

@@ -11,6 +11,7 @@ from point import Point
 
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.evaluate.rollout import OnDevice, OnHost, simulate
+from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
 
 REPLAY, MAX_STEPS, SEEDS = 2, 40, range(12)
@@ -137,6 +138,26 @@ def test_a_policy_acts_the_same_on_device_and_host(device, environment):
     for state, expected in chunk_by_chunk(policy, environment, path, int(one.steps[0]), host.replan_steps):
       jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state, expected)
     assert np.ptp(path.position, axis=0).min() > 0.01, "the policy moves"
+
+
+def test_a_policy_that_remembers_acts_the_same_on_device_and_host(environment):
+  """Its memory goes through the scan, each episode's its own, and begins anew with every `run`."""
+  device = OnDevice(policies.remembering(), "pick", "heldout", batch=2, keep_states=True)
+  states = device.run([0, 5]).states
+  for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(device.run([5, 0]).states)):
+    np.testing.assert_array_equal(a, b[:, ::-1])
+  policy = policies.remembering(batch_sizes=(1,))
+  forgetting = policies.remembering()
+  forgetting.inference, others = policy.inference, []
+  forgetting.infer_batch = lambda *args: forgetting.reset() or Policy.infer_batch(forgetting, *args)
+  for i in range(2):
+    path = jax.tree.map(lambda x: x[:, i], states)  # noqa: B023
+    policy.reset()
+    for state, expected in chunk_by_chunk(policy, environment, path, MAX_STEPS, 8):
+      jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state, expected)
+    pairs = chunk_by_chunk(forgetting, environment, path, MAX_STEPS, 8)
+    others += [np.abs(state.position - expected.position).max() for state, expected in pairs]
+  assert max(others) > 1e-2, "what is remembered matters"
 
 
 def test_a_policy_that_gives_no_number_fails_on_device_and_is_in_the_rate():
