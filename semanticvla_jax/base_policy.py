@@ -34,8 +34,7 @@ class BasePolicy:
     return self.inference.memory is not None
 
   def reset(self, episodes: Sequence[Hashable] | None = None) -> None:
-    """Forgets what a policy that `remembers` knows of these episodes (see `infer_batch`), or all: the next query is
-    a first one."""
+    """Forgets these episodes (see `infer_batch`), or all: to a policy that `remembers` their next query is a first."""
     for episode in [*self.memories] if episodes is None else episodes:
       self.memories.pop(episode, None)
 

@@ -199,7 +199,7 @@ def pruned_states(
     memory: of a pruner with a history, what the query before gave; None for the first.
 
   Returns:
-    hidden f[b l D], states f[b w D], and the memory for the next query, None without a history.
+    hidden f[b l D], states f[b w D], and the memory for the next query; None without a history.
   """
   x, valid, positions, history = seen["sequence"], seen["valid"], seen["positions"], pruner.history
   views, prompt, length = seen["views"].shape[1], seen["context"].shape[1], len(block)
@@ -232,7 +232,7 @@ def pruned_states(
       start = history.block + 1
       x, actions = model.llm.begin(x, positions, allowed, start, rows("action", spans) - dropped, pruner.block)
     memory = history.add(memory, _looked(actions, seen["kept_visual"], spans))
-  return *model.llm.states_at(x, positions, allowed, read, start), memory if history is not None else None
+  return *model.llm.states_at(x, positions, allowed, read, start), memory
 
 
 def _looked(weights: Float[Array, "b r l"], kept: Int[Array, "b k"], spans: Spans) -> Float[Array, "b n"]:
