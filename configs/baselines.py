@@ -19,7 +19,8 @@ DECODER = {
   "fastv_stop": dict(block=2, score="stop"),
   "fastv_action": dict(block=2, score="action"),
   "sparsevlm": dict(block=2, score="raters"),
-  "vla_pruner_now": dict(block=3, score="mean+action"),
+  "vla_pruner": dict(block=3, score="mean+action", history=dict(window=3, decay=0.8)),
+  "vla_pruner_now": dict(block=3, score="mean+action"),  # without memory: this query's own actions
   # Controls: what a score is worth.
   "prune_random": dict(block=2, score="random"),
   "prune_uniform": dict(block=2, score="uniform"),
@@ -29,6 +30,7 @@ COMPRESSOR = ("slime", "slime_router")
 SPOKEN = {"openvla_chunk": "greedy", "pd_vla": "jacobi", "pd_vla_bidirectional": "jacobi_bidirectional"}
 FAST = {"fast": "constrained", "fast_unconstrained": "greedy"}
 ROWS = (*DECODER, *COMPRESSOR, *SPOKEN, *FAST)
+HISTORY = {"tiny": 0, "small": 2, "small64": 2, "7b": 15}  # the layer whose attention vla_pruner remembers
 SIDES = {"tiny": 3, "small": 2, "small64": 3, "7b": 6}  # of SliME's grid: 36 tokens a view at 7b, about an eighth
 
 
@@ -43,6 +45,8 @@ def get_config(arg=None):
   if row in DECODER:
     fields = DECODER[row] | (dict(block=1) if variant == "tiny" else {})  # which has two layers
     config.model.scan = False  # layers that see different tokens cannot run as one loop
+    if "history" in fields:
+      fields["history"] = fields["history"] | dict(block=HISTORY[variant])
     config.model.decoder_pruner = dict(keep=common.PATCHES[variant] // 8, **fields)
   else:
     side = SIDES[variant]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +20,23 @@ class BasePolicy:
 
   Attributes:
     params: of the programs. preparation: from dicts to arrays, and back to the robot's units. inference: the programs.
+    memories: of each episode that was begun and not reset, what its next query is given; stays empty for most policies.
   """
 
   params: Mapping
   preparation: Preparation
   inference: Inference
+  memories: dict[Hashable, Any]
 
-  def reset(self) -> None:
-    """Begins an episode. A policy remembers nothing from one call to the next."""
+  @property
+  def remembers(self) -> bool:
+    """Whether an answer depends on earlier queries of the episode."""
+    return self.inference.memory is not None
+
+  def reset(self, episodes: Sequence[Hashable] | None = None) -> None:
+    """Forgets these episodes (see `infer_batch`), or all: to a policy that `remembers` their next query is a first."""
+    for episode in [*self.memories] if episodes is None else episodes:
+      self.memories.pop(episode, None)
 
   @property
   def datasets(self) -> tuple[str, ...]:
@@ -47,8 +56,14 @@ class BasePolicy:
     """
     return self.infer_batch([observation])[0]
 
-  def infer_batch(self, observations: Any) -> list[dict]:
-    """A list of observations at once, padded to a compiled size, in parts where there are more than the largest."""
+  def infer_batch(self, observations: Any, episodes: Sequence[Hashable] | None = None) -> list[dict]:
+    """A list of observations at once, padded to a compiled size, in parts where there are more than the largest.
+
+    Args:
+      observations: dicts as for `infer`.
+      episodes: which episode each belongs to, for a policy that `remembers`: any names, none twice. None for 0, 1, 2,
+        …, the places in the list; `infer` asks in episode 0. Of no effect on other policies.
+    """
     if isinstance(observations, Mapping | str) or not isinstance(observations, Sequence):
       raise refuse(
         "Observations",
@@ -57,9 +72,14 @@ class BasePolicy:
         "pass [observation], or call infer",
       )
     self._check_compiled()
+    names = [*range(len(observations))] if episodes is None else [*episodes]
+    if len({*names}) < len(names) or len(names) != len(observations):
+      got = f"{len({*names})} episodes for {len(observations)} observations"
+      raise refuse("Observations", got, "one episode each", "ask twice for two queries of an episode")
     largest, results = max(self.inference.sizes), []
     for first in range(0, len(observations), largest):
-      results += self._infer(observations[first : first + largest])
+      part = slice(first, first + largest)
+      results += self._infer(observations[part], names[part])
     return results
 
   def warm(self, instructions: Sequence[str]) -> None:
@@ -81,20 +101,27 @@ class BasePolicy:
   def device_step(self, observation: Observation) -> jax.Array:
     """What `observe` gave, or that on the device → normalized actions f32[size k a], not waited for.
 
-    `size` is the smallest compiled batch size that holds the observation; further rows repeat the last.
+    `size` is the smallest compiled batch size that holds the observation; further rows repeat the last. A policy that
+    `remembers` answers as at the first query of an episode.
     """
-    return self.inference(self.params, observation)
+    return self.inference(self.params, observation)[0]
 
   @property
   def executables(self) -> dict[tuple[str, int, int], jax.stages.Compiled]:
     """The compiled programs: ("sentence", 1, length), ("join", size, length) and ("actions", size, length)."""
     return self.inference.executables
 
-  def _infer(self, observations: Sequence[Any]) -> list[dict]:
+  def _infer(self, observations: Sequence[Any], episodes: Sequence[Hashable]) -> list[dict]:
     n, begin = len(observations), time.perf_counter()
     observation = self.observe(observations)
     prepared = time.perf_counter()
-    actions = np.asarray(self.device_step(observation))[:n]
+    if self.remembers:
+      before = [self.memories.get(episode, self.inference.memory) for episode in episodes]
+      found, memory = jax.tree.map(np.asarray, self.inference(self.params, observation, before))
+      self.memories |= {name: jax.tree.map(lambda x: x[i : i + 1], memory) for i, name in enumerate(episodes)}  # noqa: B023
+    else:
+      found = self.device_step(observation)
+    actions = np.asarray(found)[:n]
     inferred = time.perf_counter()
     actions = self.preparation.actions(actions)
     timing = {"prepare_ms": prepared - begin, "infer_ms": inferred - prepared, "total_ms": time.perf_counter() - begin}

@@ -40,7 +40,7 @@ from semanticvla_jax.preparation import Preparation
 from semanticvla_jax.types import Observation
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-FORMAT = 2  # 1 has no robot
+FORMAT = 3  # 1 has no robot, 2 no memory
 _KNOWN = (*PLATFORMS, "rocm")
 
 
@@ -95,8 +95,8 @@ def _lowered(policy: Any, programs: Mapping, flat: dict, rebuild: Any, length: i
   def sentence(given: dict, words: Sequence):
     return _fields(programs["sentence"](nested(given), words))
 
-  def actions(given: dict, sentences: dict, images: Any, proprio: Any):
-    return programs["actions"](nested(given), policy.sentence_type(**sentences), images, proprio)
+  def actions(given: dict, sentences: dict, images: Any, proprio: Any, *memory: dict):
+    return programs["actions"](nested(given), policy.sentence_type(**sentences), images, proprio, *memory)
 
   dummy = policy.inference.dummy(1)
   words = jax.eval_shape(lambda: inference.words(dummy, length))
@@ -104,14 +104,16 @@ def _lowered(policy: Any, programs: Mapping, flat: dict, rebuild: Any, length: i
   yield "sentence", jax.export.export(jax.jit(sentence), **how)(params, words)
   batch = jax.export.symbolic_shape("b")
   of_batch = lambda x: jax.ShapeDtypeStruct((*batch, *x.shape[1:]), x.dtype)  # noqa: E731
-  inputs = (jax.eval_shape(sentence, params, words), dummy.images, dummy.proprio)
+  memory = () if policy.inference.memory is None else (policy.inference.memory,)
+  inputs = (jax.eval_shape(sentence, params, words), dummy.images, dummy.proprio, *memory)
   yield "actions", jax.export.export(jax.jit(actions), **how)(params, *jax.tree.map(of_batch, inputs))
 
 
 def _settings(policy: Any, flat: Mapping, lengths: Sequence[int], platforms: Sequence[str]) -> dict:
-  own, words = policy.preparation, policy.tokenizers
+  own, words, memory = policy.preparation, policy.tokenizers, policy.inference.memory
+  remembered = {} if memory is None else {"memory": {name: [str(x.dtype), [*x.shape]] for name, x in memory.items()}}
   return {
-    "format": 1 if own.robot is None else FORMAT,
+    "format": FORMAT if remembered else 1 if own.robot is None else 2,
     "package_version": semanticvla_jax.__version__,
     "jax_version": jax.__version__,
     "platforms": [*platforms],
@@ -123,6 +125,7 @@ def _settings(policy: Any, flat: Mapping, lengths: Sequence[int], platforms: Seq
       name: getattr(own, name) for name in ("picture", "name", "mode", "views", "proprio_dim", "reads_words", "gripper")
     },
     "metadata": policy.metadata,
+    **remembered,
   }
 
 
@@ -137,7 +140,10 @@ class ExportedPolicy(BasePolicy):
     self.preparation = Preparation(stats, tokenizers, **settings["preparation"], robot=own)
     self.chunk, self.replan_steps = settings["metadata"]["chunk"], settings["metadata"]["replay"]
     by_length = lambda name: lambda params, words, *rest: programs[name, _length(words)].call(params, words, *rest)  # noqa: E731
-    self.inference = inference.Inference(by_length("sentence"), by_length("actions"), self._dummy, remember)
+    known = settings.get("memory")  # of one episode, by name: dtype and shape
+    memory = None if known is None else {name: np.zeros(shape, dtype) for name, (dtype, shape) in known.items()}
+    named = (by_length("sentence"), by_length("actions"))
+    self.inference, self.memories = inference.Inference(*named, self._dummy, remember, memory), {}
 
   @classmethod
   def load(

@@ -28,9 +28,12 @@ class Inference:
 
   Args:
     sentence: (params, [prompt, its mask, instruction, its mask]) → a pytree of arrays with the batch in front.
-    actions: (params, such a pytree, images, proprioception) → normalized actions f32[b k a].
+    actions: (params, such a pytree, images, proprioception) → normalized actions f32[b k a]; with a memory
+      (…, proprioception, memory) → (actions, memory).
     dummy: batch size → an observation of the shapes that come in; its prompt is the longest one.
     remember: how many sentences are kept on the device, the latest ones. 0: each is computed at every call.
+    memory: what one episode's first query is given, a pytree of arrays [1 …]; None where queries do not depend on
+      earlier ones.
   """
 
   def __init__(
@@ -39,10 +42,11 @@ class Inference:
     actions: Callable,
     dummy: Callable[[int], Observation],
     remember: Any = SENTENCES,
+    memory: Any = None,
   ):
     if not is_whole(remember) or remember < 0:
       raise refuse("Policy", f"remember={remember!r}", "a number of sentences, 0 or more", "choose another")
-    self.dummy, self.remember = dummy, remember
+    self.dummy, self.remember, self.memory = dummy, remember, memory
     self.executables: dict[tuple[str, int, int], jax.stages.Compiled] = {}  # by ("actions", batch, prompt length), …
     self.sizes: tuple[int, ...] = ()
     self.lengths: tuple[int, ...] = ()
@@ -59,14 +63,16 @@ class Inference:
         for size in self.sizes:
           joined = sentence if size == 1 else self._compiled("join", size, length, *[sentence] * size)
           dummy = self.dummy(size)
-          jax.block_until_ready(self._compiled("actions", size, length, params, joined, dummy.images, dummy.proprio))
+          args = (joined, dummy.images, dummy.proprio, *self._memory([], size))
+          jax.block_until_ready(self._compiled("actions", size, length, params, *args))
 
-  def __call__(self, params: Mapping, observation: Observation) -> jax.Array:
-    """Normalized actions f32[size k a] on the device; rows beyond the observation's batch repeat its last.
+  def __call__(self, params: Mapping, observation: Observation, memories: Sequence[Any] = ()) -> tuple[jax.Array, Any]:
+    """(normalized actions f32[size k a], memory) on the device; rows beyond the observation's batch repeat its last.
 
     Args:
       params: of the model. Other ones than at the last call forget its sentences.
       observation: arrays of batch 1 to the largest size, of numpy or on the device.
+      memories: of each row, where the last query of its episode left off, [1 …]; () where all episodes begin.
     """
     batch, mask = len(observation.images), np.asarray(observation.prompt_mask)
     size = min(size for size in self.sizes if size >= batch)
@@ -79,12 +85,20 @@ class Inference:
     rows += rows[-1:] * (size - batch)
     sentence = rows[0] if size == 1 else self.executables["join", size, length](*rows)
     images, proprio = (_padded(x, size) for x in (observation.images, observation.proprio))
-    return self.executables["actions", size, length](params, sentence, images, proprio)
+    found = self.executables["actions", size, length](params, sentence, images, proprio, *self._memory(memories, size))
+    return (found, None) if self.memory is None else found
 
   @property
   def cached(self) -> int:
     """How many sentences the device keeps the states of now."""
     return len(self._sentences)
+
+  def _memory(self, rows: Sequence[Any], size: int) -> tuple[Any, ...]:
+    """The last argument of the actions' program: rows, and empty ones behind them; () without a memory."""
+    if self.memory is None:
+      return ()
+    rows = [*rows, *[self.memory] * (size - len(rows))]
+    return (jax.tree.map(lambda *parts: np.concatenate(parts), *rows),)
 
   def _sentence(self, params: Mapping, words: Sequence[np.ndarray | None], length: int) -> Any:
     """What the model makes of one instruction, remembered."""

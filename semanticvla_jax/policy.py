@@ -106,7 +106,8 @@ class Policy(BasePolicy):
     self._statistics: Mapping[str, statistics.DatasetStatistics] = {}  # of all datasets that it was trained on
     self.preparation = self._make_preparation()
     named = (programs.sentence(model), programs.actions(model))
-    self.inference = inference.Inference(*named, self._dummy, remember)
+    memory = programs.empty_memory(model, params, self._dummy(1))
+    self.inference, self.memories = inference.Inference(*named, self._dummy, remember, memory), {}
     if sizes:
       longest = tokenizers.prompt_length
       self.inference.compile(params, sizes, {longest, *(self._prompt_length(length) for length in lengths)})
@@ -230,6 +231,7 @@ class Policy(BasePolicy):
     grey |= {name: jnp.zeros_like(grey[name]) for name in grey if _PIXELS.fullmatch(name)}
     other = copy.copy(self)
     other.params, other._extra = unflatten_dict(grey, sep="/"), {**self._extra, "variant": {"images": "grey"}}
+    other.memories = {}
     return other
 
   def warm(self, instructions: Sequence[str]) -> None:

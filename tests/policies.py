@@ -9,12 +9,22 @@ from helpers import TINY, random_params, tiny
 from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics, text
 from semanticvla_jax.models import lora
+from semanticvla_jax.models.config import VARIANTS
+from semanticvla_jax.models.semanticvla import build
 from semanticvla_jax.policy import Policy
 
 DATA = {"normalisation": "q99", "crop_area": None, "prompt_length": 40, "instruction_length": 32}
 CONFIG = {"model": TINY, "lora": None, "data": DATA}
 CROPPING = CONFIG | {"data": DATA | {"crop_area": 0.9}}
 RANK, ALPHA = 4, 8.0
+# OpenVLA-OFT with three layers of a decoder and VLA-Pruner's history: what it keeps is decided by earlier queries too.
+_HISTORY = dict(block=1, keep=6, score="mean+action", history=dict(window=3, decay=0.8, block=1))
+_OFT = dict(dino_pruner=None, siglip_pruner=None, dense_fuser=None, film=(), coupler="single", mask="full", scan=False)
+REMEMBERING = CONFIG | {
+  "model": _OFT
+  | dict(vision_layer="second_to_last", decoder_pruner=_HISTORY)
+  | dict(variant=VARIANTS["tiny"] | {"llm": VARIANTS["tiny"]["llm"] | {"depth": 3}})
+}
 
 
 @functools.cache
@@ -40,6 +50,12 @@ def policy(seed: int = 0, config: dict | None = None, **options) -> Policy:
   model = tiny(**{name: value for name, value in config["model"].items() if name not in TINY})
   options = {"batch_sizes": ()} | options
   return Policy(model, random_params(model, seed), stats(), tokenizers(), config, **options)
+
+
+def remembering(**options) -> Policy:
+  """A tiny policy whose answers depend on earlier queries."""
+  model = build(REMEMBERING["model"])
+  return Policy(model, random_params(model, 1), stats(), tokenizers(), REMEMBERING, **({"batch_sizes": ()} | options))
 
 
 def saved_for_libero(folder: Path) -> Path:

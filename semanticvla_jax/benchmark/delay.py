@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from semanticvla_jax.benchmark.record import Result
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import results, tabletop_query
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.serve.chunks import Chunks
@@ -63,6 +64,8 @@ def programs(policy: Policy, suite: str, episodes: int, split: str = "heldout") 
 
   states → actions f32[k b 7]; nothing → first states; (states, actions f32[b 7]) → (states, success bool[b]).
   """
+  if policy.remembers:
+    raise refuse("Delay", "a policy whose model.decoder_pruner has a history", "one without", "measure its `variant`")
   setup = tabletop_query.setup_of(policy, suite, split, policy.chunk, tasks.max_steps(suite))
   sentences = tasks.instructions(suite)
   inputs = tabletop_query.inputs_of(policy, sentences)
@@ -70,7 +73,7 @@ def programs(policy: Policy, suite: str, episodes: int, split: str = "heldout") 
   @jax.jit
   def ask(states: tasks.State) -> jax.Array:
     asked = states.instruction - tasks.INSTRUCTIONS.index(sentences[0])
-    return tabletop_query.policy_query(policy.model, setup, inputs)(states, asked).swapaxes(0, 1)
+    return tabletop_query.policy_query(policy.model, setup, inputs)(states, asked, None)[0].swapaxes(0, 1)
 
   @jax.jit
   def begin() -> tasks.State:

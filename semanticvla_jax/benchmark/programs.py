@@ -24,7 +24,8 @@ _ON_DEVICE = 1 << 20  # numbers; smaller parameters are drawn on the host
 
 
 class Inference(NamedTuple):
-  """apply(params, observation) → actions f32[b k a]; the arguments as ShapeDtypeStructs."""
+  """apply(params, observation) → actions f32[b k a], with the memory of a model that has one; both arguments as
+  ShapeDtypeStructs."""
 
   apply: Callable
   params: dict
@@ -47,7 +48,12 @@ def inference(config: Mapping[str, Any], prompt: int, batch: int = 1) -> Inferen
   model = build(config)
   observation = observation_shapes(model, prompt, batch)
   params = param_shapes(model)
-  return Inference(lambda p, o: model.apply({"params": p}, o).actions, params, observation)
+
+  def apply(params, observation):
+    out = model.apply({"params": params}, observation)
+    return out.actions if out.memory is None else (out.actions, out.memory)
+
+  return Inference(apply, params, observation)
 
 
 def training(

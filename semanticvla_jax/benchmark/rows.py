@@ -69,6 +69,8 @@ _COUNTED = "ours has {}; without them it agrees with the paper to 1 % (column pr
 _SEEN = _COUNTED.format("a prompt longer than 20 tokens, attention's own products and the text tower")
 _SLIME, _READING = Paper("Table 5", 2.71, 3.8, 0.089), "the paper's module is not public; this is one reading of it"
 _FASTV, _LAYER = Paper("Table 5", 2.71, None, 0.091), "the paper does not say behind which layer FastV prunes"
+_VLA_PRUNER, _ABSENT = dict(block=3, score="mean+action"), "the paper has no such row"
+_HISTORY = dict(history=dict(window=3, decay=0.8, block=15))
 
 ROWS = {
   "openvla": Row(
@@ -91,6 +93,8 @@ ROWS = {
   "fastv_k1": Row(fields=_OFT | dict(decoder_pruner=dict(block=1)), recipe="oft", paper=_FASTV, why=_LAYER),
   "fastv_k2": Row(fields=_OFT | dict(decoder_pruner=dict(block=2)), recipe="oft", paper=_FASTV, why=_LAYER),
   "fastv_k3": Row(fields=_OFT | dict(decoder_pruner=dict(block=3)), recipe="oft", paper=_FASTV, why=_LAYER),
+  "vla_pruner": Row(fields=_OFT | dict(decoder_pruner=_VLA_PRUNER | _HISTORY), recipe="oft", why=_ABSENT),
+  "vla_pruner_now": Row(fields=_OFT | dict(decoder_pruner=_VLA_PRUNER), recipe="oft", why=_ABSENT),
   # Two readings of SliME's row; `model` adds the number of tokens, 36 of 256.
   "slime": Row(fields=_DENSE | dict(compressor=dict(kind="resampler")), recipe="slime", paper=_SLIME, why=_READING),
   "slime_router": Row(fields=_DENSE | dict(compressor=dict(kind="router")), recipe="slime", paper=_SLIME, why=_READING),
@@ -178,8 +182,12 @@ def model(name: str, size: str, dtype: str = "float32", **fields: Any) -> dict[s
   keep = max(grid**2 // chosen.ratio, 1)
   made = {"variant": variant, "keep": keep, **chosen.fields, "dtype": dtype, **fields}
   if pruner := made.get("decoder_pruner"):
-    block = min(pruner["block"], sizes["llm"]["depth"] - 1)
+    depth = sizes["llm"]["depth"]
+    block = min(pruner["block"], depth - 1)
     made["decoder_pruner"] = pruner | {"block": block, "keep": keep}
+    if history := pruner.get("history"):
+      own = max(history["block"] * depth // VARIANTS["7b"]["llm"]["depth"], block - 1)
+      made["decoder_pruner"]["history"] = history | {"block": own}
   if compressor := made.get("compressor"):
     side = round(grid * 6 / 16)
     made["compressor"] = compressor | ({"keep": side**2} if compressor["kind"] == "router" else {"side": side})

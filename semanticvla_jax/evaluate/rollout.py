@@ -23,7 +23,15 @@ from semanticvla_jax import cli
 from semanticvla_jax.data import robot
 from semanticvla_jax.data.spec import Gripper
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate.tabletop_query import Inputs, Query, Setup, inputs_of, policy_query, setup_of
+from semanticvla_jax.evaluate.tabletop_query import (
+  Inputs,
+  Query,
+  Setup,
+  empty_memory,
+  inputs_of,
+  policy_query,
+  setup_of,
+)
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
 
@@ -94,6 +102,7 @@ def simulate(
   max_steps: int,
   replan_steps: int,
   keep_states: bool = False,
+  memory: Any = None,
 ) -> tuple[Ended, tasks.State | None]:
   """Runs b episodes as one `lax.scan` over queries, each with an inner scan over `replan_steps` actions; pure, for jit.
 
@@ -103,6 +112,7 @@ def simulate(
     told: indices of sentences, passed to `query`.
     max_steps, replan_steps: static.
     keep_states: True returns all states too, [t + 1, b].
+    memory: what `query` is given at first, a pytree of arrays [b …] or None; then what it returned.
   """
   b = told.shape[0]
 
@@ -118,20 +128,22 @@ def simulate(
     return (states, ended), states if keep_states else None
 
   def ask(carry):
-    actions = query(carry[0], told)[:, :replan_steps]
-    return jax.lax.scan(act, carry, actions.swapaxes(0, 1))
+    states, ended, memory = carry
+    actions, memory = query(states, told, memory)
+    (states, ended), seen = jax.lax.scan(act, (states, ended), actions[:, :replan_steps].swapaxes(0, 1))
+    return (states, ended, memory), seen
 
   def rest(carry):
     repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (replan_steps, *x.shape)), carry[0]) if keep_states else None
     return carry, repeated
 
   def advance(carry, _):
-    states, ended = carry
+    ended = carry[1]
     over = ended.success | ended.nonfinite | (ended.steps >= max_steps)
-    return jax.lax.cond(over.all(), rest, ask, (states, ended))
+    return jax.lax.cond(over.all(), rest, ask, carry)
 
-  start = (states, Ended(jnp.zeros(b, bool), jnp.zeros(b, bool), jnp.zeros(b, jnp.int32)))
-  (_, ended), seen = jax.lax.scan(advance, start, length=-(-max_steps // replan_steps))
+  start = (states, Ended(jnp.zeros(b, bool), jnp.zeros(b, bool), jnp.zeros(b, jnp.int32)), memory)
+  (_, ended, _), seen = jax.lax.scan(advance, start, length=-(-max_steps // replan_steps))
   if not keep_states:
     return ended, None
   return ended, jax.tree.map(lambda first, x: jnp.concatenate([first[None], x.reshape(-1, *x.shape[2:])]), states, seen)
@@ -149,8 +161,10 @@ def _program(
   keys = jax.vmap(lambda seed: tasks.seed_key(seed, setup.split))(seeds)
   states = jax.vmap(lambda key: tasks.reset(key, setup.suite, setup.split))(keys)
   own = states.instruction - tasks.INSTRUCTIONS.index(tasks.instructions(setup.suite)[0])
+  told = jnp.where(told < 0, own, told)
   limits = dict(max_steps=setup.max_steps, replan_steps=setup.replan_steps, keep_states=setup.keep_states)
-  ended, seen = simulate(policy_query(model, setup, inputs), states, jnp.where(told < 0, own, told), **limits)
+  memory = empty_memory(model, setup, inputs, states, told)
+  ended, seen = simulate(policy_query(model, setup, inputs), states, told, memory=memory, **limits)
   return ended, own, seen
 
 

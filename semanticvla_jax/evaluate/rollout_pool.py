@@ -165,7 +165,8 @@ class OnSimulators:
   """Episodes in several simulators at once.
 
   Args:
-    policy: anything with infer_batch and replan_steps. An observation also holds "episode", its number, and "step".
+    policy: anything with infer_batch and replan_steps. An observation also holds "episode", its number, and "step". One
+      that `remembers` earlier queries (see BasePolicy) does so by episode.
       Fewer actions than `replan_steps` are executed as they are; none at all ends the episode.
     make: starts one simulator, which knows `max_steps` itself.
     workers: how many of them. They start at the first `run` and stay until `close`.
@@ -250,7 +251,13 @@ class OnSimulators:
         self._give_up_if_all_broke(done)
         if progress is not None:
           progress(len(done), sum(one.success for one in done.values()))
+      if self._remembers:
+        self.policy.reset()
     return episodes([done[seed] for seed in seeds])
+
+  @property
+  def _remembers(self) -> bool:
+    return getattr(self.policy, "remembers", False)
 
   def _is_this(self, result: EpisodeResult) -> bool:
     """Whether a finished episode did not break and had the instruction that it would have now."""
@@ -267,6 +274,8 @@ class OnSimulators:
         for one in self._pool:
           if one.seed is None and self._waiting:
             seed = self._next(one)
+            if self._remembers:
+              self.policy.reset([seed])
             one.begin(seed, self._task(seed)[0])
         ended = [result for one in self._arrived() if (result := self._hear(one)) is not None]
         ended += self._ask([one for one in self._pool if one.moment is not None])
@@ -313,7 +322,8 @@ class OnSimulators:
     """Asks the policy for all simulators that wait for actions, and sends them on; returns what ended thereby."""
     if not asking:
       return []
-    results = self.policy.infer_batch([self._observation(one) for one in asking])
+    episodes = {"episodes": [one.seed for one in asking]} if self._remembers else {}
+    results = self.policy.infer_batch([self._observation(one) for one in asking], **episodes)
     ended = []
     for one, result in zip(asking, results):
       actions = np.asarray(result["actions"])[: self.replan_steps]

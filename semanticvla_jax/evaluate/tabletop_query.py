@@ -14,11 +14,13 @@ from jaxtyping import Array, Float, Int
 from semanticvla_jax.data import statistics
 from semanticvla_jax.data.gripper import to_commands
 from semanticvla_jax.data.images import center_crop
+from semanticvla_jax.models import programs
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
 from semanticvla_jax.types import Observation, Statistics
 
-Query = Callable[[tasks.State, Array], Array]  # states [b], told i32[b] -> actions f32[b k 7]
+# (states [b], told i32[b], memory) → (actions f32[b k 7], memory); a memory is None where the model has none.
+Query = Callable[[tasks.State, Array, Any], tuple[Array, Any]]
 
 
 class Setup(NamedTuple):
@@ -82,8 +84,15 @@ def policy_query(model: nn.Module, setup: Setup, inputs: Inputs) -> Query:
   """Asks a policy inside jit: observe, run the model, un-normalize."""
   action = inputs.stats[0]
 
-  def query(states: tasks.State, told: Int[Array, " b"]) -> Float[Array, "b k 7"]:
-    output = model.apply({"params": inputs.params}, observed(setup, inputs, states, told))
-    return to_commands(statistics.unnormalize(output.actions, action, mode=setup.mode), action.mask)
+  def query(states: tasks.State, told: Int[Array, " b"], memory: Any) -> tuple[Float[Array, "b k 7"], Any]:
+    output = model.apply({"params": inputs.params}, observed(setup, inputs, states, told), memory=memory)
+    return to_commands(statistics.unnormalize(output.actions, action, mode=setup.mode), action.mask), output.memory
 
   return query
+
+
+def empty_memory(model: nn.Module, setup: Setup, inputs: Inputs, states: tasks.State, told: Int[Array, " b"]) -> Any:
+  """What a model remembers before the first query of b episodes, for `policy_query`."""
+  if not programs.bare(model).remembers:
+    return None
+  return programs.empty_memory(model, inputs.params, jax.eval_shape(lambda: observed(setup, inputs, states, told)))

@@ -12,6 +12,7 @@ from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import compressor, fast, masks, speech
 from semanticvla_jax.models.coupler import EXTRA_ROWS
 from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, FORMS, DecoderPruner
+from semanticvla_jax.models.history import History
 from semanticvla_jax.models.llama import REMAT
 from semanticvla_jax.models.pruner import ANCHOR_RULES, KINDS, kinds
 
@@ -143,7 +144,7 @@ def _check_decoder_pruner(c: Mapping[str, Any]) -> None:
   known = tuple(field.name for field in dataclasses.fields(DecoderPruner))
   if not isinstance(pruner, Mapping) or not {"block", "keep"} <= {*pruner} <= {*known}:
     _refuse("decoder_pruner", pruner, f"None, or a dict of {known}, block and keep at least", "write it so")
-  one, depth = DecoderPruner(**pruner), c["variant"]["llm"]["depth"]
+  one, depth = DecoderPruner(**{**pruner, "history": None}), c["variant"]["llm"]["depth"]
   scores = (*ATTENTION, *CONTROLS)
   if one.score not in scores or one.form not in FORMS:
     _refuse("decoder_pruner", pruner, f"score one of {scores}, form one of {FORMS}", "choose some of them")
@@ -154,6 +155,23 @@ def _check_decoder_pruner(c: Mapping[str, Any]) -> None:
     _refuse("decoder_pruner", pruner, "None with coupler=None, which speaks in tokens", "set model.coupler")
   if c["scan"]:
     _refuse("decoder_pruner", pruner, "None with scan=True, whose layers are one loop", "set model.scan=False")
+  if pruner.get("history") is not None:
+    _check_history(pruner, depth)
+
+
+def _check_history(pruner: Mapping[str, Any], depth: int) -> None:
+  """The fields of a History, of a layer that a decoder pruner of "mean+action" has behind it or in front of it."""
+  fields, known = pruner["history"], tuple(field.name for field in dataclasses.fields(History))
+  if not isinstance(fields, Mapping) or not {*fields} <= {*known}:
+    _refuse("decoder_pruner", pruner, f"a history of None or a dict of {known}", "write it so")
+  own, least = History(**fields), pruner["block"] - 1
+  if not _is_count(own.window, 1) or not _is_number(own.decay) or not 0 < own.decay <= 1:
+    _refuse("decoder_pruner", pruner, "a history's window from 1, decay above 0 and at most 1", "change them")
+  if not _is_count(own.block, least) or own.block > depth - 2:
+    what = f"a history's block from {least}, the layer of the score, to {depth - 2}, the last but one"
+    _refuse("decoder_pruner", pruner, what, "change it")
+  if pruner.get("score") != "mean+action":
+    _refuse("decoder_pruner", pruner, "a history with score='mean+action' alone", "change one of the two")
 
 
 def _check_compressor(c: Mapping[str, Any]) -> None:

@@ -98,7 +98,7 @@ def resolve(config: Any) -> dict[str, Any]:
     resolved["variant"] = VARIANTS[resolved["variant"]]
   for name in ("compressor", "decoder_pruner"):
     if hasattr(resolved[name], "keys"):  # such as a ConfigDict, which isinstance does not take for a mapping
-      resolved[name] = {**resolved[name]}
+      resolved[name] = {key: {**x} if hasattr(x, "keys") else x for key, x in resolved[name].items()}
   if hasattr(resolved["codec"], "keys"):
     resolved["codec"] = action_tokens.from_json({**resolved["codec"]}, "model.codec")
   resolved["remat"] = None if resolved["remat"] == "none" else resolved["remat"]

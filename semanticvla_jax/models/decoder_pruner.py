@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax.models import masks
+from semanticvla_jax.models.history import History, Memory
 from semanticvla_jax.models.llama import take
 from semanticvla_jax.models.pruner import ANCHOR_RULES, cosine_similarity, top_indices
 
@@ -60,32 +61,48 @@ class DecoderPruner:
       the most different (VLA-Pruner, arXiv 2511.16449, by one layer's attention alone). Or a control.
     form: "drop" shortens the sequence; "mask" hides what is not kept from all other positions, which gives the same at
       the kept ones and saves nothing.
+    history: with "mean+action" alone: the action's part is then expected from earlier queries instead of read off this
+      one (a model that speaks does not know its actions yet). Until there are enough, the other part decides alone.
   """
 
   block: int
   keep: int
   score: str = "last"
   form: str = "drop"
+  history: History | None = None
 
   @property
   def parts(self) -> tuple[str, ...]:
     """The scores that this one is made of; () for a control."""
     return () if self.score in CONTROLS else tuple(self.score.split("+"))
 
+  @property
+  def looked_at(self) -> tuple[str, ...]:
+    """The parts whose attention behind the first `block` layers is needed."""
+    return self.parts if self.history is None or self.history.block < self.block else self.parts[:1]
+
   def choose(
-    self, weights: Sequence[Float[Array, "b _ l"]], real: Sequence[Bool[Array, "b _"]], patches: Array, spans: Spans
+    self,
+    weights: Sequence[Float[Array, "b _ l"]],
+    real: Sequence[Bool[Array, "b _"]],
+    patches: Array,
+    spans: Spans,
+    expected: tuple[Float[Array, "b n"], Bool[Array, " b"]] | None = None,
   ) -> Int[Array, "b k"]:
     """The visual tokens to keep, counted over all views, ascending.
 
     Args:
       weights: of each part, the attention of its rows. real: which of these count. patches: f[b n D], embeddings of the
-        visual tokens.
+        visual tokens. expected: of History, one more score and the rows that have it.
     """
-    (b, n), what = (len(spans.last), spans.visual), "visual tokens of a view (decoder_pruner)"
+    (b, n), what = (spans.last.shape[0], spans.visual), "visual tokens of a view (decoder_pruner)"
     each = [_scores(*pair, spans) for pair in zip(weights, real, strict=True)]
     if not each:
       control = ANCHOR_RULES[self.score](jnp.zeros((1, n, 1)), None, None, None)
       each = [jnp.broadcast_to(control, (b * spans.views, n))]
+    if expected is not None:
+      scores, known = expected
+      each.append(jnp.where(jnp.repeat(known, spans.views)[:, None], scores.reshape(-1, n), each[0]))
     kept = top_indices(each[0], self.keep, what)
     if len(each) > 1:
       best = [_members(top_indices(scores, self.keep, what), n) for scores in each]
@@ -96,8 +113,20 @@ class DecoderPruner:
   def positions(self, kept: Int[Array, "b k"], spans: Spans) -> Int[Array, "b m"]:
     """The positions of a sequence that go on, ascending."""
     behind = jnp.arange(1 + spans.views * spans.visual, spans.length)
-    parts = (jnp.zeros((len(kept), 1), kept.dtype), 1 + kept, jnp.broadcast_to(behind, (len(kept), len(behind))))
+    parts = (
+      jnp.zeros((kept.shape[0], 1), kept.dtype),
+      1 + kept,
+      jnp.broadcast_to(behind, (kept.shape[0], len(behind))),
+    )
     return jnp.concatenate(parts, axis=1)
+
+
+def from_config(fields: Mapping[str, Any] | None) -> DecoderPruner | None:
+  """The decoder pruner of a model config's `decoder_pruner`, or None."""
+  if fields is None:
+    return None
+  history = fields.get("history")
+  return DecoderPruner(**{**fields, "history": None if history is None else History(**history)})
 
 
 def rows(part: str, spans: Spans) -> Int[Array, "b r"]:
@@ -111,7 +140,7 @@ def rows(part: str, spans: Spans) -> Int[Array, "b r"]:
     "action": (spans.block, spans.length - 1),
     "stop": (spans.length - 1, spans.length),
   }[part]
-  return jnp.broadcast_to(jnp.arange(start, stop), (len(spans.last), stop - start))
+  return jnp.broadcast_to(jnp.arange(start, stop), (spans.last.shape[0], stop - start))
 
 
 def raters(
@@ -154,18 +183,28 @@ def _scores(weights: Float[Array, "b r l"], real: Bool[Array, "b r"], spans: Spa
 
 
 def pruned_states(
-  model: SemanticVLA, pruner: DecoderPruner, seen: dict, block: Bool[Array, " l"], read: Array, last: Int[Array, " b"]
-) -> tuple[Array, Array]:
+  model: SemanticVLA,
+  pruner: DecoderPruner,
+  seen: dict,
+  block: Bool[Array, " l"],
+  read: Array,
+  last: Int[Array, " b"],
+  memory: Memory | None = None,
+) -> tuple[Array, Array, Memory | None]:
   """As `Llama.states_at`, with fewer visual tokens from some layer on; notes which ("kept_visual") in `seen`.
 
   Args:
     model: bound to its parameters. seen: its intermediates so far. block: which positions are the action block.
     read: i32[b w], the positions whose states are wanted. last: each prompt's last real token.
+    memory: of a pruner with a history, what the query before gave; None for the first.
+
+  Returns:
+    hidden f[b l D], states f[b w D], and the memory for the next query; None without a history.
   """
-  x, valid, positions = seen["sequence"], seen["valid"], seen["positions"]
+  x, valid, positions, history = seen["sequence"], seen["valid"], seen["positions"], pruner.history
   views, prompt, length = seen["views"].shape[1], seen["context"].shape[1], len(block)
   spans = Spans(model.num_views, views, prompt, length - read.shape[1] - 1, length, last)
-  patches, asked = x[:, 1 : 1 + spans.views * views], [rows(part, spans) for part in pruner.parts]
+  patches, asked = x[:, 1 : 1 + spans.views * views], [rows(part, spans) for part in pruner.looked_at]
   real = [take(valid, at) for at in asked]
   if pruner.score == "raters":
     real = [raters(patches, take(x, asked[0]), real[0])]
@@ -174,12 +213,32 @@ def pruned_states(
   )
   ends = np.cumsum([at.shape[1] for at in asked])[:-1]
   each = jnp.split(weights, ends, axis=1) if asked else []
-  seen["kept_visual"] = pruner.choose(each, real, patches, spans)
-  on = pruner.positions(seen["kept_visual"], spans)
+  expected, actions = None, None
+  if history is not None:
+    memory = history.empty(x.shape[0], patches.shape[1]) if memory is None else memory
+    expected, actions = history.estimate(memory), each[1] if len(each) > 1 else None
+    each, real = each[:1], real[:1]
+  seen["kept_visual"] = pruner.choose(each, real, patches, spans, expected)
+  on, dropped, start = pruner.positions(seen["kept_visual"], spans), 0, pruner.block
   if pruner.form == "mask":
     valid &= _members(on, length)
   else:
     x, positions, valid = (take(array, on) for array in (x, positions, valid))
     dropped = length - on.shape[1]
     block, read = block[dropped:], read - dropped
-  return model.llm.states_at(x, positions, masks.attention_mask(valid, block, model.mask), read, pruner.block)
+  allowed = masks.attention_mask(valid, block, model.mask)
+  if history is not None:
+    if actions is None:
+      start = history.block + 1
+      x, actions = model.llm.begin(x, positions, allowed, start, rows("action", spans) - dropped, pruner.block)
+    memory = history.add(memory, _looked(actions, seen["kept_visual"], spans))
+  return *model.llm.states_at(x, positions, allowed, read, start), memory
+
+
+def _looked(weights: Float[Array, "b r l"], kept: Int[Array, "b k"], spans: Spans) -> Float[Array, "b n"]:
+  """Mean attention of these rows to each visual token of all views; 0 to those that are not in the sequence."""
+  n, mean = spans.views * spans.visual, weights.mean(axis=1)
+  if weights.shape[-1] == spans.length:
+    return mean[:, 1 : 1 + n]
+  there = lambda at, found: jnp.zeros(n, jnp.float32).at[at].set(found)  # noqa: E731
+  return jax.vmap(there)(kept, mean[:, 1 : 1 + kept.shape[1]])

@@ -200,13 +200,15 @@ class Llama(nn.Module):
     mask: Bool[Array, "b l l"],
     layers: int,
     rows: Int[Array, "b r"] | None = None,
+    start: int = 0,
   ) -> tuple[Float[Array, "b l d"], Float[Array, "b r l"] | None]:
     """Embeddings → (the residual stream behind the first `layers`, where `rows` look in the last of them).
 
-    With separate layers alone. The second is float32, the mean over heads; None without `rows` or layers.
+    With separate layers alone. The second is float32, the mean over heads; None without `rows` or layers. With `start`,
+    x is the residual stream behind the first `start` layers.
     """
     weights = None
-    for i, layer in enumerate(self.layers[:layers]):
+    for i, layer in enumerate(self.layers[start:layers], start):
       asked = rows if i == layers - 1 else None
       x, found = layer(x, positions, mask, None, 0, None, asked)
       weights = None if asked is None else found[1]

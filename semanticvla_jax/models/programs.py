@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax
+import numpy as np
 
 from semanticvla_jax.types import Array, Observation, Sentence
 
@@ -33,10 +36,26 @@ def sentence(model: nn.Module) -> Callable[..., Sentence]:
   return run
 
 
-def actions(model: nn.Module) -> Callable[..., Array]:
-  """(params, sentences, images u8[b v h w 3], proprioception f32[b p]) → normalized actions f32[b k a]."""
+def actions(model: nn.Module) -> Callable[..., Any]:
+  """(params, sentences, images u8[b v h w 3], proprioception f32[b p]) → normalized actions f32[b k a].
+
+  Of a model that remembers: (…, proprioception, memory) → (actions, memory).
+  """
 
   def run(params: Mapping, sentences: Sentence, images: Array, proprio: Array | None) -> Array:
     return model.apply({"params": params}, Observation(images, proprio, None, None), sentence=sentences).actions
 
-  return run
+  def remember(params: Mapping, sentences: Sentence, images: Array, proprio: Array | None, memory: Mapping) -> tuple:
+    seen = Observation(images, proprio, None, None)
+    out = model.apply({"params": params}, seen, sentence=sentences, memory=memory)
+    return out.actions, out.memory
+
+  return remember if bare(model).remembers else run
+
+
+def empty_memory(model: nn.Module, params: Mapping, observation: Observation) -> dict[str, np.ndarray] | None:
+  """What a model remembers before the first query of each of an observation's rows: zeros; None for most models."""
+  if not bare(model).remembers:
+    return None
+  run = lambda params, observation: model.apply({"params": params}, observation).memory  # noqa: E731
+  return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(run, params, observation))

@@ -32,7 +32,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax.action_tokens import ActionTokenizer
-from semanticvla_jax.models import checks, compressor, coupler, fast, fuser, masks
+from semanticvla_jax.models import checks, compressor, coupler, decoder_pruner, fast, fuser, masks
 from semanticvla_jax.models.config import DEFAULTS, VARIANTS, resolve  # noqa: F401 (`build` goes by them)
 from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, tokens_to_actions
 from semanticvla_jax.models.decoder_pruner import DecoderPruner, pruned_states
@@ -52,10 +52,11 @@ DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.22363281
 
 @flax.struct.dataclass
 class Output:
-  """Actions f32[b k a], normalized; and what led to them, by name: free under jit when unread."""
+  """Actions f32[b k a], normalized; what led to them, by name: free under jit when unread; what to remember."""
 
   actions: Float[Array, "b k a"]
   intermediates: dict[str, Any]
+  memory: Any = None  # for the next query of the same episode, see history.py; None for a model without
 
 
 class SemanticVLA(nn.Module):
@@ -97,6 +98,7 @@ class SemanticVLA(nn.Module):
     pixels: dict | None = None,
     part: tuple[Int[Array, ""], int] | None = None,
     sentence: Sentence | None = None,
+    memory: Any = None,
   ) -> Output:
     """Observation → actions.
 
@@ -106,6 +108,7 @@ class SemanticVLA(nn.Module):
       pixels: {encoder: f[b v h w 3]}, images that are normalized already, instead of `observation.images`.
       part: (i, p) where these are the examples i, i + p, i + 2p, … of a batch: their noise is what they have in it.
       sentence: what `self.sentence` made of the instructions; the observation's own are not read then (may be None).
+      memory: of the Output of each episode's last query; None where all begin, which is all of training.
     """
     if self.coupler is None:
       spoken = self.generate(observation, pixels, sentence=sentence)
@@ -130,9 +133,9 @@ class SemanticVLA(nn.Module):
       hidden, states = self.llm.states_at(x, positions, allowed, read)
     else:
       last = _last(seen["context"], seen["prompt_mask"])
-      hidden, states = pruned_states(self, self.decoder_pruner, seen, block, read, last)
+      hidden, states, memory = pruned_states(self, self.decoder_pruner, seen, block, read, last, memory)
     seen |= dict(hidden=hidden, action_states=states)
-    return Output(self.coupler(states), seen)
+    return Output(self.coupler(states), seen, memory)
 
   def sentence(self, observation: Observation, modulate: bool = False) -> Sentence:
     """What the instruction alone decides; with `modulate`, every block's FiLM too. Images are not looked at."""
@@ -306,6 +309,11 @@ class SemanticVLA(nn.Module):
     """Whether the instruction decides which patches of an image are kept."""
     return any(self.pruner(encoder, "id") is not None for encoder in self.pruners)
 
+  @property
+  def remembers(self) -> bool:
+    """Whether an answer depends on earlier queries of the episode."""
+    return self.decoder_pruner is not None and self.decoder_pruner.history is not None
+
   def parts(self) -> dict[str, nn.Module]:
     """The parts that this model has, by the name that their parameters go under."""
     names = [x.name for x in dataclasses.fields(self) if x.name != "parent"]
@@ -389,7 +397,7 @@ def build(config: Any) -> SemanticVLA:
     num_views=c["num_views"],
     proprio_dim=c["proprio_dim"],
     optional_views=tuple(c["optional_views"]),
-    decoder_pruner=None if c["decoder_pruner"] is None else DecoderPruner(**c["decoder_pruner"]),
+    decoder_pruner=decoder_pruner.from_config(c["decoder_pruner"]),
     spoken_dims=c["action_dim"],
     decoding=c["decoding"],
     codec=fast.from_config(c),

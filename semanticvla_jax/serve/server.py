@@ -182,15 +182,27 @@ def load(
   """A policy folder, or a file of `Policy.export`, compiled for these batch sizes and prompt lengths, each run once.
 
   Raises:
-    ValueError: it cannot be read, or an option does not apply to it.
+    ValueError: it cannot be read, or remembers earlier queries, or an option does not apply to it.
   """
   if not Path(policy).is_file():
     own = dict(dataset=dataset, dtype=dtype, weights=weights, prompt_lengths=tuple(prompt_lengths))
-    return Policy.load(policy, batch_sizes=tuple(sizes), **own)
+    return _without_memory(Policy.load(policy, batch_sizes=tuple(sizes), **own))
   if (dataset, dtype, weights, tuple(prompt_lengths)) != (None, None, "full", ()):
     got = "--dataset, --dtype, --weights or --prompt-lengths with an exported policy"
     raise refuse("--policy", got, "a policy folder", "leave them out; the file has its own")
-  return exported.ExportedPolicy.load(policy, batch_sizes=tuple(sizes))
+  return _without_memory(exported.ExportedPolicy.load(policy, batch_sizes=tuple(sizes)))
+
+
+def _without_memory(policy: Any) -> Any:
+  """The policy. Raises ValueError if it remembers earlier queries: most clients never say when an episode begins."""
+  if policy.remembers:
+    raise refuse(
+      "--policy",
+      "one that remembers earlier queries of an episode (model.decoder_pruner has a history)",
+      "one without, because openpi's and OpenVLA's clients do not say when an episode begins",
+      "evaluate its folder, or save it without history",
+    )
+  return policy
 
 
 def latency(policy: Any, calls: int = 5) -> float:

@@ -14,7 +14,7 @@ CONFIGS = {
   "oft": "openvla_oft:libero",
   **{row: f"libero:{row}" for row in ("full", "lite", "r4", "r32")},
   **{row: f"ablations:{row}" for row in rows.ROWS if row.startswith("table")},
-  **{row: f"baselines:{row}" for row in rows.ROWS if row.startswith(("fastv", "slime"))},
+  **{row: f"baselines:{row}" for row in rows.ROWS if row.startswith(("fastv", "slime", "vla_pruner"))},
 }
 HOW = ("scan", "scan_encoders", "remat", "dtype")  # a program computes the same with other values
 

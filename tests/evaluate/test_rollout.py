@@ -11,6 +11,7 @@ from point import Point
 
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment
 from semanticvla_jax.evaluate.rollout import OnDevice, OnHost, simulate
+from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
 
 REPLAY, MAX_STEPS, SEEDS = 2, 40, range(12)
@@ -27,12 +28,12 @@ def pick(state: tasks.State) -> jax.Array:
   return jnp.concatenate([move, jnp.stack([0 * turn, 0 * turn, turn, jnp.where(close, 1.0, -1.0)])])
 
 
-def scripted(states: tasks.State, told: jax.Array) -> jax.Array:
+def scripted(states: tasks.State, told: jax.Array, memory: None = None) -> tuple[jax.Array, None]:
   """Told 0: pick, then hold still; told 1: nothing; told 2: a broken second action. f32[b 3 7]."""
   actions = jax.vmap(pick)(states)[:, None] * jnp.array([1.0, 0.0, 0.0])[:, None]
   actions = actions.at[:, 1:, 6].set(actions[:, :1, 6])
   actions = jnp.where(told[:, None, None] == 1, 0.0, actions)
-  return jnp.where((told[:, None, None] == 2) & (jnp.arange(3) >= 1)[:, None], jnp.nan, actions)
+  return jnp.where((told[:, None, None] == 2) & (jnp.arange(3) >= 1)[:, None], jnp.nan, actions), memory
 
 
 @functools.cache
@@ -55,7 +56,7 @@ class Scripted:
   def __init__(self, environment):
     self.environment = environment
     self.resets, self.asked = 0, 0
-    self._plan = jax.jit(lambda state, told: scripted(jax.tree.map(lambda x: x[None], state), told)[0])
+    self._plan = jax.jit(lambda state, told: scripted(jax.tree.map(lambda x: x[None], state), told)[0][0])
 
   def reset(self):
     self.resets += 1
@@ -137,6 +138,28 @@ def test_a_policy_acts_the_same_on_device_and_host(device, environment):
     for state, expected in chunk_by_chunk(policy, environment, path, int(one.steps[0]), host.replan_steps):
       jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state, expected)
     assert np.ptp(path.position, axis=0).min() > 0.01, "the policy moves"
+
+
+def test_a_policy_that_remembers_acts_the_same_on_device_and_host(environment):
+  """Its memory goes through the scan, each episode's its own, and begins anew with every `run`."""
+  device = OnDevice(policies.remembering(), "pick", "heldout", batch=2, keep_states=True)
+  states = device.run([0, 5]).states
+  for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(device.run([5, 0]).states)):
+    np.testing.assert_array_equal(a, b[:, ::-1])
+  policy = policies.remembering(batch_sizes=(1,))
+  forgetting = policies.remembering()
+  forgetting.inference = policy.inference
+  forgetting.infer_batch = lambda *args: forgetting.reset() or Policy.infer_batch(forgetting, *args)
+  off: dict[Policy, list] = {policy: [], forgetting: []}
+  for one, found in off.items():
+    for i in range(2):
+      one.reset()
+      path = jax.tree.map(lambda x: x[:, i], states)  # noqa: B023
+      for state, expected in chunk_by_chunk(one, environment, path, MAX_STEPS, 8):
+        found.append(
+          max(np.abs(state.position - expected.position).max(), np.abs(state.rotation - expected.rotation).max())
+        )
+  assert max(off[policy]) < 1e-5 and max(off[forgetting]) > 1e-3, "float32's rounding; what is remembered matters"
 
 
 def test_a_policy_that_gives_no_number_fails_on_device_and_is_in_the_rate():

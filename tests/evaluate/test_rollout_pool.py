@@ -6,12 +6,14 @@ import os
 import signal
 
 import numpy as np
+import policies
 import pytest
 from point import FOLDER, Point
 
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process
 from semanticvla_jax.evaluate import results
 from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, EpisodeResult, OnSimulators, stored_as_jpeg
+from semanticvla_jax.policy import Policy
 
 
 class Half:
@@ -245,3 +247,27 @@ def test_nonsense_is_refused(runner):
     runner(workers=0)
   with pytest.raises(ValueError, match="replan_steps=0; expected at least 1"):
     runner(replan_steps=0)
+
+
+class Recorded(Policy):
+  """A policy that keeps what it answered: {(episode, step): actions}."""
+
+  def infer_batch(self, observations, episodes=None):
+    found = super().infer_batch(observations, episodes)
+    asked = [(one["episode"], one["step"]) for one in observations]
+    self.answers |= {key: one["actions"] for key, one in zip(asked, found, strict=True)}
+    return found
+
+
+def test_a_memory_is_of_its_episode_whoever_answers_first(runner):
+  """Two simulators, one of which dies, or one after the other: each query of an episode gets the same answer."""
+  policy, answers = policies.remembering(batch_sizes=(2,)), []
+  policy.__class__ = Recorded
+  for options in (dict(trouble={1: "die"}, workers=2), dict(workers=1)):
+    policy.answers = {}
+    runner(policy=policy, replan_steps=1, **options).run(range(3))
+    answers.append(policy.answers)
+    assert not policy.memories, "nothing is left of the episodes"
+  assert answers[0].keys() == answers[1].keys() and len(answers[0]) == 3 * Point.max_steps
+  for key, actions in answers[0].items():
+    np.testing.assert_array_equal(actions, answers[1][key])
