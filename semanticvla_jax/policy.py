@@ -217,7 +217,7 @@ class Policy(BasePolicy):
     """
     other = copy.copy(self)
     other.stats, other._extra = statistics.select(self._statistics, name), {**self._extra, "dataset": name}
-    other.robot = robot.select(self.config, name)
+    other.robot, other.memories = robot.select(self.config, name), {}
     other._check()
     other.preparation = other._make_preparation()
     return other
