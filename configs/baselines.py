@@ -23,9 +23,10 @@ DECODER = {
   "prune_uniform": dict(block=2, score="uniform"),
   "prune_centre": dict(block=2, score="centre"),
 }
-COMPRESSOR = ("slime", "slime_router")
+COMPRESSOR = ("slime", "slime_router", "compressor_vla")
 SPOKEN = {"openvla_chunk": "greedy", "pd_vla": "jacobi", "pd_vla_bidirectional": "jacobi_bidirectional"}
 ROWS = (*DECODER, *COMPRESSOR, *SPOKEN)
+TASK_SPATIAL = {"tiny": (4, 4), "small": (2, 3), "small64": (4, 4), "7b": (16, 4)}  # queries, window: 16 + 16 at 7b
 SIDES = {"tiny": 3, "small": 2, "small64": 3, "7b": 6}  # of SliME's grid: 36 tokens a view at 7b, about an eighth
 
 
@@ -41,7 +42,11 @@ def get_config(arg=None):
     config.model.scan = False  # layers that see different tokens cannot run as one loop
     config.model.decoder_pruner = dict(keep=common.PATCHES[variant] // 8, **fields)
   else:
-    side = SIDES[variant]
-    config.model.compressor = dict(kind="resampler", side=side) if row == "slime" else dict(kind="router", keep=side**2)
+    side, (queries, window) = SIDES[variant], TASK_SPATIAL[variant]
+    config.model.compressor = {
+      "slime": dict(kind="resampler", side=side),
+      "slime_router": dict(kind="router", keep=side**2),
+      "compressor_vla": dict(kind="task_spatial", queries=queries, window=window),
+    }[row]
     config.trainable += "|compressor/.*"
   return config

@@ -68,6 +68,7 @@ _PER_DIMENSION = dict(coupler="single")
 _COUNTED = "ours has {}; without them it agrees with the paper to 1 % (column profiled)"
 _SEEN = _COUNTED.format("a prompt longer than 20 tokens, attention's own products and the text tower")
 _SLIME, _READING = Paper("Table 5", 2.71, 3.8, 0.089), "the paper's module is not public; this is one reading of it"
+_OTHERS = "a method that the paper does not compare with; figures of its own paper are in docs/LOG.md"
 _FASTV, _LAYER = Paper("Table 5", 2.71, None, 0.091), "the paper does not say behind which layer FastV prunes"
 
 ROWS = {
@@ -94,6 +95,8 @@ ROWS = {
   # Two readings of SliME's row; `model` adds the number of tokens, 36 of 256.
   "slime": Row(fields=_DENSE | dict(compressor=dict(kind="resampler")), recipe="slime", paper=_SLIME, why=_READING),
   "slime_router": Row(fields=_DENSE | dict(compressor=dict(kind="router")), recipe="slime", paper=_SLIME, why=_READING),
+  # Compressor-VLA, an eighth; `model` adds its numbers.
+  "compressor_vla": Row(fields=_DENSE | dict(compressor=dict(kind="task_spatial")), recipe="slime", why=_OTHERS),
   # Table 4 is named after the pruner of SigLIP, then of DINOv2. FiLM goes with the SA-Pruner.
   "table4_id_id": Row(fields=dict(dino_pruner="id", film=())),
   "table4_sa_sa": Row(fields=dict(siglip_pruner="sa", film=("dino", "siglip"))),
@@ -181,6 +184,15 @@ def model(name: str, size: str, dtype: str = "float32", **fields: Any) -> dict[s
     block = min(pruner["block"], sizes["llm"]["depth"] - 1)
     made["decoder_pruner"] = pruner | {"block": block, "keep": keep}
   if compressor := made.get("compressor"):
-    side = round(grid * 6 / 16)
-    made["compressor"] = compressor | ({"keep": side**2} if compressor["kind"] == "router" else {"side": side})
+    made["compressor"] = _compressor_numbers(compressor["kind"], grid, keep) | compressor
   return made
+
+
+def _compressor_numbers(kind: str, grid: int, keep: int) -> dict[str, int]:
+  """The numbers of a compressor for grid × grid patches, of which the row keeps `keep`."""
+  side, window = round(grid * 6 / 16), 3 if grid % 4 else 4
+  return {
+    "resampler": {"side": side},
+    "router": {"keep": side**2},
+    "task_spatial": {"queries": max(keep - (grid // window) ** 2, 2), "window": window},
+  }[kind]

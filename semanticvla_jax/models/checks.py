@@ -155,14 +155,15 @@ def _check_decoder_pruner(c: Mapping[str, Any]) -> None:
 
 
 def _check_compressor(c: Mapping[str, Any]) -> None:
-  """None, or a kind with its number."""
+  """None, or a kind with its numbers."""
   fields = c["compressor"]
   if fields is None:
     return
-  written = " or ".join(f"dict(kind={kind!r}, {number}=6)" for kind, (number, _) in compressor.KINDS.items())
+  each = {kind: ", ".join(f"{number}=6" for number in numbers) for kind, (numbers, _) in compressor.KINDS.items()}
+  written = " or ".join(f"dict(kind={kind!r}, {numbers})" for kind, numbers in each.items())
   kind = fields.get("kind") if isinstance(fields, Mapping) else None
-  number = compressor.KINDS[kind][0] if kind in compressor.KINDS else None
-  if number is None or {*fields} != {"kind", number} or not _is_count(fields[number], 1):
+  numbers = compressor.KINDS[kind][0] if kind in compressor.KINDS else ()
+  if not numbers or {*fields} != {"kind", *numbers} or not all(_is_count(fields[number], 1) for number in numbers):
     _refuse("compressor", fields, f"None, {written}", "write it so")
 
 

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+from configs import baselines
 from semanticvla_jax.benchmark import programs, rows
 from semanticvla_jax.models.config import resolve
 from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_observation
@@ -14,7 +15,7 @@ CONFIGS = {
   "oft": "openvla_oft:libero",
   **{row: f"libero:{row}" for row in ("full", "lite", "r4", "r32")},
   **{row: f"ablations:{row}" for row in rows.ROWS if row.startswith("table")},
-  **{row: f"baselines:{row}" for row in rows.ROWS if row.startswith(("fastv", "slime"))},
+  **{row: f"baselines:{row}" for row in rows.ROWS if row in baselines.ROWS},
 }
 HOW = ("scan", "scan_encoders", "remat", "dtype")  # a program computes the same with other values
 
