@@ -97,6 +97,8 @@ ROWS = {
   "slime_router": Row(fields=_DENSE | dict(compressor=dict(kind="router")), recipe="slime", paper=_SLIME, why=_READING),
   # Compressor-VLA, an eighth; `model` adds its numbers.
   "compressor_vla": Row(fields=_DENSE | dict(compressor=dict(kind="task_spatial")), recipe="slime", why=_OTHERS),
+  # EfficientVLA's 10 of 32 layers; `model` says which.
+  "efficientvla_layers": Row(fields=_OFT | dict(skip_layers=None), recipe="oft", why=_OTHERS),
   # Table 4 is named after the pruner of SigLIP, then of DINOv2. FiLM goes with the SA-Pruner.
   "table4_id_id": Row(fields=dict(dino_pruner="id", film=())),
   "table4_sa_sa": Row(fields=dict(siglip_pruner="sa", film=("dino", "siglip"))),
@@ -185,6 +187,9 @@ def model(name: str, size: str, dtype: str = "float32", **fields: Any) -> dict[s
     made["decoder_pruner"] = pruner | {"block": block, "keep": keep}
   if compressor := made.get("compressor"):
     made["compressor"] = _compressor_numbers(compressor["kind"], grid, keep) | compressor
+  if made.get("skip_layers", ()) is None:
+    depth = sizes["llm"]["depth"]
+    made["skip_layers"] = tuple(range(depth - 2 * max(round(depth * 10 / 32), 1), depth, 2))
   return made
 
 

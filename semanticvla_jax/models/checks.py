@@ -67,6 +67,7 @@ def check(c: Mapping[str, Any]) -> None:
   _check_variant(c)
   _check_decoder_pruner(c)
   _check_compressor(c)
+  _check_skipped(c)
 
 
 def _refuse(field: str, got: Any, expected: str, remedy: str) -> None:
@@ -165,6 +166,21 @@ def _check_compressor(c: Mapping[str, Any]) -> None:
   numbers = compressor.KINDS[kind][0] if kind in compressor.KINDS else ()
   if not numbers or {*fields} != {"kind", *numbers} or not all(_is_count(fields[number], 1) for number in numbers):
     _refuse("compressor", fields, f"None, {written}", "write it so")
+
+
+def _check_skipped(c: Mapping[str, Any]) -> None:
+  """Some of the decoder's layers, separate ones, and neither all nor the one whose attention a pruner reads."""
+  skipped, depth, pruner = c["skip_layers"], c["variant"]["llm"]["depth"], c["decoder_pruner"]
+  known = isinstance(skipped, (list, tuple)) and all(_is_count(layer, 0) and layer < depth for layer in skipped)
+  if not known or len({*skipped}) < len(skipped):
+    _refuse("skip_layers", skipped, f"different ones of the layers 0 to {depth - 1}", "() leaves none out")
+  if skipped and c["scan"]:
+    _refuse("skip_layers", skipped, "() with scan=True, whose layers are one loop", "set model.scan=False")
+  first = 0 if pruner is None else pruner["block"]
+  if {*range(first, depth)} <= {*skipped}:
+    _refuse("skip_layers", skipped, f"one of the layers {first} to {depth - 1} left", "leave one of them in")
+  if pruner is not None and first - 1 in skipped and DecoderPruner(**pruner).parts:
+    _refuse("skip_layers", skipped, f"not layer {first - 1}, whose attention decoder_pruner reads", "leave it in")
 
 
 def _are_pairs(x: Any) -> bool:

@@ -69,6 +69,7 @@ DEFAULTS = dict(
   mask="block",  # 'full', 'causal': see masks.py
   compressor=None,  # dict(kind, …): fewer visual tokens of projected patches, see compressor.py
   decoder_pruner=None,  # dict(block, keep, score): visual tokens that later layers do without, see decoder_pruner.py
+  skip_layers=(),  # numbers of decoder layers that are left out, with scan=False; their parameters stay
   scan=True,  # stacked language-model layers
   scan_encoders=False,  # one loop over an encoder's blocks between two taps: compiles in a fraction of the time
   fused=False,  # projections of one input as one product: how a policy lays its parameters out, see serving.py

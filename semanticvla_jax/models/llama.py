@@ -8,6 +8,7 @@ With `fused`, projections of one input are one product (`qkv_proj`, `gate_up_pro
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -138,6 +139,7 @@ class Llama(nn.Module):
     vocab, width, depth, num_heads, mlp_dim: sizes. eps: of RMSNorm (1e-6 in OpenVLA's config, not Llama-2's 1e-5).
     theta: rotary base. scan: stacked layers (True) or layers apart (False). remat: None, 'full' or 'dots', what the
     backward pass recomputes of each layer: nothing, all, all but matrix products. fused: see models/serving.py.
+    skip: numbers of layers that are left out, separate ones; they have parameters all the same.
   """
 
   vocab: int
@@ -150,6 +152,7 @@ class Llama(nn.Module):
   scan: bool = True
   remat: str | None = None
   fused: bool = False
+  skip: tuple[int, ...] = ()
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -188,10 +191,16 @@ class Llama(nn.Module):
     else:
       caches = []
       for i, layer in enumerate(self.layers):
-        x, layer_cache = layer(x, positions, mask, cache and (cache[0][i], cache[1][i]), write_at)
+        layer_cache = cache and (cache[0][i], cache[1][i])
+        if self._runs(i):
+          x, layer_cache = layer(x, positions, mask, layer_cache, write_at)
         caches.append(layer_cache)
       cache = cache and tuple(jnp.stack(part) for part in zip(*caches))
     return self.norm(x), cache
+
+  def _runs(self, i: int) -> bool:
+    """Whether layer i runs: all do where parameters are made."""
+    return i not in self.skip or self.is_initializing()
 
   def begin(
     self,
@@ -207,6 +216,8 @@ class Llama(nn.Module):
     """
     weights = None
     for i, layer in enumerate(self.layers[:layers]):
+      if not self._runs(i):
+        continue
       asked = rows if i == layers - 1 else None
       x, found = layer(x, positions, mask, None, 0, None, asked)
       weights = None if asked is None else found[1]
@@ -229,10 +240,11 @@ class Llama(nn.Module):
     if self.scan:
       states, _ = self(x, positions, mask)
       return states, take(states, at)
-    for layer in self.layers[start:-1]:
+    *before, last = (layer for i, layer in enumerate(self.layers) if i >= start and self._runs(i))
+    for layer in before:
       x, _ = layer(x, positions, mask, None, 0)
-    states, _ = self.layers[-1](x, positions, mask, None, 0)
-    some, _ = self.layers[-1](x, positions, mask, None, 0, at)
+    states, _ = last(x, positions, mask, None, 0)
+    some, _ = last(x, positions, mask, None, 0, at)
     return self.norm(states), self.norm(some)
 
   @nn.nowrap
@@ -247,6 +259,12 @@ class Llama(nn.Module):
   def logits(self, states: Float[Array, "b l d"]) -> Float[Array, "b l vocab"]:
     """Logits over the whole vocabulary, float32. Only models that speak in tokens have this matrix."""
     return self.lm_head(states).astype(jnp.float32)
+
+
+def from_config(c: Mapping[str, Any], dtype: Any) -> Llama:
+  """The decoder of a resolved model config."""
+  how = dict(scan=c["scan"], remat=c["remat"], fused=c["fused"], skip=tuple(c["skip_layers"]))
+  return Llama(**c["variant"]["llm"], **how, dtype=dtype)
 
 
 def unstack_layers(params: dict) -> dict:

@@ -31,7 +31,7 @@ from einops import rearrange, repeat
 from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
-from semanticvla_jax.models import checks, compressor, coupler, fuser, masks
+from semanticvla_jax.models import checks, compressor, coupler, fuser, llama, masks
 from semanticvla_jax.models.config import DEFAULTS, VARIANTS, resolve  # noqa: F401 (`build` goes by them)
 from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, tokens_to_actions
 from semanticvla_jax.models.decoder_pruner import DecoderPruner, pruned_states
@@ -373,7 +373,7 @@ def build(config: Any) -> SemanticVLA:
     sparse_fuser=SparseFuser(width, joint=c["sparse_fuser"] == "joint", dtype=dtype),
     compressor=compressor.from_config(c["compressor"], dtype),
     proprio_projector=None if c["proprio_dim"] is None else MLP((width, width), dtype=dtype),
-    llm=Llama(**sizes["llm"], scan=c["scan"], remat=c["remat"], fused=c["fused"], dtype=dtype),
+    llm=llama.from_config(c, dtype),
     coupler=coupler.from_config(c, width, dtype),
     film=tuple(name for name in c["encoders"] if name in c["film"]),
     film_pool=c["film_pool"],

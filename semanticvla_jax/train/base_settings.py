@@ -36,6 +36,7 @@ FREE = (
   "cues",
   "noise",
   "anchor_rule",
+  "skip",
   "parent",
   "name",
 )

@@ -37,6 +37,7 @@ FIELD_DEFAULTS_BEFORE = {
   "model.groups": None,
   "model.decoder_pruner": None,
   "model.compressor": None,
+  "model.skip_layers": [],
   "model.keep_least": None,
   "model.decoding": "greedy",
 }
