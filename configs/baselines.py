@@ -3,7 +3,8 @@
 Rows of DECODER keep 1/8 of each view's patches from layer `block` of the language model on; `efficientvla_layers`
 leaves some of its layers out. Nothing of that is trained, so a row is meant for a policy trained as
 `configs/openvla_oft.py`; trained from the start it is a model that prunes while it learns. Rows of COMPRESSOR have an
-additional module in front of the language model and are trained. Rows of SPOKEN are OpenVLA with two views and eight
+additional module in front of the language model and are trained. `lightvla` has no parameters to add, and is trained
+from a policy that `configs/openvla_oft.py` has finished. Rows of SPOKEN are OpenVLA with two views and eight
 actions a query, a token for each of their 56 numbers: the three differ in how the tokens are decoded, not in training.
 PAPER.md says what is public of each method, and which reading ours is.
 """
@@ -25,11 +26,12 @@ DECODER = {
   "prune_centre": dict(block=2, score="centre"),
 }
 COMPRESSOR = ("slime", "slime_router", "compressor_vla")
+LIGHT_STEPS = 40_005  # of LightVLA's training, over which its noise falls to 0
 SPOKEN = {"openvla_chunk": "greedy", "pd_vla": "jacobi", "pd_vla_bidirectional": "jacobi_bidirectional"}
 # EfficientVLA leaves out 10 of 32 layers. Which ones depends on the policy: these, every second of the last, are a
 # placeholder, `evaluate doctor --model` measures a policy's own.
 SKIPPED = {"tiny": (0,), "small": (2,), "small64": (2,), "7b": tuple(range(12, 32, 2))}
-ROWS = (*DECODER, *COMPRESSOR, "efficientvla_layers", *SPOKEN)
+ROWS = (*DECODER, *COMPRESSOR, "efficientvla_layers", "lightvla", *SPOKEN)
 TASK_SPATIAL = {"tiny": (4, 4), "small": (2, 3), "small64": (4, 4), "7b": (16, 4)}  # queries, window: 16 + 16 at 7b
 SIDES = {"tiny": 3, "small": 2, "small64": 3, "7b": 6}  # of SliME's grid: 36 tokens a view at 7b, about an eighth
 
@@ -47,6 +49,10 @@ def get_config(arg=None):
     config.model.decoder_pruner = dict(keep=common.PATCHES[variant] // 8, **fields)
   elif row == "efficientvla_layers":
     config.model.update(scan=False, skip_layers=SKIPPED[variant])
+  elif row == "lightvla":
+    places = common.PATCHES[variant] // 4  # a view; about 78 of 512 patches are kept on LIBERO
+    config.model.decoder_pruner = dict(block=0, keep=places, score="light", noise_steps=LIGHT_STEPS)
+    config.optim.drop_at, config.train.steps = 30_000, LIGHT_STEPS
   else:
     side, (queries, window) = SIDES[variant], TASK_SPATIAL[variant]
     config.model.compressor = {

@@ -99,6 +99,10 @@ ROWS = {
   "compressor_vla": Row(fields=_DENSE | dict(compressor=dict(kind="task_spatial")), recipe="slime", why=_OTHERS),
   # EfficientVLA's 10 of 32 layers; `model` says which.
   "efficientvla_layers": Row(fields=_OFT | dict(skip_layers=None), recipe="oft", why=_OTHERS),
+  # LightVLA with room for a quarter.
+  "lightvla": Row(
+    fields=_DENSE | dict(decoder_pruner=dict(block=0, score="light", noise_steps=40_005)), recipe="oft", why=_OTHERS
+  ),
   # Table 4 is named after the pruner of SigLIP, then of DINOv2. FiLM goes with the SA-Pruner.
   "table4_id_id": Row(fields=dict(dino_pruner="id", film=())),
   "table4_sa_sa": Row(fields=dict(siglip_pruner="sa", film=("dino", "siglip"))),
@@ -184,7 +188,7 @@ def model(name: str, size: str, dtype: str = "float32", **fields: Any) -> dict[s
   made = {"variant": variant, "keep": keep, **chosen.fields, "dtype": dtype, **fields}
   if pruner := made.get("decoder_pruner"):
     block = min(pruner["block"], sizes["llm"]["depth"] - 1)
-    made["decoder_pruner"] = pruner | {"block": block, "keep": keep}
+    made["decoder_pruner"] = pruner | {"block": block, "keep": keep * (2 if pruner.get("score") == "light" else 1)}
   if compressor := made.get("compressor"):
     made["compressor"] = _compressor_numbers(compressor["kind"], grid, keep) | compressor
   if made.get("skip_layers", ()) is None:

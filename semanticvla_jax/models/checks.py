@@ -10,7 +10,7 @@ from typing import Any
 
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import compressor, masks, speech
-from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, FORMS, DecoderPruner
+from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, FORMS, LIGHT, DecoderPruner
 from semanticvla_jax.models.llama import REMAT
 from semanticvla_jax.models.pruner import ANCHOR_RULES, KINDS, kinds
 
@@ -143,16 +143,30 @@ def _check_decoder_pruner(c: Mapping[str, Any]) -> None:
   if not isinstance(pruner, Mapping) or not {"block", "keep"} <= {*pruner} <= {*known}:
     _refuse("decoder_pruner", pruner, f"None, or a dict of {known}, block and keep at least", "write it so")
   one, depth = DecoderPruner(**pruner), c["variant"]["llm"]["depth"]
-  scores = (*ATTENTION, *CONTROLS)
+  scores = (*ATTENTION, *CONTROLS, LIGHT)
   if one.score not in scores or one.form not in FORMS:
     _refuse("decoder_pruner", pruner, f"score one of {scores}, form one of {FORMS}", "choose some of them")
-  least = 0 if one.score in CONTROLS else 1  # a score is of a layer that has run
+  least = 1 if one.score in ATTENTION else 0  # a score is of a layer that has run
   if not _is_count(one.block, least) or one.block >= depth or not _is_count(one.keep, 1):
     _refuse("decoder_pruner", pruner, f"block from {least} to {depth - 1}, keep from 1", "change them")
   if c["coupler"] is None:
     _refuse("decoder_pruner", pruner, "None with coupler=None, which speaks in tokens", "set model.coupler")
-  if c["scan"]:
+  if one.score == LIGHT:
+    _check_light(one, pruner, c["mask"])
+  elif one.noise_steps is not None:
+    _refuse("decoder_pruner", pruner, f"noise_steps with score={LIGHT!r} alone", "leave it out")
+  elif c["scan"]:
     _refuse("decoder_pruner", pruner, "None with scan=True, whose layers are one loop", "set model.scan=False")
+
+
+def _check_light(one: DecoderPruner, written: Mapping[str, Any], mask: str) -> None:
+  """LightVLA's acts on the decoder's input; in training its slots are in no order that a causal mask could go by."""
+  if one.block != 0:
+    _refuse("decoder_pruner", written, f"block=0 with score={LIGHT!r}", "set it so")
+  if mask != "full":
+    _refuse("mask", mask, f"'full' with decoder_pruner's score={LIGHT!r}", "set model.mask='full'")
+  if one.noise_steps is not None and not _is_count(one.noise_steps, 1):
+    _refuse("decoder_pruner", written, "noise_steps from 1, or None", "set it to the updates of the training")
 
 
 def _check_compressor(c: Mapping[str, Any]) -> None:

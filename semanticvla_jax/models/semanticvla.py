@@ -96,6 +96,7 @@ class SemanticVLA(nn.Module):
     pixels: dict | None = None,
     part: tuple[Int[Array, ""], int] | None = None,
     sentence: Sentence | None = None,
+    updates: Int[Array, ""] | int = 0,
   ) -> Output:
     """Observation → actions.
 
@@ -105,6 +106,7 @@ class SemanticVLA(nn.Module):
       pixels: {encoder: f[b v h w 3]}, images that are normalized already, instead of `observation.images`.
       part: (i, p) where these are the examples i, i + p, i + 2p, … of a batch: their noise is what they have in it.
       sentence: what `self.sentence` made of the instructions; the observation's own are not read then (may be None).
+      updates: of the training so far, by which LightVLA's noise falls.
     """
     if self.coupler is None:
       spoken = self.generate(observation, pixels, sentence=sentence)
@@ -126,7 +128,8 @@ class SemanticVLA(nn.Module):
       hidden, states = self.llm.states_at(x, positions, allowed, read)
     else:
       last = _last(seen["context"], seen["prompt_mask"])
-      hidden, states = pruned_states(self, self.decoder_pruner, seen, block, read, last)
+      training = (updates, part) if train else None
+      hidden, states = pruned_states(self, self.decoder_pruner, seen, block, read, last, training)
     seen |= dict(hidden=hidden, action_states=states)
     return Output(self.coupler(states), seen)
 
