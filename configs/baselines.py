@@ -31,7 +31,7 @@ SPOKEN = {"openvla_chunk": "greedy", "pd_vla": "jacobi", "pd_vla_bidirectional":
 # EfficientVLA leaves out 10 of 32 layers. Which ones depends on the policy: these, every second of the last, are a
 # placeholder, `evaluate doctor --model` measures a policy's own.
 SKIPPED = {"tiny": (0,), "small": (2,), "small64": (2,), "7b": tuple(range(12, 32, 2))}
-ROWS = (*DECODER, *COMPRESSOR, "efficientvla_layers", "lightvla", *SPOKEN)
+ROWS = (*DECODER, *COMPRESSOR, "efficientvla_layers", "lightvla", "cogvla", *SPOKEN)
 TASK_SPATIAL = {"tiny": (4, 4), "small": (2, 3), "small64": (4, 4), "7b": (16, 4)}  # queries, window: 16 + 16 at 7b
 SIDES = {"tiny": 3, "small": 2, "small64": 3, "7b": 6}  # of SliME's grid: 36 tokens a view at 7b, about an eighth
 
@@ -42,6 +42,8 @@ def get_config(arg=None):
     config = openvla.get_config(f"libero@{variant}")
     config.model.update(chunk=8, num_views=2, decoding=SPOKEN[row])
     return config
+  if row == "cogvla":
+    return _cogvla(variant)
   config = openvla_oft.get_config(f"libero@{variant}")
   if row in DECODER:
     fields = DECODER[row] | (dict(block=1) if variant == "tiny" else {})  # which has two layers
@@ -61,4 +63,14 @@ def get_config(arg=None):
       "compressor_vla": dict(kind="task_spatial", queries=queries, window=window),
     }[row]
     config.trainable += "|compressor/.*"
+  return config
+
+
+def _cogvla(variant):
+  """Aggregation tokens in both encoders, whose projections are mixed, and routed decoder layers."""
+  config = openvla_oft.get_config(f"film@{variant}")
+  config.model.update(dino_pruner="sa", siglip_pruner="sa", keep=common.PATCHES[variant] // 4, sparse_fuser="mixture")
+  config.model.update(mask="block", scan=False, routing=dict(least=0.15, most=0.85))
+  config.trainable += r"|(dino|siglip)_sa_pruner/.*|sparse_fuser/.*|llm/layers_\d+/router/.*"
+  config.train.steps = 80_005
   return config

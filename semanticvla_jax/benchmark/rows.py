@@ -61,6 +61,8 @@ class Row(NamedTuple):
 _OPENVLA = dict(dino_pruner=None, siglip_pruner=None, film=(), dense_fuser=None, vision_layer="second_to_last")
 _DENSE = _OPENVLA | dict(coupler="single", mask="full")
 _OFT = _DENSE | dict(scan=False)
+_SA_BOTH = dict(dino_pruner="sa", siglip_pruner="sa", film=("dino", "siglip"))
+_ROUTING = dict(least=0.15, most=0.85)
 _NO_FUSER = dict(dense_fuser=None, vision_layer="second_to_last", sparse_fuser="separate")
 _PER_DIMENSION = dict(coupler="single")
 # Established by counting: with 20 prompt tokens, without attention's own products and without the text tower, ours are
@@ -102,6 +104,12 @@ ROWS = {
   # LightVLA with room for a quarter.
   "lightvla": Row(
     fields=_DENSE | dict(decoder_pruner=dict(block=0, score="light", noise_steps=40_005)), recipe="oft", why=_OTHERS
+  ),
+  "cogvla": Row(
+    ratio=4,
+    fields=_DENSE | _SA_BOTH | dict(mask="block", sparse_fuser="mixture", scan=False, routing=_ROUTING),
+    recipe="cogvla",
+    why=_OTHERS,
   ),
   # Table 4 is named after the pruner of SigLIP, then of DINOv2. FiLM goes with the SA-Pruner.
   "table4_id_id": Row(fields=dict(dino_pruner="id", film=())),
@@ -145,6 +153,12 @@ RECIPES = {
   ),
   "oft": Recipe(32, 16.0, "all_linear", f"{_FILM}|proprio_projector/.*|coupler/.*"),
   "slime": Recipe(32, 16.0, "all_linear", f"{_FILM}|proprio_projector/.*|coupler/.*|compressor/.*"),
+  "cogvla": Recipe(
+    32,
+    16.0,
+    "all_linear",
+    f"{_FILM}|proprio_projector/.*|coupler/.*|(dino|siglip)_sa_pruner/.*|sparse_fuser/.*|llm/layers_\\d+/router/.*",
+  ),
   "openvla": Recipe(32, 16.0, "all_linear", None),
 }
 # AdamW as configs/common.py has it.

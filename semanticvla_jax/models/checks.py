@@ -21,7 +21,7 @@ CHOICES = {
   "siglip_pruner": PRUNERS,
   "film_pool": ("words", "all"),
   "anchor_rule": ANCHOR_RULES,
-  "sparse_fuser": ("joint", "separate"),
+  "sparse_fuser": ("joint", "separate", "mixture"),
   "vision_layer": ("last", "second_to_last"),
   "siglip_gelu": ("erf", "tanh"),
   "coupler": ("grouped", "paper", "single", None),
@@ -59,7 +59,9 @@ def check(c: Mapping[str, Any]) -> None:
   if c["keep_least"] is not None and not (_is_count(c["keep_least"], 1) and c["keep_least"] <= c["keep"]):
     _refuse("keep_least", c["keep_least"], f"None, or 1 to {c['keep']} (keep)", "None shows all patches that are kept")
   if c["keep_least"] is not None and c["sparse_fuser"] != "joint":
-    _refuse("keep_least", c["keep_least"], "None with sparse_fuser='separate'", "set model.sparse_fuser='joint'")
+    _refuse(
+      "keep_least", c["keep_least"], f"None with sparse_fuser={c['sparse_fuser']!r}", "set model.sparse_fuser='joint'"
+    )
   _check_views(c)
   _check_groups(c)
   _check_encoders(c)
@@ -68,6 +70,7 @@ def check(c: Mapping[str, Any]) -> None:
   _check_decoder_pruner(c)
   _check_compressor(c)
   _check_skipped(c)
+  _check_routing(c)
 
 
 def _refuse(field: str, got: Any, expected: str, remedy: str) -> None:
@@ -195,6 +198,20 @@ def _check_skipped(c: Mapping[str, Any]) -> None:
     _refuse("skip_layers", skipped, f"one of the layers {first} to {depth - 1} left", "leave one of them in")
   if pruner is not None and first - 1 in skipped and DecoderPruner(**pruner).parts:
     _refuse("skip_layers", skipped, f"not layer {first - 1}, whose attention decoder_pruner reads", "leave it in")
+
+
+def _check_routing(c: Mapping[str, Any]) -> None:
+  """None, or two shares, in a model that acts in one pass through separate layers and prunes in no other way there."""
+  routing = c["routing"]
+  if routing is None:
+    return
+  is_written = isinstance(routing, Mapping) and {*routing} == {"least", "most"}
+  if not is_written or not all(_is_number(x) and 0 < x <= 1 for x in routing.values()):
+    _refuse("routing", routing, "None, or dict(least, most) of shares above 0, 1 at most", "write it so")
+  if c["coupler"] is None or c["decoder_pruner"] is not None:
+    _refuse("routing", routing, "None with coupler=None or a decoder_pruner", "leave one of them out")
+  if c["scan"]:
+    _refuse("routing", routing, "None with scan=True, whose layers are one loop", "set model.scan=False")
 
 
 def _are_pairs(x: Any) -> bool:

@@ -17,6 +17,10 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
+from semanticvla_jax.models import masks
+from semanticvla_jax.models.pruner import top_indices
+from semanticvla_jax.models.routed import Router, Routing
+
 REMAT = {
   None: None,
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -132,6 +136,44 @@ class Block(nn.Module):
     return x, cache if rows is None else (cache, weights)
 
 
+class RoutedBlock(Block):
+  """A decoder layer that sees `share` of the visual tokens.
+
+  Positions are renumbered inside it, as in CogVLA's code, and what the MLP adds to a token is multiplied by its weight,
+  what attention adds is not.
+  """
+
+  share: float = 1.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b l D"],
+    mask: Bool[Array, "b l l"],
+    valid: Bool[Array, "b l"],
+    words: Bool[Array, "b l"],
+    visual: int,
+  ) -> Float[Array, "b l D"]:
+    """The residual stream → the same behind this layer; `words` and `visual` as for `Router`."""
+    (b, length, _), norm = x.shape, dict(epsilon=self.eps, dtype=self.dtype)
+    h = nn.RMSNorm(name="input_norm", **norm)(x)
+    weights = Router(name="router")(h, visual, words)
+    kept = top_indices(weights[:, 1 : 1 + visual], max(int(visual * self.share), 1), "visual tokens of a routed layer")
+    rest = jnp.broadcast_to(jnp.arange(1 + visual, length), (b, length - 1 - visual))
+    on = jnp.concatenate([jnp.zeros((b, 1), kept.dtype), 1 + kept, rest.astype(kept.dtype)], axis=1)
+    inside = jnp.take_along_axis(take(mask, on), on[:, None], axis=2)
+    how = (self.num_heads, self.theta, self.fused, self.dtype)
+    y, _, _ = Attention(*how, name="attn")(take(h, on), masks.positions(take(valid, on)), inside, None, 0)
+    some = take(x, on) + y
+    y = MLP(self.mlp_dim, self.fused, self.dtype, name="mlp")(nn.RMSNorm(name="post_attention_norm", **norm)(some))
+    some = some + (take(weights, on)[..., None] * y).astype(y.dtype)
+    x = x.at[jnp.arange(b)[:, None], on].set(some.astype(x.dtype))
+    x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+    self.sow("intermediates", "hidden", x)
+    self.sow("intermediates", "kept_visual", kept)
+    return x
+
+
 class Llama(nn.Module):
   """The decoder between its embeddings and its logits.
 
@@ -139,7 +181,8 @@ class Llama(nn.Module):
     vocab, width, depth, num_heads, mlp_dim: sizes. eps: of RMSNorm (1e-6 in OpenVLA's config, not Llama-2's 1e-5).
     theta: rotary base. scan: stacked layers (True) or layers apart (False). remat: None, 'full' or 'dots', what the
     backward pass recomputes of each layer: nothing, all, all but matrix products. fused: see models/serving.py.
-    skip: numbers of layers that are left out, separate ones; they have parameters all the same.
+    skip: numbers of layers that are left out, separate ones; they have parameters all the same. routing: of separate
+    layers that see some of the visual tokens, for `routed_states_at` alone; None for none.
   """
 
   vocab: int
@@ -153,6 +196,7 @@ class Llama(nn.Module):
   remat: str | None = None
   fused: bool = False
   skip: tuple[int, ...] = ()
+  routing: Routing | None = None
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -173,7 +217,11 @@ class Llama(nn.Module):
         length=self.depth,
       )(**sizes)
     else:
-      self.layers = [block(**sizes) for _ in range(self.depth)]
+      shares = [None] * self.depth if self.routing is None else self.routing.shares(self.depth)
+      routed = RoutedBlock
+      if self.remat:
+        routed = nn.remat(RoutedBlock, policy=REMAT[self.remat], static_argnums=(5,))
+      self.layers = [block(**sizes) if share is None else routed(**sizes, share=share) for share in shares]
     self.norm = nn.RMSNorm(epsilon=self.eps, dtype=self.dtype)
     self.lm_head = nn.Dense(self.vocab, use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
 
@@ -247,6 +295,23 @@ class Llama(nn.Module):
     some, _ = last(x, positions, mask, None, 0, at)
     return self.norm(states), self.norm(some)
 
+  def routed_states_at(
+    self,
+    x: Float[Array, "b l d"],
+    positions: Int[Array, "b l"],
+    mask: Bool[Array, "b l l"],
+    at: Int[Array, "b w"],
+    valid: Bool[Array, "b l"],
+    words: Bool[Array, "b l"],
+    visual: int,
+  ) -> tuple[Float[Array, "b l d"], Float[Array, "b w d"]]:
+    """As `states_at`, with routed layers; see RoutedBlock for the last three."""
+    for i, (layer, share) in enumerate(zip(self.layers, self.routing.shares(self.depth))):
+      if self._runs(i):
+        x = layer(x, positions, mask, None, 0)[0] if share is None else layer(x, mask, valid, words, visual)
+    states = self.norm(x)
+    return states, take(states, at)
+
   @nn.nowrap
   def empty_cache(self, batch: Any, length: int) -> tuple[Float[Array, "L b s h c"], Float[Array, "L b s h c"]]:
     """A key/value cache for `length` positions, zeros in the compute type; `batch` may be symbolic (jax.export)."""
@@ -264,6 +329,7 @@ class Llama(nn.Module):
 def from_config(c: Mapping[str, Any], dtype: Any) -> Llama:
   """The decoder of a resolved model config."""
   how = dict(scan=c["scan"], remat=c["remat"], fused=c["fused"], skip=tuple(c["skip_layers"]))
+  how |= dict(routing=None if c["routing"] is None else Routing(**c["routing"]))
   return Llama(**c["variant"]["llm"], **how, dtype=dtype)
 
 

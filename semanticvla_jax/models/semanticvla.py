@@ -124,7 +124,11 @@ class SemanticVLA(nn.Module):
     if self.shift:
       read = jnp.concatenate([_last(seen["context"], seen["prompt_mask"])[:, None], read[:, :-1]], axis=1)
     seen |= dict(sequence=x, valid=valid, allowed=allowed, positions=positions)
-    if self.decoder_pruner is None:
+    if self.llm.routing is not None:
+      visual = seen["views"].shape[1] * self.num_views
+      words = valid & ~block & (jnp.arange(len(block)) > visual)
+      hidden, states = self.llm.routed_states_at(x, positions, allowed, read, valid, words, visual)
+    elif self.decoder_pruner is None:
       hidden, states = self.llm.states_at(x, positions, allowed, read)
     else:
       last = _last(seen["context"], seen["prompt_mask"])
@@ -139,7 +143,8 @@ class SemanticVLA(nn.Module):
     condition = {}
     if self.film:
       pooled, encoders = self.pool(prompt, mask), self._encoders()
-      condition = {name: encoders[name].modulations(pooled) if modulate else pooled for name in self.film}
+      each = {name: (encoders[name], self._blocks(encoders[name])) for name in self.film}
+      condition = {name: vit.modulations(pooled, n) if modulate else pooled for name, (vit, n) in each.items()}
     if self.text is None:
       return Sentence(prompt, mask, condition)
     if observation.instruction is None:
@@ -217,7 +222,9 @@ class SemanticVLA(nn.Module):
       if not self.pruners[name]:
         kept[f"{name}_patches"] = seen[f"{name}_patches"]
     seen |= kept
-    seen["views"] = self.sparse_fuser(kept, cues)
+    mixes = self.sparse_fuser.how == "mixture"
+    pooled = repeat(self.pool(sentence.prompt, sentence.prompt_mask), "b D -> (b v) D", v=v) if mixes else None
+    seen["views"] = self.sparse_fuser(kept, cues, pooled)
     if shown := [x.shown for x in seen.values() if isinstance(x, IDPruned) and x.shown is not None]:
       fused = functools.reduce(jnp.logical_or, shown)  # behind the cues, one for each kept patch
       seen["shown"] = jnp.pad(fused, ((0, 0), (seen["views"].shape[1] - fused.shape[1], 0)), constant_values=True)
@@ -249,7 +256,7 @@ class SemanticVLA(nn.Module):
         x[name] = x[name].at[:, vit.num_prefix : vit.num_prefix + vit.num_patches].add(update)
         seen[f"{name}_after_pair_{level}"] = x[name]
     for name, vit in encoders.items():
-      stop, queries = vit.depth if self.vision_layer == "last" else vit.depth - 1, None
+      stop, queries = self._blocks(vit), None
       if self._reads_queries_alone(name) and done[name] < stop - 1:
         # The last block runs for the queries, then for all tokens, which costs nothing where nothing reads them.
         run(name, stop - 1)
@@ -260,6 +267,10 @@ class SemanticVLA(nn.Module):
         seen[f"{name}_queries"] = x[name][:, -vit.queries :] if queries is None else queries
         seen[f"{name}_attention"] = attention[name]
     return seen
+
+  def _blocks(self, vit: ViT) -> int:
+    """How many of an encoder's blocks run."""
+    return vit.depth if self.vision_layer == "last" else vit.depth - 1
 
   def _reads_queries_alone(self, name: str) -> bool:
     """Whether an encoder's patches go nowhere behind its last block."""
@@ -373,7 +384,7 @@ def build(config: Any) -> SemanticVLA:
     pruners=pruners,
     text=TextEncoder(**sizes["text"], scan=c["scan_encoders"], dtype=dtype) if uses_text else None,
     dense_fuser=fuser.from_config(c, dtype),
-    sparse_fuser=SparseFuser(width, joint=c["sparse_fuser"] == "joint", dtype=dtype),
+    sparse_fuser=SparseFuser(width, how=c["sparse_fuser"], dtype=dtype),
     compressor=compressor.from_config(c["compressor"], dtype),
     proprio_projector=None if c["proprio_dim"] is None else MLP((width, width), dtype=dtype),
     llm=llama.from_config(c, dtype),

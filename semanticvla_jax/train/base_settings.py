@@ -37,6 +37,7 @@ FREE = (
   "noise",
   "anchor_rule",
   "skip",
+  "routing",
   "parent",
   "name",
 )

@@ -38,6 +38,7 @@ FIELD_DEFAULTS_BEFORE = {
   "model.decoder_pruner": None,
   "model.compressor": None,
   "model.skip_layers": [],
+  "model.routing": None,
   "model.keep_least": None,
   "model.decoding": "greedy",
 }

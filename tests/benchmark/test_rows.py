@@ -32,7 +32,7 @@ def test_rows_are_the_configs(row, size):
   assert {k: v for k, v in ours.items() if k not in HOW} == {k: v for k, v in theirs.items() if k not in HOW}
 
 
-@pytest.mark.parametrize("row", ["full", "oft", "openvla", "slime"])
+@pytest.mark.parametrize("row", ["full", "oft", "openvla", "slime", "cogvla"])
 def test_recipes_train_the_parameters_that_the_configs_train(row):
   theirs = config(row, "7b")
   lora = theirs.lora
