@@ -86,6 +86,8 @@ def _model(variant: str, ratio: int) -> ConfigDict:
       mask="block",
       compressor=placeholder(object),  # dict(kind, …): fewer visual tokens of projected patches
       decoder_pruner=placeholder(object),  # dict(block, keep, score): visual tokens that later layers do without
+      routing=placeholder(object),  # dict(least, most): decoder layers that see some of the visual tokens
+      skip_layers=(),  # of the decoder, left out
       scan=True,
       scan_encoders=variant == "7b",
       remat=placeholder(str),

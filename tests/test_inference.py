@@ -83,6 +83,13 @@ def test_a_sentence_computed_before_gives_the_same_actions():
   np.testing.assert_allclose(got, jit_apply(model)(params, observation).actions, atol=1e-5)
 
 
+def test_blocks_that_never_run_have_no_modulation():
+  """An encoder whose second-to-last block's patches are taken has no FiLM in the last."""
+  model = tiny(vision_layer="second_to_last", dense_fuser=None)
+  run = lambda p, x: model.apply({"params": p}, x, True, method="sentence")  # noqa: E731
+  assert jax.eval_shape(run, random_params(model), random_observation(model)).condition["dino"].shape == (2, 3, 2, 16)
+
+
 def test_nothing_of_the_sentence_is_computed_again(ready):
   """The program of a call does not read the text tower, the words' projection, or FiLM."""
   used = jax.make_jaxpr(ready.inference._programs["actions"])

@@ -121,4 +121,4 @@ def _table(result: Result, kind: str, names: Sequence[str], size: str, prompt: i
 
 
 def _line(name: str, cells: Sequence[str]) -> str:
-  return f"{name:15}" + "".join(f"{cell:>13}" for cell in cells)
+  return f"{name:20}" + "".join(f"{cell:>13}" for cell in cells)

@@ -61,6 +61,8 @@ class Row(NamedTuple):
 _OPENVLA = dict(dino_pruner=None, siglip_pruner=None, film=(), dense_fuser=None, vision_layer="second_to_last")
 _DENSE = _OPENVLA | dict(coupler="single", mask="full")
 _OFT = _DENSE | dict(scan=False)
+_SA_BOTH = dict(dino_pruner="sa", siglip_pruner="sa", film=("dino", "siglip"))
+_ROUTING = dict(least=0.15, most=0.85)
 _NO_FUSER = dict(dense_fuser=None, vision_layer="second_to_last", sparse_fuser="separate")
 _PER_DIMENSION = dict(coupler="single")
 # Established by counting: with 20 prompt tokens, without attention's own products and without the text tower, ours are
@@ -68,6 +70,7 @@ _PER_DIMENSION = dict(coupler="single")
 _COUNTED = "ours has {}; without them it agrees with the paper to 1 % (column profiled)"
 _SEEN = _COUNTED.format("a prompt longer than 20 tokens, attention's own products and the text tower")
 _SLIME, _READING = Paper("Table 5", 2.71, 3.8, 0.089), "the paper's module is not public; this is one reading of it"
+_OTHERS = "a method that the paper does not compare with; figures of its own paper are in docs/LOG.md"
 _FASTV, _LAYER = Paper("Table 5", 2.71, None, 0.091), "the paper does not say behind which layer FastV prunes"
 _VLA_PRUNER, _ABSENT = dict(block=3, score="mean+action"), "the paper has no such row"
 _HISTORY = dict(history=dict(window=3, decay=0.8, block=15))
@@ -98,6 +101,20 @@ ROWS = {
   # Two readings of SliME's row; `model` adds the number of tokens, 36 of 256.
   "slime": Row(fields=_DENSE | dict(compressor=dict(kind="resampler")), recipe="slime", paper=_SLIME, why=_READING),
   "slime_router": Row(fields=_DENSE | dict(compressor=dict(kind="router")), recipe="slime", paper=_SLIME, why=_READING),
+  # Compressor-VLA, an eighth; `model` adds its numbers.
+  "compressor_vla": Row(fields=_DENSE | dict(compressor=dict(kind="task_spatial")), recipe="slime", why=_OTHERS),
+  # EfficientVLA's 10 of 32 layers; `model` says which.
+  "efficientvla_layers": Row(fields=_OFT | dict(skip_layers=None), recipe="oft", why=_OTHERS),
+  # LightVLA with room for a quarter.
+  "lightvla": Row(
+    fields=_DENSE | dict(decoder_pruner=dict(block=0, score="light", noise_steps=40_005)), recipe="oft", why=_OTHERS
+  ),
+  "cogvla": Row(
+    ratio=4,
+    fields=_DENSE | _SA_BOTH | dict(mask="block", sparse_fuser="mixture", scan=False, routing=_ROUTING),
+    recipe="cogvla",
+    why=_OTHERS,
+  ),
   # Table 4 is named after the pruner of SigLIP, then of DINOv2. FiLM goes with the SA-Pruner.
   "table4_id_id": Row(fields=dict(dino_pruner="id", film=())),
   "table4_sa_sa": Row(fields=dict(siglip_pruner="sa", film=("dino", "siglip"))),
@@ -140,6 +157,12 @@ RECIPES = {
   ),
   "oft": Recipe(32, 16.0, "all_linear", f"{_FILM}|proprio_projector/.*|coupler/.*"),
   "slime": Recipe(32, 16.0, "all_linear", f"{_FILM}|proprio_projector/.*|coupler/.*|compressor/.*"),
+  "cogvla": Recipe(
+    32,
+    16.0,
+    "all_linear",
+    f"{_FILM}|proprio_projector/.*|coupler/.*|(dino|siglip)_sa_pruner/.*|sparse_fuser/.*|llm/layers_\\d+/router/.*",
+  ),
   "openvla": Recipe(32, 16.0, "all_linear", None),
 }
 # AdamW as configs/common.py has it.
@@ -184,11 +207,23 @@ def model(name: str, size: str, dtype: str = "float32", **fields: Any) -> dict[s
   if pruner := made.get("decoder_pruner"):
     depth = sizes["llm"]["depth"]
     block = min(pruner["block"], depth - 1)
-    made["decoder_pruner"] = pruner | {"block": block, "keep": keep}
+    made["decoder_pruner"] = pruner | {"block": block, "keep": keep * (2 if pruner.get("score") == "light" else 1)}
     if history := pruner.get("history"):
       own = max(history["block"] * depth // VARIANTS["7b"]["llm"]["depth"], block - 1)
       made["decoder_pruner"]["history"] = history | {"block": own}
   if compressor := made.get("compressor"):
-    side = round(grid * 6 / 16)
-    made["compressor"] = compressor | ({"keep": side**2} if compressor["kind"] == "router" else {"side": side})
+    made["compressor"] = _compressor_numbers(compressor["kind"], grid, keep) | compressor
+  if made.get("skip_layers", ()) is None:
+    depth = sizes["llm"]["depth"]
+    made["skip_layers"] = tuple(range(depth - 2 * max(round(depth * 10 / 32), 1), depth, 2))
   return made
+
+
+def _compressor_numbers(kind: str, grid: int, keep: int) -> dict[str, int]:
+  """The numbers of a compressor for grid × grid patches, of which the row keeps `keep`."""
+  side, window = round(grid * 6 / 16), 3 if grid % 4 else 4
+  return {
+    "resampler": {"side": side},
+    "router": {"keep": side**2},
+    "task_spatial": {"queries": max(keep - (grid // window) ** 2, 2), "window": window},
+  }[kind]

@@ -3,13 +3,15 @@
     python -m semanticvla_jax.evaluate doctor --model --policy=checkpoints/tabletop_small --suite=place
 
 prints where the Dense-Fuser runs, how much FiLM modulates each block and whether instructions differ in it, how widely
-the aggregation tokens look, and which words the cues choose. Whether kept patches lie on what is asked for is measured
-by `evaluate run --grounding`.
+the aggregation tokens look, which words the cues choose, and which decoder layers change their input least
+(`model.skip_layers` leaves layers out). Whether kept patches lie on what is asked for is measured by
+`evaluate run --grounding`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,9 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from semanticvla_jax import cli
 from semanticvla_jax.evaluate import visualize
+from semanticvla_jax.models import programs
+from semanticvla_jax.models.semanticvla import Output, build
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.tabletop import physics, tasks
 
@@ -34,6 +39,7 @@ def diagnose(policy: Policy, observations: Sequence[dict]) -> Iterator[str]:
   yield from _film(policy, observation)
   yield from _aggregation(policy, observation)
   yield from _cues(policy, observations)
+  yield from _layers(policy, observation)
 
 
 def _dense_fuser(model: Any) -> Iterator[str]:
@@ -94,6 +100,46 @@ def _cues(policy: Policy, observations: Sequence[dict]) -> Iterator[str]:
   total = sum(words.values())
   listed = ", ".join(f"{word} {count / total:.0%}" for word, count in words.most_common(_WORDS))
   yield f"cues: {len(looks[0].words[0])} words a view; chosen: {listed}"
+
+
+def layer_importance(policy: Policy, observation: Any) -> Float[np.ndarray, " L"]:
+  """1 - cosine of what goes into each decoder layer and what comes out, mean over tokens (EfficientVLA, 2506.10100).
+
+  Of the model with all its layers and visual tokens. Padding does not count, nor do placeholders where they are zeros.
+  """
+  model = build({**policy.config["model"], "skip_layers": (), "decoder_pruner": None})
+  model = model if policy.model is policy.bare else policy.model.clone(model=model)
+  method = programs.named(model, "logits") if policy.bare.coupler is None else {}
+
+  def run(params, observation):
+    out, state = model.apply({"params": params}, observation, mutable=["intermediates"], **method)
+    seen, layers = out.intermediates if isinstance(out, Output) else out[1], state["intermediates"]["llm"]
+    names = [f"layers_{i}" for i in range(policy.bare.llm.depth)]
+    behind = layers["layers"]["hidden"][0] if "layers" in layers else [layers[name]["hidden"][0] for name in names]
+    states = [x.astype(jnp.float32) for x in (seen["sequence"], *behind)]
+    norms = [jnp.linalg.norm(x, axis=-1) for x in states]
+    found = []
+    for (x, own), (y, other) in itertools.pairwise(zip(states, norms)):
+      counts = seen["valid"] & (own > 0)
+      cosine = (x * y).sum(axis=-1) / jnp.maximum(own * other, 1e-24)
+      found.append(1 - (cosine * counts).sum() / counts.sum())
+    return jnp.stack(found)
+
+  return np.asarray(jax.jit(run)(policy.params, observation))
+
+
+def _layers(policy: Policy, observation: Any) -> Iterator[str]:
+  """The importance of each decoder layer, and how to leave out the least important, as many as EfficientVLA does."""
+  importance = layer_importance(policy, observation)
+  yield "decoder layers, importance (1 - cosine of what goes in and what comes out): " + ", ".join(
+    f"{i} {x:.3f}" for i, x in enumerate(importance)
+  )
+  order, count = np.argsort(importance, kind="stable"), max(round(len(importance) * 10 / 32), 1)
+  least = tuple(sorted(int(i) for i in order[:count]))
+  yield (
+    f"least important first: {', '.join(map(str, order))}; EfficientVLA's share, {count} of {len(importance)}, is left "
+    f"out by Policy.variant(skip_layers={least}) or --config.model.scan=False --config.model.skip_layers='{least}'"
+  )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import compressor, fast, masks, speech
 from semanticvla_jax.models.coupler import EXTRA_ROWS
-from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, FORMS, DecoderPruner
+from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, FORMS, LIGHT, DecoderPruner
 from semanticvla_jax.models.history import History
 from semanticvla_jax.models.llama import REMAT
 from semanticvla_jax.models.pruner import ANCHOR_RULES, KINDS, kinds
@@ -23,7 +23,7 @@ CHOICES = {
   "siglip_pruner": PRUNERS,
   "film_pool": ("words", "all"),
   "anchor_rule": ANCHOR_RULES,
-  "sparse_fuser": ("joint", "separate"),
+  "sparse_fuser": ("joint", "separate", "mixture"),
   "vision_layer": ("last", "second_to_last"),
   "siglip_gelu": ("erf", "tanh"),
   "coupler": ("grouped", "paper", "single", None),
@@ -61,7 +61,9 @@ def check(c: Mapping[str, Any]) -> None:
   if c["keep_least"] is not None and not (_is_count(c["keep_least"], 1) and c["keep_least"] <= c["keep"]):
     _refuse("keep_least", c["keep_least"], f"None, or 1 to {c['keep']} (keep)", "None shows all patches that are kept")
   if c["keep_least"] is not None and c["sparse_fuser"] != "joint":
-    _refuse("keep_least", c["keep_least"], "None with sparse_fuser='separate'", "set model.sparse_fuser='joint'")
+    _refuse(
+      "keep_least", c["keep_least"], f"None with sparse_fuser={c['sparse_fuser']!r}", "set model.sparse_fuser='joint'"
+    )
   _check_views(c)
   _check_groups(c)
   _check_encoders(c)
@@ -70,6 +72,8 @@ def check(c: Mapping[str, Any]) -> None:
   _check_decoder_pruner(c)
   _check_compressor(c)
   fast.check(c, EXTRA_ROWS)
+  _check_skipped(c)
+  _check_routing(c)
 
 
 def _refuse(field: str, got: Any, expected: str, remedy: str) -> None:
@@ -145,15 +149,19 @@ def _check_decoder_pruner(c: Mapping[str, Any]) -> None:
   if not isinstance(pruner, Mapping) or not {"block", "keep"} <= {*pruner} <= {*known}:
     _refuse("decoder_pruner", pruner, f"None, or a dict of {known}, block and keep at least", "write it so")
   one, depth = DecoderPruner(**{**pruner, "history": None}), c["variant"]["llm"]["depth"]
-  scores = (*ATTENTION, *CONTROLS)
+  scores = (*ATTENTION, *CONTROLS, LIGHT)
   if one.score not in scores or one.form not in FORMS:
     _refuse("decoder_pruner", pruner, f"score one of {scores}, form one of {FORMS}", "choose some of them")
-  least = 0 if one.score in CONTROLS else 1  # a score is of a layer that has run
+  least = 1 if one.score in ATTENTION else 0  # a score is of a layer that has run
   if not _is_count(one.block, least) or one.block >= depth or not _is_count(one.keep, 1):
     _refuse("decoder_pruner", pruner, f"block from {least} to {depth - 1}, keep from 1", "change them")
   if c["coupler"] is None:
     _refuse("decoder_pruner", pruner, "None with coupler=None, which speaks in tokens", "set model.coupler")
-  if c["scan"]:
+  if one.score == LIGHT:
+    _check_light(one, pruner, c["mask"])
+  elif one.noise_steps is not None:
+    _refuse("decoder_pruner", pruner, f"noise_steps with score={LIGHT!r} alone", "leave it out")
+  elif c["scan"]:
     _refuse("decoder_pruner", pruner, "None with scan=True, whose layers are one loop", "set model.scan=False")
   if pruner.get("history") is not None:
     _check_history(pruner, depth)
@@ -174,16 +182,56 @@ def _check_history(pruner: Mapping[str, Any], depth: int) -> None:
     _refuse("decoder_pruner", pruner, "a history with score='mean+action' alone", "change one of the two")
 
 
+def _check_light(one: DecoderPruner, written: Mapping[str, Any], mask: str) -> None:
+  """LightVLA's acts on the decoder's input; in training its slots are in no order that a causal mask could go by."""
+  if one.block != 0:
+    _refuse("decoder_pruner", written, f"block=0 with score={LIGHT!r}", "set it so")
+  if mask != "full":
+    _refuse("mask", mask, f"'full' with decoder_pruner's score={LIGHT!r}", "set model.mask='full'")
+  if one.noise_steps is not None and not _is_count(one.noise_steps, 1):
+    _refuse("decoder_pruner", written, "noise_steps from 1, or None", "set it to the updates of the training")
+
+
 def _check_compressor(c: Mapping[str, Any]) -> None:
-  """None, or a kind with its number."""
+  """None, or a kind with its numbers."""
   fields = c["compressor"]
   if fields is None:
     return
-  written = " or ".join(f"dict(kind={kind!r}, {number}=6)" for kind, (number, _) in compressor.KINDS.items())
+  each = {kind: ", ".join(f"{number}=6" for number in numbers) for kind, (numbers, _) in compressor.KINDS.items()}
+  written = " or ".join(f"dict(kind={kind!r}, {numbers})" for kind, numbers in each.items())
   kind = fields.get("kind") if isinstance(fields, Mapping) else None
-  number = compressor.KINDS[kind][0] if kind in compressor.KINDS else None
-  if number is None or {*fields} != {"kind", number} or not _is_count(fields[number], 1):
+  numbers = compressor.KINDS[kind][0] if kind in compressor.KINDS else ()
+  if not numbers or {*fields} != {"kind", *numbers} or not all(_is_count(fields[number], 1) for number in numbers):
     _refuse("compressor", fields, f"None, {written}", "write it so")
+
+
+def _check_skipped(c: Mapping[str, Any]) -> None:
+  """Some of the decoder's layers, separate ones, and neither all nor the one whose attention a pruner reads."""
+  skipped, depth, pruner = c["skip_layers"], c["variant"]["llm"]["depth"], c["decoder_pruner"]
+  known = isinstance(skipped, (list, tuple)) and all(_is_count(layer, 0) and layer < depth for layer in skipped)
+  if not known or len({*skipped}) < len(skipped):
+    _refuse("skip_layers", skipped, f"different ones of the layers 0 to {depth - 1}", "() leaves none out")
+  if skipped and c["scan"]:
+    _refuse("skip_layers", skipped, "() with scan=True, whose layers are one loop", "set model.scan=False")
+  first = 0 if pruner is None else pruner["block"]
+  if {*range(first, depth)} <= {*skipped}:
+    _refuse("skip_layers", skipped, f"one of the layers {first} to {depth - 1} left", "leave one of them in")
+  if pruner is not None and first - 1 in skipped and DecoderPruner(**pruner).parts:
+    _refuse("skip_layers", skipped, f"not layer {first - 1}, whose attention decoder_pruner reads", "leave it in")
+
+
+def _check_routing(c: Mapping[str, Any]) -> None:
+  """None, or two shares, in a model that acts in one pass through separate layers and prunes in no other way there."""
+  routing = c["routing"]
+  if routing is None:
+    return
+  is_written = isinstance(routing, Mapping) and {*routing} == {"least", "most"}
+  if not is_written or not all(_is_number(x) and 0 < x <= 1 for x in routing.values()):
+    _refuse("routing", routing, "None, or dict(least, most) of shares above 0, 1 at most", "write it so")
+  if c["coupler"] is None or c["decoder_pruner"] is not None:
+    _refuse("routing", routing, "None with coupler=None or a decoder_pruner", "leave one of them out")
+  if c["scan"]:
+    _refuse("routing", routing, "None with scan=True, whose layers are one loop", "set model.scan=False")
 
 
 def _are_pairs(x: Any) -> bool:

@@ -56,7 +56,7 @@ DEFAULTS = dict(
   anchor_rule="similarity",  # or a control: 'random', 'uniform', 'centre'
   aggregation_std=1.0,  # of the aggregation tokens' initial values; 0 in the paper
   dense_fuser="variant",  # the variant's pairs; or pairs ((dino block, siglip block), …); or None
-  sparse_fuser="joint",  # 'separate': each token set projected on its own
+  sparse_fuser="joint",  # 'separate': each token set projected on its own; 'mixture': their weighted sum
   vision_layer="last",  # 'second_to_last': OpenVLA's choice, and the release's without a Dense-Fuser
   siglip_gelu="erf",  # 'tanh' for weights from big_vision or Hugging Face
   num_views=2,
@@ -71,6 +71,8 @@ DEFAULTS = dict(
   mask="block",  # 'full', 'causal': see masks.py
   compressor=None,  # dict(kind, …): fewer visual tokens of projected patches, see compressor.py
   decoder_pruner=None,  # dict(block, keep, score): visual tokens that later layers do without, see decoder_pruner.py
+  routing=None,  # dict(least, most): decoder layers that see some of the visual tokens, with scan=False: routed.py
+  skip_layers=(),  # numbers of decoder layers that are left out, with scan=False; their parameters stay
   scan=True,  # stacked language-model layers
   scan_encoders=False,  # one loop over an encoder's blocks between two taps: compiles in a fraction of the time
   fused=False,  # projections of one input as one product: how a policy lays its parameters out, see serving.py
@@ -96,7 +98,7 @@ def resolve(config: Any) -> dict[str, Any]:
         "set model.variant to one of them, or to a row of sizes",
       )
     resolved["variant"] = VARIANTS[resolved["variant"]]
-  for name in ("compressor", "decoder_pruner"):
+  for name in ("compressor", "decoder_pruner", "routing"):
     if hasattr(resolved[name], "keys"):  # such as a ConfigDict, which isinstance does not take for a mapping
       resolved[name] = {key: {**x} if hasattr(x, "keys") else x for key, x in resolved[name].items()}
   if hasattr(resolved["codec"], "keys"):

@@ -2,7 +2,8 @@
 
     layers 0 … block-1 ─ all tokens ─► a score for each visual token ─► the `keep` best of each view ─► layers block …
 
-Nothing is trained. What is kept goes on as it is, with its rotary position: positions are not renumbered.
+Nothing is trained. What is kept goes on as it is, with its rotary position: positions are not renumbered. LightVLA,
+which acts on the decoder's input and is trained, is light_pruner.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax.models import masks
 from semanticvla_jax.models.history import History, Memory
+from semanticvla_jax.models.light_pruner import light_states
 from semanticvla_jax.models.llama import take
 from semanticvla_jax.models.pruner import ANCHOR_RULES, cosine_similarity, top_indices
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 # Whose attention makes the score; the controls ignore it and show what an attention score is worth.
 ATTENTION = ("last", "stop", "mean", "text", "raters", "action", "mean+action")
 CONTROLS = ("random", "uniform", "centre")
+LIGHT = "light"
 FORMS = ("drop", "mask")
 
 
@@ -58,11 +61,13 @@ class DecoderPruner:
       code, whose models speak behind it); "stop", </s>, the last one of a sequence here; "mean", everything before the
       action block (FastV's paper); "text", the prompt; "raters", its words whose embeddings look like the image
       (SparseVLM, arXiv 2410.04417); "action", the action placeholders. "mean+action": the best of either, of these
-      the most different (VLA-Pruner, arXiv 2511.16449, by one layer's attention alone). Or a control.
+      the most different (VLA-Pruner, arXiv 2511.16449, by one layer's attention alone). Or a control. Or "light",
+      LightVLA's with block 0, where `keep` is the mean of the views: as many places as that times the views.
     form: "drop" shortens the sequence; "mask" hides what is not kept from all other positions, which gives the same at
       the kept ones and saves nothing.
     history: with "mean+action" alone: the action's part is then expected from earlier queries instead of read off this
       one (a model that speaks does not know its actions yet). Until there are enough, the other part decides alone.
+    noise_steps: "light" alone: updates over which the noise of its training falls to 0; None for no noise.
   """
 
   block: int
@@ -70,6 +75,7 @@ class DecoderPruner:
   score: str = "last"
   form: str = "drop"
   history: History | None = None
+  noise_steps: int | None = None
 
   @property
   def parts(self) -> tuple[str, ...]:
@@ -187,16 +193,18 @@ def pruned_states(
   pruner: DecoderPruner,
   seen: dict,
   block: Bool[Array, " l"],
-  read: Array,
+  read: Int[Array, "b w"],
   last: Int[Array, " b"],
   memory: Memory | None = None,
+  training: tuple | None = None,
 ) -> tuple[Array, Array, Memory | None]:
   """As `Llama.states_at`, with fewer visual tokens from some layer on; notes which ("kept_visual") in `seen`.
 
   Args:
     model: bound to its parameters. seen: its intermediates so far. block: which positions are the action block.
-    read: i32[b w], the positions whose states are wanted. last: each prompt's last real token.
+    read: the positions whose states are wanted. last: each prompt's last real token.
     memory: of a pruner with a history, what the query before gave; None for the first.
+    training: (updates made, part of the batch) for what has another form then; None outside of training.
 
   Returns:
     hidden f[b l D], states f[b w D], and the memory for the next query; None without a history.
@@ -204,6 +212,8 @@ def pruned_states(
   x, valid, positions, history = seen["sequence"], seen["valid"], seen["positions"], pruner.history
   views, prompt, length = seen["views"].shape[1], seen["context"].shape[1], len(block)
   spans = Spans(model.num_views, views, prompt, length - read.shape[1] - 1, length, last)
+  if pruner.score == LIGHT:
+    return *light_states(model, pruner, seen, block, read, spans, training), None
   patches, asked = x[:, 1 : 1 + spans.views * views], [rows(part, spans) for part in pruner.looked_at]
   real = [take(valid, at) for at in asked]
   if pruner.score == "raters":

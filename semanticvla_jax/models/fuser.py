@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -59,24 +60,28 @@ class SparseFuser(nn.Module):
 
   Attributes:
     width: D, of the language model.
-    joint: True fuses the encoders' tokens channel by channel; False (an ablation) projects each set on its own and
-      lists them one after the other.
+    how: "joint" fuses the encoders' tokens channel by channel; "separate" (an ablation) projects each set on its own
+      and lists them one after the other; "mixture" (CogVLA, arXiv 2508.21046) adds separate projections, with weights
+      that an MLP gives of the pooled instruction.
   """
 
   width: int
-  joint: bool = True
+  how: str = "joint"
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
-    self, kept: dict[str, Float[Array, "b _ _"]], cues: dict[str, Float[Array, "b _ _"]]
+    self,
+    kept: dict[str, Float[Array, "b _ _"]],
+    cues: dict[str, Float[Array, "b _ _"]],
+    instruction: Float[Array, "b D"] | None = None,
   ) -> Float[Array, "b n D"]:
-    """Token sets by name, in channel order, and cues by encoder → visual tokens."""
+    """Token sets by name, in channel order, and cues by encoder → visual tokens; "mixture" reads the instruction."""
     tokens = [
       MLP((self.width, self.width), dense_normal_init(), self.dtype, name=f"{name}_cue_projector")(x)
       for name, x in cues.items()
     ]
-    if not self.joint:
+    if self.how == "separate":
       return jnp.concatenate(tokens + [self._project(f"{name}_projector", x) for name, x in kept.items()], axis=1)
     counts = {name: x.shape[1] for name, x in kept.items()}
     if len(set(counts.values())) > 1:
@@ -86,7 +91,15 @@ class SparseFuser(nn.Module):
         "as many from each pruner (they are fused one by one)",
         "give both encoders a pruner, or none",
       )
+    if self.how == "mixture":
+      return jnp.concatenate([*tokens, self._mix(kept, instruction)], axis=1)
     return jnp.concatenate([*tokens, self._project("projector", jnp.concatenate([*kept.values()], axis=-1))], axis=1)
+
+  def _mix(self, kept: dict[str, Float[Array, "b n _"]], instruction: Float[Array, "b D"]) -> Float[Array, "b n D"]:
+    weigh = MLP((instruction.shape[-1], len(kept)), dtype=self.dtype, name="router")
+    weights = jax.nn.softmax(weigh(instruction).astype(jnp.float32), axis=-1)
+    each = [MLP((self.width, self.width), dtype=self.dtype, name=f"{name}_projector")(x) for name, x in kept.items()]
+    return sum(weights[:, i, None, None].astype(x.dtype) * x for i, x in enumerate(each))
 
   def _project(self, name: str, x: Float[Array, "b n d"]) -> Float[Array, "b n D"]:
     return MLP((4 * x.shape[-1], self.width, self.width), dtype=self.dtype, name=name)(x)

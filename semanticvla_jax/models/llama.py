@@ -8,6 +8,7 @@ With `fused`, projections of one input are one product (`qkv_proj`, `gate_up_pro
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
+
+from semanticvla_jax.models import masks
+from semanticvla_jax.models.pruner import top_indices
+from semanticvla_jax.models.routed import Router, Routing
 
 REMAT = {
   None: None,
@@ -131,6 +136,44 @@ class Block(nn.Module):
     return x, cache if rows is None else (cache, weights)
 
 
+class RoutedBlock(Block):
+  """A decoder layer that sees `share` of the visual tokens.
+
+  Positions are renumbered inside it, as in CogVLA's code, and what the MLP adds to a token is multiplied by its weight,
+  what attention adds is not.
+  """
+
+  share: float = 1.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b l D"],
+    mask: Bool[Array, "b l l"],
+    valid: Bool[Array, "b l"],
+    words: Bool[Array, "b l"],
+    visual: int,
+  ) -> Float[Array, "b l D"]:
+    """The residual stream → the same behind this layer; `words` and `visual` as for `Router`."""
+    (b, length, _), norm = x.shape, dict(epsilon=self.eps, dtype=self.dtype)
+    h = nn.RMSNorm(name="input_norm", **norm)(x)
+    weights = Router(name="router")(h, visual, words)
+    kept = top_indices(weights[:, 1 : 1 + visual], max(int(visual * self.share), 1), "visual tokens of a routed layer")
+    rest = jnp.broadcast_to(jnp.arange(1 + visual, length), (b, length - 1 - visual))
+    on = jnp.concatenate([jnp.zeros((b, 1), kept.dtype), 1 + kept, rest.astype(kept.dtype)], axis=1)
+    inside = jnp.take_along_axis(take(mask, on), on[:, None], axis=2)
+    how = (self.num_heads, self.theta, self.fused, self.dtype)
+    y, _, _ = Attention(*how, name="attn")(take(h, on), masks.positions(take(valid, on)), inside, None, 0)
+    some = take(x, on) + y
+    y = MLP(self.mlp_dim, self.fused, self.dtype, name="mlp")(nn.RMSNorm(name="post_attention_norm", **norm)(some))
+    some = some + (take(weights, on)[..., None] * y).astype(y.dtype)
+    x = x.at[jnp.arange(b)[:, None], on].set(some.astype(x.dtype))
+    x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+    self.sow("intermediates", "hidden", x)
+    self.sow("intermediates", "kept_visual", kept)
+    return x
+
+
 class Llama(nn.Module):
   """The decoder between its embeddings and its logits.
 
@@ -138,6 +181,8 @@ class Llama(nn.Module):
     vocab, width, depth, num_heads, mlp_dim: sizes. eps: of RMSNorm (1e-6 in OpenVLA's config, not Llama-2's 1e-5).
     theta: rotary base. scan: stacked layers (True) or layers apart (False). remat: None, 'full' or 'dots', what the
     backward pass recomputes of each layer: nothing, all, all but matrix products. fused: see models/serving.py.
+    skip: numbers of layers that are left out, separate ones; they have parameters all the same. routing: of separate
+    layers that see some of the visual tokens, for `routed_states_at` alone; None for none.
   """
 
   vocab: int
@@ -150,6 +195,8 @@ class Llama(nn.Module):
   scan: bool = True
   remat: str | None = None
   fused: bool = False
+  skip: tuple[int, ...] = ()
+  routing: Routing | None = None
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -170,7 +217,11 @@ class Llama(nn.Module):
         length=self.depth,
       )(**sizes)
     else:
-      self.layers = [block(**sizes) for _ in range(self.depth)]
+      shares = [None] * self.depth if self.routing is None else self.routing.shares(self.depth)
+      routed = RoutedBlock
+      if self.remat:
+        routed = nn.remat(RoutedBlock, policy=REMAT[self.remat], static_argnums=(5,))
+      self.layers = [block(**sizes) if share is None else routed(**sizes, share=share) for share in shares]
     self.norm = nn.RMSNorm(epsilon=self.eps, dtype=self.dtype)
     self.lm_head = nn.Dense(self.vocab, use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
 
@@ -188,10 +239,16 @@ class Llama(nn.Module):
     else:
       caches = []
       for i, layer in enumerate(self.layers):
-        x, layer_cache = layer(x, positions, mask, cache and (cache[0][i], cache[1][i]), write_at)
+        layer_cache = cache and (cache[0][i], cache[1][i])
+        if self._runs(i):
+          x, layer_cache = layer(x, positions, mask, layer_cache, write_at)
         caches.append(layer_cache)
       cache = cache and tuple(jnp.stack(part) for part in zip(*caches))
     return self.norm(x), cache
+
+  def _runs(self, i: int) -> bool:
+    """Whether layer i runs: all do where parameters are made."""
+    return i not in self.skip or self.is_initializing()
 
   def begin(
     self,
@@ -209,6 +266,8 @@ class Llama(nn.Module):
     """
     weights = None
     for i, layer in enumerate(self.layers[start:layers], start):
+      if not self._runs(i):
+        continue
       asked = rows if i == layers - 1 else None
       x, found = layer(x, positions, mask, None, 0, None, asked)
       weights = None if asked is None else found[1]
@@ -231,11 +290,29 @@ class Llama(nn.Module):
     if self.scan:
       states, _ = self(x, positions, mask)
       return states, take(states, at)
-    for layer in self.layers[start:-1]:
+    *before, last = (layer for i, layer in enumerate(self.layers) if i >= start and self._runs(i))
+    for layer in before:
       x, _ = layer(x, positions, mask, None, 0)
-    states, _ = self.layers[-1](x, positions, mask, None, 0)
-    some, _ = self.layers[-1](x, positions, mask, None, 0, at)
+    states, _ = last(x, positions, mask, None, 0)
+    some, _ = last(x, positions, mask, None, 0, at)
     return self.norm(states), self.norm(some)
+
+  def routed_states_at(
+    self,
+    x: Float[Array, "b l d"],
+    positions: Int[Array, "b l"],
+    mask: Bool[Array, "b l l"],
+    at: Int[Array, "b w"],
+    valid: Bool[Array, "b l"],
+    words: Bool[Array, "b l"],
+    visual: int,
+  ) -> tuple[Float[Array, "b l d"], Float[Array, "b w d"]]:
+    """As `states_at`, with routed layers; see RoutedBlock for the last three."""
+    for i, (layer, share) in enumerate(zip(self.layers, self.routing.shares(self.depth))):
+      if self._runs(i):
+        x = layer(x, positions, mask, None, 0)[0] if share is None else layer(x, mask, valid, words, visual)
+    states = self.norm(x)
+    return states, take(states, at)
 
   @nn.nowrap
   def empty_cache(self, batch: Any, length: int) -> tuple[Float[Array, "L b s h c"], Float[Array, "L b s h c"]]:
@@ -249,6 +326,13 @@ class Llama(nn.Module):
   def logits(self, states: Float[Array, "b l d"]) -> Float[Array, "b l vocab"]:
     """Logits over the whole vocabulary, float32. Only models that speak in tokens have this matrix."""
     return self.lm_head(states).astype(jnp.float32)
+
+
+def from_config(c: Mapping[str, Any], dtype: Any) -> Llama:
+  """The decoder of a resolved model config."""
+  how = dict(scan=c["scan"], remat=c["remat"], fused=c["fused"], skip=tuple(c["skip_layers"]))
+  how |= dict(routing=None if c["routing"] is None else Routing(**c["routing"]))
+  return Llama(**c["variant"]["llm"], **how, dtype=dtype)
 
 
 def unstack_layers(params: dict) -> dict:

@@ -18,6 +18,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax.errors import refuse
@@ -400,3 +401,24 @@ KINDS: dict[str, type[nn.Module]] = {"sa": SAPruner, "id": IDPruner}
 def kinds(written: str | None) -> tuple[str, ...]:
   """ "sa+id", as a config writes it → ("sa", "id"); None → ()."""
   return () if written is None else (*written.split("+"),)
+
+
+def noise(
+  key: Array,
+  patches: Float[Array, "bv n d1"],
+  words: Float[Array, "bv m d2"],
+  views: int,
+  part: tuple[Int[Array, ""], int] | None = None,
+) -> Float[Array, "bv n m"]:
+  """Standard normal numbers for similarities; of a part of a batch, those that its examples have in the whole of it.
+
+  Args:
+    part: (i, p) where these are the examples i, i + p, i + 2p, … of a batch.
+  """
+  (bv, n, _), m = patches.shape, words.shape[1]
+  i, parts = (0, 1) if part is None else part
+  normal = jax.random.normal(key, (bv * parts, n, m), jnp.float32)
+  if parts == 1:
+    return normal
+  normal = rearrange(normal, "(b p v) n m -> b p v n m", p=parts, v=views)
+  return rearrange(jax.lax.dynamic_index_in_dim(normal, i, axis=1, keepdims=False), "b v n m -> (b v) n m")

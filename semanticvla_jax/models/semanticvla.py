@@ -32,7 +32,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax.action_tokens import ActionTokenizer
-from semanticvla_jax.models import checks, compressor, coupler, decoder_pruner, fast, fuser, masks
+from semanticvla_jax.models import checks, compressor, coupler, decoder_pruner, fast, fuser, llama, masks
 from semanticvla_jax.models.config import DEFAULTS, VARIANTS, resolve  # noqa: F401 (`build` goes by them)
 from semanticvla_jax.models.coupler import EXTRA_ROWS, Coupler, tokens_to_actions
 from semanticvla_jax.models.decoder_pruner import DecoderPruner, pruned_states
@@ -40,7 +40,7 @@ from semanticvla_jax.models.fast import STOP
 from semanticvla_jax.models.fuser import DenseFuser, SparseFuser
 from semanticvla_jax.models.llama import Llama
 from semanticvla_jax.models.mlp import MLP
-from semanticvla_jax.models.pruner import KINDS, Encoded, IDPruned, Words, kinds
+from semanticvla_jax.models.pruner import KINDS, Encoded, IDPruned, Words, kinds, noise
 from semanticvla_jax.models.speech import Spoken, speak
 from semanticvla_jax.models.text import TextEncoder
 from semanticvla_jax.models.vit import ViT
@@ -99,6 +99,7 @@ class SemanticVLA(nn.Module):
     part: tuple[Int[Array, ""], int] | None = None,
     sentence: Sentence | None = None,
     memory: Any = None,
+    updates: Int[Array, ""] | int = 0,
   ) -> Output:
     """Observation → actions.
 
@@ -109,6 +110,7 @@ class SemanticVLA(nn.Module):
       part: (i, p) where these are the examples i, i + p, i + 2p, … of a batch: their noise is what they have in it.
       sentence: what `self.sentence` made of the instructions; the observation's own are not read then (may be None).
       memory: of the Output of each episode's last query; None where all begin, which is all of training.
+      updates: of the training so far, by which LightVLA's noise falls.
     """
     if self.coupler is None:
       spoken = self.generate(observation, pixels, sentence=sentence)
@@ -129,11 +131,16 @@ class SemanticVLA(nn.Module):
     if self.shift:
       read = jnp.concatenate([_last(seen["context"], seen["prompt_mask"])[:, None], read[:, :-1]], axis=1)
     seen |= dict(sequence=x, valid=valid, allowed=allowed, positions=positions)
-    if self.decoder_pruner is None:
+    if self.llm.routing is not None:
+      visual = seen["views"].shape[1] * self.num_views
+      words = valid & ~block & (jnp.arange(len(block)) > visual)
+      hidden, states = self.llm.routed_states_at(x, positions, allowed, read, valid, words, visual)
+    elif self.decoder_pruner is None:
       hidden, states = self.llm.states_at(x, positions, allowed, read)
     else:
       last = _last(seen["context"], seen["prompt_mask"])
-      hidden, states, memory = pruned_states(self, self.decoder_pruner, seen, block, read, last, memory)
+      training = (updates, part) if train else None
+      hidden, states, memory = pruned_states(self, self.decoder_pruner, seen, block, read, last, memory, training)
     seen |= dict(hidden=hidden, action_states=states)
     return Output(self.coupler(states), seen, memory)
 
@@ -143,7 +150,8 @@ class SemanticVLA(nn.Module):
     condition = {}
     if self.film:
       pooled, encoders = self.pool(prompt, mask), self._encoders()
-      condition = {name: encoders[name].modulations(pooled) if modulate else pooled for name in self.film}
+      each = {name: (encoders[name], self._blocks(encoders[name])) for name in self.film}
+      condition = {name: vit.modulations(pooled, n) if modulate else pooled for name, (vit, n) in each.items()}
     if self.text is None:
       return Sentence(prompt, mask, condition)
     if observation.instruction is None:
@@ -213,7 +221,8 @@ class SemanticVLA(nn.Module):
         words = None
         if pruner.reads_words:
           words = self._words(pruner.name, sentence, v)
-          words = words.replace(noise=self._noise(encoded.patches, words.states, v, part) if train else None)
+          if train:
+            words = words.replace(noise=noise(self.make_rng("noise"), encoded.patches, words.states, v, part))
         pruned = pruner.prune(encoded, words)
         kept[f"{name}_{pruner.keeps}"] = pruned.tokens
         cues |= {} if pruned.cues is None else {name: pruned.cues}
@@ -221,7 +230,9 @@ class SemanticVLA(nn.Module):
       if not self.pruners[name]:
         kept[f"{name}_patches"] = seen[f"{name}_patches"]
     seen |= kept
-    seen["views"] = self.sparse_fuser(kept, cues)
+    mixes = self.sparse_fuser.how == "mixture"
+    pooled = repeat(self.pool(sentence.prompt, sentence.prompt_mask), "b D -> (b v) D", v=v) if mixes else None
+    seen["views"] = self.sparse_fuser(kept, cues, pooled)
     if shown := [x.shown for x in seen.values() if isinstance(x, IDPruned) and x.shown is not None]:
       fused = functools.reduce(jnp.logical_or, shown)  # behind the cues, one for each kept patch
       seen["shown"] = jnp.pad(fused, ((0, 0), (seen["views"].shape[1] - fused.shape[1], 0)), constant_values=True)
@@ -253,7 +264,7 @@ class SemanticVLA(nn.Module):
         x[name] = x[name].at[:, vit.num_prefix : vit.num_prefix + vit.num_patches].add(update)
         seen[f"{name}_after_pair_{level}"] = x[name]
     for name, vit in encoders.items():
-      stop, queries = vit.depth if self.vision_layer == "last" else vit.depth - 1, None
+      stop, queries = self._blocks(vit), None
       if self._reads_queries_alone(name) and done[name] < stop - 1:
         # The last block runs for the queries, then for all tokens, which costs nothing where nothing reads them.
         run(name, stop - 1)
@@ -264,6 +275,10 @@ class SemanticVLA(nn.Module):
         seen[f"{name}_queries"] = x[name][:, -vit.queries :] if queries is None else queries
         seen[f"{name}_attention"] = attention[name]
     return seen
+
+  def _blocks(self, vit: ViT) -> int:
+    """How many of an encoder's blocks run."""
+    return vit.depth if self.vision_layer == "last" else vit.depth - 1
 
   def _reads_queries_alone(self, name: str) -> bool:
     """Whether an encoder's patches go nowhere behind its last block."""
@@ -336,16 +351,6 @@ class SemanticVLA(nn.Module):
     found = Words(sentence.words, sentence.words_mask, projected=sentence.projected.get(pruner))
     return jax.tree.map(lambda x: repeat(x, "b m ... -> (b v) m ...", v=v), found)
 
-  def _noise(self, patches: Array, words: Array, v: int, part: tuple | None) -> Float[Array, "bv n m"]:
-    """Standard normal numbers; of a part of a batch, those that its examples have in the whole of it."""
-    (bv, n, _), m = patches.shape, words.shape[1]
-    i, parts = (0, 1) if part is None else part
-    normal = jax.random.normal(self.make_rng("noise"), (bv * parts, n, m), jnp.float32)
-    if parts == 1:
-      return normal
-    normal = rearrange(normal, "(b p v) n m -> b p v n m", p=parts, v=v)
-    return rearrange(jax.lax.dynamic_index_in_dim(normal, i, axis=1, keepdims=False), "b v n m -> (b v) n m")
-
   @nn.nowrap
   def _check(self, observation: Observation) -> None:
     views, width = observation.images.shape[1], None if observation.proprio is None else observation.proprio.shape[-1]
@@ -383,10 +388,10 @@ def build(config: Any) -> SemanticVLA:
     pruners=pruners,
     text=TextEncoder(**sizes["text"], scan=c["scan_encoders"], dtype=dtype) if uses_text else None,
     dense_fuser=fuser.from_config(c, dtype),
-    sparse_fuser=SparseFuser(width, joint=c["sparse_fuser"] == "joint", dtype=dtype),
+    sparse_fuser=SparseFuser(width, how=c["sparse_fuser"], dtype=dtype),
     compressor=compressor.from_config(c["compressor"], dtype),
     proprio_projector=None if c["proprio_dim"] is None else MLP((width, width), dtype=dtype),
-    llm=Llama(**sizes["llm"], scan=c["scan"], remat=c["remat"], fused=c["fused"], dtype=dtype),
+    llm=llama.from_config(c, dtype),
     coupler=coupler.from_config(c, width, dtype),
     film=tuple(name for name in c["encoders"] if name in c["film"]),
     film_pool=c["film_pool"],

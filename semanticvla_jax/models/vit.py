@@ -209,9 +209,9 @@ class Transformer(nn.Module):
     each = condition is not None and condition.ndim == 4
     return self.encoderblock[block](x, condition[:, block] if each else condition, None, count)[0]
 
-  def modulations(self, condition: Float[Array, "b e"], width: int) -> Float[Array, "b depth 2 d"]:
-    """The pooled instruction → γ and β of every block."""
-    return jnp.stack([block.modulation(condition, width) for block in self.encoderblock], axis=1)
+  def modulations(self, condition: Float[Array, "b e"], width: int, stop: int) -> Float[Array, "b depth 2 d"]:
+    """The pooled instruction → γ and β of every block before `stop`."""
+    return jnp.stack([block.modulation(condition, width) for block in self.encoderblock[:stop]], axis=1)
 
   def _scanned(self, blocks: Sequence[Block], x: Float[Array, "b l d"], condition, mask):
     """`blocks` one after the other, as a loop over their stacked parameters."""
@@ -353,9 +353,9 @@ class ViT(nn.Module):
     """The queries as block `block` leaves them, without the work for the other tokens."""
     return self.Transformer.tail(x, block, self.queries, condition)
 
-  def modulations(self, condition: Float[Array, "b e"]) -> Float[Array, "b depth 2 d"]:
-    """The pooled instruction → γ and β of every block (FiLM)."""
-    return self.Transformer.modulations(condition, self.width)
+  def modulations(self, condition: Float[Array, "b e"], stop: int) -> Float[Array, "b depth 2 d"]:
+    """The pooled instruction → γ and β of every block before `stop` (FiLM); blocks that never run have none."""
+    return self.Transformer.modulations(condition, self.width, stop)
 
   def patches(self, x: Float[Array, "b l d"]) -> Float[Array, "b n d"]:
     """The patch tokens, in raster order."""

@@ -76,12 +76,14 @@ class Grounded(nn.Module):
     self.probe_dino = nn.Dense(SHAPES + 2)
     self.probe_siglip = nn.Dense(SHAPES + 2)
 
-  def __call__(self, observation: Observation, train: bool = False, part: tuple | None = None) -> Output:
+  def __call__(
+    self, observation: Observation, train: bool = False, part: tuple | None = None, updates: Any = 0
+  ) -> Output:
     """As the model; intermediates also hold what the probes say.
 
     `displacement` f32[b 9], `aim` f32[b v 2], `dino_looks` and `siglip_looks` f32[(b v) n 5].
     """
-    out = self.model(observation, train, part=part)
+    out = self.model(observation, train, part=part, updates=updates)
     states = rearrange(out.intermediates["action_states"][:, : self.model.coupler.tokens], "b t d -> b (t d)")
     probes = {"displacement": self.probe(states), "aim": rearrange(self.probe_aim(states), "b (v c) -> b v c", c=2)}
     looks = {

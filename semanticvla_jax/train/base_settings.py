@@ -36,6 +36,8 @@ FREE = (
   "cues",
   "noise",
   "anchor_rule",
+  "skip",
+  "routing",
   "parent",
   "name",
 )

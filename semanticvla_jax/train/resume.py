@@ -37,6 +37,8 @@ FIELD_DEFAULTS_BEFORE = {
   "model.groups": None,
   "model.decoder_pruner": None,
   "model.compressor": None,
+  "model.skip_layers": [],
+  "model.routing": None,
   "model.keep_least": None,
   "model.decoding": "greedy",
   "model.codec": "bins",

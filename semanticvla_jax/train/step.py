@@ -93,6 +93,7 @@ def loss_fn(
   aux_loss: AuxLoss | None = None,
   count: Counts | None = None,
   part: tuple[jax.Array, int] | None = None,
+  updates: jax.Array | int = 0,
 ):
   """Loss and metrics of one batch: L1 over the chunk, plus `aux_loss` where there is one.
 
@@ -101,12 +102,14 @@ def loss_fn(
   Args:
     count: `counts` of the whole batch, and part: (i, p), where these are its examples i, i + p, …; None: they are all.
       What the parts of a batch return adds up to what the batch does.
+    updates: made so far, for noise that becomes less.
   """
   count = counts(batch, aux_loss) if count is None else count
   bare = getattr(model, "model", model)
   if bare.coupler is None:
     return (token_loss if bare.codec is None else label_loss)(model, params, batch, count)
-  out = model.apply({"params": params}, batch.observation, train=True, part=part, rngs={"noise": key})
+  how = dict(train=True, part=part, updates=updates, rngs={"noise": key})
+  out = model.apply({"params": params}, batch.observation, **how)
   loss, metrics = losses.l1(out.actions, batch.actions, batch.action_mask, count.steps)
   metrics["l1"] = loss
   metrics["tokens"] = out.intermediates["valid"].sum(dtype=jnp.float32)  # of the language model, without padding
@@ -191,7 +194,7 @@ def make_step(
     count = counts(batch, aux_loss)
 
     def loss(trainable, batch, part):
-      return loss_fn(model, combine(trainable, frozen), batch, key, aux_loss, count, part)
+      return loss_fn(model, combine(trainable, frozen), batch, key, aux_loss, count, part, state.step)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
     (value, metrics), gradients = accumulate_gradients(gradient, state.trainable, batch, accumulation_steps)

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+from configs import baselines
 from semanticvla_jax.benchmark import programs, rows
 from semanticvla_jax.models.config import resolve
 from semanticvla_jax.models.semanticvla import abstract_params, build, dummy_observation
@@ -14,7 +15,7 @@ CONFIGS = {
   "oft": "openvla_oft:libero",
   **{row: f"libero:{row}" for row in ("full", "lite", "r4", "r32")},
   **{row: f"ablations:{row}" for row in rows.ROWS if row.startswith("table")},
-  **{row: f"baselines:{row}" for row in rows.ROWS if row.startswith(("fastv", "slime", "vla_pruner"))},
+  **{row: f"baselines:{row}" for row in rows.ROWS if row in baselines.ROWS},
 }
 HOW = ("scan", "scan_encoders", "remat", "dtype")  # a program computes the same with other values
 
@@ -31,7 +32,7 @@ def test_rows_are_the_configs(row, size):
   assert {k: v for k, v in ours.items() if k not in HOW} == {k: v for k, v in theirs.items() if k not in HOW}
 
 
-@pytest.mark.parametrize("row", ["full", "oft", "openvla", "slime"])
+@pytest.mark.parametrize("row", ["full", "oft", "openvla", "slime", "cogvla"])
 def test_recipes_train_the_parameters_that_the_configs_train(row):
   theirs = config(row, "7b")
   lora = theirs.lora

@@ -1,4 +1,4 @@
-"""SliME's two modules: what they keep, and wrong values."""
+"""SliME's two modules and Compressor-VLA's: what they keep, and wrong values."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from semanticvla_jax.models import checks
-from semanticvla_jax.models.compressor import Resampler, Router
+from semanticvla_jax.models.compressor import Resampler, Router, TaskSpatial
 from semanticvla_jax.models.config import resolve
 
 RNG = np.random.default_rng(0)
@@ -41,9 +41,56 @@ def test_the_resampler_looks_at_tokens_where_they_are():
     module.apply(params, TOKENS[:, :15], WORDS, MASK)
 
 
-@pytest.mark.parametrize("fields", [6, {"kind": "pool"}, {"kind": "router", "side": 3}, {"kind": "router", "keep": 0}])
+@pytest.fixture(scope="module")
+def task_spatial():
+  module = TaskSpatial(queries=3, window=2)
+  params = module.init(jax.random.key(0), TOKENS, WORDS, MASK)
+  return lambda tokens, words=WORDS, mask=MASK: np.asarray(module.apply(params, tokens, words, mask))
+
+
+def test_a_window_is_seen_by_its_own_query_and_by_those_of_the_task(task_spatial):
+  made = task_spatial(TOKENS)
+  assert made.shape == (2, 3 + 4, 8)
+  elsewhere = task_spatial(TOKENS.at[:, 7].add(1.0))  # row 1, column 3 of the 4 × 4 grid: the second window
+  changed = np.abs(made - elsewhere).max(axis=(0, 2)) > 1e-6
+  assert changed.tolist() == [True] * 3 + [False, True, False, False]
+
+
+def test_only_the_task_s_queries_see_a_view_as_a_set(task_spatial):
+  made, turned = task_spatial(TOKENS), task_spatial(TOKENS[:, ::-1])
+  np.testing.assert_allclose(made[:, :3], turned[:, :3], atol=1e-5)
+  np.testing.assert_allclose(made[:, 3:], turned[:, :2:-1], atol=1e-5, err_msg="windows in raster order")
+
+
+def test_the_instruction_modulates_every_query_and_padding_does_not(task_spatial):
+  made = task_spatial(TOKENS)
+  other = task_spatial(TOKENS, WORDS.at[:, 0].add(1.0))
+  assert (np.abs(made - other).max(axis=2) > 1e-6).all()
+  padding = task_spatial(TOKENS, WORDS.at[1, 1:].add(1.0))
+  np.testing.assert_array_equal(made, padding)
+
+
+def test_windows_that_do_not_fit():
+  with pytest.raises(ValueError, match="windows of 3 patches in a grid of 4; expected a divisor of 4; set window"):
+    TaskSpatial(2, 3).init(jax.random.key(0), TOKENS, WORDS, MASK)
+  with pytest.raises(ValueError, match="15 tokens a view; expected a square grid"):
+    TaskSpatial(2, 3).init(jax.random.key(0), TOKENS[:, :15], WORDS, MASK)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    6,
+    {"kind": "pool"},
+    {"kind": "router", "side": 3},
+    {"kind": "router", "keep": 0},
+    {"kind": "task_spatial", "queries": 4},
+    {"kind": "task_spatial", "queries": 4, "window": 0},
+  ],
+)
 def test_values_that_no_model_has(fields):
   with pytest.raises(
-    ValueError, match=r"compressor=.*dict\(kind='resampler', side=6\) or dict\(kind='router', keep=6\)"
+    ValueError,
+    match=r"compressor=.*dict\(kind='resampler', side=6\) or .* or dict\(kind='task_spatial', queries=6, window=6\)",
   ):
     checks.check(resolve({"variant": "tiny", "keep": 8, "compressor": fields}))

@@ -125,6 +125,23 @@ def test_values_that_no_model_has(changes, message):
     checks.check(resolve({"variant": "tiny", "keep": 8} | OFT | changes))
 
 
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"skip_layers": 1}, "different ones of the layers 0 to 1"),
+    ({"skip_layers": (2,)}, "different ones of the layers 0 to 1"),
+    ({"skip_layers": (0, 0)}, "different ones of the layers 0 to 1"),
+    ({"skip_layers": (0,), "scan": True}, r"set model\.scan=False"),
+    ({"skip_layers": (0, 1)}, "one of the layers 0 to 1 left"),
+    ({"skip_layers": (1,), "decoder_pruner": {"block": 1, "keep": 4}}, "one of the layers 1 to 1 left"),
+    ({"skip_layers": (0,), "decoder_pruner": {"block": 1, "keep": 4}}, "not layer 0, whose attention"),
+  ],
+)
+def test_layers_that_cannot_be_left_out(changes, message):
+  with pytest.raises(ValueError, match=f"skip_layers=.*{message}"):
+    checks.check(resolve({"variant": "tiny", "keep": 8} | OFT | changes))
+
+
 def test_more_than_there_are():
   with pytest.raises(ValueError, match=r"65 visual tokens of a view \(decoder_pruner\) to keep of 64"):
     act(block=1, keep=65)

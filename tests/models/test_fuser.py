@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from semanticvla_jax.models.fuser import DenseFuser, SparseFuser, check_pairs
+from semanticvla_jax.models.mlp import MLP
 
 DINO, SIGLIP = jnp.ones((2, 5, 4)), jnp.ones((2, 5, 6))
 
@@ -36,10 +37,22 @@ def test_sparse_fuser_orders_cues_then_fused():
 
 
 def test_separate_projection_lists_token_sets():
-  fuser = SparseFuser(width=8, joint=False)
+  fuser = SparseFuser(width=8, how="separate")
   kept = {"dino_aggregated": DINO, "siglip_anchors": SIGLIP[:, :3]}
   out, _ = fuser.init_with_output(jax.random.key(0), kept, {})
   assert out.shape == (2, 5 + 3, 8)
+
+
+def test_a_mixture_weighs_the_encoders_by_the_instruction():
+  fuser, instruction = SparseFuser(width=8, how="mixture"), jnp.array([[1.0] * 8, [-1.0] * 8])
+  kept = {"dino_aggregated": DINO, "siglip_aggregated": SIGLIP}
+  out, variables = fuser.init_with_output(jax.random.key(0), kept, {}, instruction)
+  params = variables["params"]
+  assert sorted(params) == ["dino_aggregated_projector", "router", "siglip_aggregated_projector"]
+  each = [MLP((8, 8)).apply({"params": params[f"{name}_projector"]}, x) for name, x in kept.items()]
+  weights = jax.nn.softmax(MLP((8, 2)).apply({"params": params["router"]}, instruction))
+  np.testing.assert_allclose(out, sum(w[:, None, None] * x for w, x in zip(weights.T, each)), atol=1e-6)
+  assert np.abs(out[0] - out[1]).max() > 1e-3, "instructions differ"
 
 
 def test_unequal_token_counts_cannot_be_fused():

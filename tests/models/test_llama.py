@@ -54,6 +54,31 @@ def test_cache_equals_one_pass(params, scan):
   np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
 
 
+def test_layers_left_out_are_as_if_they_were_not_there(params):
+  """Layer 1 of three, in every way to run: with and without a cache, at some positions, in pieces."""
+  params, two = unstack_layers(params), Llama(**SIZES | {"depth": 2}, scan=False)
+  without = {**params, "layers_1": params["layers_2"]}
+  del without["layers_2"]
+  model = Llama(**SIZES, scan=False, skip=(1,))
+  at = jnp.array([[4, 2], [0, 1]])
+
+  def states(model, params, start):
+    _, cache = model.apply({"params": params}, X, *ARGS, model.empty_cache(2, 5), 0)
+    x, weights = model.apply({"params": params}, X, *ARGS, 1, at, method="begin")
+    return (
+      *model.apply({"params": params}, X, *ARGS, at, method="states_at"),
+      *model.apply({"params": params}, x, *ARGS, at, start, method="states_at"),
+      model.apply({"params": params}, X, *ARGS)[0],
+      cache[0][-1],
+      weights,
+    )
+
+  for ours, theirs in zip(states(model, params, 1), states(two, without, 1)):
+    np.testing.assert_array_equal(ours, theirs)
+  made = jax.eval_shape(model.init, jax.random.key(0), X, *ARGS)["params"]
+  assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params), "names and shapes stay"
+
+
 def test_rope_is_relative_and_keeps_norms():
   x = jax.random.normal(jax.random.key(2), (1, 2, 1, 8))
   a, b = (rope(x, jnp.array([[p, p + 3]]), 10000.0) for p in (0, 40))

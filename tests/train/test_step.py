@@ -15,7 +15,7 @@ from semanticvla_jax.types import Batch, Observation
 MODEL = nn.Dense(1)  # not looked at
 
 
-def toy_loss(model, params, batch, key, aux_loss, count, part):
+def toy_loss(model, params, batch, key, aux_loss, count, part, updates):
   """Least squares over what is not masked; its gradient is linear in the examples."""
   error = (batch.observation.proprio @ params["w"] - batch.actions) * batch.action_mask[:, 0]
   told = {"l1": losses.divided(jnp.abs(error).sum(), count.steps), "tokens": jnp.float32(len(error))}
