@@ -5,6 +5,8 @@
     python -m semanticvla_jax.evaluate run --policy=DIR --suite=libero_object --shard=3/16 --out=runs/a/3
     python -m semanticvla_jax.evaluate merge runs/a/* --out=runs/a_merged
     python -m semanticvla_jax.evaluate compare runs/a/report runs/b/report
+    python -m semanticvla_jax.evaluate choices --policy=DIR
+    python -m semanticvla_jax.evaluate clutter runs/clutter --plot=runs/clutter/clutter.png
     python -m semanticvla_jax.evaluate doctor --policy=DIR
     python -m semanticvla_jax.evaluate doctor --model --policy=DIR --suite=place
 
@@ -14,7 +16,7 @@ Without a subcommand, flags are those of `run`.
 from __future__ import annotations
 
 from semanticvla_jax import cli
-from semanticvla_jax.evaluate import compare, merge, model_doctor, run
+from semanticvla_jax.evaluate import choices, clutter, compare, merge, model_doctor, run
 from semanticvla_jax.libero import doctor
 
 _PROGRAM = "python -m semanticvla_jax.evaluate"
@@ -22,6 +24,8 @@ _COMMANDS = {
   "run": "measure a policy on suites of a benchmark (the tabletop, LIBERO) and write a report",
   "merge": "put the shards of an evaluation (run --shard) together into one result",
   "compare": "compare two results episode by episode, if they were measured in the same way",
+  "choices": "count which object a policy takes where several fit the words, on the tabletop",
+  "clutter": "list success and kept patches against the number of distractors, from results of run",
   "doctor": "check a LIBERO installation and a policy for known causes of wrong numbers; --model: what its parts do",
 }
 
@@ -30,7 +34,8 @@ def main(argv: list[str]) -> None:
   """Runs a subcommand; problems end the program with their message."""
   name, rest = cli.subcommand(_PROGRAM, __doc__, _COMMANDS, argv)
   examine = model_doctor.main if "--model" in rest else doctor.main
-  {"": run.main, "run": run.main, "merge": merge.main, "compare": compare.main, "doctor": examine}[name](rest)
+  commands = {"": run, "run": run, "merge": merge, "choices": choices, "clutter": clutter, "compare": compare}
+  (examine if name == "doctor" else commands[name].main)(rest)
 
 
 if __name__ == "__main__":
