@@ -88,6 +88,7 @@ class SemanticVLA(nn.Module):
   decoder_pruner: DecoderPruner | None = None
   spoken_dims: int = 7  # action dimensions, of a model that speaks a token for each
   decoding: str = "greedy"
+  cue_stop: tuple[int, ...] = ()  # ids of instruction tokens that are no cues
 
   def __call__(
     self,
@@ -151,7 +152,8 @@ class SemanticVLA(nn.Module):
       for pruner in self.pruners[name]
       if pruner.reads_words and hasattr(pruner, "project")
     }
-    return Sentence(prompt, mask, condition, words, observation.instruction_mask, projected)
+    stop = jnp.isin(observation.instruction, jnp.array(self.cue_stop)) if self.cue_stop else None
+    return Sentence(prompt, mask, condition, words, observation.instruction_mask, projected, stop)
 
   def read(
     self,
@@ -320,7 +322,7 @@ class SemanticVLA(nn.Module):
   @nn.nowrap
   def _words(self, pruner: str, sentence: Sentence, v: int) -> Words:
     """The instruction as one pruner reads it, repeated for each view."""
-    found = Words(sentence.words, sentence.words_mask, projected=sentence.projected.get(pruner))
+    found = Words(sentence.words, sentence.words_mask, projected=sentence.projected.get(pruner), stop=sentence.stop)
     return jax.tree.map(lambda x: repeat(x, "b m ... -> (b v) m ...", v=v), found)
 
   def _noise(self, patches: Array, words: Array, v: int, part: tuple | None) -> Float[Array, "bv n m"]:
@@ -387,6 +389,7 @@ def build(config: Any) -> SemanticVLA:
     decoder_pruner=None if c["decoder_pruner"] is None else DecoderPruner(**c["decoder_pruner"]),
     spoken_dims=c["action_dim"],
     decoding=c["decoding"],
+    cue_stop=tuple(c["cue_stop"]),
   )
 
 

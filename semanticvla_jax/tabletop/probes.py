@@ -3,7 +3,7 @@
     place_clutter0 … place_clutter8    suite `place` with 0 to 8 distractors; `place` itself has two
     place_twins                        the sentence of `place`, and two objects of its color and shape
     place_shape                        "pick up the cube and …": the target and a distractor have the shape
-    place_color                        "pick up the red object and …": the target and a distractor have the color
+    place_color                        "pick up the red one and …": the target and a distractor have the color
 
 An episode has the target, the bowls and the gripper's pose of the base suite at the same seed, so that suites compare
 episode by episode. Distractors are nested: each number adds one object to the number below it. Nothing of the six
@@ -45,7 +45,7 @@ SUITES = (*tasks.SUITES, *PROBES)
 
 _VAGUE = {
   "shape": tuple(f"pick up the {s} and place it in the {c} bowl" for s in SHAPES[:3] for c in COLORS),
-  "color": tuple(f"pick up the {d} object and place it in the {c} bowl" for d in COLORS for c in COLORS),
+  "color": tuple(f"pick up the {d} one and place it in the {c} bowl" for d in COLORS for c in COLORS),
 }
 SENTENCES = (*tasks.INSTRUCTIONS, *(sentence for sentences in _VAGUE.values() for sentence in sentences))
 

@@ -36,6 +36,8 @@ FREE = (
   "cues",
   "noise",
   "anchor_rule",
+  "cue_temperature",
+  "cue_pool",
   "parent",
   "name",
 )

@@ -39,6 +39,9 @@ FIELD_DEFAULTS_BEFORE = {
   "model.compressor": None,
   "model.keep_least": None,
   "model.decoding": "greedy",
+  "model.cue_temperature": None,
+  "model.cue_pool": "mean",
+  "model.cue_stop": [],
 }
 
 # Config fields that may change when a run is resumed, each with all fields below it: how long and where it runs, not

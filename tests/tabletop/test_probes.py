@@ -89,7 +89,7 @@ def test_several_objects_fit_the_words_and_any_of_them_will_do(suite):
     assert sentence in probes.instructions(suite)
     words = sentence.split(" and ")[0].split()
     for kind, color, fits in zip(found.kind[i, :3], found.color[i, :3], found.fitting[i]):
-      meant = {"twins": [COLORS[color], SHAPES[kind]], "shape": [SHAPES[kind]], "color": [COLORS[color], "object"]}
+      meant = {"twins": [COLORS[color], SHAPES[kind]], "shape": [SHAPES[kind]], "color": [COLORS[color], "one"]}
       assert fits == (words[3:] == meant[suite.removeprefix("place_")])
     assert sentence.endswith(f"the {COLORS[found.color[i, 3]]} bowl")
 
