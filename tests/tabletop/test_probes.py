@@ -10,7 +10,8 @@ import pytest
 from semanticvla_jax.tabletop import expert, physics, probes, render, tasks
 from semanticvla_jax.tabletop.tasks import COLORS, FOOT, NONE, SHAPES
 
-COUNT = 64  # episodes looked at
+COUNT = 32  # episodes looked at
+STEPS = tasks.max_steps("place")
 
 
 @functools.cache
@@ -20,11 +21,13 @@ def states(suite: str, split: str = "heldout") -> tasks.State:
   return jax.tree.map(np.asarray, jax.jit(draw)(jnp.arange(COUNT)))
 
 
+RUN = jax.jit(jax.vmap(lambda state: expert.rollout_from(state, jax.random.key(0), 0.0, STEPS)))
+
+
 @functools.cache
 def rollouts(suite: str) -> expert.Rollout:
-  """The expert on them."""
-  run = jax.vmap(lambda state: expert.rollout_from(state, jax.random.key(0), 0.0, probes.max_steps(suite)))
-  return jax.jit(run)(states(suite))
+  """The expert on them; one program for all ambiguous suites."""
+  return RUN(states(suite))
 
 
 def equal(one: tasks.State, other: tasks.State, but: tuple[str, ...] = ()) -> None:
@@ -40,7 +43,7 @@ def test_two_distractors_are_suite_place():
 
 
 def test_each_number_adds_one_distractor():
-  for n in range(probes.DISTRACTORS):
+  for n in (0, 1, 2, 7):
     fewer, more = states(f"place_clutter{n}"), states(f"place_clutter{n + 1}")
     equal(fewer, more, but=("kind", "color", "center", "yaw", "origin"))
     count = (fewer.kind != NONE).sum(axis=1)
@@ -66,7 +69,7 @@ def test_the_most_cluttered_table_names_one_object_and_has_room(split):
 
 
 def test_the_expert_succeeds_among_eight_distractors():
-  assert np.mean(np.asarray(rollouts("place_clutter8").first) < probes.max_steps("place_clutter8")) >= 0.9
+  assert np.mean(np.asarray(rollouts("place_clutter8").first) < STEPS) >= 0.9
 
 
 def test_further_distractors_are_seen_and_can_be_pushed():
@@ -94,8 +97,8 @@ def test_several_objects_fit_the_words_and_any_of_them_will_do(suite):
     assert sentence.endswith(f"the {COLORS[found.color[i, 3]]} bowl")
 
   result = rollouts(suite)  # of the first of them
-  assert np.mean(np.asarray(result.first) < probes.max_steps(suite)) >= 0.95
-  at = (np.arange(COUNT), np.minimum(result.first + 1, probes.max_steps(suite) - 1))
+  assert np.mean(np.asarray(result.first) < STEPS) >= 0.95
+  at = (np.arange(COUNT), np.minimum(result.first + 1, STEPS - 1))
   end = jax.tree.map(lambda x: np.asarray(x)[at], result.states)
   other = np.argmax(found.fitting[:, 1:3], axis=1) + 1  # another of them, where the first was laid
   swapped = np.array(end.center)
