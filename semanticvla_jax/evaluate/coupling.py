@@ -80,7 +80,7 @@ def errors(policy: Policy, suite: str, split: str, seeds: Sequence[int]) -> Erro
     some = jax.tree.map(lambda x: jnp.asarray(x[tuple(index)]), states)  # noqa: B023
     wanted, counts = (np.asarray(x) for x in _wanted(some, policy.chunk))
     away = np.asarray(query(inputs, some, some.instruction - probes.first_sentence(suite))) - wanted
-    counts &= (np.arange(_BATCH) < len(owners) - first)[:, None]
+    counts = counts & (np.arange(_BATCH) < len(owners) - first)[:, None]
     both = (np.linalg.norm(away[..., part], axis=-1)[counts] for part in (slice(0, 3), slice(3, 6)))
     parts.append((*both, np.broadcast_to(index[0][:, None], counts.shape)[counts]))
   translation, rotation, episode = (np.concatenate(column) for column in zip(*parts))
