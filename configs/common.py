@@ -67,6 +67,9 @@ def _model(variant: str, ratio: int) -> ConfigDict:
       keep_least=placeholder(int),  # patches that an ID-Pruner shows at least; None: all `keep`
       cues=5,
       temperature=1.0,
+      cue_temperature=placeholder(float),  # None: as `temperature`
+      cue_pool="mean",
+      cue_stop=(),  # ids of instruction tokens that are no cues
       similarity_noise=0.1,
       anchor_rule="similarity",
       aggregation_std=1.0,

@@ -57,6 +57,7 @@ class Sentence:
     condition: of each encoder with FiLM: f[b e], the pooled instruction, or f[b depth 2 d], every block's γ and β.
     words: f[b m e], the text tower's states; None without one. words_mask: bool[b m].
     projected: of each pruner that projects words: f[b m d].
+    stop: bool[b m], which words are no cues; None where every word may be one.
   """
 
   prompt: Array
@@ -65,6 +66,7 @@ class Sentence:
   words: Array | None = None
   words_mask: Array | None = None
   projected: dict[str, Array] = dataclasses.field(default_factory=dict)
+  stop: Array | None = None
 
 
 @_pytree

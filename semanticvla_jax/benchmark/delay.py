@@ -18,7 +18,7 @@ from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import results, tabletop_query
 from semanticvla_jax.policy import Policy
 from semanticvla_jax.serve.chunks import Chunks
-from semanticvla_jax.tabletop import physics, tasks
+from semanticvla_jax.tabletop import physics, probes, tasks
 
 PERIOD = 50  # milliseconds between two actions
 GRIPPER = 6  # dimension of the action
@@ -53,7 +53,7 @@ def measure(result: Result, folder: str, suite: str, delays: Sequence[int], epis
   for name, mode in MODES.items():
     for milliseconds in delays:
       steps = -(-milliseconds // PERIOD)
-      success = int(run(ask, begin, act, mode, steps, tasks.max_steps(suite)).sum())
+      success = int(run(ask, begin, act, mode, steps, probes.max_steps(suite)).sum())
       result.add(f"{name}, {milliseconds} ms", success, f"of {episodes}")
       low, high = (100 * end for end in results.wilson(success, episodes))
       result.note(f"Wilson 95 % interval {low:.0f}–{high:.0f} %")
@@ -66,19 +66,19 @@ def programs(policy: Policy, suite: str, episodes: int, split: str = "heldout") 
   """
   if policy.remembers:
     raise refuse("Delay", "a policy whose model.decoder_pruner has a history", "one without", "measure its `variant`")
-  setup = tabletop_query.setup_of(policy, suite, split, policy.chunk, tasks.max_steps(suite))
-  sentences = tasks.instructions(suite)
+  setup = tabletop_query.setup_of(policy, suite, split, policy.chunk, probes.max_steps(suite))
+  sentences = probes.instructions(suite)
   inputs = tabletop_query.inputs_of(policy, sentences)
 
   @jax.jit
   def ask(states: tasks.State) -> jax.Array:
-    asked = states.instruction - tasks.INSTRUCTIONS.index(sentences[0])
+    asked = states.instruction - probes.first_sentence(suite)
     return tabletop_query.policy_query(policy.model, setup, inputs)(states, asked, None)[0].swapaxes(0, 1)
 
   @jax.jit
   def begin() -> tasks.State:
     keys = jax.vmap(lambda seed: tasks.seed_key(seed, split))(jnp.arange(episodes))
-    return jax.vmap(lambda key: tasks.reset(key, suite, split))(keys)
+    return jax.vmap(lambda key: probes.reset(key, suite, split))(keys)
 
   @jax.jit
   def act(states: tasks.State, actions: jax.Array) -> tuple[tasks.State, jax.Array]:

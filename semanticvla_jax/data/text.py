@@ -16,6 +16,11 @@ from jaxtyping import Bool, Int32
 from semanticvla_jax.errors import refuse
 
 PRUNER_TEXTS = ("question", "prompt")
+# Words of the ID-Pruner's question that name nothing to look at, for `Tokenizers.stop`.
+STOP_WORDS = (
+  *("what", "action", "should", "the", "robot", "take", "to", "in", "out", "on", "into", "of", "and", "it"),
+  *("pick", "up", "place", "put", "push", "insert"),
+)
 EMBEDDED = pathlib.Path(__file__).parent / "tokenizers"  # small models for the tabletop environment, no download
 
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"), " ")  # white space to the eye, not to str.split
@@ -108,6 +113,17 @@ class Tokenizers(NamedTuple):
     rows = [[*self.siglip.encode(canonical(write(instruction))), end] for instruction in instructions]
     ids, _ = _pad(rows, self.instruction_length, end, instructions, "instruction")
     return ids, ids != end
+
+  def stop(self, words: Sequence[str] = STOP_WORDS) -> tuple[int, ...]:
+    """The ids of words that are no cues, for `model.cue_stop`; words of several pieces are left out.
+
+    Raises:
+      ValueError: this policy has no SigLIP tokenizer.
+    """
+    if self.siglip is None:
+      raise refuse("Stop words", "a policy without SigLIP's tokenizer", "one with an ID-Pruner", "leave cue_stop at ()")
+    pieces = [self.siglip.encode(canonical(word)) for word in words]
+    return tuple(sorted({ids[0] for ids in pieces if len(ids) == 1}))
 
 
 def files(folder: str | os.PathLike) -> dict[str, epath.Path]:

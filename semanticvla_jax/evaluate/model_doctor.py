@@ -27,7 +27,7 @@ from semanticvla_jax.evaluate import visualize
 from semanticvla_jax.models import programs
 from semanticvla_jax.models.semanticvla import Output, build
 from semanticvla_jax.policy import Policy
-from semanticvla_jax.tabletop import physics, tasks
+from semanticvla_jax.tabletop import physics, probes, tasks
 
 _WORDS = 8  # of the cues, that are listed
 
@@ -147,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
   parser = cli.ArgumentParser("python -m semanticvla_jax.evaluate doctor --model", __doc__)
   parser.add_argument("--model", action="store_true", help=argparse.SUPPRESS)
   parser.add_argument("--policy", required=True, help="policy folder")
-  parser.add_argument("--suite", default="place", help=f"one of {', '.join(tasks.SUITES)} (default: place)")
+  parser.add_argument("--suite", default="place", help=f"one of {', '.join(probes.SUITES)} (default: place)")
   parser.add_argument("--split", default="heldout", help=f"one of {', '.join(tasks.SPLITS)} (default: heldout)")
   parser.add_argument("--episodes", type=int, default=32, help="first frames to look at (default: 32)")
   parser.add_argument("--dataset", help="name of the statistics to use, if the policy has several")

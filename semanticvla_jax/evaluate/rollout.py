@@ -33,7 +33,7 @@ from semanticvla_jax.evaluate.tabletop_query import (
   setup_of,
 )
 from semanticvla_jax.policy import Policy
-from semanticvla_jax.tabletop import physics, tasks
+from semanticvla_jax.tabletop import physics, probes, tasks
 
 Progress = Callable[[int, int], None]  # episodes done, successes among them
 
@@ -159,8 +159,8 @@ def _program(
 ) -> tuple[Ended, Int[Array, " b"], tasks.State | None]:
   """One batch: outcomes, each episode's own sentence (an index into the suite's), and its states."""
   keys = jax.vmap(lambda seed: tasks.seed_key(seed, setup.split))(seeds)
-  states = jax.vmap(lambda key: tasks.reset(key, setup.suite, setup.split))(keys)
-  own = states.instruction - tasks.INSTRUCTIONS.index(tasks.instructions(setup.suite)[0])
+  states = jax.vmap(lambda key: probes.reset(key, setup.suite, setup.split))(keys)
+  own = states.instruction - probes.first_sentence(setup.suite)
   told = jnp.where(told < 0, own, told)
   limits = dict(max_steps=setup.max_steps, replan_steps=setup.replan_steps, keep_states=setup.keep_states)
   memory = empty_memory(model, setup, inputs, states, told)
@@ -195,11 +195,11 @@ class OnDevice:
     keep_states: bool = False,
   ):
     tasks.check_split(split)
-    self.max_steps = tasks.max_steps(suite)
+    self.max_steps = probes.max_steps(suite)
     self.policy, self.batch = policy, batch
     self.replan_steps = policy.replan_steps if replan_steps is None else replan_steps
     _check(policy, self.replan_steps)
-    self._sentences = tasks.instructions(suite)
+    self._sentences = probes.instructions(suite)
     self._setup = setup_of(policy, suite, split, self.replan_steps, self.max_steps, keep_states)
     self._inputs = inputs_of(policy, self._sentences)
 
@@ -247,7 +247,7 @@ class OnDevice:
       raise refuse(
         f"Told {sentence!r}",
         "a sentence of another suite",
-        f"one of {self._setup.suite!r} (tasks.instructions)",
+        f"one of {self._setup.suite!r} (probes.instructions)",
         "use OnHost to say anything",
       )
     return self._sentences.index(sentence)

@@ -26,7 +26,7 @@ from semanticvla_jax.evaluate.rollout import Episodes, OnDevice, OnHost, check_r
 from semanticvla_jax.evaluate.served import ServedPolicy
 from semanticvla_jax.evaluate.visualize import Tile, check_prunes
 from semanticvla_jax.policy import Policy
-from semanticvla_jax.tabletop import physics, tasks
+from semanticvla_jax.tabletop import physics, probes, tasks
 
 _COLORS = re.compile(rf" ?\b({'|'.join((*tasks.COLORS, 'white'))})\b")
 
@@ -38,8 +38,8 @@ def task(instruction: str) -> str:
 
 def instructions(suite: str, split: str, seeds: Sequence[int]) -> list[str]:
   """The instructions of episodes, by their seeds, without running them."""
-  found = jax.vmap(lambda seed: tasks.reset(tasks.seed_key(seed, split), suite, split).instruction)
-  return [tasks.INSTRUCTIONS[i] for i in np.asarray(jax.jit(found)(np.array(seeds, np.int32)))]
+  found = jax.vmap(lambda seed: probes.reset(tasks.seed_key(seed, split), suite, split).instruction)
+  return [probes.SENTENCES[i] for i in np.asarray(jax.jit(found)(np.array(seeds, np.int32)))]
 
 
 class TabletopRun(SuiteRun):
@@ -141,7 +141,7 @@ class TabletopRun(SuiteRun):
 class Tabletop(Benchmark):
   """The tabletop, for the command."""
 
-  title, suites, knows_objects = "the tabletop", tuple(tasks.SUITES), True
+  title, suites, knows_objects = "the tabletop", probes.SUITES, True
 
   def task(self, instruction: str) -> str:
     """See `Benchmark`."""

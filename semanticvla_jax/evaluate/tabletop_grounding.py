@@ -18,7 +18,7 @@ from semanticvla_jax.evaluate.rollout import Episodes
 from semanticvla_jax.evaluate.tabletop_query import Inputs, Setup, inputs_of, observed, setup_of
 from semanticvla_jax.observation_dict import VIEWS
 from semanticvla_jax.policy import Policy
-from semanticvla_jax.tabletop import render, tasks
+from semanticvla_jax.tabletop import probes, render, tasks
 
 _BATCH = 64  # queries looked at together
 
@@ -56,8 +56,8 @@ def measure(policy: Policy, suite: str, split: str, episodes: Episodes, replan_s
     episodes: with their states.
     replan_steps: actions between two queries.
   """
-  sentences = tasks.instructions(suite)
-  inputs, setup = inputs_of(policy, sentences), setup_of(policy, suite, split, replan_steps, tasks.max_steps(suite))
+  sentences = probes.instructions(suite)
+  inputs, setup = inputs_of(policy, sentences), setup_of(policy, suite, split, replan_steps, probes.max_steps(suite))
   at = [(step, i) for i in range(len(episodes.seeds)) for step in queries(episodes, i, replan_steps)]
   kept, filled = [], []
   for first in range(0, len(at), _BATCH):
@@ -79,11 +79,11 @@ def measure(policy: Policy, suite: str, split: str, episodes: Episodes, replan_s
 def picture(policy: Policy, suite: str, split: str, episodes: Episodes, index: int) -> list[visualize.Tile]:
   """The first query of an episode: each view with the kept patches and the outline of the named objects."""
   inputs, setup = (
-    inputs_of(policy, tasks.instructions(suite)),
-    setup_of(policy, suite, split, 1, tasks.max_steps(suite)),
+    inputs_of(policy, probes.instructions(suite)),
+    setup_of(policy, suite, split, 1, probes.max_steps(suite)),
   )
   state = jax.tree.map(lambda x: jnp.asarray(x[0, index])[None], episodes.states)
-  told = jnp.asarray([tasks.instructions(suite).index(episodes.told[index])], jnp.int32)
+  told = jnp.asarray([probes.instructions(suite).index(episodes.told[index])], jnp.int32)
   kept = np.asarray(_kept(inputs, state, told, model=policy.model, setup=setup))[0]
   views = visualize.pictures(state)[0, : setup.views]
   masks = np.asarray(named_masks(state, views.shape[1]))[0, : setup.views]

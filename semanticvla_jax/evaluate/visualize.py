@@ -256,7 +256,7 @@ def observation(state: tasks.State, size: int) -> dict:
     "observation/image": views[0],
     "observation/wrist_image": views[1],
     "observation/state": np.asarray(proprio),
-    "prompt": tasks.instruction(state),
+    "prompt": physics.instruction(state),
   }
 
 

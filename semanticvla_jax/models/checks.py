@@ -24,6 +24,7 @@ CHOICES = {
   "film_pool": ("words", "all"),
   "anchor_rule": ANCHOR_RULES,
   "sparse_fuser": ("joint", "separate", "mixture"),
+  "cue_pool": ("mean", "max"),
   "vision_layer": ("last", "second_to_last"),
   "siglip_gelu": ("erf", "tanh"),
   "coupler": ("grouped", "paper", "single", None),
@@ -58,6 +59,10 @@ def check(c: Mapping[str, Any]) -> None:
       _refuse(field, c[field], "a number from 0", f"set model.{field} to one; 0 turns it off")
   if not _is_number(c["temperature"]) or c["temperature"] <= 0:
     _refuse("temperature", c["temperature"], "a number above 0", "small ones sharpen the cues, 1 is the release's")
+  if c["cue_temperature"] is not None and not (_is_number(c["cue_temperature"]) and c["cue_temperature"] > 0):
+    _refuse("cue_temperature", c["cue_temperature"], "None, or a number above 0", "None is model.temperature")
+  if not isinstance(c["cue_stop"], (list, tuple)) or not all(_is_count(one, 0) for one in c["cue_stop"]):
+    _refuse("cue_stop", c["cue_stop"], "token ids, e.g. (5, 17)", "() lets every word be a cue")
   if c["keep_least"] is not None and not (_is_count(c["keep_least"], 1) and c["keep_least"] <= c["keep"]):
     _refuse("keep_least", c["keep_least"], f"None, or 1 to {c['keep']} (keep)", "None shows all patches that are kept")
   if c["keep_least"] is not None and c["sparse_fuser"] != "joint":

@@ -49,12 +49,14 @@ class Words:
     mask: bool[b m], which states are words.
     noise: f32[b n m], standard normal numbers in training; None outside it.
     projected: f[b m d], what the pruner's `project` made of the states, if it has been called already.
+    stop: bool[b m], which words are no cues unless too few others are there; None for none.
   """
 
   states: Float[Array, "b m e"]
   mask: Bool[Array, "b m"]
   noise: Float[Array, "b n m"] | None = None
   projected: Float[Array, "b m d"] | None = None
+  stop: Bool[Array, "b m"] | None = None
 
 
 @flax.struct.dataclass
@@ -157,6 +159,19 @@ def dynamic_count(scores: Float[Array, "b n"], temperature: float, least: int, m
 
 def gather(tokens: Float[Array, "b n d"], indices: Int[Array, "b k"]) -> Float[Array, "b k d"]:
   return jnp.take_along_axis(tokens, indices[..., None], axis=1)
+
+
+def cue_scores(
+  similarity: Float[Array, "b n m"], mask: Bool[Array, "b m"], stop: Bool[Array, "b m"] | None, pool: str
+) -> Float[Array, "b m"]:
+  """How much each word is to become a cue (Eq. 3): its similarities over the patches, 'mean' or 'max'.
+
+  With `stop`, words that are no cues come after all others, padding last.
+  """
+  scores = similarity.mean(axis=1) if pool == "mean" else similarity.max(axis=1)
+  if stop is None:
+    return scores
+  return jnp.where(mask, scores - 2.0 * stop, -4.0)  # cosines lie in [-1, 1]
 
 
 # (similarity f32[b n m], patches f[b n d], words f[b m d], mask bool[b m]) → scores f32[n] or f32[b n]
@@ -282,6 +297,8 @@ class IDPruner(nn.Module):
     anchor_rule: a name in ANCHOR_RULES.
     least: patches that are shown at least; how many between this and h follows how widely the scores spread over the
       picture (`dynamic_count`). None shows all h.
+    cue_temperature: of the softmax behind each cue; None for `temperature`.
+    cue_pool: how a word's similarities over the patches make its score as a cue, 'mean' (Eq. 3) or 'max'.
 
   Differs from the paper: W_l is a two-layer GELU MLP; scores are means (same ranking); noise in training.
   """
@@ -293,6 +310,8 @@ class IDPruner(nn.Module):
   anchor_rule: str
   least: int | None = None
   dtype: Any = jnp.float32
+  cue_temperature: float | None = None
+  cue_pool: str = "mean"
 
   keeps: ClassVar[str] = "anchors"
   reads_words: ClassVar[bool] = True
@@ -303,14 +322,14 @@ class IDPruner(nn.Module):
   def from_config(cls, config: Mapping[str, Any], width: int, name: str) -> IDPruner:
     c = config
     how = (c["keep"], c["cues"], c["temperature"], c["similarity_noise"], c["anchor_rule"], c["keep_least"])
-    return cls(*how, jnp.dtype(c["dtype"]), name=name)
+    return cls(*how, jnp.dtype(c["dtype"]), c["cue_temperature"], c["cue_pool"], name=name)
 
   def prune(self, encoded: Encoded, words: Words) -> Pruned:
     """Anchors as tokens, and cues; `info` has the whole IDPruned as "pruned"."""
     projected = words.projected
     if projected is None:
       projected = self.project(words.states, encoded.patches.shape[-1])
-    found = self.select(encoded.patches, projected, words.mask, words.noise)
+    found = self.select(encoded.patches, projected, words.mask, words.noise, words.stop)
     return Pruned(found.anchors, found.cues, {"pruned": found})
 
   @nn.compact
@@ -335,6 +354,7 @@ class IDPruner(nn.Module):
     words: Float[Array, "b m d"],
     mask: Bool[Array, "b m"],
     normal: Float[Array, "b n m"] | None = None,
+    stop: Bool[Array, "b m"] | None = None,
   ) -> IDPruned:
     """Pruning proper, with words already projected to the patches' width. Similarity and top-k in float32."""
     s = cosine_similarity(patches, words)
@@ -353,8 +373,9 @@ class IDPruner(nn.Module):
       found = found.replace(shown=better.sum(axis=-1) < count[:, None])
     if not self.cues:
       return found
-    salient = top_indices(s.mean(axis=1), self.cues, "cues (instruction tokens)")
-    weights = jax.nn.softmax(jnp.take_along_axis(s, salient[:, None, :], axis=2) / self.temperature, axis=1)
+    salient = top_indices(cue_scores(s, mask, stop, self.cue_pool), self.cues, "cues (instruction tokens)")
+    temperature = self.temperature if self.cue_temperature is None else self.cue_temperature
+    weights = jax.nn.softmax(jnp.take_along_axis(s, salient[:, None, :], axis=2) / temperature, axis=1)
     cues = jnp.einsum("bnk,bnd->bkd", weights.astype(patches.dtype), patches)
     return found.replace(cues=cues, salient=salient, cue_weights=weights)
 

@@ -90,6 +90,7 @@ class SemanticVLA(nn.Module):
   spoken_dims: int = 7  # action dimensions, of a model that speaks a token for each
   decoding: str = "greedy"
   codec: ActionTokenizer | None = None  # FAST's tokens instead, of which a chunk has different numbers
+  cue_stop: tuple[int, ...] = ()  # ids of instruction tokens that are no cues
 
   def __call__(
     self,
@@ -166,7 +167,8 @@ class SemanticVLA(nn.Module):
       for pruner in self.pruners[name]
       if pruner.reads_words and hasattr(pruner, "project")
     }
-    return Sentence(prompt, mask, condition, words, observation.instruction_mask, projected)
+    stop = jnp.isin(observation.instruction, jnp.array(self.cue_stop)) if self.cue_stop else None
+    return Sentence(prompt, mask, condition, words, observation.instruction_mask, projected, stop)
 
   def read(
     self,
@@ -348,7 +350,7 @@ class SemanticVLA(nn.Module):
   @nn.nowrap
   def _words(self, pruner: str, sentence: Sentence, v: int) -> Words:
     """The instruction as one pruner reads it, repeated for each view."""
-    found = Words(sentence.words, sentence.words_mask, projected=sentence.projected.get(pruner))
+    found = Words(sentence.words, sentence.words_mask, projected=sentence.projected.get(pruner), stop=sentence.stop)
     return jax.tree.map(lambda x: repeat(x, "b m ... -> (b v) m ...", v=v), found)
 
   @nn.nowrap
@@ -406,6 +408,7 @@ def build(config: Any) -> SemanticVLA:
     spoken_dims=c["action_dim"],
     decoding=c["decoding"],
     codec=fast.from_config(c),
+    cue_stop=tuple(c["cue_stop"]),
   )
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 from semanticvla_jax import files
 from semanticvla_jax.data import writer
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.tabletop import expert, physics, tasks
+from semanticvla_jax.tabletop import expert, physics, probes, tasks
 
 NOISE = 0.3  # moderate: about every other episode shows a recovery, and nearly all succeed
 _CHUNK = 32  # episodes rolled out together
@@ -126,7 +126,7 @@ def demonstrations(options: Options) -> Iterator[tuple[int, writer.Episode | Non
 
 
 def _episodes(options: Options) -> Iterator[tuple[int, writer.Episode | None]]:
-  steps, size = tasks.max_steps(options.suite), options.size
+  steps, size = probes.max_steps(options.suite), options.size
   roll, given = _rollouts(), (options.noise, options.perturbed, options.suite, options.split, steps)
   seeds = np.arange(options.seed, options.seed + _CHUNK)
   with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="render") as other:
@@ -159,7 +159,7 @@ def _roll(
 ) -> expert.Rollout:
   def one(seed):
     k_reset, k_noise = jax.random.split(physics.seed_key(seed, split))
-    first = tasks.reset(k_reset, suite, split)
+    first = probes.reset(k_reset, suite, split)
     k_perturb, k_which = jax.random.split(jax.random.fold_in(k_reset, 1))
     other = expert.perturbed_state(k_perturb, first)
     anywhere = jax.random.bernoulli(k_which, perturbed)
@@ -208,13 +208,13 @@ def _episode(
     wrist_image=np.ascontiguousarray(views[:, 1]),
     state=states.astype(np.float32),
     action=actions[: len(frames)].astype(np.float32),
-    instruction=tasks.INSTRUCTIONS[int(rollout.states.instruction[0])],
+    instruction=probes.SENTENCES[int(rollout.states.instruction[0])],
     file_path=f"tabletop/{options.suite}/{options.split}/{seed}",
   )
 
 
 def _check(options: Options, name: str) -> None:
-  tasks.suite_index(options.suite)
+  probes.base(options.suite)
   tasks.check_seeds([options.seed, options.seed + max(options.episodes, 1) - 1], options.split)
   if not name.startswith("tabletop"):
     raise ValueError(

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from semanticvla_jax.tabletop import physics
+from semanticvla_jax.tabletop.probes import reset
 from semanticvla_jax.tabletop.tasks import (
   BALL,
   BOWL,
@@ -24,7 +25,6 @@ from semanticvla_jax.tabletop.tasks import (
   DIRECTIONS,
   FLOOR,
   FOOT,
-  GRASPABLE,
   HALF,
   INSERT,
   LIFT,
@@ -35,8 +35,8 @@ from semanticvla_jax.tabletop.tasks import (
   Leaf,
   State,
   angle_between,
+  containers,
   in_32_bits,
-  reset,
 )
 
 SPEED = 0.5  # of the greatest translation and rotation a step, so that noise is seldom clipped
@@ -98,8 +98,9 @@ def _grasp_yaw(state: State, i: Int[Array, ""]) -> Float[Array, ""]:
   yaws = first + jnp.where(is_round, 0.8, jnp.where(is_cube, math.pi / 2, 0.0)) * jnp.array([0.0, 1.0, -1.0])
   across = physics.OPEN * jnp.stack([jnp.cos(yaws), jnp.sin(yaws)], -1)
   fingers = state.center[i, :2] + jnp.stack([across, -across])[:, :, None]  # [2 3 1 2]
-  gap = jnp.linalg.norm(fingers - state.center[:GRASPABLE, :2], axis=-1) - jnp.asarray(FOOT)[state.kind[:GRASPABLE]]
-  room = jnp.min(jnp.where(jnp.arange(GRASPABLE) == i, jnp.inf, gap), axis=(0, 2))
+  (solid,) = np.nonzero(~containers(state))
+  gap = jnp.linalg.norm(fingers - state.center[solid, :2], axis=-1) - jnp.asarray(FOOT)[state.kind[solid]]
+  room = jnp.min(jnp.where(solid == i, jnp.inf, gap), axis=(0, 2))
   return yaws[jnp.argmax(jnp.minimum(room, 0.010))]
 
 
@@ -145,7 +146,7 @@ def _free_spot(state: State, i: Int[Array, ""]) -> Float[Array, "2"]:
   line = np.linspace(-0.16, 0.16, 9, dtype=np.float32)
   spots = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
   gap = jnp.linalg.norm(spots[:, None] - state.center[:, :2], axis=-1) - jnp.asarray(FOOT)[state.kind]
-  room = jnp.min(jnp.where(jnp.arange(MAX_OBJECTS) == i, jnp.inf, gap), axis=1)
+  room = jnp.min(jnp.where(jnp.arange(len(state.kind)) == i, jnp.inf, gap), axis=1)
   far = jnp.linalg.norm(spots - state.center[i, :2], axis=-1)
   return jnp.asarray(spots)[jnp.argmin(far + 10 * (0.06 - room).clip(0))]
 

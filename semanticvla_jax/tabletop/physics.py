@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from semanticvla_jax.tabletop import render
+from semanticvla_jax.tabletop.probes import instruction, instructions, max_steps, reset
 from semanticvla_jax.tabletop.render import rotation_matrix
 from semanticvla_jax.tabletop.tasks import (
   BALL,
@@ -37,10 +38,6 @@ from semanticvla_jax.tabletop.tasks import (
   State,
   angle_between,
   in_32_bits,
-  instruction,
-  instructions,
-  max_steps,
-  reset,
   seed_key,
 )
 
@@ -156,9 +153,9 @@ def _support(state: State, bottom: Float[Array, " n"]) -> Float[Array, " n"]:
   inside = jnp.all(jnp.abs(_turn(apart, -state.yaw[None, :])) < half + radius[:, None], -1)
   # Only what is not held and has a flat top carries an object; of those, only what was not above it before the step:
   # an object that is pushed sideways must not jump onto its neighbor.
-  free = (jnp.arange(MAX_OBJECTS) != state.held) & (kind != BALL) & (kind < BOWL)
+  free = (jnp.arange(len(kind)) != state.held) & (kind != BALL) & (kind < BOWL)
   below = _top(state)[None, :] <= bottom[:, None] + _OVER
-  stacked = jnp.where(inside & free & below & ~jnp.eye(MAX_OBJECTS, dtype=bool), _top(state), 0.0)
+  stacked = jnp.where(inside & free & below & ~jnp.eye(len(kind), dtype=bool), _top(state), 0.0)
   # Containers carry on their floor, not on their top: bowls and plates within their radius, a slot in its groove.
   floor = jnp.asarray(FLOOR)[kind]
   round_one = jnp.where(((kind == BOWL) | (kind == PLATE)) & (distance < half[:, 0]), floor, 0.0)
@@ -196,7 +193,7 @@ def _fingers(state: State) -> Float[Array, "2 2"]:
 
 def _carry(state: State) -> State:
   """Puts the held object where the gripper holds it."""
-  holds = jnp.arange(MAX_OBJECTS) == state.held
+  holds = jnp.arange(len(state.kind)) == state.held
   center = state.position + rotation_matrix(state.rotation) @ state.grip
   return state.replace(
     center=jnp.where(holds[:, None], center, state.center),
@@ -209,7 +206,7 @@ def _move(state: State, shift: Float[Array, "3"], turn: Float[Array, "3"]) -> St
   """Moves the gripper a little; what it touches is pushed, carries it up, or stops it."""
   # Only what is not held and has a flat top carries an object; of those, only what was not above it before the step:
   # an object that is pushed sideways must not jump onto its neighbor.
-  free = (jnp.arange(MAX_OBJECTS) != state.held) & (state.kind < BOWL)
+  free = (jnp.arange(len(state.kind)) != state.held) & (state.kind < BOWL)
   bottom_before, tip_before = _bottom(state), state.position[2] - _TIP
   state = _carry(
     state.replace(
@@ -231,7 +228,7 @@ def _move(state: State, shift: Float[Array, "3"], turn: Float[Array, "3"]) -> St
   state = state.replace(center=state.center.at[:, :2].set(xy))
 
   # The held object rests on what is below it and stops at walls; the gripper with it.
-  holds = jnp.arange(MAX_OBJECTS) == state.held
+  holds = jnp.arange(len(state.kind)) == state.held
   lift = jnp.sum(jnp.where(holds, jnp.maximum(_support(state, bottom_before) - _bottom(state), 0.0), 0.0))
   lift = jnp.maximum(lift, floor - state.position[2]).clip(0.0)
   blocked = _walls(state, state.center[:, :2], _bottom(state) + lift) - state.center[:, :2]
@@ -280,7 +277,7 @@ def _grip(state: State, command: Float[Array, ""]) -> State:
 
 def _fall(state: State) -> State:
   """Lets free objects fall, slide off walls and each other, and drop into slots."""
-  index = jnp.arange(MAX_OBJECTS)
+  index = jnp.arange(len(state.kind))
   movable = state.kind < BOWL
   width, high = jnp.asarray(HALF)[state.kind, 0], jnp.asarray(HALF)[state.kind, 2]
   apart = state.center[:, None] - state.center[None, :]
@@ -345,8 +342,12 @@ def achieved(state: State) -> Bool[Array, "2"]:
 
 @in_32_bits
 def success(state: State) -> Bool[Array, ""]:
-  """Whether the state fulfils its instruction."""
-  return achieved(state).all()
+  """Whether the state fulfils its instruction, with any of the objects that its words fit."""
+  if state.fitting is None:
+    return achieved(state).all()
+  index = jnp.arange(len(state.kind))
+  one = lambda i: achieved(state.replace(target=state.target.at[0].set(i))).all()  # noqa: E731
+  return (jax.vmap(one)(index) & state.fitting).any()
 
 
 @in_32_bits
@@ -365,7 +366,7 @@ class TabletopEnvironment:
   """One tabletop episode at a time, with the `Environment` protocol.
 
   Args:
-    suite: one of SUITES.
+    suite: one of SUITES, or of probes.SUITES.
     split: "train", "heldout" or "unseen"; `reset(seed)` counts seeds from 0 within the split.
     size: height and width of both views, pixels.
   """

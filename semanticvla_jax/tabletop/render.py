@@ -10,6 +10,7 @@ by the ball round an object, which is cheap and shows height above the table.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,14 +24,13 @@ from semanticvla_jax.tabletop.tasks import (
   BOWL,
   CYLINDER,
   FLOOR,
-  GRASPABLE,
   GROOVE,
   HALF,
-  MAX_OBJECTS,
   NONE,
   PLATE,
   SLOT,
   State,
+  containers,
   in_32_bits,
 )
 
@@ -62,9 +62,10 @@ _PART_COLOR = np.array([[0.16, 0.17, 0.19]] * 2 + [[0.36, 0.38, 0.42]] * 2, np.f
 
 # What casts shadows: the objects, then the two fingertips and the palm. Radii of objects are relative to their width.
 _HAND = np.array([[0, 0, 0.012], [0, 0, 0.012], [0, 0, 0.070]], np.float32)
-_WIDE = np.array([1.25] * GRASPABLE + [1.05] * (MAX_OBJECTS - GRASPABLE), np.float32)
+_WIDE, _WIDE_CONTAINER = 1.25, 1.05
 _HAND_RADIUS = np.array([0.017, 0.017, 0.045], np.float32)
-_DARK = np.array([0.6] * GRASPABLE + [0.35] * (MAX_OBJECTS - GRASPABLE) + [0.5, 0.5, 0.4], np.float32)
+_DARK, _DARK_CONTAINER = 0.6, 0.35
+_HAND_DARK = np.array([0.5, 0.5, 0.4], np.float32)
 
 Number = Float[Array, "..."] | float  # broadcasts to [sample, view, pixel]
 Vector = tuple[Number, Number, Number]  # x, y, z, or red, green, blue
@@ -253,8 +254,8 @@ def _placed(state: State) -> tuple[Float[Array, "n 3"], Float[Array, "n 3 3"], I
   """Where the frames of all objects are, their axes, and the objects' kinds."""
   about_z = jax.vmap(lambda yaw: rotation_matrix(jnp.array([0.0, 0.0, 1.0]) * yaw))
   held = rotation_matrix(state.rotation) @ about_z(state.grip_yaw[None])[0]
-  turns = jnp.where((jnp.arange(MAX_OBJECTS) == state.held)[:, None, None], held, about_z(state.yaw))
-  under = jnp.asarray(HALF)[state.kind, 2].at[:GRASPABLE].set(0.0)
+  turns = jnp.where((jnp.arange(len(state.kind)) == state.held)[:, None, None], held, about_z(state.yaw))
+  under = jnp.where(containers(state), jnp.asarray(HALF)[state.kind, 2], 0.0)
   return state.center.at[:, 2].add(-under), turns, state.kind
 
 
@@ -267,8 +268,15 @@ def _objects(hit: Hit, state: State, o: Vector, d: Vector) -> Hit:
     local = _into(turn, tuple(a - b for a, b in zip(o, origin)))
     return _nearer(hit, surface(local, _into(turn, d), _into(turn, _LIGHT), kind), color), None
 
-  hit, _ = jax.lax.scan(functools.partial(add, _solid), hit, tuple(x[:GRASPABLE] for x in things))
-  return jax.lax.scan(functools.partial(add, _container), hit, tuple(x[GRASPABLE:] for x in things))[0]
+  for surface, some in _parts(state):
+    hit, _ = jax.lax.scan(functools.partial(add, surface), hit, tuple(x[some] for x in things))
+  return hit
+
+
+def _parts(state: State) -> list[tuple[Callable[..., Surface], Int[np.ndarray, " m"]]]:
+  """The surfaces of what can be grasped and of containers, and which objects have them."""
+  inside = containers(state)
+  return [(_solid, np.flatnonzero(~inside)), (_container, np.flatnonzero(inside))]
 
 
 def _spread(points: np.ndarray, state: State) -> Float[Array, "p 3"]:
@@ -294,7 +302,10 @@ def _gripper(hit: Hit, state: State, o: Vector, d: Vector) -> Hit:
 def _light(hit: Hit, state: State, o: Vector, d: Vector) -> Number:
   """The share of the direct light that reaches each hit, 0..1."""
   hand = state.position + _spread(_HAND, state) @ rotation_matrix(state.rotation).T
-  radius = jnp.append(jnp.asarray(HALF)[state.kind, 0] * _WIDE, _HAND_RADIUS).clip(1e-3)
+  inside = containers(state)
+  wide = np.where(inside, np.float32(_WIDE_CONTAINER), np.float32(_WIDE))
+  dark = np.append(np.where(inside, np.float32(_DARK_CONTAINER), np.float32(_DARK)), _HAND_DARK)
+  radius = jnp.append(jnp.asarray(HALF)[state.kind, 0] * wide, _HAND_RADIUS).clip(1e-3)
   point = tuple(a + hit.t * b for a, b in zip(o, d))
 
   def add(light, ball):
@@ -304,7 +315,7 @@ def _light(hit: Hit, state: State, o: Vector, d: Vector) -> Number:
     cover = jnp.clip(1.5 - 1.5 * (_dot(away, away) - along**2) / radius**2, 0.0, 1.0)
     return light * (1.0 - dark * cover * jnp.clip(along / 0.012, 0.0, 1.0)), None
 
-  return jax.lax.scan(add, jnp.ones_like(hit.t), (jnp.concatenate([state.center, hand]), radius, jnp.asarray(_DARK)))[0]
+  return jax.lax.scan(add, jnp.ones_like(hit.t), (jnp.concatenate([state.center, hand]), radius, jnp.asarray(dark)))[0]
 
 
 @in_32_bits
@@ -337,8 +348,8 @@ def visible_objects(state: State, size: int) -> Int[Array, "2 {size} {size}"]:
     return (jnp.minimum(t, nearest), jnp.where(t < nearest, index, which)), None
 
   found = (table.t, jnp.full(table.t.shape, -1))
-  for surface, part in ((_solid, slice(GRASPABLE)), (_container, slice(GRASPABLE, None))):
-    things = (tuple(x[part] for x in _placed(state)), jnp.arange(MAX_OBJECTS)[part])
+  for surface, some in _parts(state):
+    things = (tuple(x[some] for x in _placed(state)), jnp.asarray(some, jnp.int32))
     found, _ = jax.lax.scan(functools.partial(add, surface), found, things)
   nearest, which = found
   hidden = _gripper(table._replace(t=nearest), state, o, d).t < nearest

@@ -106,6 +106,10 @@ class State:
     relation: i32[], of the target to object 3, named in the instruction of suite `spatial` only.
     instruction: i32[], index into INSTRUCTIONS.
     time: i32[], actions taken.
+    fitting: bool[n], objects of which any will do as the first target, where the words fit several; None where they
+      name one (see probes.py).
+
+  `n` is larger than MAX_OBJECTS in cluttered suites: further distractors, behind the containers.
   """
 
   position: Leaf
@@ -126,6 +130,7 @@ class State:
   relation: Leaf
   instruction: Leaf
   time: Leaf
+  fitting: Leaf = None
 
 
 def _sentences() -> tuple[tuple[str, ...], ...]:
@@ -182,9 +187,15 @@ def named_objects(state: State) -> Bool[Array, " n"]:
   """Which objects the instruction names: targets, containers to put them into, and the bowl of suite `spatial`."""
   asks = state.verb != NOTHING
   into = (state.verb == PUT) | (state.verb == INSERT)
-  index = jnp.arange(MAX_OBJECTS)[:, None]
+  index = jnp.arange(len(state.kind))[:, None]
   named = ((index == state.target) & asks) | ((index == state.destination) & into)
-  return named.any(axis=1) | ((index[:, 0] == 3) & (state.suite == SPATIAL))
+  named = named.any(axis=1) | ((index[:, 0] == 3) & (state.suite == SPATIAL))
+  return named if state.fitting is None else named | state.fitting
+
+
+def containers(state: State) -> Bool[np.ndarray, " n"]:
+  """Which places among the objects are kept for containers, whatever lies there; a constant."""
+  return np.isin(np.arange(len(state.kind)), range(GRASPABLE, MAX_OBJECTS))
 
 
 def max_steps(suite: str | int) -> int:

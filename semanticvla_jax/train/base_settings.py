@@ -38,6 +38,8 @@ FREE = (
   "anchor_rule",
   "skip",
   "routing",
+  "cue_temperature",
+  "cue_pool",
   "parent",
   "name",
 )

@@ -43,6 +43,9 @@ FIELD_DEFAULTS_BEFORE = {
   "model.decoding": "greedy",
   "model.codec": "bins",
   "data.action_tokens": None,
+  "model.cue_temperature": None,
+  "model.cue_pool": "mean",
+  "model.cue_stop": [],
 }
 
 # Config fields that may change when a run is resumed, each with all fields below it: how long and where it runs, not

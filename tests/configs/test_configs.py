@@ -104,3 +104,16 @@ def test_tabletop_configs_fit_the_embedded_tokenizers(name):
   tokenizers = text.load(prompt_length=config.data.prompt_length, instruction_length=config.data.instruction_length)
   assert model.text.positions == config.data.instruction_length
   assert tokenizers.pad_id < model.llm.vocab
+
+
+def test_couplers_are_compared_on_equal_terms():
+  from configs import coupling
+
+  rows = {name: coupling.get_config(name) for name in coupling.ROWS}
+  assert {name: build(config.model).coupler.tokens for name, config in rows.items()} == dict(grouped=3, single=7, one=1)
+  heads = {name for config in rows.values() for name, _ in build(config.model).coupler.groups}
+  assert not heads & {"trans", "rot", "grip"}, "a head that the base has would not be new"
+  same = [config.to_dict() | {"model": None} for config in rows.values()]
+  assert same[0] == same[1] == same[2] and same[0]["data"]["suites"] == (0, 0, 0, 0, 0, 1)
+  with pytest.raises(ValueError, match="got 'both'; expected one of"):
+    coupling.get_config("both")

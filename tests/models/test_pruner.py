@@ -58,6 +58,44 @@ def test_cues_are_weighted_sums_of_patches_in_text_order():
   assert (jnp.diff(out.salient, axis=1) > 0).all()
 
 
+def test_cues_pool_by_the_maximum_and_have_a_temperature_of_their_own():
+  mean, best = prune(), prune(cue_pool="max")
+  expected = np.sort(np.argsort(-np.asarray(mean.similarity).max(axis=1), axis=1)[:, :3], axis=1)
+  np.testing.assert_array_equal(best.salient, expected)
+  assert not np.array_equal(mean.salient, best.salient), "the two would not be told apart"
+  sharp = prune(cue_temperature=0.1)
+  np.testing.assert_array_equal(sharp.cue_weights, prune(temperature=0.1).cue_weights)
+  np.testing.assert_array_equal(sharp.kept, mean.kept)
+
+
+def test_stop_words_are_cues_only_where_too_few_others_are_there():
+  stop = jnp.array([[1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1]], bool)
+  out = IDPruner(5, 3, 1.0, 0.1, "similarity").select(PATCHES, WORDS, MASK, None, stop)
+  scores = np.asarray(out.similarity).mean(axis=1)
+  better = max((0, 2), key=lambda i: scores[0, i])
+  assert out.salient[0].tolist() == sorted([1, 3, better]), "both others, then the better stop word, never padding"
+  assert out.salient[1].tolist() == sorted(np.argsort(-scores[1, :4])[:3].tolist())
+  np.testing.assert_array_equal(out.kept, prune().kept)
+
+
+def test_stop_words_reach_the_pruner_by_their_ids():
+  model, plain = build(TINY | {"cue_stop": (3, 4)}), build(TINY)
+  observation = random_observation(plain, 2)
+  ids = np.resize(np.arange(3, 9), observation.instruction.shape)
+  observation = observation.replace(instruction=jnp.asarray(ids, jnp.int32), instruction_mask=jnp.ones(ids.shape, bool))
+  look = lambda m: m.apply({"params": random_params(plain)}, observation).intermediates["siglip_pruned"]  # noqa: E731
+  chosen, before = (np.asarray(look(m).salient) for m in (model, plain))
+  rows = np.repeat(ids, 2, axis=0)
+  assert not np.isin(np.take_along_axis(rows, chosen, axis=1), (3, 4)).any()
+  assert np.isin(np.take_along_axis(rows, before, axis=1), (3, 4)).any()
+
+
+@pytest.mark.parametrize("field, value", [("cue_stop", (1.5,)), ("cue_temperature", 0.0), ("cue_pool", "sum")])
+def test_values_that_no_cues_can_be_chosen_by(field, value):
+  with pytest.raises(ValueError, match=f"model config: got {field}="):
+    build(TINY | {field: value})
+
+
 def test_noise_moves_similarities_by_its_standard_deviation():
   normal = jax.random.normal(jax.random.key(2), (B, N, M))
   difference = prune(normal=normal).similarity - prune().similarity
