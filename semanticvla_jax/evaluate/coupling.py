@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax import cli
+from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate.evaluation import check_minimum
 from semanticvla_jax.evaluate.rollout import check_robot
 from semanticvla_jax.evaluate.tabletop_query import inputs_of, policy_query, setup_of
@@ -67,11 +68,15 @@ def errors(policy: Policy, suite: str, split: str, seeds: Sequence[int]) -> Erro
   """The errors of a policy's actions in the episodes of some seeds.
 
   Raises:
-    ValueError: the policy is of another robot.
+    ValueError: the policy is of another robot, or remembers earlier queries.
   """
   check_robot(policy, policy.chunk)
+  if policy.remembers:
+    raise refuse(
+      "Coupling", "a policy whose model.decoder_pruner has a history", "one without", "measure its `variant`"
+    )
   setup, sentences = setup_of(policy, suite, split, policy.chunk, probes.max_steps(suite)), probes.instructions(suite)
-  query = jax.jit(lambda inputs, states, told: policy_query(policy.model, setup, inputs)(states, told))
+  query = jax.jit(lambda inputs, states, told: policy_query(policy.model, setup, inputs)(states, told, None)[0])
   states, asked = jax.tree.map(np.asarray, _states(jnp.asarray(seeds, jnp.int32), suite, split))
   owners, moments = np.nonzero(asked)
   inputs, parts = inputs_of(policy, sentences), []
