@@ -40,4 +40,6 @@ def tabletop(config):
     trajectory_end="pad",
   )
   config.train.update(steps=500, save_every=250, keep_last=1, log_every=50)
+  if (config.model.decoder_pruner or {}).get("noise_steps") is not None:
+    config.model.decoder_pruner["noise_steps"] = config.train.steps
   return config

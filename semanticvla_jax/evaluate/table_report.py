@@ -109,7 +109,7 @@ def _header(args: argparse.Namespace, found: Mapping[str, Found]) -> str:
 
 
 def _table(name: str, found: Mapping[str, Found]) -> str:
-  title = "Robustness" if name == "robustness" else f"Table {name}"
+  title = f"Table {name}" if name.isdecimal() else name.capitalize()
   extra = ["changed layouts", *_CONTROLS.values()] if name == "robustness" else []
   head = ["row", "success", *extra, "the paper, %", "FLOPs a call", "latency", "steps", "training", "policy"]
   lines = [f"## {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]

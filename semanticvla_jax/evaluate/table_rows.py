@@ -59,6 +59,17 @@ TABLES = {
     Entry("table6_coupler", "coupler alone", 94.1),
     Entry("full", "fuser and coupler", 97.1),
   ),
+  "baselines": (  # that the paper does not compare with
+    Entry("oft", "dense (OpenVLA-OFT)"),
+    Entry("fastv_action", "attention of the actions, 1/8 from layer 2 on"),
+    Entry("sparsevlm", "SparseVLM, 1/8 from layer 2 on"),
+    Entry("vla_pruner_now", "VLA-Pruner without memory, 1/8 from layer 3 on"),
+    Entry("vla_pruner", "VLA-Pruner, 1/8 from layer 3 on"),
+    Entry("efficientvla_layers", "a third of the decoder's layers left out"),
+    Entry("compressor_vla", "Compressor-VLA, 1/8"),
+    Entry("lightvla", "LightVLA, room for 1/4"),
+    Entry("cogvla", "CogVLA, 1/4"),
+  ),
   "robustness": (
     Entry("oft", "OpenVLA-OFT"),
     Entry("full", "SemanticVLA"),
@@ -69,7 +80,8 @@ TABLES = {
 # Rows without training: they take the parameters of another row.
 PARAMETERS_OF = {
   "pd_vla": "openvla_chunk",
-  **dict.fromkeys(("fastv_k2", "fastv_mean", "prune_random", "prune_uniform"), "oft"),
+  **dict.fromkeys(("fastv_k2", "fastv_mean", "fastv_action", "prune_random", "prune_uniform"), "oft"),
+  **dict.fromkeys(("sparsevlm", "vla_pruner_now", "vla_pruner", "efficientvla_layers"), "oft"),
 }
 
 

@@ -29,7 +29,7 @@ def test_rows_run_once_and_after_those_that_they_take_parameters_of():
   for row, source in table_rows.PARAMETERS_OF.items():
     assert row not in rows or rows.index(source) < rows.index(row)
   assert next(entry.row for entry in table_rows.entries(["robustness"])) == "oft"
-  with pytest.raises(ValueError, match="--table: got 7; expected some of 2, 4, 5, 6, robustness"):
+  with pytest.raises(ValueError, match="--table: got 7; expected some of 2, 4, 5, 6, baselines, robustness"):
     table_rows.entries(["7"])
 
 
