@@ -51,7 +51,7 @@ def test_the_help_lists_the_subcommands_and_the_flags_of_all_benchmarks(capsys):
       main(words)
     assert not ended.value.code
     printed.append(" ".join(capsys.readouterr().out.split()))
-  for command in ("run", "merge", "compare", "choices", "clutter", "coupling", "cues", "doctor"):
+  for command in ("run", "merge", "compare", "table", "choices", "clutter", "coupling", "cues", "doctor"):
     assert f" {command} " in printed[0]
   assert all(title in printed[1] for title in ("flags of every benchmark", "flags of the tabletop", "flags of LIBERO"))
   assert "--episodes EPISODES number of episodes per suite (default: 100)" in printed[1]
@@ -60,7 +60,7 @@ def test_the_help_lists_the_subcommands_and_the_flags_of_all_benchmarks(capsys):
 
 
 def test_a_misspelt_subcommand_names_the_nearest():
-  known = "run, merge, compare, choices, clutter, coupling, cues, doctor"
+  known = "run, merge, compare, table, choices, clutter, coupling, cues, doctor"
   with pytest.raises(ValueError, match=f"got 'comprae'; expected one of {known}; .*did you mean 'compare'"):
     main(["comprae", "a", "b"])
 
