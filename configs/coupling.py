@@ -17,6 +17,7 @@ ROWS = {
 
 
 def get_config(arg=None):
+  arg = arg or "grouped"
   if arg not in ROWS:
     raise ValueError(
       f"config argument: got {arg!r}; expected one of {(*ROWS,)}; write it behind the colon: configs/coupling.py:one."
