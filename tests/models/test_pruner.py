@@ -83,8 +83,9 @@ def test_stop_words_reach_the_pruner_by_their_ids():
   observation = random_observation(plain, 2)
   ids = np.resize(np.arange(3, 9), observation.instruction.shape)
   observation = observation.replace(instruction=jnp.asarray(ids, jnp.int32), instruction_mask=jnp.ones(ids.shape, bool))
-  look = lambda m: m.apply({"params": random_params(plain)}, observation).intermediates["siglip_pruned"]  # noqa: E731
-  chosen, before = (np.asarray(look(m).salient) for m in (model, plain))
+  params = {"params": random_params(plain)}
+  look = lambda m: jax.jit(lambda p, o: m.apply(p, o).intermediates["siglip_pruned"].salient)(params, observation)  # noqa: E731
+  chosen, before = (np.asarray(look(m)) for m in (model, plain))
   rows = np.repeat(ids, 2, axis=0)
   assert not np.isin(np.take_along_axis(rows, chosen, axis=1), (3, 4)).any()
   assert np.isin(np.take_along_axis(rows, before, axis=1), (3, 4)).any()
