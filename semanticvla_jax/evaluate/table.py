@@ -151,10 +151,10 @@ def _evaluations(args: argparse.Namespace, folder: Path) -> Iterator[Stage]:
   trials = f"--trials={math.ceil(args.episodes / LIBERO_TASKS)}"
   count = [f"--episodes={args.episodes}", f"--seed={FIRST_EPISODE}"] if args.benchmark == "tabletop" else [trials]
   command = ["semanticvla_jax.evaluate", "run", f"--policy={folder / 'policy'}", "--films=0", *count]
-  robust = "robustness" in args.tables
-  controls = ["--controls=shuffled,blind"] if robust else []
-  yield Stage("evaluate", [*command, f"--suite={args.suite}", *controls, f"--out={folder / 'report'}"])
-  if robust:
+  own = [*command, f"--suite={args.suite}", f"--out={folder / 'report'}"]
+  yield Stage("evaluate", own)
+  if "robustness" in args.tables:
+    yield Stage("controls", [*own, "--controls=shuffled,blind"])  # added to the report of the first
     suite = [] if args.benchmark == "libero" else [f"--suite={args.suite}"]
     yield Stage("changed", [*command, *suite, *CHANGED[args.benchmark], f"--out={folder / 'report_changed'}"])
 

@@ -56,10 +56,11 @@ def test_rows_without_training_take_the_dense_rows_parameters_seed_by_seed(capsy
 
 def test_robustness_measures_controls_and_changed_layouts(capsys):
   lines = dry_run(capsys, "--table=robustness", "--row=full", "--calls=0", "--out=x")
-  assert "--controls=shuffled,blind" in lines[2] and "--split=unseen" in lines[3]
+  assert lines[3] == [*lines[2], "--controls=shuffled,blind"] and "--split=unseen" in lines[4]
+  assert lines[:3] == dry_run(capsys, "--table=4", "--row=full", "--calls=0", "--out=x")  # kept, whichever came first
   words = ("--size=7b", "--suite=libero_object", "--base=b", "--data-dir=d")
   lines = dry_run(capsys, "--table=robustness", "--row=full", "--calls=0", *words)
-  assert "--suite=libero_pro" in lines[2] and "--trials=26" in lines[2]
+  assert "--suite=libero_pro" in lines[3] and "--trials=26" in lines[3]
 
 
 @pytest.mark.parametrize(
