@@ -35,8 +35,7 @@ CONFIG, BASE = "configs/tables.py", "checkpoints/tabletop_small"  # of the repos
 SIZES = {"tiny": "tabletop", "small": "tabletop", "small64": "tabletop", "7b": "libero"}
 FIRST_TRAINING_SEED, FIRST_EPISODE = 7, 100_000  # no layout that was shown is measured
 LIBERO_TASKS = 10  # of a suite
-# Rows differ in robustness where the instruction or the images are changed: on the tabletop other colors in one color
-# scheme that training never shows; on LIBERO the LIBERO-PRO suites.
+# Where rows may differ in robustness: combinations of color and shape that training never shows; the LIBERO-PRO suites.
 CHANGED = {"tabletop": ("--split=unseen",), "libero": ("--suite=libero_pro",)}
 
 
