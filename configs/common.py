@@ -69,7 +69,7 @@ def _model(variant: str, ratio: int) -> ConfigDict:
       temperature=1.0,
       cue_temperature=placeholder(float),  # None: as `temperature`
       cue_pool="mean",
-      cue_stop=(),  # ids of instruction tokens that are no cues
+      cue_stop=(),  # ids of instruction tokens that cannot be cues
       similarity_noise=0.1,
       anchor_rule="similarity",
       aggregation_std=1.0,

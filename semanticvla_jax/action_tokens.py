@@ -3,7 +3,7 @@
     normalized actions [k a] ─ clip to [-1, 1] ─ DCT-II along time, orthonormal ─ round(scale · x)
       ─ coefficients in order of frequency, all dimensions of each [k·a] ─ byte-pair encoding ─► tokens
 
-The symbols are all coefficients that clipped actions can have: |DCT(x)| ≤ √k, so that no chunk lies outside of them.
+The symbols are all coefficients that clipped actions can have: |DCT(x)| ≤ √k, so that they cover every chunk.
 Each is a token; a merge is one more token for two neighbors. Hence every sequence of tokens of the right total length
 is a chunk. Merges are fitted to a dataset by `data.fit_action_tokens`; the model decodes by `models.fast`.
 """
@@ -44,7 +44,7 @@ def dct(k: int) -> Float[np.ndarray, "{k} {k}"]:
 def first_of_pairs(hits: Bool[np.ndarray, "*b n"]) -> Bool[np.ndarray, "*b n"]:
   """Of each run of hits the first, third, …: where a pair of two equal tokens overlaps with itself, from the left."""
   at = np.arange(hits.shape[-1])
-  before = np.maximum.accumulate(np.where(hits, -1, at), axis=-1)  # the last position that is no hit
+  before = np.maximum.accumulate(np.where(hits, -1, at), axis=-1)  # the last position that is not a hit
   return hits & ((at - before) % 2 == 1)
 
 
@@ -191,7 +191,7 @@ class ActionTokenizer:
 
 
 def from_json(value: Any, where: str) -> ActionTokenizer:
-  """What `to_json` gave, perhaps with other keys besides. Raises ValueError for anything else."""
+  """What `to_json` gave, perhaps with additional keys. Raises ValueError for anything else."""
   if not isinstance(value, Mapping) or value.get("kind") != KIND or not {*_FIELDS} <= {*value}:
     got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
     raise refuse(

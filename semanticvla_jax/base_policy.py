@@ -20,7 +20,7 @@ class BasePolicy:
 
   Attributes:
     params: of the programs. preparation: from dicts to arrays, and back to the robot's units. inference: the programs.
-    memories: of each episode that was begun and not reset, what its next query is given; stays empty for most policies.
+    memories: by episode that was started and not reset: what its next query is given; stays empty for most policies.
   """
 
   params: Mapping

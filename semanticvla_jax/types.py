@@ -57,7 +57,7 @@ class Sentence:
     condition: of each encoder with FiLM: f[b e], the pooled instruction, or f[b depth 2 d], every block's γ and β.
     words: f[b m e], the text tower's states; None without one. words_mask: bool[b m].
     projected: of each pruner that projects words: f[b m d].
-    stop: bool[b m], which words are no cues; None where every word may be one.
+    stop: bool[b m], which words cannot be cues; None where every word may be one.
   """
 
   prompt: Array

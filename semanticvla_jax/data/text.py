@@ -115,7 +115,7 @@ class Tokenizers(NamedTuple):
     return ids, ids != end
 
   def stop(self, words: Sequence[str] = STOP_WORDS) -> tuple[int, ...]:
-    """The ids of words that are no cues, for `model.cue_stop`; words of several pieces are left out.
+    """The ids of words that cannot be cues, for `model.cue_stop`; words of several pieces are left out.
 
     Raises:
       ValueError: this policy has no SigLIP tokenizer.

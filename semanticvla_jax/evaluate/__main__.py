@@ -27,7 +27,7 @@ _COMMANDS = {
   "run": "measure a policy on suites of a benchmark (the tabletop, LIBERO) and write a report",
   "merge": "put the shards of an evaluation (run --shard) together into one result",
   "compare": "compare two results episode by episode, if they were measured in the same way",
-  "table": "train and measure the rows of the paper's tables, beside its own figures",
+  "table": "train and measure the rows of the paper's tables, next to the paper's figures",
   "choices": "count which object a policy takes where several fit the words, on the tabletop",
   "clutter": "list success and kept patches against the number of distractors, from results of run",
   "coupling": "measure errors of translation and rotation against the tabletop's expert, and their correlation",

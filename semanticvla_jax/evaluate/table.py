@@ -47,7 +47,7 @@ class Stage(NamedTuple):
 
 
 class StageFailed(RuntimeError):
-  """A command of a row ended with another status than 0; the others go on."""
+  """A command of a row failed; the other rows continue."""
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

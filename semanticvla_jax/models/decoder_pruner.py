@@ -2,7 +2,7 @@
 
     layers 0 … block-1 ─ all tokens ─► a score for each visual token ─► the `keep` best of each view ─► layers block …
 
-Nothing is trained. What is kept goes on as it is, with its rotary position: positions are not renumbered. LightVLA,
+Nothing is trained. What is kept stays unchanged, with its rotary position: positions are not renumbered. LightVLA,
 which acts on the decoder's input and is trained, is light_pruner.py.
 """
 

@@ -1,4 +1,4 @@
-"""FAST's action tokens in the model: what each id stands for, and what was said as actions (arXiv 2501.09747).
+"""FAST's action tokens in the model: what each id means, and what was said as actions (arXiv 2501.09747).
 
 The last ids of the language model's tokenizer are the tokens, as OpenVLA's bins are: token t is the id vocab - 1 - t.
 """
@@ -72,7 +72,7 @@ def _refuse(field: str, got: Any, expected: str, remedy: str) -> None:
 
 
 def id_lengths(tokenizer: ActionTokenizer, vocab: int, rows: int) -> Int[Array, " rows"]:
-  """How many coefficients each id stands for, 0 for what is no action token; `rows` are those of the embedding."""
+  """How many coefficients each id has, 0 for all that are not action tokens; `rows` are those of the embedding."""
   found = np.zeros(rows, np.int32)
   found[vocab - tokenizer.size : vocab] = tokenizer.lengths[::-1]
   return jnp.asarray(found)

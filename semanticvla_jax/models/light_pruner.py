@@ -34,7 +34,7 @@ _EPS = 1e-6  # of the norms
 def scores(
   patches: Float[Array, "b n D"], others: Float[Array, "b t D"], seen: Bool[Array, "b n"], real: Bool[Array, "b t"]
 ) -> Float[Array, "b n n"]:
-  """How much patch i wants patch j, f32; -inf where j is not `seen`. `real`: which of the others are no padding."""
+  """How much patch i wants patch j, f32; -inf where j is not `seen`. `real`: which of the others are not padding."""
   patches, others = _rms(patches), _rms(others)
   scale = patches.shape[-1] ** -0.5
   logits = jnp.einsum("bnd,btd->bnt", patches, others) * scale

@@ -49,7 +49,7 @@ class Words:
     mask: bool[b m], which states are words.
     noise: f32[b n m], standard normal numbers in training; None outside it.
     projected: f[b m d], what the pruner's `project` made of the states, if it has been called already.
-    stop: bool[b m], which words are no cues unless too few others are there; None for none.
+    stop: bool[b m], which words become cues only where too few others are there; None for none.
   """
 
   states: Float[Array, "b m e"]
@@ -166,7 +166,7 @@ def cue_scores(
 ) -> Float[Array, "b m"]:
   """How much each word is to become a cue (Eq. 3): its similarities over the patches, 'mean' or 'max'.
 
-  With `stop`, words that are no cues come after all others, padding last.
+  With `stop`, those words come after all others, padding last.
   """
   scores = similarity.mean(axis=1) if pool == "mean" else similarity.max(axis=1)
   if stop is None:

@@ -90,7 +90,7 @@ class SemanticVLA(nn.Module):
   spoken_dims: int = 7  # action dimensions, of a model that speaks a token for each
   decoding: str = "greedy"
   codec: ActionTokenizer | None = None  # FAST's tokens instead, of which a chunk has different numbers
-  cue_stop: tuple[int, ...] = ()  # ids of instruction tokens that are no cues
+  cue_stop: tuple[int, ...] = ()  # ids of instruction tokens that cannot be cues
 
   def __call__(
     self,

@@ -144,10 +144,10 @@ def _further_things(key: PRNGKeyArray, state: State, split: str) -> Int[Array, "
 def _places(
   spots: Float[Array, "e c 2"], taken: Float[Array, "n 2"], foot: Float[Array, " n"], own: Float[Array, " e"]
 ) -> Float[Array, "e 2"]:
-  """Where each of e objects lies: the first of its c spots with room round it, or the roomiest.
+  """The place of each of e objects: the first of its c spots with room round it, or the roomiest.
 
   Args:
-    spots: candidates. taken, foot: of what lies there already, and its radius. own: radii of the new objects.
+    spots: candidates. taken, foot: of what is there already, and its radius. own: radii of the new objects.
   """
   found = []
   for i in range(len(spots)):

@@ -151,7 +151,7 @@ def label_loss(model: nn.Module, params: dict, batch: Batch, count: Counts):
   """Cross entropy of FAST's tokens and </s> behind each prompt, in float32, and its metrics, of which `accuracy` is the
   share of them that is most likely given those before.
 
-  A token stands for several numbers of the whole chunk, so that a step outside the trajectory is learned too: the robot
+  A token covers several numbers of the whole chunk, so that a step outside the trajectory is learned too: the robot
   stays where it is (trajectories.windows). See `loss_fn` for `count`.
   """
   observation, labels = batch.observation, batch.labels

@@ -115,16 +115,16 @@ def test_the_newest_weighs_most_and_the_oldest_is_forgotten():
 
 def test_episodes_in_one_batch_do_not_touch_each_other():
   """Of two interleaved episodes one begins later; in a batch both choose what they choose alone."""
-  run, begun = query("later"), None
+  run, both = query("later"), None
   long, short = [rows_of(seen(i), 0) for i in range(5)], [rows_of(seen(10 + i), 1) for i in range(4)]
   alone = [run.kept(long), run.kept(short)]
   memory = run(long[0]).memory
   fresh = jax.tree.map(jnp.zeros_like, memory)
   memory = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), memory, fresh)
   for one, other in zip(long[1:], short, strict=True):
-    begun = run(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), one, other), memory)
-    memory = begun.memory
-  np.testing.assert_array_equal(begun.intermediates["kept_visual"], np.concatenate(alone))
+    both = run(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), one, other), memory)
+    memory = both.memory
+  np.testing.assert_array_equal(both.intermediates["kept_visual"], np.concatenate(alone))
   assert np.asarray(memory["queries"]).tolist() == [3, 3]
 
 

@@ -62,7 +62,7 @@ def test_cues_pool_by_the_maximum_and_have_a_temperature_of_their_own():
   mean, best = prune(), prune(cue_pool="max")
   expected = np.sort(np.argsort(-np.asarray(mean.similarity).max(axis=1), axis=1)[:, :3], axis=1)
   np.testing.assert_array_equal(best.salient, expected)
-  assert not np.array_equal(mean.salient, best.salient), "the two would not be told apart"
+  assert not np.array_equal(mean.salient, best.salient), "the two could not be distinguished"
   sharp = prune(cue_temperature=0.1)
   np.testing.assert_array_equal(sharp.cue_weights, prune(temperature=0.1).cue_weights)
   np.testing.assert_array_equal(sharp.kept, mean.kept)
