@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.models import compressor, fast, masks, speech
+from semanticvla_jax.models import compressor, decoder_pruner, fast, masks, speech
 from semanticvla_jax.models.coupler import EXTRA_ROWS
 from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, FORMS, LIGHT, DecoderPruner
 from semanticvla_jax.models.history import History
@@ -212,17 +212,20 @@ def _check_compressor(c: Mapping[str, Any]) -> None:
 
 def _check_skipped(c: Mapping[str, Any]) -> None:
   """Some of the decoder's layers, separate ones, and neither all nor the one whose attention a pruner reads."""
-  skipped, depth, pruner = c["skip_layers"], c["variant"]["llm"]["depth"], c["decoder_pruner"]
+  skipped, depth = c["skip_layers"], c["variant"]["llm"]["depth"]
   known = isinstance(skipped, (list, tuple)) and all(_is_count(layer, 0) and layer < depth for layer in skipped)
   if not known or len({*skipped}) < len(skipped):
     _refuse("skip_layers", skipped, f"different ones of the layers 0 to {depth - 1}", "() leaves none out")
   if skipped and c["scan"]:
     _refuse("skip_layers", skipped, "() with scan=True, whose layers are one loop", "set model.scan=False")
-  first = 0 if pruner is None else pruner["block"]
+  pruner = decoder_pruner.from_config(c["decoder_pruner"])
+  first = 0 if pruner is None else pruner.block
   if {*range(first, depth)} <= {*skipped}:
     _refuse("skip_layers", skipped, f"one of the layers {first} to {depth - 1} left", "leave one of them in")
-  if pruner is not None and first - 1 in skipped and DecoderPruner(**pruner).parts:
-    _refuse("skip_layers", skipped, f"not layer {first - 1}, whose attention decoder_pruner reads", "leave it in")
+  read = [] if pruner is None or not pruner.parts else [first - 1]
+  read += [] if pruner is None or pruner.history is None else [pruner.history.block]
+  if missing := [layer for layer in read if layer in skipped]:
+    _refuse("skip_layers", skipped, f"not layer {missing[0]}, whose attention decoder_pruner reads", "leave it in")
 
 
 def _check_routing(c: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What makes fewer visual tokens of a view's projected patches, in front of the language model.
 
     resampler      learned queries look once at all tokens                    SliME, arXiv 2406.08487, `Resampler`
-    router         the tokens nearest the prompt's words, unchanged    SliME, `TextGuidedSampler`
+    router         the tokens nearest the prompt's words, unchanged           SliME, `TextGuidedSampler`
     task_spatial   queries that the instruction modulates look at all tokens,
                    and a query for each window at its own                     Compressor-VLA, arXiv 2511.18950
 

@@ -142,6 +142,15 @@ def test_layers_that_cannot_be_left_out(changes, message):
     checks.check(resolve({"variant": "tiny", "keep": 8} | OFT | changes))
 
 
+def test_a_layer_that_is_remembered_cannot_be_left_out():
+  history = {"window": 3, "decay": 0.8, "block": 2}
+  pruner = {"block": 1, "keep": 4, "score": "mean+action", "history": history}
+  changes = {"variant": "small", "keep": 8, "skip_layers": (2,), "decoder_pruner": pruner}
+  with pytest.raises(ValueError, match="skip_layers=.*not layer 2, whose attention"):
+    checks.check(resolve(OFT | changes))
+  checks.check(resolve(OFT | changes | {"skip_layers": (1,)}))
+
+
 def test_more_than_there_are():
   with pytest.raises(ValueError, match=r"65 visual tokens of a view \(decoder_pruner\) to keep of 64"):
     act(block=1, keep=65)
