@@ -16,9 +16,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from semanticvla_jax import cli
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate import results
+from semanticvla_jax.evaluate import results, tabletop_flags
 from semanticvla_jax.evaluate.evaluation import check_minimum
 from semanticvla_jax.evaluate.rollout import Episodes, OnDevice
 from semanticvla_jax.policy import Policy
@@ -75,15 +74,10 @@ def _share(count: int, of: int) -> str:
 
 def main(argv: Sequence[str]) -> None:
   """Prints the lines; problems end the program with their message."""
-  parser = cli.ArgumentParser("python -m semanticvla_jax.evaluate choices", __doc__)
   known = ",".join(probes.AMBIGUOUS)
-  parser.add_argument("--policy", required=True, help="policy folder")
-  parser.add_argument("--suite", default=known, help=f"some of {known} (default: all)")
-  parser.add_argument("--split", default="heldout", help=f"one of {', '.join(tasks.SPLITS)} (default: heldout)")
-  parser.add_argument("--episodes", type=int, default=256, help="number of episodes per suite (default: 256)")
+  parser = tabletop_flags.parser("choices", __doc__, known, 256, "episodes per suite", [*probes.AMBIGUOUS])
   parser.add_argument("--seed", type=int, default=0, help="seed of the first episode (default: 0)")
   parser.add_argument("--batch", type=int, default=64, help="number of episodes that run together (default: 64)")
-  parser.add_argument("--dataset", help="name of the statistics to use, if the policy has several")
   args = parser.parse_args(argv)
   try:
     suites = args.suite.split(",")

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from semanticvla_jax import cli
 from semanticvla_jax.errors import refuse
+from semanticvla_jax.evaluate import tabletop_flags
 from semanticvla_jax.evaluate.evaluation import check_minimum
 from semanticvla_jax.evaluate.rollout import check_robot
 from semanticvla_jax.evaluate.tabletop_query import inputs_of, policy_query, setup_of
@@ -117,13 +117,8 @@ def line(found: Errors) -> str:
 
 def main(argv: Sequence[str]) -> None:
   """Prints the line; problems end the program with their message."""
-  parser = cli.ArgumentParser("python -m semanticvla_jax.evaluate coupling", __doc__)
-  parser.add_argument("--policy", required=True, help="policy folder")
-  parser.add_argument("--suite", default="align", help=f"one of {', '.join(probes.SUITES)} (default: align)")
-  parser.add_argument("--split", default="heldout", help=f"one of {', '.join(tasks.SPLITS)} (default: heldout)")
-  parser.add_argument("--episodes", type=int, default=64, help="number of the expert's episodes (default: 64)")
+  parser = tabletop_flags.parser("coupling", __doc__, "align", 64, "the expert's episodes")
   parser.add_argument("--seed", type=int, default=0, help="seed of the first episode (default: 0)")
-  parser.add_argument("--dataset", help="name of the statistics to use, if the policy has several")
   args = parser.parse_args(argv)
   try:
     check_minimum(args, {"episodes": 2})

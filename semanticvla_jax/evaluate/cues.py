@@ -14,13 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from semanticvla_jax import cli
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.evaluate import results, visualize
+from semanticvla_jax.evaluate import results, tabletop_flags, visualize
 from semanticvla_jax.evaluate.evaluation import check_minimum
 from semanticvla_jax.evaluate.rollout import OnDevice
 from semanticvla_jax.policy import Policy
-from semanticvla_jax.tabletop import physics, probes, tasks
+from semanticvla_jax.tabletop import tasks
 
 NAMING = re.compile("|".join((*tasks.COLORS, *tasks.SHAPES, "bowl", "plate", "slot")))  # words that name something
 _WORDS = 5  # that are listed
@@ -47,28 +46,25 @@ def chosen(policy: Policy, observations: Sequence[dict]) -> Counter:
   return Counter(word for look in visualize.looks(policy, observations) for view in look.words for word in view)
 
 
+def frequent(words: Counter, count: int) -> str:
+  """The most frequent words, with their share of all."""
+  return ", ".join(f"{word} {n / words.total():.0%}" for word, n in words.most_common(count))
+
+
 def words_text(words: Counter) -> str:
   """The share of cues that name something, and the most frequent words with theirs."""
-  total = sum(words.values())
   naming = sum(count for word, count in words.items() if NAMING.fullmatch(word))
-  listed = ", ".join(f"{word} {count / total:.0%}" for word, count in words.most_common(_WORDS))
-  return f"{naming / total:.0%} of cues name a color, shape or container ({listed})"
+  return f"{naming / words.total():.0%} of cues name a color, shape or container ({frequent(words, _WORDS)})"
 
 
 def main(argv: Sequence[str]) -> None:
   """Prints the lines; problems end the program with their message."""
-  parser = cli.ArgumentParser("python -m semanticvla_jax.evaluate cues", __doc__)
-  parser.add_argument("--policy", required=True, help="policy folder")
-  parser.add_argument("--suite", default="place", help=f"one of {', '.join(probes.SUITES)} (default: place)")
-  parser.add_argument("--split", default="heldout", help=f"one of {', '.join(tasks.SPLITS)} (default: heldout)")
-  parser.add_argument("--episodes", type=int, default=128, help="number of episodes per row (default: 128; 0: none)")
-  parser.add_argument("--dataset", help="name of the statistics to use, if the policy has several")
+  parser = tabletop_flags.parser("cues", __doc__, "place", 128, "episodes per row, 0 for words alone")
   args = parser.parse_args(argv)
   try:
     check_minimum(args, {"episodes": 0})
     policy = Policy.load(args.policy, dataset=args.dataset, batch_sizes=())
-    environment = physics.TabletopEnvironment(args.suite, args.split, policy.image_size)
-    observations = [environment.reset(seed) for seed in range(_LOOKS)]
+    observations = tabletop_flags.first_observations(policy, args.suite, args.split, _LOOKS)
     if not chosen(policy, observations):
       raise refuse("--policy", f"{args.policy}, which has no cues", "one with an ID-Pruner and cues", "choose another")
     for name, changes in ROWS.items():

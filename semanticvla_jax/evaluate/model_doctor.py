@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,12 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from semanticvla_jax import cli
-from semanticvla_jax.evaluate import visualize
+from semanticvla_jax.evaluate import cues, tabletop_flags
 from semanticvla_jax.models import programs
 from semanticvla_jax.models.semanticvla import Output, build
 from semanticvla_jax.policy import Policy
-from semanticvla_jax.tabletop import physics, probes, tasks
 
 _WORDS = 8  # of the cues, that are listed
 
@@ -93,13 +90,10 @@ def _aggregation(policy: Policy, observation: Any) -> Iterator[str]:
 
 def _cues(policy: Policy, observations: Sequence[dict]) -> Iterator[str]:
   """Which words the cues choose, most frequent first, with the share of cues, and how many of them are said at all."""
-  looks = visualize.looks(policy, observations)
-  words = Counter(word for look in looks for view in look.words for word in view)
-  if not words:
-    return
-  total = sum(words.values())
-  listed = ", ".join(f"{word} {count / total:.0%}" for word, count in words.most_common(_WORDS))
-  yield f"cues: {len(looks[0].words[0])} words a view; chosen: {listed}"
+  words = cues.chosen(policy, observations)
+  if words:
+    each = words.total() // (len(observations) * policy.bare.num_views)
+    yield f"cues: {each} words a view; chosen: {cues.frequent(words, _WORDS)}"
 
 
 def layer_importance(policy: Policy, observation: Any) -> Float[np.ndarray, " L"]:
@@ -144,18 +138,12 @@ def _layers(policy: Policy, observation: Any) -> Iterator[str]:
 
 def main(argv: Sequence[str]) -> None:
   """Prints the lines; problems end the program with their message."""
-  parser = cli.ArgumentParser("python -m semanticvla_jax.evaluate doctor --model", __doc__)
+  parser = tabletop_flags.parser("doctor --model", __doc__, "place", 32, "first frames to look at")
   parser.add_argument("--model", action="store_true", help=argparse.SUPPRESS)
-  parser.add_argument("--policy", required=True, help="policy folder")
-  parser.add_argument("--suite", default="place", help=f"one of {', '.join(probes.SUITES)} (default: place)")
-  parser.add_argument("--split", default="heldout", help=f"one of {', '.join(tasks.SPLITS)} (default: heldout)")
-  parser.add_argument("--episodes", type=int, default=32, help="first frames to look at (default: 32)")
-  parser.add_argument("--dataset", help="name of the statistics to use, if the policy has several")
   args = parser.parse_args(argv)
   try:
     policy = Policy.load(args.policy, dataset=args.dataset)
-    environment = physics.TabletopEnvironment(args.suite, args.split, policy.image_size)
-    for line in diagnose(policy, [environment.reset(seed) for seed in range(args.episodes)]):
+    for line in diagnose(policy, tabletop_flags.first_observations(policy, args.suite, args.split, args.episodes)):
       print(line)
   except ValueError as error:
     sys.exit(f"error: {error}")

@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
 from semanticvla_jax import files
+from semanticvla_jax.evaluate import controls
 from semanticvla_jax.evaluate.results import interval_text, percent, wilson
 from semanticvla_jax.evaluate.table_rows import PARAMETERS_OF, TABLES
 
@@ -35,7 +38,7 @@ class Found(NamedTuple):
   """All that was measured of a row.
 
   Attributes:
-    rates: by what was measured: "success", "changed", and names of controls.
+    rates: by what was measured: "success", "changed" (other layouts), and the names of controls.
     steps: of training; None for a row that takes another row's parameters.
     minutes: of each training. hashes: of each policy. device: that it ran on.
     flops, milliseconds: of one call of the policy, and its median time; None where that was not measured.
@@ -62,7 +65,7 @@ def read(out: Path, row: str, seeds: int) -> Found | None:
     for measured, path in (("success", folder / "report"), ("changed", folder / "report_changed")):
       for result in _results(path / "results.json"):
         name = result["name"] if result["kind"] == "control" else measured
-        rate = rates.setdefault(f"{measured}: {name}" if result["kind"] == "control" else name, Rate([], []))
+        rate = rates.setdefault(name, Rate([], []))
         rate.successes.append(result["successes"])
         rate.episodes.append(result["episodes"])
         if name == "success":
@@ -120,9 +123,7 @@ def _table(name: str, found: Mapping[str, Found]) -> str:
 
 
 def _cells(label: str, paper: float | None, one: Found, robust: bool) -> list[str]:
-  from semanticvla_jax.evaluate.controls import NAMES
-
-  names = ["success", *(["changed", *(f"success: {NAMES[key]}" for key in _CONTROLS)] if robust else [])]
+  names = ["success", *(["changed", *(controls.NAMES[key] for key in _CONTROLS)] if robust else [])]
   rates = [one.rates[name].text() if name in one.rates else "–" for name in names]
   return [
     label,
@@ -138,8 +139,6 @@ def _cells(label: str, paper: float | None, one: Found, robust: bool) -> list[st
 
 def draw(found: Mapping[str, Found], path: Path) -> None:
   """Success against FLOPs of a call, with intervals; rows that no other beats in both are joined by a line."""
-  from matplotlib.figure import Figure
-
   figure = Figure(figsize=(8, 5), layout="constrained")
   axis = figure.subplots()
   points = {row: (one.flops, *_percents(one.rates["success"])) for row, one in found.items()}
