@@ -58,12 +58,13 @@ sim-demo: $(VENV)/.sim  ## five episodes of a policy in LIBERO, with films and k
 	  --title="Five episodes of libero_object" --out=runs/sim_demo
 
 # LeRobot's own code asks for other versions than ours, and for torch.
-.venv-lerobot/.done: requirements-lerobot.txt $(VENV)/.main
+.venv-lerobot/.done: requirements-lerobot.txt requirements-lerobot-client.txt $(VENV)/.main
 	$(PYTHON) -m venv .venv-lerobot
 	.venv-lerobot/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-lerobot.txt
+	.venv-lerobot/bin/pip install -q --disable-pip-version-check --no-deps --target .venv-lerobot/client -r requirements-lerobot-client.txt
 	touch $@
 
-lerobot: .venv-lerobot/.done  ## datasets written by LeRobot's own code and read back (installs torch, apart from this environment)
+lerobot: .venv-lerobot/.done  ## LeRobot's own code writes datasets and drives a robot (installs torch, apart from this environment)
 	$(PY) -m pytest -m lerobot
 
 pretrain: $(VENV)/.main  ## the small tabletop base from scratch, in three runs; run it again to go on

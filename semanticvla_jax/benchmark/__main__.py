@@ -146,6 +146,13 @@ def _serve(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--policy", default=folder, help="policy folder (default: checkpoints/tabletop_small)")
   parser.add_argument("--clients", type=_counts, default=[1, 8, 32, 64], help="clients at once (default: 1,8,32,64)")
   parser.add_argument("--seconds", type=_count, default=10, help="for each number of clients (default: 10)")
+  parser.add_argument(
+    "--soak",
+    type=_count,
+    default=0,
+    metavar="SECONDS",
+    help="then the last number of clients, with the server's memory",
+  )
 
 
 def _delay(parser: argparse.ArgumentParser) -> None:
@@ -255,7 +262,7 @@ MEASURE: dict[str, Callable] = {
   ),
   "convert": lambda module, result, args: module.measure(result, args.folder, args.layers),
   "delay": lambda module, result, args: module.measure(result, args.policy, args.suite, args.delays, args.episodes),
-  "serve": lambda module, result, args: module.measure(result, args.policy, args.clients, args.seconds),
+  "serve": lambda module, result, args: module.measure(result, args.policy, args.clients, args.seconds, args.soak),
 }
 
 

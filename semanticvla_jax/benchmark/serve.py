@@ -10,6 +10,8 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,15 +24,17 @@ from semanticvla_jax.benchmark.record import Result
 from semanticvla_jax.errors import refuse
 
 SERVERS = {"batched": ["--batch-sizes=1,2,4,8"], "one at a time": ["--batch-sizes=1"]}
+SAMPLES = 60  # of the memory of a server under a long load
 BLOCKS = 4  # in which a load alternates between the two
 PIXELS = 224  # of the images that the policy of zeros is sent, two views
 
 
-def measure(result: Result, folder: str, clients: Sequence[int], seconds: float) -> None:
+def measure(result: Result, folder: str, clients: Sequence[int], seconds: float, soak: float = 0) -> None:
   """Loads a served policy with each number of clients, batched and one at a time, then the doors alone.
 
   Args:
     folder: policy folder. clients: numbers of clients at once. seconds: for each of them.
+    soak: seconds for which the last number of clients asks while the server's memory is sampled; 0 for none.
 
   Adds for each: p50, p95, p99 in ms, observations a second, errors; the ratio of throughputs; the doors' overhead.
   """
@@ -40,7 +44,11 @@ def measure(result: Result, folder: str, clients: Sequence[int], seconds: float)
       found = in_turns(urls, count, seconds)
       batched, single = (_add(result, f"{name}, {count} clients", one) for name, one in found.items())
       result.add(f"batched / one at a time, {count} clients", batched / single, "ratio")
-    _soak(result, urls["batched"], clients[-1], seconds)
+    _add(
+      result, f"disturbed, {clients[-1]} clients", load(urls["batched"], "openpi", clients[-1], seconds, disturbed=True)
+    )
+    if soak:
+      _soak(result, urls["batched"], clients[-1], soak)
   with zeros() as url:
     for protocol in PROTOCOLS:
       _add(result, f"door {protocol}, policy of zeros", load(url, protocol, 1, seconds))
@@ -62,11 +70,32 @@ def in_turns(urls: dict[str, str], clients: int, seconds: float) -> dict[str, di
   return found
 
 
-def _soak(result: Result, url: str, count: int, seconds: float) -> None:
-  """The same number of clients again, with others that misbehave; and what the server's memory does meanwhile."""
-  before = memory(url)
-  _add(result, f"disturbed, {count} clients", load(url, "openpi", count, seconds, disturbed=True))
-  result.add(f"disturbed, {count} clients, memory", (memory(url) - before) / 1e6 / (seconds / 60), "MB/min")
+def _soak(result: Result, url: str, clients: int, seconds: float) -> None:
+  """Adds the figures of a long load, and by how much the server's memory grew over its second half."""
+  name, samples = f"soak, {clients} clients", [(0.0, memory(url))]
+  ended, begin = threading.Event(), time.perf_counter()
+
+  def sample() -> None:
+    while not ended.wait(seconds / SAMPLES):
+      samples.append((time.perf_counter() - begin, memory(url)))
+
+  sampler = threading.Thread(target=sample)
+  sampler.start()
+  try:
+    found = load(url, "openpi", clients, seconds)
+  finally:
+    ended.set()
+    sampler.join()
+  _add(result, name, found)
+  result.add(f"{name}, memory at the start", samples[0][1] / 1e6, "MB")
+  result.add(f"{name}, memory at the end", samples[-1][1] / 1e6, "MB")
+  result.add(f"{name}, memory growth", growth(samples[len(samples) // 2 :]), "MB/min")
+
+
+def growth(samples: Sequence[tuple[float, float]]) -> float:
+  """Slope of a line fitted to (seconds, bytes), in MB a minute."""
+  seconds, resident = np.array(samples).T
+  return float(np.polyfit(seconds, resident, 1)[0] * 60 / 1e6)
 
 
 def memory(url: str) -> float:

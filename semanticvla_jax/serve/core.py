@@ -157,6 +157,10 @@ class Core:
     self._thread.join()
     self._pool.shutdown()
 
+  def units_of(self, unnorm_key: Any) -> Units:
+    """Those that a request asks for; see `units.choose`."""
+    return units.choose(self.units, unnorm_key, self._own.dataset)
+
   async def infer(
     self, observation: Any, *, session: str, gripper: str | None = None, unnorm_key: Any = None
   ) -> Answer:
@@ -189,7 +193,7 @@ class Core:
   async def _infer(self, observation: Any, session: str, gripper: str | None, unnorm_key: Any) -> Answer:
     loop = asyncio.get_running_loop()
     try:
-      chosen = units.choose(self.units, unnorm_key, self._own.dataset)
+      chosen = self.units_of(unnorm_key)
       given, prepared, seconds = await self.in_pool(_timed, chosen.prepare, observation)
     except ValueError as error:
       raise Refused("bad_request", str(error)) from error

@@ -21,10 +21,19 @@ from semanticvla_jax.serve.wire import EncodedImage
 
 # What other projects' clients call the parts of an observation, without a leading "observation/" or "images/".
 NAMES = {
-  "image": ("agentview", "exterior_image_1_left", "exterior_image_0_left", "base_0_rgb", "cam_high", "image_0", "top"),
+  "image": (
+    "agentview",
+    "exterior_image_1_left",
+    "exterior_image_0_left",
+    "base_0_rgb",
+    "cam_high",
+    "image_0",
+    "top",
+    "top_cam",
+  ),
   "wrist_image": ("wrist", "wrist_image_left", "left_wrist_0_rgb"),
-  "left_wrist_image": ("cam_left_wrist",),
-  "right_wrist_image": ("cam_right_wrist",),
+  "left_wrist_image": ("cam_left_wrist", "left_cam"),
+  "right_wrist_image": ("cam_right_wrist", "right_cam"),
   "state": ("states",),
   "instruction": ("lang", "language", "task"),
 }

@@ -21,12 +21,17 @@ class Units:
   Args:
     policy: in the units of that dataset; metadata, observe and preparation are used.
     limit: of its actions.
+
+  Attributes:
+    period_ms: milliseconds between two actions of the robot; 0 where its description does not say.
   """
 
   def __init__(self, policy: Any, limit: ActionLimit):
     self.policy, self.limit = policy, limit
     self.dataset = policy.metadata.get("dataset")
     self.own_gripper = policy.metadata["gripper"]
+    hz = (policy.metadata.get("robot") or {}).get("control_hz")
+    self.period_ms = 1e3 / hz if hz else 0.0
     self._keys = observations.keys_of(policy)
     self._preparations = {self.own_gripper: policy.preparation}
 

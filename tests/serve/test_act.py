@@ -64,7 +64,7 @@ def test_molmoact_gets_a_map_and_asks_whether_the_server_is_ready(url, raw):
   assert httpx.get(url).status_code == 200
   body = {"top": image, "wrist": wrist, "state": state, "instruction": prompt, "num_steps": 10}
   reply = answered(post(url, body))
-  assert equal(reply["actions"], raw(observation(3))) and reply["dt_ms"] > 0
+  assert equal(reply["actions"], raw(observation(3))) and reply["dt_ms"] == 0  # the rate is not known
 
 
 def test_double_encoding_and_lists_without_json_numpy(url, raw):

@@ -8,10 +8,18 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import policies
 import pytest
-from serving import equal, observation
+import serving
+from helpers import random_params
+from serving import equal
 
-from semanticvla_jax.data import statistics
+from semanticvla_jax.data import datasets, robot, statistics
+from semanticvla_jax.models.semanticvla import build
+from semanticvla_jax.policy import Policy
+from semanticvla_jax.serve.doors import groot
+
+observation = policies.observation
 
 pytestmark = pytest.mark.clients
 
@@ -78,3 +86,89 @@ def test_requests_and_json_numpy(served, policy):
   found = numpy_in_json.loads(response.text)
   normalized = np.asarray(policy.device_step(policy.observe([observation(2)])))
   assert equal(found, statistics.unnormalize(normalized, policy.stats.action, mode=policy.mode)[0])
+
+
+def one_view(dataset, **model):
+  """A tiny policy of one camera."""
+  config = policies.CONFIG | {"model": policies.TINY | {"num_views": 1} | model}
+  return policies.policy(config=config, batch_sizes=(1,), metadata={"dataset": dataset})
+
+
+def raw(policy, seen):
+  """Actions with the gripper as it was learned: 1 open, 0 closed."""
+  normalized = np.asarray(policy.device_step(policy.observe([seen])))
+  return statistics.unnormalize(normalized, policy.stats.action, mode=policy.mode)[0]
+
+
+def taken(chunk):
+  """The actions of one of inspect-robots' chunks, as they were sent: f32[k a]."""
+  return np.stack([action.data for action in chunk.actions]).astype(np.float32)
+
+
+def test_inspect_robots_widowx():
+  """Its policies of OpenVLA's and openpi's servers: one camera, no state."""
+  widowx = pytest.importorskip("inspect_robots_widowx.policy", reason="make serve-test installs inspect-robots-widowx")
+  from inspect_robots.scene import Scene
+  from inspect_robots.types import Observation
+
+  policy = one_view("bridge_orig", proprio_dim=None)
+  image = observation(3, size=224)["observation/image"]
+  seen = {"observation/image": image, "prompt": "lift the pot"}
+  with serving.serving(policy) as (_, port):
+    openvla = widowx.OpenVLAPolicy(server_url=f"http://127.0.0.1:{port}", resize_px=224, jpeg_roundtrip=False)
+    openpi = widowx.OpenpiPolicy(port=port)
+    for client in (openvla, openpi):
+      client.reset(Scene("0", "lift the pot"))
+    shown = Observation(images={"external_cam": image})
+    assert equal(taken(openvla.act(shown)), raw(policy, seen)[:1])
+    assert equal(taken(openpi.act(shown)), policy.infer(seen)["actions"])
+
+
+def test_inspect_robots_yam():
+  """MolmoAct2's protocol: two arms, three cameras; the robot's rate comes with the actions."""
+  yam = pytest.importorskip("inspect_robots_yam.policy", reason="make serve-test installs inspect-robots-yam")
+  from inspect_robots.scene import Scene
+  from inspect_robots.types import Observation
+
+  spec = datasets.ALOHA._replace(name="yam", control_hz=20.0)
+  model = policies.TINY | dict(num_views=3, proprio_dim=14, action_dim=14, coupler="single")
+  config = policies.CONFIG | {"model": model, robot.KEY: {"yam": robot.of(spec).to_json()}}
+  numbers = np.random.default_rng(0).normal(size=(400, 14)).astype(np.float32)
+  stats = statistics.DatasetStatistics(
+    statistics.compute(numbers, spec.normalized), statistics.compute(numbers), 400, 9
+  )
+  built = build(model)
+  policy = Policy(
+    built, random_params(built), stats, policies.tokenizers(), config, batch_sizes=(1,), metadata={"dataset": "yam"}
+  )
+  images = np.random.default_rng(1).integers(0, 256, (3, 224, 224, 3), np.uint8)
+  with serving.serving(policy) as (_, port):
+    client = yam.ActServerPolicy(server_url=f"http://127.0.0.1:{port}")
+    client.reset(Scene("0", "fold the cloth"))
+    shown = Observation(
+      images=dict(zip(("top_cam", "left_cam", "right_cam"), images)), state={"joint_pos": numbers[0].astype(np.float64)}
+    )
+    chunk = client.act(shown)
+  seen = dict(zip(policy.metadata["views"], images)) | {"state": numbers[0], "prompt": "fold the cloth"}
+  assert equal(taken(chunk), raw(policy, seen)) and chunk.control_hz == 20.0
+
+
+def test_inspect_robots_unitree_g1():
+  """GR00T's protocol, N1.7's codec, over ZMQ."""
+  unitree = pytest.importorskip("inspect_robots_unitree_g1.policy", reason="make serve-test installs it")
+  from inspect_robots.scene import Scene
+  from inspect_robots.types import Observation
+
+  policy = one_view("tabletop_place")
+  image, state = (observation(4)[f"observation/{name}"] for name in ("image", "state"))
+  joints = np.concatenate([state, np.zeros(8, np.float32)])
+  with serving.serving(policy, doors=[lambda site, loop: groot.Door(site, loop, "127.0.0.1", 0)]) as (site, _):
+    client = unitree.Gr00tPolicy(
+      port=site.other_doors[0].port,
+      state_keys={"state.arm": ("packed", 0, 8)},
+      action_keys={f"action.{name}": ("packed", i, i + 1) for i, name in enumerate(site.metadata["actions"])},
+    )
+    client.reset(Scene("0", "pick up the red cube"))
+    chunk = client.act(Observation(images={"head_cam": image}, state={"joint_pos": joints.astype(np.float64)}))
+  seen = {"observation/image": image, "observation/state": state, "prompt": "pick up the red cube"}
+  assert equal(taken(chunk)[:, :7], raw(policy, seen)) and not taken(chunk)[:, 7:].any()

@@ -75,6 +75,17 @@ def test_a_batch_and_several_moments(port, policy):
   np.testing.assert_allclose(found, raw(policy, [1, 2]), atol=1e-4)
 
 
+def test_another_robots_groups_and_columns():
+  robot = {"groups": {"arm": [0, 1, 2], "hand": [3]}, "proprio": ["observation/arm", "hand"]}
+  own = {"action_dim": 4, "robot": robot}
+  assert groot.groups(own) == robot["groups"] and groot.columns(own) == ["arm", "hand"]
+  assert [*groot.groups({"action_dim": 2})["action"]] == [0, 1] and groot.columns({"robot": None}) == []
+  parts = {"hand": np.full((1, 1, 1), 9.0), "leg": np.zeros((1, 1, 6)), "arm": np.arange(3.0)[None, None]}
+  given = {"video": {"a": np.zeros((1, 1, 2, 2, 3))}, "state": parts, "language": {"task": [["go"]]}}
+  read = lambda **changes: groot.observations(given | changes, ["a"], ["arm", "hand"])[0]["state"].tolist()  # noqa: E731
+  assert read() == [0, 1, 2, 9] and read(state={"x": parts["hand"], "arm": parts["arm"]}) == [9, 0, 1, 2]
+
+
 @pytest.mark.parametrize(
   ("request_", "what"),
   [

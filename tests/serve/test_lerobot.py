@@ -1,9 +1,12 @@
 """LeRobot's asynchronous inference without lerobot, torch or an executed pickle."""
 
 import dataclasses
+import os
 import pickle
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -117,6 +120,21 @@ def test_actions_are_those_of_the_policy_bit_for_bit(port, policy):
     assert equal([one.action for one in found], expected)
     assert [one.timestep for one in found] == [*range(7 + seed, 15 + seed)]
     assert found[0].timestamp == 12.5 and found[1].timestamp == pytest.approx(12.5 + 1 / 30)
+
+
+@pytest.mark.lerobot
+def test_lerobots_own_client(port, policy, tmp_path):
+  image, wrist, state, _ = observation(6).values()
+  np.savez(tmp_path / "seen.npz", front=image, wrist=wrist, state=state)
+  root = Path(__file__).parents[2] / ".venv-lerobot"
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root / "client", Path(__file__).parent)))}
+  arguments = f"127.0.0.1:{port}", str(tmp_path / "seen.npz"), str(tmp_path / "taken.npy")
+  command = [root / "bin" / "python", "-c", f"import lerobot_robot as robot; robot.run(*{arguments})"]
+  subprocess.run(command, check=True, timeout=900, env=environment | {"HF_LEROBOT_HOME": str(tmp_path)})
+  normalized = np.asarray(policy.device_step(policy.observe([observation(6)])))
+  chunk = statistics.unnormalize(normalized, policy.stats.action, mode=policy.mode)[0]
+  # Another chunk begins at the step of the action before it, which the client has done already.
+  assert equal(np.load(tmp_path / "taken.npy"), np.concatenate([chunk, chunk[1:], chunk[1:6]]))
 
 
 def test_two_robots_at_once_and_fewer_actions(port, policy):

@@ -7,9 +7,10 @@ from helpers import random_params, tiny
 from serving import equal, observation, robot, serving
 
 from semanticvla_jax import policy_folder
-from semanticvla_jax.data import statistics, text
+from semanticvla_jax.data import datasets, statistics, text
+from semanticvla_jax.data import robot as data_robot
 from semanticvla_jax.policy import Policy
-from semanticvla_jax.serve import record
+from semanticvla_jax.serve import record, units
 
 NAMES = ("tabletop_place", "tabletop_pick")
 
@@ -38,6 +39,14 @@ def test_of_dataset_equals_the_policy_loaded_for_it(both):
   assert not np.array_equal(other.infer(seen)["actions"], first.infer(seen)["actions"])
   with pytest.raises(ValueError, match="No statistics of 'bridge'"):
     first.of_dataset("bridge")
+
+
+def test_the_time_between_two_actions_is_that_of_the_robots_description(both):
+  spec = datasets.LIBERO._replace(name="arm", control_hz=20.0)
+  described = policies.policy(
+    config=policies.CONFIG | {data_robot.KEY: {"arm": data_robot.of(spec).to_json()}}, metadata={"dataset": "arm"}
+  )
+  assert units.Units(described, None).period_ms == 50 and units.Units(both[NAMES[0]], None).period_ms == 0
 
 
 def test_a_request_names_the_dataset_whose_units_it_wants(both):

@@ -2,9 +2,11 @@
 
     → {"endpoint": "get_action", "data": {"observation": {"video": {name: u8[b t h w 3]}, "state": {name: f32[b t d]},
        "language": {name: [[text]]}}}, "api_token"?}
-    ← [{name: f32[b k 1] for every dimension of the action}, {}]
+    ← [{name: f32[b k n] for every group of the action}, {}]
 
-Of every array the last moment is read; groups of the state follow each other in the order in which they were sent.
+A known robot's groups are its single dimensions (x, y, …), another's those of its description. Of every array the last
+moment is read. The state goes by the columns of the robot's description if the client sends these; otherwise its parts
+follow each other in the order in which they were sent.
 N1.6's arrays are files of np.save, N1.7's those of msgpack-numpy; neither may hold objects. `kill` is left out.
 """
 
@@ -17,7 +19,7 @@ import io
 import math
 import threading
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -93,9 +95,9 @@ class Door:
       raise Refused(
         "bad_request", f"endpoint {name!r:.40}; expected get_action with data, ping, reset or get_modality_config"
       )
-    rows = observations(data.get("observation", data), self._site.own["views"])
-    asked = asyncio.run_coroutine_threadsafe(self._ask(rows), self._loop)
-    return [named(asked.result(), self._site.metadata.get("actions")), {}]
+    rows = observations(data.get("observation", data), self._site.own["views"], columns(self._site.own))
+    actions = asyncio.run_coroutine_threadsafe(self._ask(rows), self._loop).result()
+    return [{name: np.ascontiguousarray(actions[..., own]) for name, own in groups(self._site.metadata).items()}, {}]
 
   async def _ask(self, rows: list[dict[str, Any]]) -> np.ndarray:
     """f32[b k a]."""
@@ -104,21 +106,31 @@ class Door:
 
   def _modalities(self) -> dict[str, Any]:
     own, metadata = self._site.own, self._site.metadata
-    keys = {"video": own["views"], "language": ["task"], "action": metadata.get("actions") or ["action"]}
-    keys |= {} if own["proprio_dim"] is None else {"state": metadata.get("state") or ["state"]}
+    keys = {"video": own["views"], "language": ["task"], "action": groups(metadata)}
+    keys |= {} if own["proprio_dim"] is None else {"state": metadata.get("state") or columns(own) or ["state"]}
     moments = {"action": [*range(own["chunk"])]}
     return {name: {"delta_indices": moments.get(name, [0]), "modality_keys": [*found]} for name, found in keys.items()}
 
 
-def named(actions: np.ndarray, names: list[str] | None) -> dict[str, np.ndarray]:
-  """{name: f32[b k 1]}; {"action": f32[b k a]} where the dimensions have no names."""
-  if names is None:
-    return {"action": actions}
-  return {name: np.ascontiguousarray(actions[..., i : i + 1]) for i, name in enumerate(names)}
+def groups(metadata: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+  """{name: dimensions of the action}: single ones where they have names, else the robot's groups, else all of them."""
+  if names := metadata.get("actions"):
+    return {name: [i] for i, name in enumerate(names)}
+  described = (metadata.get("robot") or {}).get("groups")
+  return described or {"action": range(metadata["action_dim"])}
 
 
-def observations(given: Any, views: list[str]) -> list[dict[str, Any]]:
+def columns(metadata: Mapping[str, Any]) -> list[str]:
+  """Names of the columns whose values make the state; [] where the policy's robot has no description."""
+  return [key.removeprefix("observation/") for key in (metadata.get("robot") or {}).get("proprio", ())]
+
+
+def observations(given: Any, views: Sequence[str], columns: Sequence[str] = ()) -> list[dict[str, Any]]:
   """One observation dict for each of the batch.
+
+  Args:
+    given: what a client sent. views: of the policy.
+    columns: of its state. A client that names all of them may send them in any order, and others, which are not read.
 
   Raises:
     Refused: groups are missing, or of different batches.
@@ -128,14 +140,15 @@ def observations(given: Any, views: list[str]) -> list[dict[str, Any]]:
   if not isinstance(video, Mapping) or not isinstance(language, Mapping) or not isinstance(state or {}, Mapping):
     raise Refused("bad_request", "the observation needs maps video and language, and state where the policy reads one")
   pictures = {view: _last(video[name], 5) for view, name in assign_views(views, [*video]).items()}
-  states = [_last(value, 3) for value in (state or {}).values()]
+  states = {name: _last(value, 3) for name, value in (state or {}).items()}
   texts = next(iter(language.values()), None)
   size = len(texts) if isinstance(texts, list) else 0
-  if not 1 <= size <= MOST_BATCH or any(len(one) != size for one in (*pictures.values(), *states)):
+  if not 1 <= size <= MOST_BATCH or any(len(one) != size for one in (*pictures.values(), *states.values())):
     raise Refused(
       "bad_request", f"a language of {size}; expected 1 to {MOST_BATCH} texts, and as many images and states"
     )
-  joined = np.concatenate(states, axis=1) if states else None
+  parts = [states[name] for name in (columns if columns and {*columns} <= {*states} else states)]
+  joined = np.concatenate(parts, axis=1) if parts else None
   rows = []
   for i, text in enumerate(texts):
     text = text[-1] if isinstance(text, list) and text else text

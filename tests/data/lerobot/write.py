@@ -47,8 +47,8 @@ def without_torchvision() -> None:
       raise AttributeError(name)
     return type(name, (), {})
 
-  names = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.transforms.v2.functional")
-  for name in names:
+  inner = ("transforms", "transforms.functional", "transforms.v2", "transforms.v2.functional")
+  for name in ("torchvision", *(f"torchvision.{one}" for one in inner)):
     module = types.ModuleType(name)
     module.__getattr__, module.__path__ = anything, []
     sys.modules[name] = module
