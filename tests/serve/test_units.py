@@ -10,7 +10,7 @@ from semanticvla_jax import policy_folder
 from semanticvla_jax.data import datasets, statistics, text
 from semanticvla_jax.data import robot as data_robot
 from semanticvla_jax.policy import Policy
-from semanticvla_jax.serve import record, units
+from semanticvla_jax.serve import limits, record, units
 
 NAMES = ("tabletop_place", "tabletop_pick")
 
@@ -46,7 +46,8 @@ def test_the_time_between_two_actions_is_that_of_the_robots_description(both):
   described = policies.policy(
     config=policies.CONFIG | {data_robot.KEY: {"arm": data_robot.of(spec).to_json()}}, metadata={"dataset": "arm"}
   )
-  assert units.Units(described, None).period_ms == 50 and units.Units(both[NAMES[0]], None).period_ms == 0
+  periods = lambda policy: units.Units(policy, limits.ActionLimit(policy.stats.action, "off")).period_ms  # noqa: E731
+  assert periods(described) == 50 and periods(both[NAMES[0]]) == 0
 
 
 def test_a_request_names_the_dataset_whose_units_it_wants(both):
