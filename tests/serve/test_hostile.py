@@ -5,22 +5,27 @@ HOSTILE=10000 frames a door in `make hostile`; fewer here.
 
 import json
 import os
+import pickle
 import random
 import re
 import tempfile
 from pathlib import Path
 
+import grpc
 import httpx
 import msgpack
 import numpy as np
 import psutil
 import pytest
-from serving import Robot, equal, observation
+import test_lerobot as test_lerobot_door
+from serving import Robot, equal, observation, serving
+from test_lerobot import lerobot  # noqa: F401  a fixture that every test here then has
 from test_vla_eval import seen as vla_eval_seen
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from semanticvla_jax.serve import wire
+from semanticvla_jax.serve.doors import lerobot as lerobot_door
 
 COUNT = int(os.environ.get("HOSTILE", "60"))
 FOLDERS = (tempfile.gettempdir(), Path.home(), Path("/home"), Path(__file__).parents[2])  # of this machine
@@ -189,3 +194,39 @@ def plain_json(value):
   if isinstance(value, bytes):
     return value.decode("latin-1")
   return wire._json_numpy(value)
+
+
+def test_groot(policy, memory):
+  test_groot = pytest.importorskip("test_groot", reason="pip install pyzmq: GR00T's door is an extra")
+  groot, rng = test_groot.groot, random.Random(3)
+  good = {"endpoint": "get_action", "data": {"observation": test_groot.seen(), "options": None}, "api_token": "x"}
+  with serving(policy, doors=[lambda site, loop: groot.Door(site, loop, "127.0.0.1", 0)]) as (site, _):
+    one = test_groot.Robot(site.other_doors[0].port)
+    for frame in frames(good, rng, lambda value: msgpack.packb(value, default=groot._msgpack_numpy)):
+      reply = one.ask(frame)
+      if isinstance(reply, dict) and "error" in reply:
+        check_text(reply["error"])
+    assert equal(one.ask(good)[0]["x"][0, :, 0], test_groot.raw(policy, [0])[0, :, 0])
+
+
+def test_lerobot(policy, memory):
+  rng, good = random.Random(4), vars(test_lerobot_door.timed())
+  with serving(policy, doors=[lambda site, loop: lerobot_door.Door(site, loop, "127.0.0.1", 0)]) as (site, _):
+    one = test_lerobot_door.Robot(site.other_doors[0].port)
+    one.begin()
+    for frame in frames(good, rng, pickled):
+      try:
+        one.show(frame)
+        one.actions()
+      except grpc.RpcError as error:
+        check_text(error.details())
+    one.show(test_lerobot_door.timed())
+    assert len(one.actions()) == 8
+
+
+def pickled(fields):
+  """A pickle of LeRobot's class with these attributes."""
+  timed = test_lerobot_door.timed()
+  vars(timed).clear()
+  vars(timed).update(fields)
+  return pickle.dumps(timed)
