@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import socket
 import struct
 import sys
@@ -60,6 +61,7 @@ PROTOCOLS = {"openpi": openpi, "act": act}
 @contextlib.contextmanager
 def disturbance(url: str, seen: dict[str, Any]) -> Iterator[None]:
   """Clients that misbehave: a half-open socket, a header that never ends, some that die, one that never reads."""
+  logging.getLogger("websockets").setLevel(logging.CRITICAL)  # a traceback for every client that dies
   where, frame, ended = urlsplit(url), wire.pack(seen), threading.Event()
   sockets = [socket.create_connection((where.hostname, where.port)) for _ in range(2)]
   sockets[0].sendall(b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n")

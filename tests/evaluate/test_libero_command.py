@@ -6,14 +6,16 @@ import libero_assets
 import numpy as np
 import policies
 import pytest
+import serving
 
 from semanticvla_jax import policy_folder
 from semanticvla_jax.data import datasets, robot, statistics
-from semanticvla_jax.evaluate import compare, libero, libero_checks, run
+from semanticvla_jax.evaluate import compare, fingerprint, libero, libero_checks, run
 from semanticvla_jax.evaluate.__main__ import main
 from semanticvla_jax.evaluate.film_recorder import FilmRecorder
 from semanticvla_jax.evaluate.rollout_pool import EpisodeLog, EpisodeResult
 from semanticvla_jax.libero import hdf5, suites
+from semanticvla_jax.policy import Policy
 
 
 def arguments(*more):
@@ -167,6 +169,24 @@ def test_a_policy_goes_through_the_whole_command(tmp_path, monkeypatch):
   page = (out / "report.html").read_text()
   assert len([*out.glob("*.mp4")]) == page.count("data:video/mp4") - 1 == 2  # one is shown at the top too
   assert len([*out.glob("*_looks_*.png")]) == 2 and page.count("data:image/png") >= 16
+
+
+@pytest.mark.sim
+def test_a_served_policy_does_what_its_folder_does(tmp_path, monkeypatch):
+  monkeypatch.setenv("LIBERO_ASSETS", libero_assets.assets())
+  folder = policies.saved_for_libero(tmp_path / "policy")
+  words = ["--suite=libero_object", "--tasks=0", "--trials=1", "--workers=1", "--max-steps=12", "--films=1"]
+  rows = []
+  with serving.serving(Policy.load(folder, batch_sizes=(1,))) as (_, port):
+    for number, policy in enumerate((folder, f"ws://127.0.0.1:{port}")):
+      main([f"--policy={policy}", *words, f"--out={tmp_path / str(number)}"])
+      rows += json.loads((tmp_path / str(number) / "results.json").read_text())["results"]
+  own, served = rows
+  differ = fingerprint.differences(own["fingerprint"], served["fingerprint"])
+  assert set(differ) <= {"served", "policy.folder"} and "served" in differ
+  assert (served["episodes"], served["errors"]) == (1, 0)
+  first, second = ([*(tmp_path / name).glob("*.mp4")] for name in "01")
+  assert first[0].read_bytes() == second[0].read_bytes()  # the robot moved alike
 
 
 @pytest.mark.sim
