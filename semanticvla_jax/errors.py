@@ -11,4 +11,11 @@ def refuse(what: str, got: object, expected: object, remedy: str) -> ValueError:
     got: what it is. expected: what would fit.
     remedy: what to do, in the imperative, without a full stop.
   """
-  return ValueError(f"{what}: got {got}; expected {expected}; {remedy}.")
+  return ValueError(one_line(f"{what}: got {got}; expected {expected}; {remedy}."))
+
+
+def one_line(text: str) -> str:
+  """The text without line breaks and control characters, which `got` may hold: it comes from files and clients."""
+  if text.isprintable():
+    return text
+  return " ".join("".join(one if one.isprintable() else " " for one in text).split())

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from semanticvla_jax import cli
-from semanticvla_jax.errors import refuse
+from semanticvla_jax.errors import one_line, refuse
 from semanticvla_jax.serve import units
 from semanticvla_jax.serve.limits import ActionLimit
 from semanticvla_jax.serve.units import Units
@@ -49,12 +49,12 @@ class Refused(Exception):
 
   Args:
     kind: one of KINDS.
-    message: one line.
+    message: one line; line breaks and control characters that a client sent are left out.
     retry_after: seconds after which it may be tried again; None where that would not help.
   """
 
   def __init__(self, kind: str, message: str, retry_after: float | None = None):
-    super().__init__(message)
+    super().__init__(one_line(message))
     self.kind, self.retry_after = kind, retry_after
 
   @property

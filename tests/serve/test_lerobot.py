@@ -156,7 +156,10 @@ def test_two_robots_at_once_and_fewer_actions(port, policy):
     pickle.dumps({"timestamp": 1.0}),
     pickle.dumps(TimedObservation(1.0, -1, {})),
     pickle.dumps(TimedObservation(1.0, 10**12, {})),
+    pickle.dumps(TimedObservation(1.0, 10**400, {})),
     pickle.dumps(TimedObservation("now", 1, {})),
+    pickle.dumps(TimedObservation(float("nan"), 1, {})),
+    pickle.dumps(TimedObservation(10**400, 1, {})),
   ],
 )
 def test_what_is_no_observation_is_refused_and_the_next_is_answered(port, bad):

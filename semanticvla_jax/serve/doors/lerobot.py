@@ -145,7 +145,9 @@ class Door:
     if not isinstance(timed, Mapping) or not all(isinstance(timed.get(name), kind) for name, kind in wanted.items()):
       raise Refused("bad_request", "the pickle is not a TimedObservation")
     if not 0 <= timed["timestep"] < 2**30:
-      raise Refused("bad_request", f"timestep {timed['timestep']:.3g}; expected 0 to 2^30")
+      raise Refused("bad_request", f"timestep {timed['timestep']!r:.40}; expected 0 to 2^30")
+    if not abs(timed["timestamp"]) < 1e12:  # nor NaN
+      raise Refused("bad_request", f"timestamp {timed['timestamp']!r:.40}; expected seconds")
     with robot.arrived:
       robot.latest = timed
       robot.arrived.notify_all()
@@ -161,7 +163,7 @@ class Door:
     asked = self._site.ask("lerobot", observation, f"lerobot {id(robot)}")
     answer = asyncio.run_coroutine_threadsafe(asked, self._loop).result()
     actions = answer.actions[: robot.most]
-    return _message(safe_pickle.dump_actions(actions, timed["timestamp"], timed["timestep"], self._period))
+    return _message(safe_pickle.dump_actions(actions, float(timed["timestamp"]), timed["timestep"], self._period))
 
   def _named(self, robot: _Robot, given: Mapping[str, Any]) -> dict[str, Any]:
     """LeRobot's observation, a number per motor and an image per camera, under the policy's names."""
