@@ -25,6 +25,9 @@ PAGES = {
   "/metrics": status.metrics,
   "/health": vla_eval.health,
   "/config": vla_eval.config,
+  # vla-eval's tools append these to the address of the websocket, whatever its path
+  "/vla-eval/health": vla_eval.health,
+  "/vla-eval/config": vla_eval.config,
 }
 
 

@@ -102,7 +102,8 @@ def test_unknown_messages(benchmark):
 def test_health_and_config(policy):
   with serving(policy) as (site, port):
     get = lambda path: httpx.get(f"http://127.0.0.1:{port}{path}")  # noqa: E731
-    assert get("/health").json() == {"status": "ok"}
+    assert get("/health").json() == get("/vla-eval/health").json() == {"status": "ok"}
+    assert get("/vla-eval/config").json() == get("/config").json()
     assert get("/config?max_batch_size=2&max_wait_time=0.02").json() == {"max_batch_size": 2, "max_wait_time": 0.02}
     assert site.core.settings.max_batch == 2 and get("/config").json()["max_batch_size"] == 2
     for wrong in ("max_batch_size=5", "max_batch_size=0", "max_batch_size=x", "max_wait_time=nan"):
