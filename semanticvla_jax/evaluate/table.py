@@ -25,15 +25,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from semanticvla_jax import cli, files
+from semanticvla_jax import action_tokens, cli, files
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import table_report
-from semanticvla_jax.evaluate.table_rows import PARAMETERS_OF, TABLES, Entry, entries
+from semanticvla_jax.evaluate.table_rows import FITTED, PARAMETERS_OF, TABLES, Entry, entries
 
 _PROGRAM = "python -m semanticvla_jax.evaluate table"
 CONFIG, BASE = "configs/tables.py", "checkpoints/tabletop_small"  # of the repository
 SIZES = {"tiny": "tabletop", "small": "tabletop", "small64": "tabletop", "7b": "libero"}
 FIRST_TRAINING_SEED, FIRST_EPISODE = 7, 100_000  # no layout that was shown is measured
+SMALL_VOCAB = 256  # of FAST's tokens in the small variants, whose language models have 512 ids
 LIBERO_TASKS = 10  # of a suite
 # Where rows may differ in robustness: combinations of color and shape that training never shows; the LIBERO-PRO suites.
 CHANGED = {"tabletop": ("--split=unseen",), "libero": ("--suite=libero_pro",)}
@@ -121,18 +122,37 @@ def data_stage(args: argparse.Namespace) -> list[Stage]:
 
 def stages(args: argparse.Namespace, row: str, seed: int) -> list[Stage]:
   """The commands that train a row and measure it, in order."""
-  return [Stage("train", _train(args, row, seed)), *_evaluations(args, folder_of(args.out, row, seed))]
+  train = Stage("train", _train(args, row, seed))
+  return [*_fit(args, row, seed), train, *_evaluations(args, folder_of(args.out, row, seed))]
+
+
+def _data(args: argparse.Namespace) -> tuple[Path | str, str]:
+  """The folder of datasets, and the name of the one that rows are trained on."""
+  name = f"tabletop_{args.suite}" if args.benchmark == "tabletop" else f"{args.suite}_no_noops"
+  return args.data_dir or args.out / "data", name
+
+
+def _fit(args: argparse.Namespace, row: str, seed: int) -> Iterator[Stage]:
+  """The command that fits FAST's action tokens to the data, for the rows that speak them."""
+  if row in FITTED:
+    folder, name = _data(args)
+    words = [f"--data-dir={folder}", f"--name={name}", "--chunk=8"]
+    words += [] if args.size == "7b" else [f"--vocab={SMALL_VOCAB}", "--trajectory-end=pad"]
+    out = folder_of(args.out, row, seed) / action_tokens.NAME
+    yield Stage("fit", ["semanticvla_jax.data", "fit-tokenizer", *words, f"--out={out}"])
 
 
 def _train(args: argparse.Namespace, row: str, seed: int) -> list[str]:
-  source = PARAMETERS_OF.get(row)
-  name = f"tabletop_{args.suite}" if args.benchmark == "tabletop" else f"{args.suite}_no_noops"
-  given = {"seed": FIRST_TRAINING_SEED + seed, "data.dir": args.data_dir or args.out / "data", "data.mixture": name}
+  source, (folder, name) = PARAMETERS_OF.get(row), _data(args)
+  given = {"seed": FIRST_TRAINING_SEED + seed, "data.dir": folder, "data.mixture": name}
+  if row in FITTED:
+    given |= {"data.action_tokens": folder_of(args.out, row, seed) / action_tokens.NAME}
   if source is None:
     given |= {"init_from": f"{args.base},matching"}
     if args.steps is not None:
       given |= {"train.steps": args.steps}
       given |= {"optim.decay_steps": args.steps} if args.benchmark == "tabletop" else {}
+      given |= {"model.decoder_pruner.noise_steps": args.steps} if row == "lightvla" else {}  # gone at the end
   else:
     policy = folder_of(args.out, source, seed) / "policy"
     given |= {"init_from": policy, "train.steps": 0, "data.keep_statistics": True}

@@ -69,6 +69,8 @@ TABLES = {
     Entry("compressor_vla", "Compressor-VLA, 1/8"),
     Entry("lightvla", "LightVLA, room for 1/4"),
     Entry("cogvla", "CogVLA, 1/4"),
+    Entry("fast", "OpenVLA with FAST's tokens, whole chunks alone"),
+    Entry("fast_unconstrained", "the same, free to say no whole chunk"),
   ),
   "robustness": (
     Entry("oft", "OpenVLA-OFT"),
@@ -77,9 +79,11 @@ TABLES = {
     Entry("fastv_k2", "FastV"),
   ),
 }
+FITTED = ("fast",)  # rows that speak action tokens fitted to the data
 # Rows without training: they take the parameters of another row.
 PARAMETERS_OF = {
   "pd_vla": "openvla_chunk",
+  "fast_unconstrained": "fast",
   **dict.fromkeys(("fastv_k2", "fastv_mean", "fastv_action", "prune_random", "prune_uniform"), "oft"),
   **dict.fromkeys(("sparsevlm", "vla_pruner_now", "vla_pruner", "efficientvla_layers"), "oft"),
 }

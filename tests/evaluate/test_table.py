@@ -54,6 +54,19 @@ def test_rows_without_training_take_the_dense_rows_parameters_seed_by_seed(capsy
   assert sum("oft@small64" in word for line in lines for word in line) == 2  # trained, though not asked for
 
 
+def test_action_tokens_are_fitted_before_a_row_that_speaks_them(capsys):
+  lines = dry_run(capsys, "--table=baselines", "--row=fast_unconstrained", "--data-dir=d", "--calls=0", "--out=x")
+  fit, train, _, free, *_ = lines
+  assert fit[3] == "fit-tokenizer" and {"--data-dir=d", "--name=tabletop_place", "--vocab=256"} <= {*fit}
+  assert fit[-1].replace("--out", "--config.data.action_tokens") in train  # the same file
+  assert "--config.init_from=x/rows/fast/seed_0/policy" in free and "--config.train.steps=0" in free
+
+
+def test_the_noise_of_lightvla_ends_with_the_training(capsys):
+  lines = dry_run(capsys, "--table=baselines", "--row=lightvla", "--steps=40", "--calls=0", "--out=x")
+  assert sum("--config.model.decoder_pruner.noise_steps=40" in line for line in lines) == 1
+
+
 def test_robustness_measures_controls_and_changed_layouts(capsys):
   lines = dry_run(capsys, "--table=robustness", "--row=full", "--calls=0", "--out=x")
   assert lines[3] == [*lines[2], "--controls=shuffled,blind"] and "--split=unseen" in lines[4]
