@@ -69,13 +69,17 @@ def of_datasets(own: Units) -> dict[str | None, Units]:
 
 
 def choose(units: Mapping[str | None, Units], key: Any, own: str | None) -> Units:
-  """Those that a request's `unnorm_key` names; the policy's own without one.
+  """Those that a request's `unnorm_key` names, also without "_no_noops" as clients of LIBERO do; the policy's own
+  without one.
 
   Raises:
     ValueError: none of them has that name.
   """
   if key in (None, ""):
     return units[own]
-  if not isinstance(key, str) or key not in units:
+  found = (
+    next((units[name] for name in (key, f"{key}_no_noops") if name in units), None) if isinstance(key, str) else None
+  )
+  if found is None:
     raise refuse("unnorm_key", f"{key!r:.80}", f"one of {', '.join(map(repr, units))}, or none", "name one of them")
-  return units[key]
+  return found

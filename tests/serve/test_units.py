@@ -50,6 +50,18 @@ def test_the_time_between_two_actions_is_that_of_the_robots_description(both):
   assert periods(described) == 50 and periods(both[NAMES[0]]) == 0
 
 
+def test_a_key_may_leave_out_what_the_release_appends(both):
+  policy = both[NAMES[0]]
+  names = ("libero_goal_no_noops", "libero_goal", "libero_10_no_noops", None)
+  kept = {name: units.Units(policy, limits.ActionLimit(policy.stats.action, "off")) for name in names}
+  choose = lambda key: units.choose(kept, key, None)  # noqa: E731
+  assert choose("libero_10") is choose(names[2]) is kept[names[2]] and choose(None) is kept[None]
+  assert choose("libero_goal") is kept["libero_goal"]
+  for wrong in ("libero", "_no_noops", ["libero_10"], 3):
+    with pytest.raises(ValueError, match="unnorm_key"):
+      choose(wrong)
+
+
 def test_a_request_names_the_dataset_whose_units_it_wants(both):
   with serving(both[NAMES[0]]) as (_, port), robot(port) as one:
     assert one.metadata["available_unnorm_keys"] == [*NAMES]
