@@ -37,7 +37,6 @@ NORMALIZATIONS = {"q99": "bounds_q99", "bounds_q99": "bounds_q99", "bounds": "bo
 GRIPPERS = ("command", "raw")
 ADAPTERS = ("merge", "keep")
 WEIGHTS = ("full", *serving.KINDS)
-MULTIPLE = 8  # positions: matrix units work on sequences of whole eights, and GPU libraries pad others at every product
 _PIXELS = re.compile(r"(dino|siglip)/embedding/(kernel|lora_b)")  # what every pixel goes through
 
 
@@ -150,7 +149,7 @@ class Policy(BasePolicy):
     files = files._replace(params={})  # nothing else holds the arrays while they are laid out anew
     if not isinstance(model, lora.LoRA):
       check_params(params, _parameter_shapes(model))
-      config |= {"model": config["model"] | serving.LAYOUT}
+      config |= {"model": config["model"] | serving.layout(jax.default_backend())}
       model, flat = build(config["model"]), flatten_dict(params, sep="/")
       del params
       params = serving.lay_out(flat)
@@ -315,11 +314,7 @@ class Policy(BasePolicy):
 
   @functools.cached_property
   def _other_positions(self) -> int:
-    """How many positions the model's sequence has besides those of the prompt."""
-    read = programs.named(self.model, "read")
-    run = lambda p, o: self.model.apply({"params": p}, o, **read)[0]  # noqa: E731
-    own = 0 if self.bare.coupler is None else self.bare.chunk * self.bare.coupler.tokens + 1
-    return jax.eval_shape(run, self.params, self._dummy(1)).shape[1] + own - self.tokenizers.prompt_length
+    return programs.positions_besides_prompt(self.model, self.params, self._dummy(1))
 
   def _prompt_length(self, tokens: int) -> int:
     """The length to compile for prompts of so many tokens: it gives the sequence a multiple of 8 positions."""
@@ -330,7 +325,7 @@ class Policy(BasePolicy):
         f"at most {self.tokenizers.prompt_length}, the tokenizers' own",
         "choose shorter ones",
       )
-    return min(tokens + -(self._other_positions + tokens) % MULTIPLE, self.tokenizers.prompt_length)
+    return min(tokens + -(self._other_positions + tokens) % serving.MULTIPLE, self.tokenizers.prompt_length)
 
   def _check(self) -> None:
     check_params(self.params, _parameter_shapes(self.model))

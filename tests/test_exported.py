@@ -98,7 +98,7 @@ def test_other_programs_are_exported_too(kind, policy, tmp_path):
     fields = OPENVLA | (FAST if kind == "fast" else {})
     ours = policies.policy(config=policies.CONFIG | {"model": policies.CONFIG["model"] | fields}, batch_sizes=(1,))
   else:
-    config = policies.CONFIG | {"model": policies.CONFIG["model"] | serving.LAYOUT}
+    config = policies.CONFIG | {"model": policies.CONFIG["model"] | serving.layout("cpu")}
     params = serving.quantize(serving.lay_out(flatten_dict(policy.params, sep="/")), kind)
     model = serving.Quantized(build(config["model"]), kind)
     ours = Policy(model, params, policy.stats, policy.tokenizers, config)

@@ -28,10 +28,12 @@ def images_alone(observation):
   return Observation(observation.images, observation.proprio, None, None)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("fields", [{}, OFT | {"vision_layer": "second_to_last"}], ids=["semanticvla", "oft"])
-def test_the_serving_layout_gives_the_same_actions(fields):
+def test_the_serving_layout_gives_the_same_actions(fields, platform):
   """Layers apart, fused products and a last layer for the read positions alone: equal to rounding, names as asked."""
-  model, served = tiny(**fields), build(TINY | fields | serving.LAYOUT)
+  model, served = tiny(**fields), build(TINY | fields | serving.layout(platform))
+  assert served.dino.multiple == (8 if platform == "gpu" else 1)
   params, observation = random_params(model), random_observation(model)
   laid_out = serving.lay_out(flatten_dict(params, sep="/"))
   shapes = jax.eval_shape(served.init, {"params": jax.random.key(0), "noise": jax.random.key(1)}, observation)["params"]
@@ -53,7 +55,7 @@ def test_the_last_decoder_layer_is_all_that_the_layout_saves():
     return layers, sum(found.values()) - sum(layers.values())
 
   observation = random_observation(tiny())
-  (stacked, others), (apart, same) = scopes({}), scopes(serving.LAYOUT)
+  (stacked, others), (apart, same) = scopes({}), scopes(serving.layout("cpu"))
   first = sum(n for name, n in apart.items() if "layers_0" in name)
   assert others == same and 2 * first == sum(stacked.values())
   assert sum(apart.values()) - first < 0.8 * first

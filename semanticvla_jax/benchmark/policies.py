@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from semanticvla_jax.benchmark import programs, rows
@@ -39,7 +40,7 @@ def random_policy(
   Raises:
     ValueError: a row or size that does not exist, or a prompt too short for SENTENCE.
   """
-  config = rows.model(row, size, dtype, **serving.LAYOUT)
+  config = rows.model(row, size, dtype, **serving.layout(jax.default_backend()))
   model = build(config)
   params = programs.random_params(programs.param_shapes(model), dtype, seed)
   if weights != "full":

@@ -21,7 +21,11 @@ def gelu(x: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
   """GELU, exact (`erf`: timm, the released code) or its tanh approximation (`tanh`: big_vision, SigLIP's text)."""
   if kind not in ("erf", "tanh"):
     raise refuse("gelu kind", f"{kind!r}", "'erf' or 'tanh'", "set the model's `gelu` field to one of them")
-  return nn.gelu(x, approximate=kind == "tanh")
+  if x.dtype == jnp.float32:
+    return nn.gelu(x, approximate=kind == "tanh")
+  # In float32, as PyTorch's kernels compute it, and as one kernel of a GPU instead of two; training keeps x alone.
+  wide = lambda x: nn.gelu(x.astype(jnp.float32), approximate=kind == "tanh").astype(x.dtype)  # noqa: E731
+  return jax.checkpoint(wide)(x)
 
 
 class MLP(nn.Module):

@@ -22,6 +22,18 @@ def named(model: nn.Module, method: str) -> dict[str, str]:
   return {"method": method} if bare(model) is model else {"call": method}
 
 
+def positions_besides_prompt(model: nn.Module, params: Mapping, observation: Observation) -> int:
+  """How many positions the sequence of a model has besides those of an observation's prompt.
+
+  Args:
+    params, observation: may be shapes alone.
+  """
+  read = lambda p, o: model.apply({"params": p}, o, **named(model, "read"))[0]  # noqa: E731
+  own = bare(model)
+  actions = 0 if own.coupler is None else own.chunk * own.coupler.tokens + 1
+  return jax.eval_shape(read, params, observation).shape[1] + actions - observation.prompt.shape[1]
+
+
 def sentence(model: nn.Module) -> Callable[..., Sentence]:
   """(params, [prompt i32[b t], mask bool[b t], instruction i32[b m], mask bool[b m]]) → what they alone decide.
 

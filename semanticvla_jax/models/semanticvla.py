@@ -418,7 +418,8 @@ def _encoder(c: Mapping[str, Any], name: str, pruners: tuple[nn.Module, ...] | N
   own = dict(gelu="erf", mean=DINO_MEAN, std=DINO_STD) if name == "dino" else dict(gelu=c["siglip_gelu"])
   sizes = c["variant"]
   queries = sum(pruner.num_queries for pruner in pruners)
-  how = dict(queries=queries, remat=bool(c["remat"]), scan=c["scan_encoders"], fused=c["fused"], dtype=dtype)
+  how = dict(queries=queries, multiple=c["token_multiple"], remat=bool(c["remat"]), scan=c["scan_encoders"])
+  how |= dict(fused=c["fused"], dtype=dtype)
   return ViT(sizes["image"], sizes["patch"], **sizes[name], **own, **how)
 
 

@@ -4,7 +4,7 @@ Parameter names are big_vision's (`embedding`, `pos_embedding`, `Transformer/enc
 released SigLIP `.npz` loads without a rename table. DINOv2 goes beyond them with `cls`, `reg` (prefix tokens), `ls1`,
 `ls2` (LayerScale) and, when a condition is given, `film` in each block.
 
-    embed:  [ cls reg | patches + pos_embedding | queries ]        cls, reg: DINOv2;  queries: SA-Pruner
+    embed:  [ cls reg | fill | patches + pos_embedding | queries ]        cls, reg: DINOv2;  queries: SA-Pruner
     run:    blocks start … stop-1, so that a Dense-Fuser can step in between
 """
 
@@ -29,10 +29,12 @@ def layer_norm(name: str | None = None, dtype: Any = jnp.float32) -> nn.LayerNor
   return nn.LayerNorm(epsilon=NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def attention_weights(q: Float[Array, "b l h c"], k: Float[Array, "b s h c"]) -> Float[Array, "b h l s"]:
+def attention_weights(
+  q: Float[Array, "b l h c"], k: Float[Array, "b s h c"], mask: Bool[Array, "b_or_1 1 1 s"] | None = None
+) -> Float[Array, "b h l s"]:
   """Softmax attention weights in float32, for looking at (Figure 5); costs nothing under jit when unread."""
   logits = jnp.einsum("blhc,bshc->bhls", q, k, preferred_element_type=jnp.float32)
-  return jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+  return jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1, where=mask)
 
 
 def sincos_2d(side: int, width: int, wavelengths: float = 100.0) -> Float[Array, "1 n d"]:
@@ -58,7 +60,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b l d"], y: Float[Array, "b s d"], mask: Bool[Array, "b 1 l_or_1 s"] | None = None
+    self, x: Float[Array, "b l d"], y: Float[Array, "b s d"], mask: Bool[Array, "b_or_1 1 l_or_1 s"] | None = None
   ) -> tuple[Float[Array, "b l d"], Float[Array, "b l h c"], Float[Array, "b s h c"]]:
     """`x` asks, `y` is asked. When fused, `x` is the last l tokens of `y`."""
     d = x.shape[-1]
@@ -135,7 +137,7 @@ class Block(nn.Module):
     self,
     x: Float[Array, "b l d"],
     condition: Float[Array, "b e"] | Float[Array, "b 2 d"] | None = None,
-    mask: Bool[Array, "b 1 l_or_1 l"] | None = None,
+    mask: Bool[Array, "b_or_1 1 l_or_1 l"] | None = None,
     tail: int | None = None,
   ) -> tuple[Float[Array, "b l_or_tail d"], Float[Array, "b h q l"]]:
     """Tokens → (tokens, the attention weights of the `probe` last ones).
@@ -153,7 +155,8 @@ class Block(nn.Module):
     y = self.LayerNorm_1(x)
     x = x + self._scaled("ls2", self.MlpBlock_0(y))
     x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
-    return x, attention_weights(q[:, x.shape[1] - self.probe :], k)
+    seen = mask if mask is not None and mask.shape[2] == 1 else None  # the same for every token
+    return x, attention_weights(q[:, x.shape[1] - self.probe :], k, seen)
 
   def modulation(self, condition: Float[Array, "b e"], width: int) -> Float[Array, "b 2 d"]:
     """The pooled instruction → this block's γ and β."""
@@ -204,10 +207,12 @@ class Transformer(nn.Module):
       x, weights = block(x, condition[:, i] if each else condition, mask, None)
     return x, weights
 
-  def tail(self, x: Float[Array, "b l d"], block: int, count: int, condition=None) -> Float[Array, "b count d"]:
+  def tail(
+    self, x: Float[Array, "b l d"], block: int, count: int, condition=None, mask=None
+  ) -> Float[Array, "b count d"]:
     """One block's last `count` tokens, without the work for the others."""
     each = condition is not None and condition.ndim == 4
-    return self.encoderblock[block](x, condition[:, block] if each else condition, None, count)[0]
+    return self.encoderblock[block](x, condition[:, block] if each else condition, mask, count)[0]
 
   def modulations(self, condition: Float[Array, "b e"], width: int, stop: int) -> Float[Array, "b depth 2 d"]:
     """The pooled instruction → γ and β of every block before `stop`."""
@@ -259,6 +264,7 @@ class ViT(nn.Module):
     layer_scale: initial LayerScale value, or None for none (SigLIP).
     gelu: 'erf' (timm, the released code) or 'tanh' (big_vision's own).
     queries: how many tokens an SA-Pruner appends in `embed`.
+    multiple: tokens of zeros, which no token reads, fill the sequence up to a multiple of this: see models/serving.py.
     position_init: how the learned position embedding begins: 'normal' (big_vision's), or 'sincos', from which a model
       that learns from scratch can read where a patch is at once.
     scan: one loop over the blocks between two taps, see Transformer. fused: see models/serving.py.
@@ -275,6 +281,7 @@ class ViT(nn.Module):
   layer_scale: float | None = None
   gelu: str = "erf"
   queries: int = 0
+  multiple: int = 1
   position_init: str = "normal"
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -291,7 +298,15 @@ class ViT(nn.Module):
   @property
   def num_prefix(self) -> int:
     """Tokens before the patches."""
+    return self._num_special + self._num_fill
+
+  @property
+  def _num_special(self) -> int:
     return 0 if self.registers is None else 1 + self.registers
+
+  @property
+  def _num_fill(self) -> int:
+    return -(self._num_special + self.num_patches + self.queries) % self.multiple
 
   def setup(self):
     if self.image % self.patch:
@@ -327,7 +342,7 @@ class ViT(nn.Module):
   def embed(
     self, pixels: Float[Array, "b h w 3"], queries: Float[Array, "1 q d"] | None = None
   ) -> Float[Array, "b l d"]:
-    """Normalized pixels → [prefix | patches | queries]. Only patches carry a position embedding."""
+    """Normalized pixels → [prefix | fill | patches | queries]. Only patches carry a position embedding."""
     b, h, w, _ = pixels.shape
     if (h, w) != (self.image, self.image):
       raise ValueError(
@@ -336,6 +351,8 @@ class ViT(nn.Module):
       )
     x = rearrange(self.embedding(pixels.astype(self.dtype)), "b h w d -> b (h w) d")
     parts = [x + self.pos_embedding.astype(x.dtype)]
+    if self._num_fill:
+      parts = [jnp.zeros((1, self._num_fill, self.width)), *parts]
     if self.registers is not None:
       parts = [self.cls, self.reg, *parts]
     if queries is not None:
@@ -347,11 +364,19 @@ class ViT(nn.Module):
 
     `condition`: the pooled instruction f[b e] or the `modulations` made of it.
     """
-    return self.Transformer(x, start, stop, condition)
+    return self.Transformer(x, start, stop, condition, self._readable(x))
 
   def tail(self, x: Float[Array, "b l d"], block: int, condition: Array | None = None) -> Float[Array, "b q d"]:
     """The queries as block `block` leaves them, without the work for the other tokens."""
-    return self.Transformer.tail(x, block, self.queries, condition)
+    return self.Transformer.tail(x, block, self.queries, condition, self._readable(x))
+
+  @nn.nowrap
+  def _readable(self, x: Float[Array, "b l d"]) -> Bool[Array, "1 1 1 l"] | None:
+    """The attention mask: all tokens but the fill; None where there is none."""
+    if not self._num_fill:
+      return None
+    at = jnp.arange(x.shape[1])
+    return ((at < self._num_special) | (at >= self.num_prefix))[None, None, None]
 
   def modulations(self, condition: Float[Array, "b e"], stop: int) -> Float[Array, "b depth 2 d"]:
     """The pooled instruction → γ and β of every block before `stop` (FiLM); blocks that never run have none."""

@@ -79,13 +79,20 @@ def lower_train(config: Any, mesh: Mesh, aux_loss: AuxLoss | None = None) -> Cal
 
 
 def lower_policy(config: Any, mesh: Mesh, aux_loss: AuxLoss | None = None) -> Callable[[], Any]:
-  """A function that lowers a policy's call: its sentence known, adapters folded in, all weights in the compute type."""
+  """A function that lowers a policy's call: its sentence known, adapters folded in, all weights in the compute type.
+
+  Its prompt has at least config.data.prompt_length tokens, and as many more as give the sequence a multiple of 8
+  positions, as `Policy.load(prompt_lengths=…)` compiles it.
+  """
   del aux_loss  # a policy has none
-  bare = build(config.model.to_dict() | serving.LAYOUT)
+  bare = build(config.model.to_dict() | serving.layout(mesh.devices.flat[0].platform))
   shapes = abstract_params(bare, dummy_observation(bare))
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.model.dtype)), shapes)
   where, everywhere = sharding.param_sharding(params, mesh, sharding.rule_of(config.mesh)), NamedSharding(mesh, P())
   o = program.abstract_observation(config, bare, config.data.batch_size)
+  more = -(programs.positions_besides_prompt(bare, shapes, o) + config.data.prompt_length) % serving.MULTIPLE
+  longer = program.changed(config, **{"data.prompt_length": config.data.prompt_length + more})
+  o = program.abstract_observation(longer, bare, config.data.batch_size)
   words = [o.prompt, o.prompt_mask, o.instruction, o.instruction_mask]
   sentence = jax.eval_shape(programs.sentence(bare), params, words)
   jitted = jax.jit(programs.actions(bare), in_shardings=(where, everywhere, everywhere, everywhere))

@@ -89,3 +89,24 @@ def test_positions_that_begin_as_sines_tell_places_apart():
     make(position_init="sine")
   with pytest.raises(ValueError, match="multiple of 4"):
     sincos_2d(2, 6)
+
+
+def test_a_sequence_filled_up_to_a_multiple_gives_the_same_tokens():
+  how = dict(image=24, patch=8, width=16, depth=3, num_heads=2, mlp_dim=24, registers=1, layer_scale=0.5, queries=2)
+  plain, filled = ViT(**how), ViT(**how, multiple=8)  # 2 + 9 + 2 tokens, and 3 more
+  assert (plain.num_prefix, filled.num_prefix) == (2, 5)
+  pixels, queries = (
+    jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((2, 24, 24, 3), (1, 2, 16)))
+  )
+
+  def outputs(vit, params):
+    run = lambda method, *args: vit.apply({"params": params}, *args, method=method)  # noqa: E731
+    x, weights = run("run", run("embed", pixels, queries), 0, 2)
+    return run("patches", x), x[:, -2:], run("tail", x, 2), weights
+
+  params = plain.init(jax.random.key(2), pixels)["params"]
+  expected, got = outputs(plain, params), outputs(filled, params)
+  for one, other in zip(expected[:3], got[:3], strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-6)
+  np.testing.assert_allclose(expected[3], np.delete(got[3], [2, 3, 4], axis=-1), atol=1e-6)  # what queries look at
+  assert not np.any(got[3][..., 2:5])
