@@ -140,8 +140,10 @@ def _join(*rows: Any) -> Any:
 
 
 def words(observation: Observation, length: int) -> list[Array | None]:
-  """Prompt and instruction with their masks; the prompt cut to `length`, behind which there is only padding."""
-  prompt = [observation.prompt[:, :length], observation.prompt_mask[:, :length]]
+  """Prompt and instruction with their masks; the prompt cut or padded to `length`, behind which there is nothing."""
+  prompt = [x[:, :length] for x in (observation.prompt, observation.prompt_mask)]
+  if (missing := length - prompt[0].shape[1]) > 0:
+    prompt = [np.pad(x, ((0, 0), (0, missing))) for x in prompt]
   return [*prompt, observation.instruction, observation.instruction_mask]
 
 

@@ -109,7 +109,7 @@ class Policy(BasePolicy):
     self.inference, self.memories = inference.Inference(*named, self._dummy, remember, memory), {}
     if sizes:
       longest = tokenizers.prompt_length
-      self.inference.compile(params, sizes, {longest, *(self._prompt_length(length) for length in lengths)})
+      self.inference.compile(params, sizes, {self._prompt_length(length) for length in (longest, *lengths)})
 
   @classmethod
   def load(
@@ -317,7 +317,10 @@ class Policy(BasePolicy):
     return programs.positions_besides_prompt(self.model, self.params, self._dummy(1))
 
   def _prompt_length(self, tokens: int) -> int:
-    """The length to compile for prompts of so many tokens: it gives the sequence a multiple of 8 positions."""
+    """The length to compile for prompts of so many tokens: it gives the sequence a multiple of 8 positions.
+
+    Beyond the tokenizers' own length only where a GPU's libraries would pad every product instead.
+    """
     if tokens > self.tokenizers.prompt_length:
       raise refuse(
         "Policy",
@@ -325,7 +328,9 @@ class Policy(BasePolicy):
         f"at most {self.tokenizers.prompt_length}, the tokenizers' own",
         "choose shorter ones",
       )
-    return min(tokens + -(self._other_positions + tokens) % serving.MULTIPLE, self.tokenizers.prompt_length)
+    whole = tokens + -(self._other_positions + tokens) % serving.MULTIPLE
+    fills = self.config["model"].get("token_multiple", 1) > 1
+    return whole if fills else min(whole, self.tokenizers.prompt_length)
 
   def _check(self) -> None:
     check_params(self.params, _parameter_shapes(self.model))

@@ -61,6 +61,18 @@ def test_the_last_decoder_layer_is_all_that_the_layout_saves():
   assert sum(apart.values()) - first < 0.8 * first
 
 
+def test_on_a_gpu_the_longest_prompt_is_padded_to_whole_eights():
+  of = lambda **fields: policies.policy(  # noqa: E731
+    config=policies.CONFIG | {"model": TINY | {"chunk": 9} | fields}, batch_sizes=(1,)
+  )
+  plain, filled = of(), of(token_multiple=8)
+  (length,) = filled.metadata["prompt_lengths"]
+  assert length > filled.tokenizers.prompt_length and (length + filled._other_positions) % 8 == 0
+  assert plain.metadata["prompt_lengths"] == [plain.tokenizers.prompt_length]
+  seen = policies.observation()
+  np.testing.assert_allclose(filled.infer(seen)["actions"], plain.infer(seen)["actions"], atol=1e-5)
+
+
 def test_a_layout_changes_no_parameter():
   params = random_params(tiny())
   laid_out = serving.lay_out(flatten_dict(params, sep="/"))
