@@ -321,16 +321,15 @@ class Policy(BasePolicy):
 
     Beyond the tokenizers' own length only where a GPU's libraries would pad every product instead.
     """
-    if tokens > self.tokenizers.prompt_length:
+    most, fills = self.tokenizers.prompt_length, self.config["model"].get("token_multiple", 1) > 1
+    if tokens > most:
       raise refuse(
-        "Policy",
-        f"a prompt length of {tokens}",
-        f"at most {self.tokenizers.prompt_length}, the tokenizers' own",
-        "choose shorter ones",
+        "Policy", f"a prompt length of {tokens}", f"at most {most}, the tokenizers' own", "choose shorter ones"
       )
+    if tokens == most and not fills:
+      return most
     whole = tokens + -(self._other_positions + tokens) % serving.MULTIPLE
-    fills = self.config["model"].get("token_multiple", 1) > 1
-    return whole if fills else min(whole, self.tokenizers.prompt_length)
+    return whole if fills else min(whole, most)
 
   def _check(self) -> None:
     check_params(self.params, _parameter_shapes(self.model))

@@ -19,6 +19,16 @@ def test_a_door_in_front_of_zeros(protocol, disturbed):
   assert found["errors"] == 0 and len(found["ms"]) > 3 and min(found["ms"]) > 0 and found["seconds"] >= 0.6
 
 
+def test_a_long_load_says_what_memory_does(monkeypatch):
+  monkeypatch.setattr(serve, "SAMPLES", 4)
+  assert serve.growth([(0.0, 5e6), (30.0, 6e6), (60.0, 7e6)]) == pytest.approx(2.0)
+  result = Result("serve", {}, say=lambda line: None)
+  with serve.zeros() as url:
+    serve._soak(result, url, clients=2, seconds=0.8)
+  assert result.value("soak, 2 clients, errors") == 0 and result.value("soak, 2 clients, memory at the end") > 1
+  assert np.isfinite(result.value("soak, 2 clients, memory growth"))
+
+
 def test_clients_need_no_jax():
   code = "import sys, semanticvla_jax.benchmark.load; assert not {'jax', 'starlette'} & sys.modules.keys()"
   subprocess.run([sys.executable, "-c", code], check=True)
