@@ -12,7 +12,7 @@ from semanticvla_jax.errors import refuse
 # Parts of a record that may differ: what is compared is often a version or a commit. They are listed.
 NOTED = ("versions", "package", "commit", "dirty", "command", "time", "load", "settings.calls", "settings.seed")
 _UNLISTED = ("command", "time")  # of these, since they always differ
-DEVICES = ("device", "cpu")  # which may differ with --across-devices
+DEVICES = ("device", "cpu")  # which may differ with --across-devices, and with them how a model is padded
 
 
 def load(path: str) -> dict[str, Any]:
@@ -47,7 +47,8 @@ def require_alike(first: Mapping, second: Mapping, across: Sequence[str] = ()) -
     ValueError: anything else differs; the message names it.
   """
   unlike = differences({"verb": first["verb"], **first["record"]}, {"verb": second["verb"], **second["record"]})
-  allowed = {name: pair for name, pair in unlike.items() if _within(name, (*NOTED, *across))}
+  filled = [name for name in unlike if name.endswith(".token_multiple")] if {*DEVICES} <= {*across} else []
+  allowed = {name: pair for name, pair in unlike.items() if _within(name, (*NOTED, *across, *filled))}
   if refused := [f"{name} {a!r} and {b!r}" for name, (a, b) in unlike.items() if name not in allowed]:
     raise refuse(
       "Results were not measured alike",

@@ -75,6 +75,14 @@ def test_results_that_were_not_measured_alike_are_refused_by_name(result, change
     assert compare.require_alike(result, other, compare.DEVICES)
 
 
+def test_padding_may_differ_where_devices_may(result):
+  other = copy.deepcopy(result)
+  other["record"]["models"]["full"]["token_multiple"] = 8
+  assert len(compare.require_alike(result, other, compare.DEVICES)) == 1
+  with pytest.raises(ValueError, match="token_multiple"):
+    compare.require_alike(result, other)
+
+
 def test_calls_and_seeds_are_listed_and_not_refused(result):
   other = copy.deepcopy(result)
   other["record"]["settings"] |= {"calls": 500}
