@@ -19,6 +19,7 @@ FILES = {
   "openvla": ("libero",),
 }
 CASES = [f"{name}:{mode}" for name, modes in FILES.items() for mode in modes]
+SERVING = {"fused", "token_multiple"}  # fields that say how a loaded policy runs: models/serving.py
 ROWS = [f"ablations:{row}" for row in ablations.ROWS if ablations.ROWS[row] != (8, {})]
 ROWS += [f"baselines:{row}" for row in baselines.ROWS]
 
@@ -63,12 +64,12 @@ def check_gradient(config):
 def test_builds_at_full_size(case):
   config = load(case, "7b")
   assert build(config.model).llm.width == 4096
-  assert set(config.model) == set(DEFAULTS) - {"fused"}  # how a loaded policy lays its parameters out
+  assert set(config.model) == set(DEFAULTS) - SERVING
 
 
 def test_the_released_recipe_is_the_models_defaults():
   """Configs import nothing of the package and restate its defaults: all but sizes, and how they are computed."""
-  own = {"scan_encoders", "remat", "dtype", "fused"}
+  own = {"scan_encoders", "remat", "dtype", *SERVING}
   config = common.get_config("7b").model
   assert {name: config[name] for name in DEFAULTS if name not in own} == {
     name: value for name, value in DEFAULTS.items() if name not in own
