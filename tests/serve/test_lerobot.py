@@ -130,7 +130,8 @@ def test_lerobots_own_client(port, policy, tmp_path):
   environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root / "client", Path(__file__).parent)))}
   arguments = f"127.0.0.1:{port}", str(tmp_path / "seen.npz"), str(tmp_path / "taken.npy")
   command = [root / "bin" / "python", "-c", f"import lerobot_robot as robot; robot.run(*{arguments})"]
-  subprocess.run(command, check=True, timeout=900, env=environment | {"HF_LEROBOT_HOME": str(tmp_path)})
+  environment |= {"HF_LEROBOT_HOME": str(tmp_path)}
+  subprocess.run(command, check=True, timeout=900, env=environment, cwd=tmp_path)  # where it writes its logs
   normalized = np.asarray(policy.device_step(policy.observe([observation(6)])))
   chunk = statistics.unnormalize(normalized, policy.stats.action, mode=policy.mode)[0]
   # Another chunk begins at the step of the action before it, which the client has done already.
