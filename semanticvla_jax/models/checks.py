@@ -35,7 +35,7 @@ CHOICES = {
   "dtype": ("float32", "bfloat16", "float16"),
 }
 OR = {"anchor_rule": ", or register your own with models.pruner.anchor_rule"}  # what else a user can do
-COUNTS = {"keep": 1, "cues": 0, "num_views": 1, "action_dim": 1, "chunk": 1}  # field: the least
+COUNTS = {"keep": 1, "cues": 0, "num_views": 1, "action_dim": 1, "chunk": 1, "token_multiple": 1}  # field: the least
 AMOUNTS = ("similarity_noise", "aggregation_std")  # numbers from 0
 # Sizes that a part of a variant must have, and values that it may have.
 VIT = ("width", "depth", "num_heads", "mlp_dim")

@@ -77,9 +77,8 @@ def choose(units: Mapping[str | None, Units], key: Any, own: str | None) -> Unit
   """
   if key in (None, ""):
     return units[own]
-  found = (
-    next((units[name] for name in (key, f"{key}_no_noops") if name in units), None) if isinstance(key, str) else None
-  )
+  names = (key, f"{key}_no_noops") if isinstance(key, str) else ()
+  found = next((units[name] for name in names if name in units), None)
   if found is None:
     raise refuse("unnorm_key", f"{key!r:.80}", f"one of {', '.join(map(repr, units))}, or none", "name one of them")
   return found

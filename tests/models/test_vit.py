@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import tiny
 
 from semanticvla_jax.models.vit import ViT, sincos_2d
 
@@ -110,3 +111,9 @@ def test_a_sequence_filled_up_to_a_multiple_gives_the_same_tokens():
     np.testing.assert_allclose(one, other, atol=1e-6)
   np.testing.assert_allclose(expected[3], np.delete(got[3], [2, 3, 4], axis=-1), atol=1e-6)  # what queries look at
   assert not np.any(got[3][..., 2:5])
+
+
+@pytest.mark.parametrize("value", [0, -8, 2.0, None])
+def test_a_multiple_that_is_not_one_is_refused(value):
+  with pytest.raises(ValueError, match="token_multiple=.*; expected a whole number from 1; "):
+    tiny(token_multiple=value)
