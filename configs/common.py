@@ -131,6 +131,7 @@ def _data(variant: str) -> ConfigDict:
       specs=(),  # FILE.py:NAME of the DatasetSpecs of datasets that the package does not know
       skip_bad=False,  # True leaves out episodes that cannot be used, and decodes every image once to find them
       processes=0,  # that decode and augment on each host, where input is waited for; 0: threads of this process alone
+      servers=(),  # "host:port" of image servers (docs/training.md) that decode and augment instead; () for none
       mixture="libero_4_task_suites_no_noops",
       batch_size=128,
       trajectory_end="cut",

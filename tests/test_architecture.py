@@ -68,7 +68,11 @@ FORBIDDEN = {  # third-party packages that must not be imported when the module 
   "serve": {"tensorflow", "tensorflow_datasets", "ml_collections", "torch"},
   "benchmark": {"tensorflow", "tensorflow_datasets", "ml_collections", "torch", "transformers"},
 }
-COMMANDS_OF_TRAINING = {"train/__main__.py", "train/preflight.py"}  # which look a config's benchmark up in a table
+COMMANDS_OF_TRAINING = {
+  "train/__main__.py",
+  "train/preflight.py",
+  "train/image_server.py",
+}  # which look a config's benchmark up in a table
 OF_PYTORCH = "benchmark/peer.py"  # a module that is nothing without it
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -27,14 +27,15 @@ def episodes(offset: int = 0) -> list[writer.Episode]:
   return [episode(offset + number, length) for number, length in enumerate(LENGTHS)]
 
 
-DEFAULTS = {"start_step": 0, "rows": None, "workers": None, "prefetch": 2, "processes": 0}  # of BatchLoader.batches
+# Of BatchLoader.batches.
+DEFAULTS = {"start_step": 0, "rows": None, "workers": None, "prefetch": 2, "processes": 0, "servers": ()}
 
 
 def batches(mixture, tokenizers, count=1, **options):
   settings = {"batch_size": 8, "chunk": 8, "image_size": 32, "workers": 2} | options
-  start, rows, workers, prefetch, processes = (settings.pop(name, default) for name, default in DEFAULTS.items())
+  how = [settings.pop(name, default) for name, default in DEFAULTS.items()]
   made = loader.BatchLoader(mixture, tokenizers, loader.BatchOptions(**settings))
-  return list(itertools.islice(made.batches(start, rows, workers, prefetch, processes), count))
+  return list(itertools.islice(made.batches(*how), count))
 
 
 def assert_equal(a, b) -> None:

@@ -14,9 +14,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 from jaxtyping import Bool, Float, Int, Int32, UInt8
 
-from semanticvla_jax.data import images, pipeline, sampler, statistics, text, tfrecord_index, trajectories
+import semanticvla_jax
+from semanticvla_jax.data import image_server, images, pipeline, sampler, statistics, text, tfrecord_index, trajectories
 from semanticvla_jax.data.example_images import ExampleImages
 from semanticvla_jax.data.image_processes import ImageProcesses
 from semanticvla_jax.data.rlds import Dataset
@@ -101,9 +103,9 @@ class BatchLoader:
     _check_mixture(mixture, options)
     self.options = options
     self._sources = [_source(dataset, tokenizers, options) for dataset, _ in mixture]
-    weights = [weight * len(dataset.actions) for dataset, weight in mixture]
+    self._weights = [float(weight * len(dataset.actions)) for dataset, weight in mixture]
     episodes = [one.dataset.episodes[one.starts] for one in self._sources]
-    self._sequence = sampler.IndexSampler(episodes, weights, options.seed, options.window)
+    self._sequence = sampler.IndexSampler(episodes, self._weights, options.seed, options.window)
     self._taking = threading.Lock()  # pipelines draw in their own threads
     self._images = ExampleImages(options.image_size, options.seed, options.augmentation, options.crop_area, options.dct)
 
@@ -114,6 +116,7 @@ class BatchLoader:
     workers: int | None = None,
     prefetch: int = 2,
     processes: int = 0,
+    servers: Sequence[str] = (),
   ) -> Iterator[Batch]:
     """Yields rows of the global batches start_step, start_step + 1, … without end.
 
@@ -124,40 +127,73 @@ class BatchLoader:
       prefetch: batches worked on ahead.
       processes: other processes that decode and augment, for a host that one process cannot feed, since Python's lock
         holds its threads back. 0 for none; the batches are the same.
+      servers: "host:port" of image servers (see data/image_server.py) that read, decode and augment in turn, in place
+        of threads and processes here. () for none; the batches are the same.
 
     Returns:
       Batches of numpy arrays, see types.Batch; `instruction` is None if the tokenizers have no SigLIP part.
 
     Raises:
-      ValueError: at once for bad arguments; while iterating, for an image that cannot be decoded.
+      ValueError: at once for bad arguments; while iterating, for an image that cannot be decoded, or a server that is
+        gone or has other data or options.
     """
     rows = np.arange(self.options.batch_size) if rows is None else np.asarray(rows)
     _check_rows(rows, start_step, self.options.batch_size)
-    workers = min(pipeline.cores(), 16) if workers is None else workers
-    return self._generate(start_step, rows, max(workers, 1), prefetch, processes)
+    if servers:
+      return self._served(start_step, rows, tuple(servers))
+    return self._generate(start_step, rows, pipeline.threads(workers), prefetch, processes)
 
   def _generate(
     self, start_step: int, rows: np.ndarray, workers: int, prefetch: int, processes: int
   ) -> Iterator[Batch]:
-    views = len(self._sources[0].dataset.spec.views)
+    with self.stages(rows, processes) as stages:
+      made = pipeline.dataset(stages, start_step, len(rows), group=self.group, workers=workers, prefetch=prefetch)
+      with contextlib.closing(pipeline.stream([made.as_numpy_iterator()], stages, start_step, len(rows))) as pairs:
+        for examples, pictures in pairs:
+          yield self._batch(*examples.T, pictures)
+
+  def _served(self, start_step: int, rows: np.ndarray, servers: tuple[str, ...]) -> Iterator[Batch]:
+    with self.stages(rows) as stages:
+      made = [
+        image_server.batches(server, self, start_step + i, rows, len(servers)) for i, server in enumerate(servers)
+      ]
+      with contextlib.closing(pipeline.stream(made, stages, start_step, len(rows))) as pairs:
+        for number, (examples, pictures) in enumerate(pairs, start_step):
+          image_server.check(servers[(number - start_step) % len(servers)], number, examples, stages.draw(number))
+          yield self._batch(*examples.T, pictures)
+
+  @contextlib.contextmanager
+  def stages(self, rows: Int[np.ndarray, " b"], processes: int = 0) -> Iterator[pipeline.Stages]:
+    """What a pipeline does for rows of the global batches; `processes` live as long as the context."""
     stages = pipeline.Stages(
       draw=functools.partial(self._draw, rows),
       read=self._read,
       finish=self._images.finish,
       check=self._check,
-      views=views,
+      views=len(self._sources[0].dataset.spec.views),
       size=self.options.image_size,
       dct=self.options.dct,
     )
-    group = max(1, _PIXELS // (self.options.image_size**2 * views))
-    with contextlib.ExitStack() as stack:
-      if processes:
-        make = stack.enter_context(contextlib.closing(ImageProcesses(self._images, processes)))
-        stages = stages._replace(make=make, processes=processes)
-      made = pipeline.stream(stages, start_step, len(rows), group=group, workers=workers, prefetch=prefetch)
-      stack.enter_context(contextlib.closing(made))
-      for examples, pictures in made:
-        yield self._batch(*examples.T, pictures)
+    if not processes:
+      yield stages
+      return
+    with contextlib.closing(ImageProcesses(self._images, processes)) as make:
+      yield stages._replace(make=make, processes=processes)
+
+  @property
+  def group(self) -> int:
+    """Most examples that a pipeline works on together."""
+    return max(1, _PIXELS // (self.options.image_size**2 * len(self._sources[0].dataset.spec.views)))
+
+  def image_facts(self) -> dict[str, str]:
+    """What decides the order of its examples and their images, as text by name: where equal, so are they."""
+    options = dataclasses.asdict(self.options)
+    for name in ("jitter", "cache_bytes"):
+      del options[name]
+    datasets = [(one.dataset.digest, one.dataset.spec.views, len(one.starts)) for one in self._sources]
+    versions = {"numpy": np.__version__, "pillow": PIL.__version__, "semanticvla_jax": semanticvla_jax.__version__}
+    facts = options | {"datasets": datasets, "weights": self._weights} | versions
+    return {name: str(value) for name, value in facts.items()}
 
   def _draw(self, rows: Int[np.ndarray, " b"], step: int) -> Int[np.ndarray, "b 3"]:
     """Dataset, candidate and number of each example of a batch."""

@@ -56,41 +56,69 @@ class Stages(NamedTuple):
   processes: int = 0
 
 
-def stream(
-  stages: Stages, start: int, rows: int, *, group: int, workers: int, prefetch: int
-) -> Iterator[tuple[Int[np.ndarray, "b 3"], UInt8[np.ndarray, "b v s s 3"]]]:
-  """Yields the examples and images of batches start, start + 1, … without end; the arrays are read-only.
-
-  The pipeline's threads end when the iterator is closed or collected, or the interpreter ends.
+def dataset(stages: Stages, start: int, rows: int, *, stride: int = 1, group: int, workers: int, prefetch: int) -> Any:
+  """A tf.data.Dataset of batches start, start + stride, … without end, each a pair of the examples, i64[b/g g 3], and
+  their images, u8[b/g g v s s 3], in groups of g.
 
   Args:
     stages: what is done.
     start: number of the first batch.
     rows: examples of a batch.
+    stride: from one batch's number to the next.
     group: most examples to work on together.
     workers: threads.
     prefetch: batches worked on ahead.
+  """
+  import tensorflow as tf
+
+  images.hide_accelerators()
+  group = max(size for size in range(1, min(group, rows) + 1) if rows % size == 0)
+
+  def draw(number):
+    drawn = tf.numpy_function(lambda n: stages.draw(int(n)), [number], tf.int64)
+    return tf.ensure_shape(tf.reshape(drawn, [-1, group, 3]), [rows // group, group, 3])
+
+  at_once = min(workers, cores()) if stages.make is None else stages.processes
+  numbers = tf.data.Dataset.range(start, np.iinfo(np.int64).max, stride)
+  groups = numbers.map(_plain(draw)).unbatch()
+  read = groups.map(_plain(_reading(stages, group)), num_parallel_calls=workers, deterministic=True)
+  made = read.map(_plain(_work(stages, group)), num_parallel_calls=at_once, deterministic=True)
+  batches = made.batch(rows // group, drop_remainder=True)
+  return (batches.prefetch(prefetch) if prefetch else batches).with_options(_options(max(workers, at_once)))
+
+
+def stream(
+  batches: list[Iterator], stages: Stages, start: int, rows: int
+) -> Iterator[tuple[Int[np.ndarray, "b 3"], UInt8[np.ndarray, "b v s s 3"]]]:
+  """Yields the examples and images of batches start, start + 1, … without end; the arrays are read-only.
+
+  The pipelines' threads end when the iterator is closed or collected, or the interpreter ends.
+
+  Args:
+    batches: iterators over n datasets (see `dataset`) with stride n, which begin at start, start + 1, … start + n - 1.
+      The list is emptied at the end, and should hold the only references.
+    stages: what was done.
+    start: number of the first batch.
+    rows: examples of a batch.
 
   Raises:
     ValueError: an image cannot be used (see Stages.check), or TensorFlow failed otherwise.
   """
   import tensorflow as tf
 
-  images.hide_accelerators()
-  group = max(size for size in range(1, min(group, rows) + 1) if rows % size == 0)
-  held = [_dataset(stages, start, rows, group, workers, prefetch).as_numpy_iterator()]
-  atexit.register(held.clear)  # before its threads would wait for an interpreter that is gone
+  several = len(batches)
+  atexit.register(batches.clear)  # before its threads would wait for an interpreter that is gone
   try:
     for number in itertools.count(start):
       try:
-        examples, pictures = next(held[0])
+        examples, pictures = next(batches[(number - start) % several])
       except tf.errors.OpError as error:
         stages.check(stages.draw(number))
         raise _unexplained(number, error) from error
       yield examples.reshape(rows, 3), pictures.reshape(rows, *pictures.shape[2:])
   finally:
-    held.clear()
-    atexit.unregister(held.clear)
+    batches.clear()
+    atexit.unregister(batches.clear)
 
 
 def _unexplained(number: int, error: Exception) -> ValueError:
@@ -100,23 +128,6 @@ def _unexplained(number: int, error: Exception) -> ValueError:
     "images that can be read, as they can be now",
     "look at the disk or network that holds the dataset and run the command again",
   )
-
-
-def _dataset(stages: Stages, start: int, rows: int, group: int, workers: int, prefetch: int) -> Any:
-  """A tf.data.Dataset of (i64[rows / group, group, 3], u8[rows / group, group, v, s, s, 3])."""
-  import tensorflow as tf
-
-  def draw(number):
-    drawn = tf.numpy_function(lambda n: stages.draw(int(n)), [number], tf.int64)
-    return tf.ensure_shape(tf.reshape(drawn, [-1, group, 3]), [rows // group, group, 3])
-
-  at_once = min(workers, cores()) if stages.make is None else stages.processes
-  numbers = tf.data.Dataset.range(start, np.iinfo(np.int64).max)
-  groups = numbers.map(_plain(draw)).unbatch()
-  read = groups.map(_plain(_reading(stages, group)), num_parallel_calls=workers, deterministic=True)
-  made = read.map(_plain(_work(stages, group)), num_parallel_calls=at_once, deterministic=True)
-  batches = made.batch(rows // group, drop_remainder=True)
-  return (batches.prefetch(prefetch) if prefetch else batches).with_options(_options(max(workers, at_once)))
 
 
 def _plain(function: Callable) -> Callable:
@@ -191,6 +202,11 @@ def _work(stages: Stages, group: int) -> Callable:
 def cores() -> int:
   """How many CPU cores this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(workers: int | None) -> int:
+  """How many threads a pipeline gets: as many as asked for; None for one per core, at most 16."""
+  return max(min(cores(), 16) if workers is None else workers, 1)
 
 
 def _is_color_jpeg(encoded: bytes) -> bool:

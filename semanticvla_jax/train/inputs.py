@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -14,6 +15,9 @@ from semanticvla_jax.errors import refuse
 from semanticvla_jax.models.semanticvla import STOP
 from semanticvla_jax.train import from_specs, init, sharding
 from semanticvla_jax.types import Batch
+
+if TYPE_CHECKING:
+  from semanticvla_jax.data import loader, rlds
 
 
 class Source(NamedTuple):
@@ -167,10 +171,14 @@ def dataset_specs(config: Any, bare: Any) -> dict[str, datasets.DatasetSpec]:
   return {name: spec(name) for name, _ in mixtures.mixture(config.data.mixture)}
 
 
-def rlds_source(
-  config: Any, bare: Any, tokenizers: text.Tokenizers, rows: np.ndarray, start: int, base: dict | None
-) -> tuple[Iterator, dict, dict]:
-  """`rows` of the batches of the RLDS mixture from global step `start` on, its statistics and digests by dataset."""
+def rlds_loader(
+  config: Any, bare: Any, tokenizers: text.Tokenizers, base: dict | None = None
+) -> tuple[loader.BatchLoader, list[rlds.Dataset]]:
+  """The loader of the config's RLDS mixture, and its datasets; `base`: statistics of the base, see make_source.
+
+  Raises:
+    ValueError: datasets that cannot be read, or are not for this model.
+  """
   from semanticvla_jax.data import loader, rlds
 
   specs = dataset_specs(config, bare)
@@ -193,10 +201,12 @@ def rlds_source(
     jitter=loader.Jitter(*config.data.jitter),
     **of_images,
   )
-  processes = config.data.get("processes", 0)
-  batches = loader.BatchLoader(mixture, tokenizers, options).batches(start, rows, processes=processes)
-  read = [dataset for dataset, _ in mixture]
-  return batches, {one.name: one.statistics for one in read}, {one.name: one.digest for one in read}
+  return loader.BatchLoader(mixture, tokenizers, options), [dataset for dataset, _ in mixture]
+
+
+def servers_of_host(servers: Sequence[str], host: int, hosts: int) -> tuple[str, ...]:
+  """The image servers that a training host asks: a share of its own, or one of too few for all."""
+  return tuple(servers[host::hosts] or servers[host % len(servers) :][:1]) if servers else ()
 
 
 def make_source(
@@ -215,9 +225,11 @@ def make_source(
     make, stats = generator.batches(config, bare, tokenizers, kept)
     return Source(lambda step: sharding.place_whole(as_read(make(step), bare), mesh), {name: stats}, {})
   rows = sharding.host_rows(size, mesh)
-  iterator, stats, digests = rlds_source(config, bare, tokenizers, rows, start, base)
+  made, read = rlds_loader(config, bare, tokenizers, base)
+  servers = servers_of_host(config.data.get("servers", ()), jax.process_index(), jax.process_count())
+  iterator = made.batches(start, rows, processes=config.data.get("processes", 0), servers=servers)
   place = lambda step: sharding.place_batch(as_read(next(iterator), bare), mesh, size)  # noqa: E731
-  return Source(place, stats, digests)
+  return Source(place, {one.name: one.statistics for one in read}, {one.name: one.digest for one in read})
 
 
 def as_read(batch: Batch, bare: Any) -> Batch:

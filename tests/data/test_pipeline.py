@@ -40,6 +40,10 @@ def test_other_images_are_left_to_pillow():
     assert not pipeline._is_color_jpeg(one)
 
 
+def stream(stages, start, rows, **how):
+  return pipeline.stream([pipeline.dataset(stages, start, rows, **how).as_numpy_iterator()], stages, start, rows)
+
+
 def stages(pictures, views=1, check=lambda examples: None, **fields) -> pipeline.Stages:
   return pipeline.Stages(
     draw=lambda step: np.arange(4 * step, 4 * step + 4)[:, None] * [1, 1, 1],
@@ -56,7 +60,7 @@ def test_jpegs_and_pngs_come_in_order_from_any_step():
   pictures = [encoded((24, 24), quality=70 + i) for i in range(3)] + [encoded((24, 24), kind="PNG")]
   want = np.stack([images.decode(one) for one in pictures])[:, None]
   for group, workers, prefetch in ((1, 1, 0), (2, 3, 2), (3, 2, 1), (99, 8, 4)):
-    made = pipeline.stream(stages(pictures), 5, 4, group=group, workers=workers, prefetch=prefetch)
+    made = stream(stages(pictures), 5, 4, group=group, workers=workers, prefetch=prefetch)
     for step, (examples, found) in zip(range(5, 9), made):  # the iterator is endless
       assert examples[:, 2].tolist() == [*range(4 * step, 4 * step + 4)]
       np.testing.assert_array_equal(found, want[examples[:, 0] % 4])
@@ -75,7 +79,7 @@ def test_numpy_runs_in_no_more_threads_than_there_are_cores():
       busy -= 1
     return np.stack(decoded)[:, None]
 
-  made = pipeline.stream(stages([encoded((24, 24))], finish=finish), 0, 4, group=1, workers=8, prefetch=2)
+  made = stream(stages([encoded((24, 24))], finish=finish), 0, 4, group=1, workers=8, prefetch=2)
   assert len(list(itertools.islice(made, 8))) == 8 and most <= pipeline.cores()
   made.close()
 
@@ -86,7 +90,7 @@ def test_what_fails_once_is_said_with_the_batch():
       raise OSError("the disk is gone")
     return np.stack(decoded)[:, None]
 
-  made = pipeline.stream(stages([encoded((24, 24))], finish=finish), 0, 4, group=4, workers=2, prefetch=1)
+  made = stream(stages([encoded((24, 24))], finish=finish), 0, 4, group=4, workers=2, prefetch=1)
   assert len(list(itertools.islice(made, 2))) == 2
   with pytest.raises(ValueError, match=r"^Batch 2: got .*the disk is gone.*; expected images that can be read"):
     next(made)
@@ -127,7 +131,8 @@ stages = pipeline.Stages(
   lambda step: np.zeros((2, 3), np.int64), lambda examples: [b"x"],
   lambda examples, decoded: np.stack(decoded)[:, None], lambda examples: None, 1, 8, "accurate")
 pipeline.images.decode = lambda encoded, dct: np.zeros((8, 8, 3), np.uint8)
-made = pipeline.stream(stages, 0, 2, group=1, workers=2, prefetch=2)
+dataset = pipeline.dataset(stages, 0, 2, group=1, workers=2, prefetch=2)
+made = pipeline.stream([dataset.as_numpy_iterator()], stages, 0, 2)
 print(len(list(itertools.islice(made, 3))), flush=True)
 raise SystemExit(3)
 """

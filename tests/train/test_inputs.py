@@ -27,8 +27,8 @@ def source(data, base=None, **changes):
   config.data.update(changes)
   _, bare = init.make_model(config)
   tokenizers = inputs.load_tokenizers(config, bare)
-  batches, stats, _ = inputs.rlds_source(config, bare, tokenizers, np.arange(config.data.batch_size), 0, base)
-  return next(batches), stats
+  made, datasets = inputs.rlds_loader(config, bare, tokenizers, base)
+  return next(made.batches()), {one.name: one.statistics for one in datasets}
 
 
 @pytest.mark.parametrize("mode", statistics.MODES)
@@ -68,7 +68,12 @@ def test_data_of_another_robot_is_refused_before_it_is_read(tmp_path):
   _, bare = init.make_model(config)
   config.data.update(mixture="libero_object_no_noops", dir=str(tmp_path))
   with pytest.raises(ValueError, match=r"got \(views, proprio_dim, action_dim\) \(2, 8, 7\); expected \(3, 14, 14\)"):
-    inputs.rlds_source(config, bare, inputs.load_tokenizers(config, bare), np.arange(8), 0, None)
+    inputs.rlds_loader(config, bare, inputs.load_tokenizers(config, bare))
+
+
+@pytest.mark.parametrize("servers, of", [((), "|||"), ("a", "a|a|a|a"), ("abc", "a|b|c|a"), ("abcdefg", "ae|bf|cg|d")])
+def test_hosts_share_the_image_servers(servers, of):
+  assert "|".join("".join(inputs.servers_of_host(tuple(servers), host, 4)) for host in range(4)) == of
 
 
 def test_runs_from_before_these_fields_had_what_they_say_now():
