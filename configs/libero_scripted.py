@@ -4,15 +4,16 @@
 
 Between `small` and what a GPU would want: at 96 pixels an object of libero_object, 12 to 25 of 256 pixels wide, is
 about a patch of 8 pixels; twice `small`'s widths and one block more, for ten objects on one floor are to be told apart
-and nothing is pre-trained. `:spatial` learns libero_spatial_no_noops. `@small64` behind either is `small` at 64 pixels,
-what two CPU cores train in half an hour; for libero_spatial with room for its longer sentences.
+and nothing is pre-trained. `:spatial` and `:goal` learn the datasets of those suites. With `@small64` behind the suite
+it is `small` at 64 pixels, what two CPU cores train in half an hour; for libero_spatial and libero_goal with room for
+longer sentences.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
-SUITES = {"object": "libero_object_no_noops", "spatial": "libero_spatial_no_noops"}
+SUITES = {"object": "libero_object_no_noops", "spatial": "libero_spatial_no_noops", "goal": "libero_goal_no_noops"}
 WORDS = 32  # of an instruction: libero_spatial's longest has 26
 ROW = dict(
   image=96,
@@ -32,7 +33,8 @@ SMALL64 = dict(
   text=dict(vocab=512, positions=WORDS, width=64, depth=1, num_heads=2, mlp_dim=128),
   llm=dict(vocab=512, width=96, depth=4, num_heads=3, mlp_dim=256),
 )
-VARIANTS = {"object": ROW, "spatial": ROW, "object@small64": "small64", "spatial@small64": SMALL64}
+SIZES = {"object": "small64", "spatial": SMALL64, "goal": SMALL64}  # at 64 pixels
+VARIANTS = {suite: ROW for suite in SUITES} | {f"{suite}@small64": variant for suite, variant in SIZES.items()}
 
 
 def get_config(arg=None):

@@ -78,7 +78,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _replay_arguments(argv: list[str]) -> argparse.Namespace:
   default = suites.Settings("libero_object")
-  parser = cli.ArgumentParser(f"{_PROGRAM} libero", "Replays LIBERO's recorded demonstrations and stores the frames.")
+  what = (
+    "Replays LIBERO's recorded demonstrations and stores the frames. A scripted expert needs none: see --expert --help."
+  )
+  parser = cli.ArgumentParser(f"{_PROGRAM} libero", what)
   add = parser.add_argument
   add("--from-hdf5", required=True, metavar="DIR", help="folder of <task>_demo.hdf5 files, or its parent")
   add("--suite", required=True, help=f"suite of LIBERO: one of {', '.join(suites.SUITES)}")
@@ -190,13 +193,7 @@ def expert(argv: list[str]) -> None:
   """Writes a dataset of the tabletop's expert; problems end the program with their message."""
   args = _arguments(argv)
   if args.suite in suites.SUITES:
-    refusal = refuse(
-      "Demonstrations",
-      f"--suite={args.suite} without --from-hdf5",
-      f"a folder of LIBERO's recorded demonstrations, because the expert knows only {', '.join(tasks.SUITES)}",
-      "add --from-hdf5=DIR",
-    )
-    sys.exit(f"error: {refusal}")
+    sys.exit(f"error: {_no_source(args.suite)}")
   name = args.name or f"tabletop_{args.suite}"
   options = demonstrations.Options(
     args.suite, args.split, args.episodes, args.seed, args.size, args.noise, args.label, args.perturbed
@@ -218,6 +215,15 @@ def expert(argv: list[str]) -> None:
   )
 
 
+def _no_source(suite: str) -> ValueError:
+  return refuse(
+    f"Demonstrations of {suite}",
+    "neither --from-hdf5 nor --expert",
+    "where they come from",
+    "add --expert for the scripted expert, or --from-hdf5=DIR for LIBERO's recorded demonstrations",
+  )
+
+
 def main(argv: list[str]) -> None:
   """Writes one dataset; problems end the program with their message."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -226,6 +232,8 @@ def main(argv: list[str]) -> None:
   flags = {word.partition("=")[0] for word in cli.dashed(rest)}
   if name in ("", "libero") and "--expert" in flags:
     return libero_expert.write(_PROGRAM, rest)
+  if name == "libero" and not flags & {"--from-hdf5", "--help", "-h"}:
+    sys.exit(f"error: {_no_source('LIBERO')}")
   if name == "libero" or (not name and "--from-hdf5" in flags):
     return replay(rest)
   if name == "lerobot" or (not name and "--from-lerobot" in flags):

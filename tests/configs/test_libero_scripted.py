@@ -19,6 +19,7 @@ OF_OBJECT = "pick up the chocolate pudding and place it in the basket"
     ("spatial", 96, (5, 6), LONGEST),
     ("object@small64", 64, (1, 1.5), OF_OBJECT),
     ("spatial@small64", 64, (1, 1.5), LONGEST),
+    ("goal@small64", 64, (1, 1.5), "open the top drawer and put the bowl inside"),
   ],
 )
 def test_it_builds(argument, pixels, millions, sentence):
@@ -33,7 +34,7 @@ def test_it_builds(argument, pixels, millions, sentence):
   assert tokenizers.instruction([sentence])[0].shape[1] <= model.text.positions and tokenizers.prompt([sentence])
 
 
-@pytest.mark.parametrize("argument", ["goal", "spatial@small", "object@7b"])
+@pytest.mark.parametrize("argument", ["90", "spatial@small", "object@7b"])
 def test_other_suites_and_sizes_are_refused(argument):
   with pytest.raises(ValueError, match="'object', 'spatial'"):
     libero_scripted.get_config(argument)

@@ -133,8 +133,10 @@ def test_names_that_would_be_read_otherwise_and_finished_datasets_are_refused(tm
   for words in (["--from-hdf5=x"], ["--from_hdf5", "x"], ["libero", "--from-hdf5=x"]):
     with pytest.raises(SystemExit, match="suite='pick'"):
       main([*words, "--suite=pick", f"--out={tmp_path}"])
-  with pytest.raises(SystemExit, match="got --suite=libero_object without --from-hdf5; expected a folder"):
-    main(["--suite=libero_object", f"--out={tmp_path}"])
+  for words, of in (([], "libero_object"), (["libero"], "LIBERO")):
+    said = f"Demonstrations of {of}: got neither --from-hdf5 nor --expert; .*; add --expert"
+    with pytest.raises(SystemExit, match=said):
+      main([*words, "--suite=libero_object", f"--out={tmp_path}"])
 
 
 def test_the_flags_of_both_sources_are_reached_from_the_first_help(capsys):
@@ -147,7 +149,7 @@ def test_the_flags_of_both_sources_are_reached_from_the_first_help(capsys):
   first, tabletop, libero = printed
   assert "demonstrate {tabletop,libero,lerobot}" in first
   assert "--perturbed" in tabletop and "--from-hdf5" not in tabletop
-  assert "--from-hdf5" in libero and "--perturbed" not in libero
+  assert "--from-hdf5" in libero and "--expert --help" in " ".join(libero.split()) and "--perturbed" not in libero
   with pytest.raises(ValueError, match="got 'liber'; expected one of tabletop, libero, lerobot; .*mean 'libero'"):
     main(["liber", "--suite=libero_object"])
 
