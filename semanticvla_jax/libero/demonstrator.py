@@ -53,16 +53,7 @@ class Demonstrator(simulator.Simulator):
     An action that would be dropped as a no-op is not executed, so that the recorded ones repeat the episode. Without
     `look` nothing is rendered and no observation is returned; all else is the same.
     """
-    rng = np.random.default_rng([self.settings.seed, task, attempt])
-    goals = expert.goals(self._tasks[task].bddl.read_text(encoding="utf-8"))
-    self._begin(task, attempt, goals, rng)
-    scene = expert.Scene(self._environment.env)
-    agent = expert.Expert(scene, goals, rng, self._variety.noise)
-    elsewhere = scene.grip + rng.uniform(-1, 1, 3) * self._variety.start
-    before = [*([suites.WAIT] * self.settings.wait_steps), *([None] * _STRAY)]
-    for i, action in enumerate(before):
-      action = agent.towards(elsewhere, expert.OPEN, noise=0.0) if action is None else action
-      self._advance(action, observe=look and i == len(before) - 1)
+    agent = self._prepare(task, attempt, look)
     seen, actions = [], np.zeros((0, 7))
     for action in agent.actions():
       longer = np.concatenate([actions, action[None]])
@@ -75,6 +66,29 @@ class Demonstrator(simulator.Simulator):
       if self._done or len(actions) >= self.max_steps:
         break
     return Recording(seen, actions, bool(self._done))
+
+  def replay(self, task: int, attempt: int, actions: Float[np.ndarray, "t 7"]) -> bool:
+    """Whether recorded actions do the task again where `demonstrate` recorded them; nothing is rendered."""
+    self._prepare(task, attempt, look=False)
+    for action in actions:
+      self._advance(action, observe=False)
+      if self._done:
+        break
+    return bool(self._done)
+
+  def _prepare(self, task: int, attempt: int, look: bool) -> expert.Expert:
+    """The attempt's layout, with the arm where its recording begins; returns the expert who has moved it there."""
+    rng = np.random.default_rng([self.settings.seed, task, attempt])
+    goals = expert.goals(self._tasks[task].bddl.read_text(encoding="utf-8"))
+    self._begin(task, attempt, goals, rng)
+    scene = expert.Scene(self._environment.env)
+    agent = expert.Expert(scene, goals, rng, self._variety.noise)
+    elsewhere = scene.grip + rng.uniform(-1, 1, 3) * self._variety.start
+    before = [*([suites.WAIT] * self.settings.wait_steps), *([None] * _STRAY)]
+    for i, action in enumerate(before):
+      action = agent.towards(elsewhere, expert.OPEN, noise=0.0) if action is None else action
+      self._advance(action, observe=look and i == len(before) - 1)
+    return agent
 
   def _begin(self, task: int, attempt: int, goals: list[expert.Goal], rng: np.random.Generator) -> None:
     """A new random layout of the task, its distractors moved."""

@@ -129,6 +129,39 @@ def test_a_check_renders_and_writes_nothing(tmp_path, monkeypatch, capsys, worke
   assert not (tmp_path / "out").exists()
 
 
+class Replaying(Scripted):
+  """Stands in for a simulator in which attempt 2 fails when its actions are done again."""
+
+  def ask(self, name, task, attempt, actions):
+    self.asked.append((name, task, attempt, actions))
+    return attempt != 2
+
+
+@libero_assets.installed
+def test_the_episodes_of_a_dataset_are_done_again(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(suites, "assets_hash", lambda folder: "then")
+  waiting, asked = tmp_path / f".{NAME}.expert", []
+  waiting.mkdir()
+  stored(waiting, {2: [True] * 4, 5: [True, False, True, True, True]})
+  main(["--expert", "--suite=libero_object", "--tasks=2,5", "--episodes=4", "--noise=0.2", f"--out={tmp_path}"])
+  monkeypatch.setattr(suites, "assets_hash", lambda folder: "now")
+  started = lambda settings, make: (asked.append((settings.seed, make.keywords["variety"].noise)), Replaying(asked))[1]  # noqa: E731
+  monkeypatch.setattr(simulator, "start", started)
+  main(["libero", "--expert", f"--replay={tmp_path / NAME}", "--workers=1"])
+  printed = capsys.readouterr().out
+  names = [suites.tasks("libero_object")[task].name for task in (2, 5)]
+  assert f"{names[0]}: 3 of 4 replays" in printed and f"{names[1]}: 3 of 4 replays succeeded (75%)" in printed
+  assert f"{tmp_path / NAME}: 6 of 8 replays" in printed and "recorded with assets then; here now" in printed
+  began, *did = asked
+  assert began == (0, 0.2) and [one[:3] for one in did] == [
+    ("replay", task, attempt) for task, attempts in ((2, (0, 1, 2, 3)), (5, (0, 2, 3, 4))) for attempt in attempts
+  ]
+  for _, _, attempt, actions in did:
+    np.testing.assert_array_equal(actions, np.random.default_rng(attempt).uniform(-1, 1, (5, 7)).astype(np.float32))
+  with pytest.raises(SystemExit, match=r"demonstrations.json: got FileNotFoundError.*; name a dataset of"):
+    main(["libero", "--expert", f"--replay={tmp_path / 'none'}"])
+
+
 @libero_assets.installed
 def test_no_dataset_where_no_task_reaches_the_bar(tmp_path, monkeypatch):
   monkeypatch.setattr(demonstrations, "_facts", lambda options: {"suite": "libero_object"})
@@ -161,7 +194,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, flags, message):
 
 
 @pytest.mark.sim
-def test_an_episode_succeeds_and_is_written(tmp_path):
+def test_an_episode_succeeds_is_written_and_repeats(tmp_path, capsys):
   assets = libero_assets.assets()
   flags = ["--suite=libero_object", "--tasks=6", "--episodes=1", "--workers=1", "--size=64", f"--assets={assets}"]
   main(["libero", "--expert", *flags, f"--out={tmp_path}"])
@@ -169,3 +202,5 @@ def test_an_episode_succeeds_and_is_written(tmp_path):
   assert dataset.instruction(0) == "pick up the butter and place it in the basket"
   assert 60 < len(dataset.actions) < 200
   assert dataset.actions[0, 6] != dataset.actions[len(dataset.actions) // 2, 6]  # it closes the gripper
+  main(["libero", "--expert", f"--replay={tmp_path / NAME}", "--workers=1", f"--assets={assets}"])
+  assert f"{tmp_path / NAME}: 1 of 1 replays succeeded" in capsys.readouterr().out
