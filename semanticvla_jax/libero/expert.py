@@ -15,12 +15,13 @@ from jaxtyping import Float
 
 from semanticvla_jax.libero import grasps
 
-REVISION = 3  # raise it when the same layout gives other actions: episodes of different revisions are not mixed
+REVISION = 4  # raise it when the same layout gives other actions: episodes of different revisions are not mixed
 OPEN, CLOSE = -1.0, 1.0
 _TURN = 0.5  # radians of a command of 1
 _CLEARANCE = 0.03  # between what is carried and what it passes over
 _BELOW_RIM = 0.02  # meters that the grip site goes below the rim of what an object is put in
 _TRIES = 3  # grasps of one object
+_IDLE = 12  # steps without coming nearer, as where the arm is stretched out
 _OPENING = 12  # steps in which the fingers let go of the widest object
 
 
@@ -63,6 +64,11 @@ class Scene:
   def grip(self) -> Float[np.ndarray, "3"]:
     """Position of the point between the finger tips."""
     return self._data.site_xpos[self._grip].copy()
+
+  @property
+  def base(self) -> Float[np.ndarray, "2"]:
+    """Where the arm stands, in the plane."""
+    return self._data.body("robot0_base").xpos[:2].copy()
 
   @property
   def attitude(self) -> Float[np.ndarray, "3 3"]:
@@ -125,7 +131,7 @@ class Expert:
   def _take(self, thing: str) -> Iterator[Float[np.ndarray, "7"]]:
     """Goes over an object, down, and grips it; returns whether it came along."""
     scene, target, others = self._scene, self._scene.points(thing), self._scene.others(thing)
-    found = grasps.find(target, others, self._yaw)
+    found = grasps.find(target, others, self._yaw, scene.base)
     low, high = target.min(0), target.max(0)
     middle = np.array([*(low[:2] + high[:2]) / 2, max(high[2] - 0.02, low[2] + 0.012)])
     point, self._yaw = (middle, self._yaw) if found is None else (found.position, found.yaw)
@@ -135,13 +141,13 @@ class Expert:
     yield from self._go(point, OPEN, 40, 0.006, 10.0, 0.6)
     for _ in range(8):
       yield self.towards(point, CLOSE, 10.0)
-    self._hang = point[2] - low[2]
     before = scene.position(thing)[2]
     up = scene.grip + [0, 0, 0.08]
     for _ in range(14):
       yield self.towards(up, CLOSE)
       if scene.grip[2] > up[2] - 0.03:
         break
+    self._hang = scene.grip[2] - scene.points(thing)[:, 2].min()  # a bowl held at its rim tilts and slips
     return scene.position(thing)[2] > before + 0.025
 
   def _bring(self, goal: Goal) -> Iterator[Float[np.ndarray, "7"]]:
@@ -187,22 +193,27 @@ class Expert:
   def _over(
     self, point: Float[np.ndarray, "3"], safe: float, grip: float, near: float = 0.012
   ) -> Iterator[Float[np.ndarray, "7"]]:
-    """Rises to a safe height, travels there, until it is over the point and turned."""
+    """Rises to a safe height, travels there, until it is over the point and turned, or comes no nearer."""
+    least, idle = np.inf, 0
     for _ in range(90):
       here = self._scene.grip
       rising = here[2] < safe - 0.035
       yield self.towards(np.array([*(here if rising else point)[:2], safe]), grip)
-      there = np.linalg.norm((self._scene.grip - point)[:2]) < near
-      if there and np.linalg.norm(grasps.turn(self._scene.attitude, self._yaw)) < 0.08:
+      aside = np.linalg.norm((self._scene.grip - point)[:2])
+      askew = np.linalg.norm(grasps.turn(self._scene.attitude, self._yaw))
+      left = aside + 0.1 * askew
+      least, idle = min(least, left), 0 if rising or left < least - 0.002 else idle + 1
+      if (aside < near and askew < 0.08) or idle == _IDLE:
         return
 
   def _go(
     self, point: Float[np.ndarray, "3"], grip: float, steps: int, near: float, gain: float, fastest: float
   ) -> Iterator[Float[np.ndarray, "7"]]:
-    """Moves to a point, vertically where it is above or below it, until `near`; at most so many steps."""
+    """Moves to a point, at last vertically, until `near`; at most so many steps."""
     for _ in range(steps):
       here = self._scene.grip
-      aside = np.linalg.norm((here - point)[:2]) > 0.008
+      high = max(here[2] - point[2] - 0.05, 0)  # an arm stretched out up there reaches farther down here
+      aside = np.linalg.norm((here - point)[:2]) > 0.008 + 0.3 * high
       yield self.towards(np.array([*point[:2], here[2]]) if aside else point, grip, gain, fastest)
       if np.linalg.norm(self._scene.grip - point) < near:
         return

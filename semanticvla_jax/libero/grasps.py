@@ -20,6 +20,7 @@ _HAND = (0.107, 0.036, 0.042)  # half of the hand along and across the closing a
 _YAWS = np.deg2rad(np.arange(-90, 90, 7.5))
 _ALONG = np.arange(-8, 9) * 0.01  # offsets from the object's middle along the closing axis, which find a rim
 _ACROSS = np.array([0.0, -0.02, 0.02, -0.04, 0.04])
+REACH = 0.72  # from the arm's base, horizontally: farther away its elbow is nearly straight when the gripper looks down
 
 
 class Grasp(NamedTuple):
@@ -77,12 +78,14 @@ def highest(
   return float(points[near, 2].max(initial=-np.inf))
 
 
-def find(target: Float[np.ndarray, "n 3"], obstacles: Float[np.ndarray, "m 3"], yaw: float) -> Grasp | None:
-  """The best grasp of `target` from above, or None where it is too wide everywhere.
+def find(
+  target: Float[np.ndarray, "n 3"], obstacles: Float[np.ndarray, "m 3"], yaw: float, base: Float[np.ndarray, "2"]
+) -> Grasp | None:
+  """The best grasp of `target` from above, or None where it is too wide everywhere; `base` is where the arm stands.
 
   Tries yaws and offsets from the object's middle: what is between the open fingers has to fit, and the fingers need
   free room, so that a bowl is taken by its rim. Of those, the one nearest the middle, the narrowest, the best centered,
-  the least turned from `yaw`, and above all one where no obstacle is in the gripper's way.
+  the least turned from `yaw`, not beyond REACH, and above all one where no obstacle is in the gripper's way.
   """
   low, high = target.min(0), target.max(0)
   height, middle = high[2] - low[2], (low[:2] + high[:2]) / 2
@@ -99,6 +102,7 @@ def find(target: Float[np.ndarray, "n 3"], obstacles: Float[np.ndarray, "m 3"], 
     turned = abs((angle - yaw + np.pi / 2) % np.pi - np.pi / 2)
     width, center = between[:, 1] - between[:, 0], between.mean(1)
     costs = 150 * abs(center) + 25 * width + 0.5 * turned + 50 * np.linalg.norm(offsets, axis=1) + 8 * blocked
+    costs += 80 * np.maximum(np.linalg.norm(centers - base, axis=1) - REACH, 0)
     costs[~fits] = np.inf
     i = int(costs.argmin())
     if costs[i] < least:

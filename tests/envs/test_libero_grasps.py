@@ -6,6 +6,7 @@ import pytest
 from semanticvla_jax.libero import grasps
 
 NOTHING = np.zeros((0, 3))
+BASE = np.array([-0.5, 0.0])  # of the arm, near enough to everything here
 
 
 def box(center, half, yaw=0.0):
@@ -46,29 +47,35 @@ def test_a_gripper_turned_by_half_a_turn_is_the_same():
 
 
 def test_a_box_is_taken_across_its_narrow_side_in_the_middle():
-  found = grasps.find(box((0.2, -0.1, 0.05), (0.05, 0.02, 0.05)), NOTHING, 0.0)
+  found = grasps.find(box((0.2, -0.1, 0.05), (0.05, 0.02, 0.05)), NOTHING, 0.0, BASE)
   np.testing.assert_allclose(found.position, [0.2, -0.1, 0.1 - 0.024], atol=1e-9)
   assert abs(np.cos(found.yaw)) < 0.14 and found.width == pytest.approx(0.04, abs=0.003) and not found.blocked
 
 
 def test_what_is_round_is_taken_without_turning():
   can = np.concatenate([box((0, 0, 0.05), (0.03, 0.012, 0.05), yaw) for yaw in np.arange(0, np.pi, 0.2)])
-  assert abs(np.rad2deg(grasps.find(can, NOTHING, np.deg2rad(30)).yaw) - 30) < 8
+  assert abs(np.rad2deg(grasps.find(can, NOTHING, np.deg2rad(30), BASE).yaw) - 30) < 8
 
 
 def test_a_bowl_is_taken_by_its_rim():
-  found = grasps.find(bowl((0.0, 0.0, 0.9)), NOTHING, 0.0)
+  found = grasps.find(bowl((0.0, 0.0, 0.9)), NOTHING, 0.0, BASE)
   assert 0.045 < np.linalg.norm(found.position[:2]) < 0.075 and found.width < 0.03
   assert 0.9 < found.position[2] < 0.95
 
 
+def test_a_bowl_at_the_end_of_the_reach_is_taken_by_its_near_rim():
+  far = bowl((BASE[0] + 0.79, 0.0, 0.9))
+  found = grasps.find(far, NOTHING, 0.0, BASE)
+  assert np.linalg.norm(found.position[:2] - BASE) < 0.76 and found.width < 0.03
+
+
 def test_what_is_too_wide_everywhere_is_not_taken():
-  assert grasps.find(box((0, 0, 0.05), (0.08, 0.08, 0.05)), NOTHING, 0.0) is None
+  assert grasps.find(box((0, 0, 0.05), (0.08, 0.08, 0.05)), NOTHING, 0.0, BASE) is None
 
 
 def test_a_neighbor_in_the_fingers_way_turns_the_grasp():
   cube, post = box((0, 0, 0.03), (0.02, 0.02, 0.03)), box((0.05, 0, 0.03), (0.005, 0.03, 0.03))
-  free, beside = grasps.find(cube, NOTHING, 0.0), grasps.find(cube, post, 0.0)
+  free, beside = grasps.find(cube, NOTHING, 0.0, BASE), grasps.find(cube, post, 0.0, BASE)
   assert abs(free.yaw) < 1e-9 and not beside.blocked
   assert abs(np.cos(beside.yaw)) < 0.5  # no longer along x
 
@@ -76,7 +83,7 @@ def test_a_neighbor_in_the_fingers_way_turns_the_grasp():
 def test_a_grasp_between_walls_says_that_it_is_blocked():
   cube = box((0, 0, 0.03), (0.02, 0.02, 0.03))
   walls = np.concatenate([box((0.048 * np.cos(a), 0.048 * np.sin(a), 0.03), (0.006, 0.03, 0.03), a) for a in range(6)])
-  assert grasps.find(cube, walls, 0.0).blocked
+  assert grasps.find(cube, walls, 0.0, BASE).blocked
 
 
 def test_the_highest_point_near_a_way():
