@@ -323,7 +323,7 @@ def _crop(planes: Float32[np.ndarray, "3 h w"], top: float, left: float, side: f
   """
   _, height, width = planes.shape
   first, second, fraction = _taps(width, left, side)
-  rows, other = np.take(planes, first, axis=2), np.take(planes, second, axis=2)
+  rows, other = (np.take(planes, taps, axis=2, mode="clip") for taps in (first, second))  # "raise" is slower
   other -= rows
   other *= fraction
   rows += other
