@@ -101,3 +101,8 @@ def check(config: Any) -> None:
       f"config.data.jitter: got {data.jitter} with mixture 'expert', expected (0.0, 0.0): its examples start at random "
       "states anyway; set it so."
     )
+  if data.get("servers"):
+    raise ValueError(
+      f"config.data.servers: got {tuple(data.servers)} with mixture 'expert', expected (), for its examples are made "
+      "on the accelerator; leave it so."
+    )

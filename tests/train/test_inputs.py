@@ -167,3 +167,11 @@ def test_jitter_with_the_expert_is_refused():
   _, bare = init.make_model(config)
   with pytest.raises(ValueError, match=r"config.data.jitter: got \(0.01, 0.0\) with mixture 'expert'"):
     training.batches(config, bare, inputs.load_tokenizers(config, bare), None)
+
+
+def test_image_servers_with_the_expert_are_refused():
+  config = expert_config(**{"data.servers": ("cpu-0:5050",)})
+  with pytest.raises(
+    ValueError, match=r"servers: got \('cpu-0:5050',\) with mixture 'expert', expected \(\)"
+  ):
+    training.check(config)
