@@ -171,7 +171,5 @@ def test_jitter_with_the_expert_is_refused():
 
 def test_image_servers_with_the_expert_are_refused():
   config = expert_config(**{"data.servers": ("cpu-0:5050",)})
-  with pytest.raises(
-    ValueError, match=r"servers: got \('cpu-0:5050',\) with mixture 'expert', expected \(\)"
-  ):
+  with pytest.raises(ValueError, match=r"servers: got \('cpu-0:5050',\) with mixture 'expert', expected \(\)"):
     training.check(config)
