@@ -11,10 +11,11 @@ from semanticvla_jax.errors import refuse
 
 VERBS = {
   "quickstart": "demonstrations, fine-tuning, evaluation and a report on the embedded tabletop",
-  "demonstrate": "demonstrations as an RLDS dataset: the tabletop's expert, or LIBERO's recordings replayed",
+  "demonstrate": "demonstrations as an RLDS dataset: scripted experts, LIBERO's recordings replayed, LeRobot's data",
   "data": "inspect a dataset, preview its frames, compute its statistics",
   "train": "train or fine-tune a policy on all devices there are; resumes when run again",
   "train.preflight": "does a training config fit a TPU slice or GPUs? Compiles it without the hardware",
+  "train.image_server": "makes the images of a run's batches on a CPU host beside it",
   "evaluate": "measure a policy in closed loop on the tabletop or LIBERO; compare results; find known traps",
   "serve": "a policy behind a port, for the robot clients and harnesses that people have",
   "convert": "PyTorch checkpoints to policy folders and back; verify, compare, fold adapters",
@@ -28,7 +29,7 @@ _CACHE = (
 
 def usage() -> str:
   """One line for each verb."""
-  lines = [f"  {verb:16} {what}" for verb, what in VERBS.items()]
+  lines = [f"  {verb:18} {what}" for verb, what in VERBS.items()]
   return "\n".join(["usage: semanticvla VERB …   (semanticvla VERB --help lists its flags)", "", *lines, "", _CACHE])
 
 

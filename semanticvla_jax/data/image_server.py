@@ -73,7 +73,7 @@ class ImageServer:
       raise refuse("--port", got, "one that is free, as are the two after it", "take another") from error
     self._dispatcher_port = int(found)
     self._held = contextlib.ExitStack()
-    self._processes = self._held.enter_context(loader.stages(np.arange(1), processes))
+    self._processes = self._held.enter_context(loader.stages(np.arange(1), processes))  # one pool for all hosts
     self._requests.register_function(loader.image_facts, "facts")
     self._requests.register_function(self._begin, "begin")
     self.address = f"{host}:{self._requests.server_address[1]}"
