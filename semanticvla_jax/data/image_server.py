@@ -30,8 +30,23 @@ from semanticvla_jax.errors import refuse
 
 PORT = 5050
 _AHEAD = 2  # batches that each server, and each host for each server, works on ahead
-_PATIENCE = 10.0  # seconds without a batch, or an answer, before a server is asked whether it is there
+_PATIENCE = 10.0  # seconds without a batch before a server is asked whether it is there
+_ANSWER = 60.0  # seconds that an answer may take; a machine whose server has ended refuses at once
 _COMMAND = "python -m semanticvla_jax.train.image_server"
+
+
+class Unreachable(ValueError):
+  """A server that does not answer; `address` says which."""
+
+  def __init__(self, address: str, problem: str):
+    message = refuse(
+      f"Image server {address}",
+      f"no answer ({problem})",
+      "one that runs",
+      f"start it there with `{_COMMAND} --config=…`, and run the command again: a run resumes",
+    )
+    super().__init__(str(message))
+    self.address = address
 
 
 class _Requests(socketserver.ThreadingMixIn, xmlrpc.server.SimpleXMLRPCServer):
@@ -106,7 +121,7 @@ class _Transport(xmlrpc.client.Transport):
 
   def make_connection(self, host: Any) -> Any:
     connection = super().make_connection(host)
-    connection.timeout = _PATIENCE
+    connection.timeout = _ANSWER
     return connection
 
 
@@ -120,8 +135,8 @@ def batches(address: str, loader: Any, start: int, rows: Int[np.ndarray, " b"], 
     rows: of each global batch.
 
   Raises:
-    ValueError: at once where the server does not answer, or has other data or options; while iterating, where it is
-      gone.
+    Unreachable: at once or while iterating.
+    ValueError: at once, where the server has other data or options.
     tf.errors.OpError: while iterating, for what fails in the server.
   """
   from tensorflow.data.experimental import service
@@ -145,17 +160,12 @@ def check(address: str, number: int, examples: Int[np.ndarray, "b 3"], wanted: I
 
 
 def _call(address: str, name: str, *arguments: Any) -> Any:
-  """The answer of a server. Raises ValueError where there is none."""
+  """The answer of a server. Raises Unreachable where there is none."""
   with xmlrpc.client.ServerProxy(f"http://{address}", _Transport(), allow_none=True) as server:
     try:
       return getattr(server, name)(*arguments)
     except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
-      raise refuse(
-        f"Image server {address}",
-        f"no answer ({cli.first_line(error)})",
-        "one that runs",
-        f"start it there with `{_COMMAND} --config=…`, and run the command again: a run resumes",
-      ) from error
+      raise Unreachable(address, cli.first_line(error)) from error
 
 
 def _check_facts(address: str, theirs: dict[str, str], ours: dict[str, str]) -> None:

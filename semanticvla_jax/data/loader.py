@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -134,8 +135,8 @@ class BatchLoader:
       Batches of numpy arrays, see types.Batch; `instruction` is None if the tokenizers have no SigLIP part.
 
     Raises:
-      ValueError: at once for bad arguments; while iterating, for an image that cannot be decoded, or a server that is
-        gone or has other data or options.
+      ValueError: at once for bad arguments; while iterating, for an image that cannot be decoded, a server that has
+        other data or options, one that does not answer at first, or the last one's end.
     """
     rows = np.arange(self.options.batch_size) if rows is None else np.asarray(rows)
     _check_rows(rows, start_step, self.options.batch_size)
@@ -153,14 +154,29 @@ class BatchLoader:
           yield self._batch(*examples.T, pictures)
 
   def _served(self, start_step: int, rows: np.ndarray, servers: tuple[str, ...]) -> Iterator[Batch]:
-    with self.stages(rows) as stages:
-      made = [
-        image_server.batches(server, self, start_step + i, rows, len(servers)) for i, server in enumerate(servers)
-      ]
-      with contextlib.closing(pipeline.stream(made, stages, start_step, len(rows))) as pairs:
-        for number, (examples, pictures) in enumerate(pairs, start_step):
-          image_server.check(servers[(number - start_step) % len(servers)], number, examples, stages.draw(number))
+    """Batches of the servers; one that ends after the first batch is left out, since the others make the same ones."""
+    left, number = list(servers), start_step
+    while True:
+      try:
+        for examples, pictures in self._from_servers(number, rows, tuple(left)):
           yield self._batch(*examples.T, pictures)
+          number += 1
+      except image_server.Unreachable as error:
+        left = [server for server in left if server != error.address]
+        if not left or number == start_step:
+          raise
+        logging.warning("%s Batches from %d on come from %s.", error, number, ", ".join(left))
+
+  def _from_servers(
+    self, start: int, rows: np.ndarray, servers: tuple[str, ...]
+  ) -> Iterator[tuple[Int[np.ndarray, "b 3"], UInt8[np.ndarray, "b v s s 3"]]]:
+    several = len(servers)
+    with self.stages(rows) as stages:
+      made = [image_server.batches(server, self, start + i, rows, several) for i, server in enumerate(servers)]
+      with contextlib.closing(pipeline.stream(made, stages, start, len(rows))) as pairs:
+        for i, (examples, pictures) in enumerate(pairs):
+          image_server.check(servers[i % several], start + i, examples, stages.draw(start + i))
+          yield examples, pictures
 
   @contextlib.contextmanager
   def stages(self, rows: Int[np.ndarray, " b"], processes: int = 0) -> Iterator[pipeline.Stages]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from toy_rlds import assert_equal, batches
 
-from semanticvla_jax.data import image_server, images, loader
+from semanticvla_jax.data import image_server, images, loader, pipeline
 from semanticvla_jax.data.image_server import ImageServer
 
 OPTIONS = loader.BatchOptions(8, 8, 32, augmentation=images.RELEASE, window=2)
@@ -90,3 +90,29 @@ def test_an_image_that_cannot_be_used_is_named_as_without_servers(dataset, token
     for how in (dict(), dict(servers=(server.address,))):
       with pytest.raises(ValueError, match=rf"^Dataset {dataset.name!r}, .* of .*"):
         next(made.batches(**how))
+
+
+def test_a_server_that_ends_is_left_out_and_the_last_ones_end_is_an_error(made, monkeypatch, caplog):
+  """Servers end as `batches` says it; killed ones are in tests/train/test_image_server.py."""
+  lives = {"a": 3, "b": 4, "c": 1}  # batches that each gives
+
+  def batches_of(address, of, start, rows, stride):
+    with of.stages(rows) as stages:
+      source = pipeline.dataset(stages, start, len(rows), stride=stride, group=4, workers=1, prefetch=0)
+    for batch in source.as_numpy_iterator():
+      if not lives[address]:
+        raise image_server.Unreachable(address, "gone")
+      lives[address] -= 1
+      yield batch
+
+  monkeypatch.setattr(image_server, "batches", batches_of)
+  served = made.batches(2, servers=("a", "b", "c"))
+  for _, want in zip(range(8), made.batches(2)):
+    assert_equal(next(served), want)
+  said = [record.getMessage() for record in caplog.records]
+  assert [one.split(": ")[0] for one in said] == ["Image server c", "Image server a"] and not any(lives.values())
+  assert said[0].endswith("Batches from 7 on come from a, b.") and said[1].endswith("from 9 on come from b.")
+  with pytest.raises(ValueError, match=r"^Image server b: got no answer \(gone\)"):
+    next(served)
+  with pytest.raises(ValueError, match=r"^Image server a: got no answer"):  # at the start, all have to be there
+    next(made.batches(servers=("a", "b")))
