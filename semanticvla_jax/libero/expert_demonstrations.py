@@ -227,8 +227,10 @@ class _Collection:
       self.outcomes[task][attempt] = success
       self.running[task] -= 1
       if self.progress is not None:
-        ended = [end for outcomes in self.outcomes.values() for end in outcomes.values() if end is not None]
-        self.progress(len(ended), sum(ended), self.options.episodes * len(self.outcomes))
+        ended = [[end for end in outcomes.values() if end is not None] for outcomes in self.outcomes.values()]
+        wanted = self.options.episodes  # an earlier call may have made more
+        succeeded = sum(min(sum(ends), wanted) for ends in ended)
+        self.progress(sum(map(len, ended)), succeeded, wanted * len(ended))
 
 
 def _is_below(options: Options, failures: int) -> bool:
