@@ -46,7 +46,7 @@ def test_all_kept_is_no_pruning_bit_for_bit(dense):
 def test_dropping_gives_what_hiding_gives(dense, score):
   dropped, seen = act(lengths=(8, 5), block=1, keep=6, score=score)
   hidden, _ = act(lengths=(8, 5), block=1, keep=6, score=score, form="mask")
-  np.testing.assert_allclose(dropped, hidden, atol=1e-5)  # sums of other lengths: 2.3e-6 on one CPU
+  np.testing.assert_allclose(dropped, hidden, atol=2e-6)
   kept = np.asarray(seen["kept_visual"])
   assert (np.diff(kept) > 0).all() and ((kept < PATCHES).sum(axis=1) == 6).all(), "ascending, of each view as many"
   assert seen["hidden"].shape[1] == seen["sequence"].shape[1] - 2 * (PATCHES - 6)
