@@ -18,7 +18,7 @@ import socketserver
 import threading
 import xmlrpc.client
 import xmlrpc.server
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -125,30 +125,34 @@ class _Transport(xmlrpc.client.Transport):
     return connection
 
 
-def batches(address: str, loader: Any, start: int, rows: Int[np.ndarray, " b"], stride: int) -> Iterator:
-  """Batches start, start + stride, … of a server, as `pipeline.dataset` makes them.
+def batches(address: str, start: int, rows: Int[np.ndarray, " b"], stride: int) -> Iterator:
+  """Batches start, start + stride, … of a server (see check_servers), as `pipeline.dataset` makes them.
 
   Args:
     address: "host:port" of an ImageServer.
-    loader: this host's.
     start, stride: see pipeline.dataset.
     rows: of each global batch.
 
   Raises:
     Unreachable: at once or while iterating.
-    ValueError: at once, where the server has other data or options.
     tf.errors.OpError: while iterating, for what fails in the server.
   """
   from tensorflow.data.experimental import service
 
   images.hide_accelerators()
-  host, _, port = address.rpartition(":")
-  if not host or not port.isdecimal():
-    raise refuse("config.data.servers", repr(address), "host:port of an image server", "correct it")
-  _check_facts(address, _call(address, "facts"), loader.image_facts())
+  host, _, _ = address.rpartition(":")
   dispatcher, number = _call(address, "begin", start, rows.tolist(), stride)
   dataset = service.from_dataset_id(service.ShardingPolicy.OFF, f"grpc://{host}:{dispatcher}", number)
   return _watched(dataset.prefetch(_AHEAD).as_numpy_iterator(), lambda: _call(address, "facts"))
+
+
+def check_servers(addresses: Sequence[str], facts: dict[str, str]) -> None:
+  """Raises ValueError unless servers are there (Unreachable) and have these `BatchLoader.image_facts`."""
+  for address in addresses:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+      raise refuse("config.data.servers", repr(address), "host:port of an image server", "correct it")
+    _check_facts(address, _call(address, "facts"), facts)
 
 
 def check(address: str, number: int, examples: Int[np.ndarray, "b 3"], wanted: Int[np.ndarray, "b 3"]) -> None:

@@ -135,12 +135,13 @@ class BatchLoader:
       Batches of numpy arrays, see types.Batch; `instruction` is None if the tokenizers have no SigLIP part.
 
     Raises:
-      ValueError: at once for bad arguments; while iterating, for an image that cannot be decoded, a server that has
-        other data or options, one that does not answer at first, or the last one's end.
+      ValueError: at once for bad arguments, and for a server that does not answer or has other data or options; while
+        iterating, for an image that cannot be decoded, or the end of the last server.
     """
     rows = np.arange(self.options.batch_size) if rows is None else np.asarray(rows)
     _check_rows(rows, start_step, self.options.batch_size)
     if servers:
+      image_server.check_servers(servers, self.image_facts())
       return self._served(start_step, rows, tuple(servers))
     return self._generate(start_step, rows, pipeline.threads(workers), prefetch, processes)
 
@@ -172,7 +173,7 @@ class BatchLoader:
   ) -> Iterator[tuple[Int[np.ndarray, "b 3"], UInt8[np.ndarray, "b v s s 3"]]]:
     several = len(servers)
     with self.stages(rows) as stages:
-      made = [image_server.batches(server, self, start + i, rows, several) for i, server in enumerate(servers)]
+      made = [image_server.batches(server, start + i, rows, several) for i, server in enumerate(servers)]
       with contextlib.closing(pipeline.stream(made, stages, start, len(rows))) as pairs:
         for i, (examples, pictures) in enumerate(pairs):
           image_server.check(servers[i % several], start + i, examples, stages.draw(start + i))
