@@ -64,6 +64,16 @@ def random_observation(model, batch: int = 2, prompt: int = 8, seed: int = 0, le
   return jax.tree.map(jnp.asarray, observation)
 
 
+def wide(model: SemanticVLA) -> SemanticVLA:
+  """The model with decoder and coupler in float64, for use under `jax.enable_x64`.
+
+  Sums of other lengths are grouped otherwise, in a way of each CPU's own. In float64 that is far below any bound here;
+  only rotary angles and softmax stay in float32.
+  """
+  double = dict(dtype=jnp.float64)
+  return model.clone(llm=model.llm.clone(**double), coupler=model.coupler.clone(**double))
+
+
 def jit_apply(model, **static):
   """A compiled apply: (params, *args) → output."""
   return jax.jit(lambda params, *args: model.apply({"params": params}, *args, **static))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, jit_apply, random_observation, random_params
+from helpers import TINY, jit_apply, random_observation, random_params, wide
 
 from semanticvla_jax.models import checks
 from semanticvla_jax.models.config import resolve
@@ -25,10 +25,12 @@ OFT |= dict(coupler="single", mask="full", chunk=2, scan=False)
 PATCHES = 64  # of a view at `tiny`
 
 
-def act(lengths=None, **pruner):
-  """(actions, intermediates) of a tiny OpenVLA-OFT with a decoder pruner."""
+def act(lengths=None, double=False, **pruner):
+  """(actions, intermediates) of a tiny OpenVLA-OFT with a decoder pruner; `double`: its decoder in float64."""
   model = build(TINY | OFT | {"decoder_pruner": pruner or None})
-  out = jit_apply(model)(random_params(model, 1), random_observation(model, lengths=lengths))
+  params, observation = random_params(model, 1), random_observation(model, lengths=lengths)
+  with jax.enable_x64(double):
+    out = jit_apply(wide(model) if double else model)(params, observation)
   return np.asarray(out.actions), out.intermediates
 
 
@@ -44,9 +46,10 @@ def test_all_kept_is_no_pruning_bit_for_bit(dense):
 
 @pytest.mark.parametrize("score", ["last", "raters", "mean+action"])
 def test_dropping_gives_what_hiding_gives(dense, score):
-  dropped, seen = act(lengths=(8, 5), block=1, keep=6, score=score)
-  hidden, _ = act(lengths=(8, 5), block=1, keep=6, score=score, form="mask")
-  np.testing.assert_allclose(dropped, hidden, atol=2e-6)
+  case = dict(lengths=(8, 5), double=True, block=1, keep=6, score=score)
+  dropped, seen = act(**case)
+  hidden, _ = act(**case, form="mask")
+  np.testing.assert_allclose(dropped, hidden, atol=1e-6)
   kept = np.asarray(seen["kept_visual"])
   assert (np.diff(kept) > 0).all() and ((kept < PATCHES).sum(axis=1) == 6).all(), "ascending, of each view as many"
   assert seen["hidden"].shape[1] == seen["sequence"].shape[1] - 2 * (PATCHES - 6)
