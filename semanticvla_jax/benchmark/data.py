@@ -55,15 +55,17 @@ def measure(
       _in_turns(result, {"loader": ours, PEER: theirs, APART: apart}, workers, batch, calls, rounds)
   rate = result.value(f"loader, {cores} threads")
   if cores > 1:
-    result.add(f"loader, {cores} threads / 1", rate / result.value("loader, 1 threads"), "ratio")
+    alone = result.value("loader, 1 threads")
+    result.add(f"loader, {cores} threads / 1", rate / alone, "ratio")
+    result.add(f"loader, {cores} processes / 1 thread", result.value(f"{APART}, {cores} threads") / alone, "ratio")
   result.add(f"loader, {_MANY} threads / {cores}", result.value(f"loader, {_MANY} threads") / rate, "ratio")
   for row, need in needs.items():
     result.add(f"{row} step takes", need, "examples/s")
     result.add(f"loader / {row} step", rate / need, "ratio")
   decode, augment = _parts(image_size)
-  alone = result.value("loader, 1 threads, a CPU second")
-  result.add("decoding, of a thread's time", decode * alone, "ratio")
-  result.add("augmentation, of a thread's time", augment * alone, "ratio")
+  cpu_rate = result.value("loader, 1 threads, a CPU second")
+  result.add("decoding, of a thread's time", decode * cpu_rate, "ratio")
+  result.add("augmentation, of a thread's time", augment * cpu_rate, "ratio")
   _add_slice(result, size, rate / cores)
 
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -34,56 +34,67 @@ _VARIABLES = {
 }
 
 
+_AHEAD = 2  # requests that a process has at a time: one to work on while another comes or its images go back
+
+
 class _Worker(NamedTuple):
   process: subprocess.Popen
-  connection: Connection
+  connections: tuple[Connection, ...]  # one for each request that it has at a time
 
 
 class ImageProcesses:
-  """Processes that make images, as many as `count`; to be called from as many threads at a time.
+  """Processes that make images, as many as `count`.
+
+  Attributes:
+    at_once: threads that may call at a time; fewer do not keep all processes busy.
 
   Raises:
     ValueError: when called, for an image that cannot be used, or when a process has ended by itself.
   """
 
   def __init__(self, how: ExampleImages, count: int):
+    self.at_once = count * _AHEAD
     self._workers = [_start(how) for _ in range(count)]
-    self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    for worker in self._workers:
-      self._free.put(worker)
+    self._free: queue.SimpleQueue[tuple[subprocess.Popen, Connection]] = queue.SimpleQueue()
+    for i in range(_AHEAD):
+      for process, connections in self._workers:
+        self._free.put((process, connections[i]))
 
   def __call__(self, examples: Int[np.ndarray, "g 3"], encoded: Sequence[bytes]) -> UInt8[np.ndarray, "g v s s 3"]:
     """As ExampleImages.make."""
-    worker = self._free.get()
+    process, connection = self._free.get()
     try:
-      worker.connection.send((examples, list(encoded)))
-      found = worker.connection.recv()
+      connection.send((examples, list(encoded)))
+      found = connection.recv()
     except (EOFError, OSError) as error:
-      raise _ended(worker.process) from error
+      raise _ended(process) from error
     finally:
-      self._free.put(worker)
+      self._free.put((process, connection))
     if isinstance(found, ValueError):
       raise found
     return found
 
   def close(self) -> None:
     """Ends the processes and waits for them."""
-    for worker in self._workers:
-      worker.connection.close()
-    for worker in self._workers:
-      worker.process.wait()
+    for _, connections in self._workers:
+      for connection in connections:
+        connection.close()
+    for process, _ in self._workers:
+      process.wait()
 
 
 def _start(how: ExampleImages) -> _Worker:
-  ours, theirs = socket.socketpair()
-  with theirs:
-    command = [sys.executable, "-m", "semanticvla_jax.data.image_processes", str(theirs.fileno())]
-    process = subprocess.Popen(
-      command, pass_fds=[theirs.fileno()], env=os.environ | _VARIABLES, stdin=subprocess.DEVNULL
-    )
-  connection = Connection(ours.detach())
-  connection.send(how)
-  return _Worker(process, connection)
+  pairs = [socket.socketpair() for _ in range(_AHEAD)]
+  theirs = [one.fileno() for _, one in pairs]
+  command = [sys.executable, "-m", "semanticvla_jax.data.image_processes", *map(str, theirs)]
+  try:
+    process = subprocess.Popen(command, pass_fds=theirs, env=os.environ | _VARIABLES, stdin=subprocess.DEVNULL)
+  finally:
+    for _, one in pairs:
+      one.close()
+  connections = tuple(Connection(ours.detach()) for ours, _ in pairs)
+  connections[0].send(how)
+  return _Worker(process, connections)
 
 
 def _ended(process: subprocess.Popen) -> ValueError:
@@ -99,16 +110,17 @@ def _ended(process: subprocess.Popen) -> ValueError:
   )
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connections: Sequence[Connection]) -> None:
   """Makes images until the other side is gone."""
   try:
-    how = connection.recv()
+    how = connections[0].recv()
     while True:
-      examples, encoded = connection.recv()
-      try:
-        connection.send(how.make(examples, encoded))
-      except ValueError as error:
-        connection.send(error)
+      for connection in wait(connections):
+        examples, encoded = connection.recv()
+        try:
+          connection.send(how.make(examples, encoded))
+        except ValueError as error:
+          connection.send(error)
   except (EOFError, OSError):
     return
 
@@ -116,4 +128,4 @@ def _serve(connection: Connection) -> None:
 if __name__ == "__main__":
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-  _serve(Connection(int(sys.argv[1])))
+  _serve([Connection(int(number)) for number in sys.argv[1:]])

@@ -195,7 +195,7 @@ class BatchLoader:
       yield stages
       return
     with contextlib.closing(ImageProcesses(self._images, processes)) as make:
-      yield stages._replace(make=make, processes=processes)
+      yield stages._replace(make=make, at_once=make.at_once)
 
   @property
   def group(self) -> int:

@@ -42,7 +42,7 @@ class Stages(NamedTuple):
     size: height and width of finished images.
     dct: see images.decode.
     make: some examples and their encoded images → u8[g v s s 3], in other processes; None decodes and finishes here.
-    processes: how many times `make` runs at once.
+    at_once: calls of `make` at a time.
   """
 
   draw: Callable[[int], Int[np.ndarray, "b 3"]]
@@ -53,7 +53,7 @@ class Stages(NamedTuple):
   size: int
   dct: str
   make: Callable[[Int[np.ndarray, "g 3"], Sequence[bytes]], UInt8[np.ndarray, "g v s s 3"]] | None = None
-  processes: int = 0
+  at_once: int = 0
 
 
 def dataset(stages: Stages, start: int, rows: int, *, stride: int = 1, group: int, workers: int, prefetch: int) -> Any:
@@ -78,7 +78,7 @@ def dataset(stages: Stages, start: int, rows: int, *, stride: int = 1, group: in
     drawn = tf.numpy_function(lambda n: stages.draw(int(n)), [number], tf.int64)
     return tf.ensure_shape(tf.reshape(drawn, [-1, group, 3]), [rows // group, group, 3])
 
-  at_once = min(workers, cores()) if stages.make is None else stages.processes
+  at_once = min(workers, cores()) if stages.make is None else stages.at_once
   numbers = tf.data.Dataset.range(start, np.iinfo(np.int64).max, stride)
   groups = numbers.map(_plain(draw)).unbatch()
   read = groups.map(_plain(_reading(stages, group)), num_parallel_calls=workers, deterministic=True)

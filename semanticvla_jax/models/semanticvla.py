@@ -28,7 +28,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
-from flax.core import FrozenDict
+from flax.core import FrozenDict, freeze, unfreeze
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax.action_tokens import ActionTokenizer
@@ -333,8 +333,7 @@ class SemanticVLA(nn.Module):
 
   def parts(self) -> dict[str, nn.Module]:
     """The parts that this model has, by the name that their parameters go under."""
-    names = [x.name for x in dataclasses.fields(self) if x.name != "parent"]
-    fields = {name: getattr(self, name) for name in names}
+    fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self) if x.name != "parent"}
     return {name: x for name, x in fields.items() if isinstance(x, nn.Module)} | {
       pruner.name: pruner for pruners in self.pruners.values() for pruner in pruners
     }
@@ -417,9 +416,8 @@ def _encoder(c: Mapping[str, Any], name: str, pruners: tuple[nn.Module, ...] | N
     return None
   own = dict(gelu="erf", mean=DINO_MEAN, std=DINO_STD) if name == "dino" else dict(gelu=c["siglip_gelu"])
   sizes = c["variant"]
-  queries = sum(pruner.num_queries for pruner in pruners)
-  how = dict(queries=queries, multiple=c["token_multiple"], remat=bool(c["remat"]), scan=c["scan_encoders"])
-  how |= dict(fused=c["fused"], dtype=dtype)
+  how = dict(queries=sum(pruner.num_queries for pruner in pruners), multiple=c["token_multiple"], dtype=dtype)
+  how |= dict(remat=bool(c["remat"]), scan=c["scan_encoders"], fused=c["fused"])
   return ViT(sizes["image"], sizes["patch"], **sizes[name], **own, **how)
 
 
@@ -443,6 +441,12 @@ def dummy_observation(model: SemanticVLA, batch: int = 1, prompt: int = 8) -> Ob
 
 
 def abstract_params(model: SemanticVLA | nn.Module, observation: Observation) -> dict:
-  """The parameter tree as shapes, in seconds and without memory, at any size."""
+  """The parameter tree as shapes, without memory, at any size; in seconds, and at once for an equal model."""
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), observation)
+  return unfreeze(_abstract_params(model, shapes))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_params(model: nn.Module, observation: Observation) -> FrozenDict:
   rngs = {"params": jax.random.key(0), "noise": jax.random.key(1)}
-  return jax.eval_shape(functools.partial(model.init, rngs), observation)["params"]
+  return freeze(jax.eval_shape(functools.partial(model.init, rngs), observation)["params"])

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import jit_apply
 
 from semanticvla_jax.models import masks
 from semanticvla_jax.models.llama import Llama, rope, stack_layers, unstack_layers
@@ -14,13 +15,13 @@ ARGS = (masks.positions(VALID), masks.attention_mask(VALID, jnp.zeros(5, bool), 
 
 @pytest.fixture(scope="module")
 def params():
-  return Llama(**SIZES).init(jax.random.key(1), X, *ARGS)["params"]
+  return jax.jit(Llama(**SIZES).init)(jax.random.key(1), X, *ARGS)["params"]
 
 
 def test_scan_equals_unrolled_bit_for_bit_in_parameters(params):
-  scanned, _ = Llama(**SIZES).apply({"params": params}, X, *ARGS)
+  scanned, _ = jit_apply(Llama(**SIZES))(params, X, *ARGS)
   apart = unstack_layers(params)
-  unrolled, _ = Llama(**SIZES, scan=False).apply({"params": apart}, X, *ARGS)
+  unrolled, _ = jit_apply(Llama(**SIZES, scan=False))(apart, X, *ARGS)
   np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
   jax.tree.map(np.testing.assert_array_equal, stack_layers(apart), params)
 
@@ -44,12 +45,13 @@ def test_cache_equals_one_pass(params, scan):
   params = params if scan else unstack_layers(params)
   x, positions = X[:1], jnp.arange(5)[None]
   allowed = jnp.tri(5, dtype=bool)[None]
-  whole, _ = model.apply({"params": params}, x, positions, allowed)
+  apply = jit_apply(model)
+  whole, _ = apply(params, x, positions, allowed)
   cache = model.empty_cache(1, 5)
   parts = []
   for start, stop in ((0, 3), (3, 4), (4, 5)):
     part = slice(start, stop)
-    states, cache = model.apply({"params": params}, x[:, part], positions[:, part], allowed[:, part], cache, start)
+    states, cache = apply(params, x[:, part], positions[:, part], allowed[:, part], cache, start)
     parts.append(states)
   np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
 

@@ -20,13 +20,14 @@ MASK, POSITIONS = masks.attention_mask(VALID, BLOCK, "block"), masks.positions(V
 
 @pytest.fixture(scope="module")
 def params():
-  return RoutedBlock(**SIZES, share=1.0).init(jax.random.key(1), X, MASK, VALID, WORDS, 4)["params"]
+  init = jax.jit(RoutedBlock(**SIZES, share=1.0).init, static_argnums=5)
+  return init(jax.random.key(1), X, MASK, VALID, WORDS, 4)["params"]
 
 
 def run(params, share):
-  out, noted = RoutedBlock(**SIZES, share=share).apply(
-    {"params": params}, X, MASK, VALID, WORDS, 4, mutable=["intermediates"]
-  )
+  layer = RoutedBlock(**SIZES, share=share)
+  apply = jax.jit(lambda p: layer.apply({"params": p}, X, MASK, VALID, WORDS, 4, mutable=["intermediates"]))
+  out, noted = apply(params)
   return np.asarray(out), np.asarray(noted["intermediates"]["kept_visual"][0])
 
 

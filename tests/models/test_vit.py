@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ SIZES = dict(image=8, patch=4, width=8, depth=3, num_heads=2, mlp_dim=16)
 def make(**fields):
   model = ViT(**SIZES | fields)
   pixels = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-  return model, model.init(jax.random.key(0), pixels)["params"], pixels
+  return model, jax.jit(model.init)(jax.random.key(0), pixels)["params"], pixels
 
 
 def test_embed_is_prefix_patches_queries():
@@ -100,12 +102,13 @@ def test_a_sequence_filled_up_to_a_multiple_gives_the_same_tokens():
     jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((2, 24, 24, 3), (1, 2, 16)))
   )
 
+  @functools.partial(jax.jit, static_argnums=0)
   def outputs(vit, params):
     run = lambda method, *args: vit.apply({"params": params}, *args, method=method)  # noqa: E731
     x, weights = run("run", run("embed", pixels, queries), 0, 2)
     return run("patches", x), x[:, -2:], run("tail", x, 2), weights
 
-  params = plain.init(jax.random.key(2), pixels)["params"]
+  params = jax.jit(plain.init)(jax.random.key(2), pixels)["params"]
   expected, got = outputs(plain, params), outputs(filled, params)
   for one, other in zip(expected[:3], got[:3], strict=True):
     np.testing.assert_allclose(one, other, atol=1e-6)

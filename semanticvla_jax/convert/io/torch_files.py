@@ -6,6 +6,7 @@ a time, by a plain read (no page of a file stays mapped, so the memory in use is
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import pickle
@@ -115,7 +116,7 @@ def _safetensors(path: Path) -> list[Tensor]:
   start = 8 + length
   _check_header(path, fields, size - start)
   return [
-    Tensor(path, name, shape, dtype, _reader(path, dtype, shape, start + a), start + a)
+    Tensor(path, name, shape, dtype, functools.partial(_read, path, dtype, shape, start + a), start + a)
     for name, dtype, shape, a, _ in fields
   ]
 
@@ -178,20 +179,17 @@ def _check_header(path: Path, fields: list[tuple], room: int) -> None:
     at = end
 
 
-def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
-  def read() -> np.ndarray:
-    count = math.prod(shape)
-    values = direct_io.read(path, offset, count * dtype.itemsize)
-    if values.nbytes != count * dtype.itemsize:
-      raise refuse(
-        f"{path} became shorter",
-        f"{values.nbytes:,} bytes of a tensor",
-        f"{count:,} numbers",
-        "copy the file again",
-      )
-    return values.view(dtype).reshape(shape)
-
-  return read
+def _read(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+  count = math.prod(shape)
+  values = direct_io.read(path, offset, count * dtype.itemsize)
+  if values.nbytes != count * dtype.itemsize:
+    raise refuse(
+      f"{path} became shorter",
+      f"{values.nbytes:,} bytes of a tensor",
+      f"{count:,} numbers",
+      "copy the file again",
+    )
+  return values.view(dtype).reshape(shape)
 
 
 def _pickled(path: Path) -> list[Tensor]:
