@@ -100,7 +100,7 @@ class ImageServer:
 
     chosen = np.asarray(rows)
     with self._loader.stages(chosen) as stages:
-      stages = stages._replace(make=self._processes.make, processes=self._processes.processes)
+      stages = stages._replace(make=self._processes.make, at_once=self._processes.at_once)
       how = dict(stride=stride, group=self._loader.group, workers=self._workers, prefetch=_AHEAD)
       dataset = pipeline.dataset(stages, start, len(chosen), **how)
     self._datasets.append(dataset)  # its functions live as long

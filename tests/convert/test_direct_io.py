@@ -40,7 +40,7 @@ def test_a_file_that_became_shorter_is_named(tmp_path):
   path = tmp_path / "file"
   path.write_bytes(bytes(10))
   with pytest.raises(ValueError, match="became shorter: got 8 bytes"):
-    torch_files._reader(path, np.dtype(np.float32), (3,), 2)()
+    torch_files._read(path, np.dtype(np.float32), (3,), 2)
 
 
 @pytest.fixture(params=["sync", "no sync", "refused"])
