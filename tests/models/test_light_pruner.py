@@ -42,9 +42,14 @@ def rerun(params, seen, views=2, training=None, rows=slice(None), model=None, **
   visual = seen["views"].shape[1]
   spans = Spans(views, visual, 2 + views * visual, length - 15, length, jnp.full(b, length - 16))
   pruner = DecoderPruner(**LIGHT | {"keep": visual} | changes)
-  run = lambda m: light_states(m, pruner, noted, block, read, spans, training)  # noqa: E731
-  states = nn.apply(run, model)({"params": params}, rngs={"noise": jax.random.key(7)})
-  return *states, noted
+
+  @jax.jit
+  def run(params, noted):
+    noted = {**noted}
+    states = lambda m: light_states(m, pruner, noted, block, read, spans, training)  # noqa: E731
+    return *nn.apply(states, model)({"params": params}, rngs={"noise": jax.random.key(7)}), noted
+
+  return run(params, noted)
 
 
 def test_what_is_hidden_and_what_is_gathered_agree(params, masked):
@@ -71,7 +76,8 @@ def test_too_few_places_are_counted_and_go_to_the_most_frequent(params, masked):
     np.take_along_axis(np.asarray(y), i, axis=1) for y, i in ((x, on[..., None]), (positions, on), (seen["valid"], on))
   )
   allowed = masks.attention_mask(jnp.asarray(valid), jnp.zeros(on.shape[1], bool), "full")
-  want = nn.apply(lambda m: m.llm(jnp.asarray(x), jnp.asarray(positions), allowed)[0], light())({"params": params})
+  decode = lambda m: m.llm(jnp.asarray(x), jnp.asarray(positions), allowed)[0]  # noqa: E731
+  want = jax.jit(nn.apply(decode, light()))({"params": params})
   np.testing.assert_allclose(states, want, atol=5e-5)
 
 
@@ -84,7 +90,7 @@ def test_what_nobody_chose_is_as_if_it_were_not_there(params, masked):
   x, valid, positions = (seen[name][:1, on] for name in ("sequence", "valid", "positions"))
   allowed = masks.attention_mask(valid, jnp.zeros(len(on), bool), "full")
   read = jnp.arange(len(on) - 15, len(on) - 1)[None]
-  want = nn.apply(lambda m: m.llm.states_at(x, positions, allowed, read)[1], model)({"params": params})
+  want = jax.jit(nn.apply(lambda m: m.llm.states_at(x, positions, allowed, read)[1], model))({"params": params})
   np.testing.assert_allclose(rerun(params, seen, form="mask")[1][:1], want, atol=5e-6)
 
 
@@ -119,7 +125,8 @@ def test_all_chosen_is_no_pruning(params, form):
   with jax.enable_x64(True):  # in float32 1 + share - share is not quite 1
     model, x = wide(light()), x.astype(jnp.float64)
     *states, noted = rerun(params, seen | {"sequence": x}, views=1, model=model, **how)
-    dense = nn.apply(lambda m: m.llm.states_at(x, seen["positions"], allowed, read), model)({"params": params})
+    states_at = lambda m: m.llm.states_at(x, seen["positions"], allowed, read)  # noqa: E731
+    dense = jax.jit(nn.apply(states_at, model))({"params": params})
   assert noted["visual_picks"].tolist() == [[*range(8)]] * 2
   for ours, theirs in zip(states, dense):
     np.testing.assert_allclose(ours, theirs, atol=1e-9 if form == "train" else 0)
@@ -137,7 +144,7 @@ def test_training_puts_choices_into_all_places(params, masked):
   x, positions = (
     jnp.take_along_axis(seen[name], i, axis=1) for name, i in (("sequence", on[..., None]), ("positions", on))
   )
-  want = nn.apply(lambda m: m.llm(x, positions, seen["allowed"])[0], light())({"params": params})
+  want = jax.jit(nn.apply(lambda m: m.llm(x, positions, seen["allowed"])[0], light()))({"params": params})
   np.testing.assert_allclose(states, want, atol=5e-5, err_msg="with the positions of what was chosen")
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,7 @@ def test_layers_left_out_are_as_if_they_were_not_there(params):
   model = Llama(**SIZES, scan=False, skip=(1,))
   at = jnp.array([[4, 2], [0, 1]])
 
+  @functools.partial(jax.jit, static_argnums=(0, 2))
   def states(model, params, start):
     _, cache = model.apply({"params": params}, X, *ARGS, model.empty_cache(2, 5), 0)
     x, weights = model.apply({"params": params}, X, *ARGS, 1, at, method="begin")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import jit_apply, tiny
 
 from semanticvla_jax.models.vit import ViT, sincos_2d
 
@@ -20,22 +20,22 @@ def make(**fields):
 def test_embed_is_prefix_patches_queries():
   model, params, pixels = make(registers=4, queries=3)
   queries = jnp.full((1, 3, 8), 7.0)
-  x = model.apply({"params": params}, pixels, queries, method="embed")
+  embed = jit_apply(model, method="embed")
+  x = embed(params, pixels, queries)
   assert x.shape == (2, 1 + 4 + 4 + 3, 8)
   np.testing.assert_array_equal(x[:, :1], jnp.broadcast_to(params["cls"], (2, 1, 8)))
   np.testing.assert_array_equal(x[:, -3:], 7.0)  # no position embedding on queries
   moved = params | {"pos_embedding": params["pos_embedding"] + 1}
-  shifted = model.apply({"params": moved}, pixels, queries, method="embed")
+  shifted = embed(moved, pixels, queries)
   changed = np.abs(np.asarray(shifted - x)).max(axis=(0, 2)) > 0.5
   assert changed.tolist() == [False] * 5 + [True] * 4 + [False] * 3
 
 
 def test_running_in_pieces_is_running_at_once():
   model, params, pixels = make(registers=4, layer_scale=0.5)
-  x = model.apply({"params": params}, pixels, method="embed")
-  whole, _ = model.apply({"params": params}, x, 0, 3, method="run")
-  first, _ = model.apply({"params": params}, x, 0, 2, method="run")
-  second, _ = model.apply({"params": params}, first, 2, 3, method="run")
+  run = jax.jit(lambda x, *blocks: model.apply({"params": params}, x, *blocks, method="run")[0], static_argnums=(1, 2))
+  x = jit_apply(model, method="embed")(params, pixels)
+  whole, second = run(x, 0, 3), run(run(x, 0, 2), 2, 3)
   np.testing.assert_allclose(whole, second, atol=1e-6)
 
 
@@ -46,17 +46,18 @@ def test_film_exists_only_with_a_condition_and_moves_every_token():
   def forward(module, condition):
     return module.run(module.embed(pixels), 0, 1, condition)[0]
 
-  params = model.init(jax.random.key(0), condition, method=forward)["params"]
+  init = jax.jit(lambda c: model.init(jax.random.key(0), c, method=forward)["params"])
+  params = init(condition)
   assert params["Transformer"]["encoderblock_0"]["film"]["scale"]["kernel"].shape == (5, 8)
-  assert "film" not in model.init(jax.random.key(0), None, method=forward)["params"]["Transformer"]["encoderblock_0"]
-  a, b = (model.apply({"params": params}, c, method=forward) for c in (condition, 2 * condition))
+  assert "film" not in init(None)["Transformer"]["encoderblock_0"]
+  a, b = (jit_apply(model, method=forward)(params, c) for c in (condition, 2 * condition))
   assert (jnp.abs(a - b).max(axis=-1) > 1e-3).all()
 
 
 def test_attention_weights_of_queries_sum_to_one():
   model, params, pixels = make(queries=2)
-  x = model.apply({"params": params}, pixels, jnp.ones((1, 2, 8)), method="embed")
-  _, weights = model.apply({"params": params}, x, 0, 3, method="run")
+  look = lambda m: m.run(m.embed(pixels, jnp.ones((1, 2, 8))), 0, 3)[1]  # noqa: E731
+  weights = jit_apply(model, method=look)(params)
   assert weights.shape == (2, 2, 2, 6)
   np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
 
@@ -83,7 +84,7 @@ def test_heads_must_divide_the_width():
 
 def test_positions_that_begin_as_sines_tell_places_apart():
   vit = ViT(**SIZES | dict(image=16, position_init="sincos"))
-  at = np.asarray(vit.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]["pos_embedding"])
+  at = np.asarray(jax.jit(vit.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]["pos_embedding"])
   np.testing.assert_allclose(at, sincos_2d(4, 8))
   near, far = (np.linalg.norm(at[0, 0] - at[0, i]) for i in (1, 3))
   assert 0 < near < far and np.abs(at).max() <= 1

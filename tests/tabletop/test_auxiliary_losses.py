@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers import random_observation, random_params, tiny
+from helpers import jit_apply, random_observation, random_params, tiny
 
 from configs import common, pretrain
 from semanticvla_jax.data import statistics, text
@@ -84,9 +84,10 @@ def test_rotations_count_once_more(parts):
 def test_naming_scores_the_same_images_for_each_sentence(parts):
   model, params, _, targets = parts
   patches = jax.random.normal(jax.random.key(0), (B * V, N, 24))
-  scores = model.apply({"params": params}, patches, targets.words, targets.word_mask, method="score")
+  score = jit_apply(model, method="score")
+  scores = score(params, patches, targets.words, targets.word_mask)
   assert scores.shape == (B * G * V, N, M)
-  alone = model.apply({"params": params}, patches, targets.words[:, 1:2], targets.word_mask[:, 1:2], method="score")
+  alone = score(params, patches, targets.words[:, 1:2], targets.word_mask[:, 1:2])
   np.testing.assert_allclose(scores.reshape(B, G, V, N, M)[:, 1], alone.reshape(B, V, N, M), atol=1e-5)
 
 

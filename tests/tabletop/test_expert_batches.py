@@ -65,9 +65,10 @@ def test_projection_lands_on_the_object():
 
 
 def test_targets_name_the_objects_and_where_they_are():
-  states = jax.vmap(lambda i: tasks.reset(physics.seed_key(i), tasks.PLACE))(jnp.arange(16))
-  found = jax.vmap(lambda s: expert_batches.targets(s, IMAGE // PATCH))(states)
+  states = jax.jit(jax.vmap(lambda i: tasks.reset(physics.seed_key(i), tasks.PLACE)))(jnp.arange(16))
+  found = jax.jit(jax.vmap(lambda s: expert_batches.targets(s, IMAGE // PATCH)))(states)
   where, sentences, away, shapes, edges, aim = (np.asarray(x) for x in found)
+  project = jax.jit(render.project)
   np.testing.assert_array_equal(aim, edges[:, 0])  # object 0 is the target
   for i in range(16):
     state = jax.tree.map(lambda x: x[i], states)  # noqa: B023
@@ -80,7 +81,7 @@ def test_targets_name_the_objects_and_where_they_are():
     assert tasks.INSTRUCTIONS[sentences[i, 0]] == tasks.INSTRUCTIONS[states.instruction[i]]
     row, column = np.divmod(np.arange(36), 6)
     for j in range(3):  # the mean of a distribution is where the object is, to within the picture's border
-      at = np.asarray(render.project(state, state.center[j]))[0] * 6 - 0.5
+      at = np.asarray(project(state, state.center[j]))[0] * 6 - 0.5
       if (at > 0).all() and (at < 5).all():
         np.testing.assert_allclose([where[i, 1 + j, 0] @ row, where[i, 1 + j, 0] @ column], at, atol=1e-4)
   reach = np.asarray(states.center[:, 3] - states.position) / 0.1  # the bowl
@@ -91,7 +92,7 @@ def test_targets_name_the_objects_and_where_they_are():
 
 
 def test_out_of_sight_is_outside():
-  state = tasks.reset(physics.seed_key(0), tasks.PICK)
+  state = jax.jit(lambda: tasks.reset(physics.seed_key(0), tasks.PICK))()
   behind = render.project(state, jnp.array([0.0, -2.0, 0.6]))
   assert (np.asarray(behind[0]) < 0).all()
 
@@ -118,5 +119,5 @@ def test_a_fraction_of_strongly_rotated_cubes():
     return float(((states.kind[i, target] == tasks.CUBE) & (turned > 0.35)).mean())
 
   assert share(0.0) < 0.17 and share(1.0) > 0.3
-  plain = jax.vmap(lambda key: tasks.reset(key, jnp.asarray(0), "train"))(keys)
+  plain = jax.jit(jax.vmap(lambda key: tasks.reset(key, jnp.asarray(0), "train")))(keys)
   jax.tree.map(np.testing.assert_array_equal, make(0.0), plain)
