@@ -443,6 +443,10 @@ def dummy_observation(model: SemanticVLA, batch: int = 1, prompt: int = 8) -> Ob
 def abstract_params(model: SemanticVLA | nn.Module, observation: Observation) -> dict:
   """The parameter tree as shapes, without memory, at any size; in seconds, and at once for an equal model."""
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), observation)
+  try:
+    hash(model)
+  except TypeError:  # a part with an array or the like for a field
+    return unfreeze(_abstract_params.__wrapped__(model, shapes))
   return unfreeze(_abstract_params(model, shapes))
 
 

@@ -1,8 +1,10 @@
 """Images made in other processes are those made here; what happens when one ends."""
 
+import contextlib
 import io
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -29,6 +31,16 @@ def test_batches_are_the_same(dataset, tokenizers):
   for found, want in zip(batches([(dataset, 1.0)], tokenizers, processes=2, **options), here, strict=True):
     np.testing.assert_array_equal(found.observation.images, want.observation.images)
     np.testing.assert_array_equal(found.actions, want.actions)
+
+
+def test_each_caller_gets_its_own_images():
+  how = ExampleImages(24, seed=0, augmentation=images.RELEASE)
+  sent, processes = [encoded("JPEG"), encoded("PNG")], ImageProcesses(how, 1)
+  drawn = [np.array([[0, 0, n]]) for n in range(32)]
+  with contextlib.closing(processes), ThreadPoolExecutor(processes.at_once + 1) as callers:
+    found = callers.map(lambda one: processes(one, sent), drawn)
+    for one, pictures in zip(drawn, found, strict=True):
+      np.testing.assert_array_equal(pictures, how.make(one, sent))
 
 
 def test_a_process_says_what_is_wrong_ignores_signals_and_its_end_is_an_error():

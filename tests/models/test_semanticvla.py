@@ -5,8 +5,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from helpers import TINY, jit_apply, random_observation, random_params, tiny
 
+from semanticvla_jax.models import semanticvla
+from semanticvla_jax.models.fuser import SparseFuser
 from semanticvla_jax.models.lora import LoRA
-from semanticvla_jax.models.semanticvla import VARIANTS, build, dummy_observation
+from semanticvla_jax.models.semanticvla import VARIANTS, abstract_params, build, dummy_observation
 
 MODEL = tiny()
 OPENVLA = dict(
@@ -161,6 +163,22 @@ def test_a_loop_over_encoder_blocks_changes_nothing():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, wanted)
   scans = str(jax.make_jaxpr(lambda p: LoRA(looped, 2, 4.0).apply({"params": p}, observation).actions)(params))
   assert scans.count("scan[") == 4  # SigLIP in two pieces, DINOv2 in one and its last block, decoder
+
+
+class _Weighted(SparseFuser):
+  weights: np.ndarray | None = None
+
+
+def test_shapes_of_an_equal_model_are_not_computed_again():
+  first, second = (build(TINY | {"num_views": 1}) for _ in range(2))
+  abstract_params(first, dummy_observation(first)).clear()  # the caller's own
+  before = semanticvla._abstract_params.cache_info()
+  assert "llm" in abstract_params(second, dummy_observation(second))
+  abstract_params(second, dummy_observation(second, prompt=9))
+  after = semanticvla._abstract_params.cache_info()
+  assert (after.hits - before.hits, after.misses - before.misses) == (1, 1)
+  unhashable = first.clone(sparse_fuser=_Weighted(first.sparse_fuser.width, weights=np.ones(3)))
+  assert abstract_params(unhashable, dummy_observation(first)) == abstract_params(first, dummy_observation(first))
 
 
 def test_unread_intermediates_are_not_computed(params):
