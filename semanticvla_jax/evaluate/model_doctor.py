@@ -3,9 +3,9 @@
     python -m semanticvla_jax.evaluate doctor --model --policy=checkpoints/tabletop_small --suite=place
 
 prints where the Dense-Fuser runs, how much FiLM modulates each block and whether instructions differ in it, how widely
-the aggregation tokens look, which words the cues choose, and which decoder layers change their input least
-(`model.skip_layers` leaves layers out). Whether kept patches lie on what is asked for is measured by
-`evaluate run --grounding`.
+the aggregation tokens look, which words the cues choose, which decoder layers change their input least
+(`model.skip_layers` leaves layers out), how many chunks of FAST's tokens are not whole, and how many patches chosen by
+LightVLA had no place. Whether kept patches lie on what is asked for is measured by `evaluate run --grounding`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def diagnose(policy: Policy, observations: Sequence[dict]) -> Iterator[str]:
   yield from _aggregation(policy, observation)
   yield from _cues(policy, observations)
   yield from _layers(policy, observation)
+  yield from _makeshifts(policy, observation)
 
 
 def _dense_fuser(model: Any) -> Iterator[str]:
@@ -134,6 +135,30 @@ def _layers(policy: Policy, observation: Any) -> Iterator[str]:
     f"least important first: {', '.join(map(str, order))}; EfficientVLA's share, {count} of {len(importance)}, is left "
     f"out by Policy.variant(skip_layers={least}) or --config.model.scan=False --config.model.skip_layers='{least}'"
   )
+
+
+def _makeshifts(policy: Policy, observation: Any) -> Iterator[str]:
+  """How often an answer is not what the model said (FAST without constraint) or saw (LightVLA with too few places)."""
+  names = ("malformed", "visual_overflow", "visual_kept")
+
+  @jax.jit
+  def look(params, observation):
+    seen = policy.model.apply({"params": params}, observation).intermediates
+    return {name: seen[name] for name in names if name in seen}
+
+  found = {name: np.asarray(x) for name, x in look(policy.params, observation).items()}
+  if "malformed" in found:
+    bad = found["malformed"]
+    yield (
+      f"chunks: {bad.sum()} of {bad.size} were not said whole; such a chunk is one of zero coefficients, in the middle "
+      "of the actions' range (model.decoding='constrained' has none)"
+    )
+  if "visual_overflow" in found:
+    over, chosen = found["visual_overflow"], found["visual_kept"]
+    yield (
+      f"chosen patches: {chosen.mean():.1f} of an observation ({chosen.min()} to {chosen.max()}), of which "
+      f"{over.mean():.1f} had no place (decoder_pruner.keep is of a view)"
+    )
 
 
 def main(argv: Sequence[str]) -> None:

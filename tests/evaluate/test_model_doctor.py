@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import policies
 import pytest
+from helpers import random_params
 
+from semanticvla_jax.action_tokens import ActionTokenizer
 from semanticvla_jax.evaluate import model_doctor
 from semanticvla_jax.evaluate.__main__ import main
+from semanticvla_jax.models.semanticvla import build
+from semanticvla_jax.policy import Policy
 
 PROMPTS = ("pick up the red cube", "put the ball in the bowl")
 
@@ -44,6 +48,28 @@ def test_a_layer_that_does_nothing_is_the_least_important_and_can_be_left_out():
   )
   again = model_doctor.layer_importance(short, policy.observe(observations))
   np.testing.assert_array_equal(again, importance, "measured with all layers")
+
+
+LIGHT = dict(decoder_pruner=dict(block=0, score="light", keep=1))
+UNCONSTRAINED = dict(OFT, coupler=None, mask="causal", chunk=8, codec=ActionTokenizer(8, 7), decoding="greedy")
+
+
+def last_line(fields):
+  config = policies.CONFIG | {"model": policies.TINY | fields}
+  model = build(config["model"])
+  policy = Policy(model, random_params(model, 0), policies.stats(), policies.tokenizers(), config, batch_sizes=())
+  *_, last = model_doctor.diagnose(policy, [policies.observation(i, prompt=prompt) for i, prompt in enumerate(PROMPTS)])
+  return last
+
+
+def test_chunks_that_were_not_said_whole_are_counted():
+  assert last_line(UNCONSTRAINED).startswith("chunks: 2 of 2 were not said whole")
+
+
+def test_chosen_patches_without_a_place_are_counted():
+  line = r"chosen patches: (\d+\.\d) of an observation \(\d+ to \d+\), of which (\d+\.\d) had no place"
+  chosen, over = map(float, re.match(line, last_line(OFT | LIGHT)).groups())
+  assert chosen == over + 2, "a place for each view"
 
 
 def test_a_policy_that_is_not_there():
