@@ -11,9 +11,12 @@ import semanticvla_jax
 from semanticvla_jax import __main__ as commands
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+SLOW = ("finetune_on_my_robot",)  # trains at the quickstart's size
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  "path", [pytest.param(x, id=x.stem, marks=[pytest.mark.slow] if x.stem in SLOW else []) for x in EXAMPLES]
+)
 def test_an_example_runs_and_is_short(path):
   assert len(path.read_text(encoding="utf-8").splitlines()) <= 80
   result = runpy.run_path(str(path), run_name="example")["main"]()
