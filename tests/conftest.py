@@ -11,10 +11,10 @@ os.environ["XLA_FLAGS"] = (
   + " --xla_force_host_platform_device_count=8"
   + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
-# The same program is often compiled again, by another test or the other worker: keep what took long.
+# The same program is often compiled again, by another test or the other worker: keep all but the smallest.
 CACHE = os.path.join(tempfile.gettempdir(), f"semanticvla_jax_tests_{os.getuid()}")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from jaxtyping import install_import_hook  # noqa: E402
