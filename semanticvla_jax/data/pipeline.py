@@ -190,10 +190,7 @@ def _work(stages: Stages, group: int) -> Callable:
 
   def work(examples, encoded, is_jpeg):
     if stages.make is None:
-      decoded = []
-      for i in range(group * stages.views):  # one after the other: together they would take more than this thread
-        with tf.control_dependencies(decoded[-1:]):
-          decoded.append(picture(encoded[i], is_jpeg[i]))
+      decoded = [picture(encoded[i], is_jpeg[i]) for i in range(group * stages.views)]
       pictures = tf.numpy_function(finish, [examples, *decoded], tf.uint8)
     else:
       pictures = tf.numpy_function(made_elsewhere, [examples, encoded], tf.uint8)
