@@ -37,7 +37,7 @@ def diagnose(policy: Policy, observations: Sequence[dict]) -> Iterator[str]:
   yield from _aggregation(policy, observation)
   yield from _cues(policy, observations)
   yield from _layers(policy, observation)
-  yield from _makeshifts(policy, observation)
+  yield from _fallbacks(policy, observation)
 
 
 def _dense_fuser(model: Any) -> Iterator[str]:
@@ -137,7 +137,7 @@ def _layers(policy: Policy, observation: Any) -> Iterator[str]:
   )
 
 
-def _makeshifts(policy: Policy, observation: Any) -> Iterator[str]:
+def _fallbacks(policy: Policy, observation: Any) -> Iterator[str]:
   """How often an answer is not what the model said (FAST without constraint) or saw (LightVLA with too few places)."""
   names = ("malformed", "visual_overflow", "visual_kept")
 
