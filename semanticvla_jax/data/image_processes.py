@@ -32,8 +32,6 @@ _VARIABLES = {
   "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
   "MALLOC_TOP_PAD_": str(16 << 20),
 }
-
-
 _AHEAD = 2  # requests that a process has at a time: one to work on while another comes or its images go back
 
 
