@@ -23,6 +23,7 @@ from jaxtyping import Float
 
 from semanticvla_jax.evaluate import cues, tabletop_flags
 from semanticvla_jax.models import programs
+from semanticvla_jax.models.decoder_pruner import LIGHT
 from semanticvla_jax.models.semanticvla import Output, build
 from semanticvla_jax.policy import Policy
 
@@ -139,7 +140,9 @@ def _layers(policy: Policy, observation: Any) -> Iterator[str]:
 
 def _fallbacks(policy: Policy, observation: Any) -> Iterator[str]:
   """How often an answer is not what the model said (FAST without constraint) or saw (LightVLA with too few places)."""
-  names = ("malformed", "visual_overflow", "visual_kept")
+  names, pruner = ("malformed", "visual_overflow", "visual_kept"), policy.bare.decoder_pruner
+  if policy.bare.codec is None and (pruner is None or pruner.score != LIGHT):
+    return
 
   @jax.jit
   def look(params, observation):
