@@ -15,13 +15,14 @@ from jaxtyping import Float
 
 from semanticvla_jax.libero import grasps
 
-REVISION = 4  # raise it when the same layout gives other actions: episodes of different revisions are not mixed
+REVISION = 5  # raise it when the same layout gives other actions: episodes of different revisions are not mixed
 OPEN, CLOSE = -1.0, 1.0
 _TURN = 0.5  # radians of a command of 1
 _CLEARANCE = 0.03  # between what is carried and what it passes over
 _BELOW_RIM = 0.02  # meters that the grip site goes below the rim of what an object is put in
 _TRIES = 3  # grasps of one object
 _IDLE = 12  # steps without coming nearer, as where the arm is stretched out
+_CLOSING = (8, 16)  # steps in which the fingers meet what they grip: at least, at most
 _OPENING = 12  # steps in which the fingers let go of the widest object
 
 
@@ -64,6 +65,12 @@ class Scene:
   def grip(self) -> Float[np.ndarray, "3"]:
     """Position of the point between the finger tips."""
     return self._data.site_xpos[self._grip].copy()
+
+  @property
+  def opening(self) -> float:
+    """Meters between the fingers."""
+    first, second = (self._sim.data.get_joint_qpos(f"gripper0_finger_joint{i}") for i in (1, 2))
+    return float(first - second)
 
   @property
   def base(self) -> Float[np.ndarray, "2"]:
@@ -139,8 +146,7 @@ class Expert:
     safe = max(hover[2], grasps.highest(others, scene.grip, hover, 0.12) + 0.05)
     yield from self._over(hover, safe, OPEN)
     yield from self._go(point, OPEN, 40, 0.006, 10.0, 0.6)
-    for _ in range(8):
-      yield self.towards(point, CLOSE, 10.0)
+    yield from self._close(point)
     before = scene.position(thing)[2]
     up = scene.grip + [0, 0, 0.08]
     for _ in range(14):
@@ -149,6 +155,15 @@ class Expert:
         break
     self._hang = scene.grip[2] - scene.points(thing)[:, 2].min()  # a bowl held at its rim tilts and slips
     return scene.position(thing)[2] > before + 0.025
+
+  def _close(self, point: Float[np.ndarray, "3"]) -> Iterator[Float[np.ndarray, "7"]]:
+    """Closes the fingers until they stand still: one that rises before slips off a thin rim."""
+    least, most = _CLOSING
+    for i in range(most):
+      before = self._scene.opening
+      yield self.towards(point, CLOSE, 10.0)
+      if i + 1 >= least and before - self._scene.opening < 0.0005:
+        return
 
   def _bring(self, goal: Goal) -> Iterator[Float[np.ndarray, "7"]]:
     """Carries what is gripped over its place, lowers it and lets go."""

@@ -16,11 +16,13 @@ _DEPTH = 0.024  # of the grip site below the object's top
 _FLOOR = 0.012  # of the grip site above the object's lowest point
 _PAD = 0.011  # half of a finger pad across the closing axis
 _FINGER = (0.0365, 0.0645)  # from the grip site to the inner and the outer side of an open finger
-_HAND = (0.107, 0.036, 0.042)  # half of the hand along and across the closing axis; its height above the grip site
+# Half of the hand along and across the closing axis; how far above the grip site it begins, less 1 cm as it may tilt.
+_HAND = (0.107, 0.036, 0.032)
 _YAWS = np.deg2rad(np.arange(-90, 90, 7.5))
-_ALONG = np.arange(-8, 9) * 0.01  # offsets from the object's middle along the closing axis, which find a rim
+_ALONG = np.arange(-16, 17) * 0.005  # offsets from the object's middle along the closing axis, which find a rim
 _ACROSS = np.array([0.0, -0.02, 0.02, -0.04, 0.04])
 REACH = 0.72  # from the arm's base, horizontally: farther away its elbow is nearly straight when the gripper looks down
+_EASY = 0.55  # the same, where the arm is neither folded nor stretched out
 
 
 class Grasp(NamedTuple):
@@ -85,7 +87,8 @@ def find(
 
   Tries yaws and offsets from the object's middle: what is between the open fingers has to fit, and the fingers need
   free room, so that a bowl is taken by its rim. Of those, the one nearest the middle, the narrowest, the best centered,
-  the least turned from `yaw`, not beyond REACH, and above all one where no obstacle is in the gripper's way.
+  with the fingers in line with the middle (a rim held askew slips), the least turned from `yaw`, where the arm moves
+  easily, not beyond REACH, and above all one where no obstacle is in the gripper's way.
   """
   low, high = target.min(0), target.max(0)
   height, middle = high[2] - low[2], (low[:2] + high[:2]) / 2
@@ -102,7 +105,8 @@ def find(
     turned = abs((angle - yaw + np.pi / 2) % np.pi - np.pi / 2)
     width, center = between[:, 1] - between[:, 0], between.mean(1)
     costs = 150 * abs(center) + 25 * width + 0.5 * turned + 50 * np.linalg.norm(offsets, axis=1) + 8 * blocked
-    costs += 80 * np.maximum(np.linalg.norm(centers - base, axis=1) - REACH, 0)
+    reach = np.linalg.norm(centers - base, axis=1)
+    costs += 60 * abs(offsets[:, 1]) + 5 * abs(reach - _EASY) + 80 * np.maximum(reach - REACH, 0)
     costs[~fits] = np.inf
     i = int(costs.argmin())
     if costs[i] < least:

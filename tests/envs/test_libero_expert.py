@@ -37,6 +37,28 @@ def test_what_is_not_pick_and_place_is_not_tried(goal):
   assert expert.goals(BDDL.format(goal)) is None
 
 
+class Fingers(expert.Scene):
+  """A gripper at rest whose fingers come 7 mm nearer with each step, until they meet something."""
+
+  grip, attitude = np.zeros(3), np.eye(3)
+
+  def __init__(self, meets):
+    self.meets, self.steps = meets, 0
+
+  @property
+  def opening(self):
+    return max(0.08 - 0.007 * self.steps, self.meets)
+
+
+@pytest.mark.parametrize(("meets", "steps"), [(0.07, 8), (0.01, 11), (-1.0, 16)], ids=["box", "rim", "nothing"])
+def test_fingers_close_until_they_stand_still(meets, steps):
+  scene = Fingers(meets)
+  for action in expert.Expert(scene, [], np.random.default_rng(0))._close(np.zeros(3)):
+    scene.steps += 1
+    assert action[6] == expert.CLOSE and not action[:3].any()
+  assert scene.steps == steps
+
+
 @libero_assets.installed
 def test_the_tasks_that_the_expert_can_do():
   assert demonstrations.able("libero_object") == demonstrations.able("libero_spatial") == [*range(10)]

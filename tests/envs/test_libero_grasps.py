@@ -63,6 +63,22 @@ def test_a_bowl_is_taken_by_its_rim():
   assert 0.9 < found.position[2] < 0.95
 
 
+@pytest.mark.parametrize("height", [0.05, 0.07])
+@pytest.mark.parametrize("radius", np.arange(0.045, 0.066, 0.005).round(3))
+def test_a_rim_is_held_with_the_fingers_in_line_with_its_middle(radius, height):
+  found = grasps.find(bowl((0.02, -0.03, 0.9), radius, height), NOTHING, 0.9, BASE)
+  outward = found.position[:2] - [0.02, -0.03]
+  in_line = abs(outward @ [np.cos(found.yaw), np.sin(found.yaw)]) / np.linalg.norm(outward)
+  assert in_line > np.cos(np.deg2rad(5))
+
+
+def test_a_tilted_hand_has_room_above_a_wall():
+  cube = box((0, 0, 0.03), (0.01, 0.01, 0.03))
+  top = grasps.find(cube, NOTHING, 0.0, BASE).position[2] + 0.04  # the hand begins 4.2 cm above the grip site
+  walls = [box((0.085 * np.cos(a), 0.085 * np.sin(a), top / 2), (0.01, 0.06, top / 2), a) for a in range(6)]
+  assert grasps.find(cube, np.concatenate(walls), 0.0, BASE).blocked
+
+
 def test_a_bowl_at_the_end_of_the_reach_is_taken_by_its_near_rim():
   far = bowl((BASE[0] + 0.79, 0.0, 0.9))
   found = grasps.find(far, NOTHING, 0.0, BASE)
