@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
+# pytest on the files that name a mark: collecting all of them takes half a minute. libero_assets marks tests with `sim`.
+marked = -m pytest -m "$(1)" $$(grep -rlwE "$(firstword $(1))$(if $(filter sim,$(1)),|libero_assets)" tests --include="test_*.py")
+
 SUITE ?= place
 SPLIT ?= unseen
 
@@ -38,19 +41,19 @@ test: $(VENV)/.main  ## all tests that need nothing but the main requirements
 	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not lerobot and not processes and not slow and not clients"
 
 slow: $(VENV)/.main  ## what takes minutes of compilation: every row of the ablations, every config at `small`, every mesh
-	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not aot and not aot_gpu"
+	$(PY) $(call marked,slow and not aot and not aot_gpu) -n 2 --dist worksteal
 
 processes: $(VENV)/.main  ## the commands in processes of their own: the whole chain, two hosts, kill -9, SIGTERM (minutes)
-	$(PY) -m pytest -m processes
+	$(PY) $(call marked,processes)
 
 soak: $(VENV)/.main  ## a run killed 20 times at random steps ends as the one left alone, bit for bit
 	KILLS=20 $(PY) -m pytest -s -m processes tests/train/test_resume.py
 
 parity: $(VENV)/.parity  ## against PyTorch's own classes (installs torch, transformers)
-	$(PY) -m pytest -m parity
+	$(PY) $(call marked,parity)
 
 sim: $(VENV)/.sim  ## the LIBERO simulator: installs it with its assets and runs its tests (OpenGL libraries: docs/libero.md)
-	$(PY) -m pytest -m sim
+	$(PY) $(call marked,sim)
 
 sim-demo: POLICY = checkpoints/libero_object_small
 sim-demo: $(VENV)/.sim  ## five episodes of a policy in LIBERO, with films and kept patches: POLICY=checkpoints/libero_object_small
@@ -65,7 +68,7 @@ sim-demo: $(VENV)/.sim  ## five episodes of a policy in LIBERO, with films and k
 	touch $@
 
 lerobot: .venv-lerobot/.done  ## LeRobot's own code writes datasets and drives a robot (installs torch, apart from this environment)
-	$(PY) -m pytest -m lerobot
+	$(PY) $(call marked,lerobot)
 
 pretrain: $(VENV)/.main  ## the small tabletop base from scratch, in three runs; run it again to go on
 	$(PY) -m semanticvla_jax.train --config=configs/pretrain.py --workdir=runs/pretrain
@@ -86,7 +89,7 @@ $(VENV)/.clients: requirements-clients.txt $(VENV)/.main
 	touch $@
 
 serve-test: $(VENV)/.clients  ## the server against unmodified clients (installs them)
-	$(PY) -m pytest -n 0 -m clients
+	$(PY) $(call marked,clients) -n 0
 
 # On two cores a call at `mid` takes about a second: p95 and p99 of so few calls say little, see docs/performance.md.
 CALLS ?= 10
@@ -100,8 +103,8 @@ bench: $(VENV)/.parity  ## speed on this machine, each figure with its peer: pol
 	taskset -c 0 $(BENCH) data --out=runs/bench/data_one_core.json
 	$(BENCH) data --out=runs/bench/data.json
 
-DEMONSTRATIONS ?= ../shared/libero/demonstrations
 bench-sim: $(VENV)/.sim  ## LIBERO episodes a minute, two simulators against one (DEMONSTRATIONS=…)
+	@test -n "$(DEMONSTRATIONS)" || { echo "no recorded demonstrations: name LIBERO's HDF5 files with DEMONSTRATIONS=DIR"; exit 1; }
 	$(PY) -m semanticvla_jax.benchmark simulators --recorded=$(DEMONSTRATIONS)
 
 bench-serve: $(VENV)/.main  ## a policy server under 1, 8, 32 and 64 clients, and what its doors cost (POLICY=…)
@@ -116,7 +119,7 @@ hostile: $(VENV)/.main  ## 10,000 generated frames for every door of the server 
 	touch $@
 
 aot: .venv-aot/.done  ## ahead-of-time compilation for TPU slices: small ones, then the 7B training step (minutes)
-	PYTHONPATH=.venv-aot $(PY) -m pytest -m aot
+	PYTHONPATH=.venv-aot $(PY) $(call marked,aot)
 
 # jax's CUDA plugin compiles for GPUs that are not here, with ptxas alone of NVIDIA's libraries: 580 MB instead of 5.6 GB.
 .venv-aot-gpu/.done: $(VENV)/.main
@@ -126,7 +129,7 @@ aot: .venv-aot/.done  ## ahead-of-time compilation for TPU slices: small ones, t
 	touch $@
 
 aot-gpu: .venv-aot-gpu/.done  ## ahead-of-time compilation for NVIDIA GPUs without one (two minutes; installs 580 MB)
-	PYTHONPATH=.venv-aot-gpu $(PY) -m pytest -m aot_gpu
+	PYTHONPATH=.venv-aot-gpu $(PY) $(call marked,aot_gpu)
 
 # The newest jax, on a newer Python where this machine has one: what an accelerator's machine may bring.
 NEWEST ?= $(shell for python in python3.13 python3.12 $(HOME)/.pyenv/versions/3.13*/bin/python3 $(HOME)/.pyenv/versions/3.12*/bin/python3; do \
