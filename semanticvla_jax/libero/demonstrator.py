@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from semanticvla_jax.data import trajectories
 from semanticvla_jax.libero import expert, grasps, simulator, suites
+from semanticvla_jax.libero.scene import Scene
 
 _STRAY = 14  # steps on which the arm leaves its usual pose before an episode
 
@@ -81,7 +82,7 @@ class Demonstrator(simulator.Simulator):
     rng = np.random.default_rng([self.settings.seed, task, attempt])
     goals = expert.goals(self._tasks[task].bddl.read_text(encoding="utf-8"))
     self._begin(task, attempt, goals, rng)
-    scene = expert.Scene(self._environment.env)
+    scene = Scene(self._environment.env)
     agent = expert.Expert(scene, goals, rng, self._variety.noise)
     elsewhere = scene.grip + rng.uniform(-1, 1, 3) * self._variety.start
     before = [*([suites.WAIT] * self.settings.wait_steps), *([None] * _STRAY)]
@@ -98,7 +99,7 @@ class Demonstrator(simulator.Simulator):
     self._seed(task, attempt)
     self._reset()
     self._done = False
-    scene, environment = expert.Scene(self._environment.env), self._environment.env
+    scene, environment = Scene(self._environment.env), self._environment.env
     part = {name for goal in goals for name in (goal.thing, scene.owner(goal.place))}
     for name in sorted(set(environment.objects_dict) - part):
       mine, others = scene.points(name, 0.01), scene.others(name)

@@ -9,7 +9,7 @@ import pytest
 from semanticvla_jax.data import rlds
 from semanticvla_jax.demonstrate.__main__ import main
 from semanticvla_jax.envs.subprocess_env import Process
-from semanticvla_jax.libero import demonstrator, episode_files, expert, simulator, suites
+from semanticvla_jax.libero import demonstrator, episode_files, expert, scene, simulator, suites
 from semanticvla_jax.libero import expert_demonstrations as demonstrations
 
 NAME = "libero_object_no_noops"
@@ -37,7 +37,7 @@ def test_what_is_not_pick_and_place_is_not_tried(goal):
   assert expert.goals(BDDL.format(goal)) is None
 
 
-class Fingers(expert.Scene):
+class Fingers(scene.Scene):
   """A gripper at rest whose fingers come 7 mm nearer with each step, until they meet something."""
 
   grip, attitude = np.zeros(3), np.eye(3)
@@ -52,11 +52,11 @@ class Fingers(expert.Scene):
 
 @pytest.mark.parametrize(("meets", "steps"), [(0.07, 8), (0.01, 11), (-1.0, 16)], ids=["box", "rim", "nothing"])
 def test_fingers_close_until_they_stand_still(meets, steps):
-  scene = Fingers(meets)
-  for action in expert.Expert(scene, [], np.random.default_rng(0))._close(np.zeros(3)):
-    scene.steps += 1
+  gripper = Fingers(meets)
+  for action in expert.Expert(gripper, [], np.random.default_rng(0))._close(np.zeros(3)):
+    gripper.steps += 1
     assert action[6] == expert.CLOSE and not action[:3].any()
-  assert scene.steps == steps
+  assert gripper.steps == steps
 
 
 @libero_assets.installed
