@@ -100,7 +100,7 @@ class Demonstrator(simulator.Simulator):
     self._reset()
     self._done = False
     scene, environment = Scene(self._environment.env), self._environment.env
-    part = {name for goal in goals for name in (goal.thing, scene.owner(goal.place))}
+    part = {scene.owner(name) for goal in goals for name in goal[1:] if name is not None}
     for name in sorted(set(environment.objects_dict) - part):
       mine, others = scene.points(name, 0.01), scene.others(name)
       shift = grasps.room(mine, others, self._variety.distractors, rng)

@@ -1,7 +1,8 @@
-"""A scripted expert for LIBERO's pick-and-place tasks, from what only the simulator knows.
+"""A scripted expert for LIBERO's tasks, from what only the simulator knows.
 
-It reads positions and collision shapes, plans a grasp from above, and steers robosuite's OSC_POSE controller: actions
-in [-1, 1] of 5 cm and 0.5 rad a step, gripper -1 open, +1 closed. Goals are `In` and `On` with a movable object.
+It reads positions and collision shapes, plans a grasp, and steers robosuite's OSC_POSE controller: actions in [-1, 1]
+of 5 cm and 0.5 rad a step, gripper -1 open, +1 closed. Goals are `In` and `On` with a movable object, `Open` of a
+drawer, and `Turnon`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from semanticvla_jax.libero import grasps
+from semanticvla_jax.libero import fixtures, grasps
 from semanticvla_jax.libero.scene import Scene
 
 REVISION = 5  # raise it when the same layout gives other actions: episodes of different revisions are not mixed
@@ -24,30 +25,42 @@ _BELOW_RIM = 0.02  # meters that the grip site goes below the rim of what an obj
 _TRIES = 3  # grasps of one object
 _IDLE = 12  # steps without coming nearer, as where the arm is stretched out
 _CLOSING = (8, 16)  # steps in which the fingers meet what they grip: at least, at most
+_DIP = np.deg2rad(15)  # of the gripper at a drawer's handle: its hand stays above what stands in front
+_DEEPER = 0.006  # meters that the finger tips reach behind a handle's middle
+_PULLS, _OPENED = 70, 0.148  # steps that a drawer is pulled; meters that it is open then, of 0.16
+_TURNS = 50  # steps that a knob is turned
 _OPENING = 12  # steps in which the fingers let go of the widest object
 
 
 class Goal(NamedTuple):
-  """What has to be where: relation "in" or "on", a movable object, the object or region it goes to."""
+  """What has to be: relation "in" or "on" of a movable object and where it goes; "open" of a drawer's region; "turnon".
+
+  `place` is the object or region that the thing goes to, None for the relations of one thing.
+  """
 
   relation: str
   thing: str
-  place: str
+  place: str | None = None
 
 
 def goals(bddl: str) -> list[Goal] | None:
-  """The goals of a task from the text of its bddl file; None where one is not a movable object in or on something."""
+  """The goals of a task from the text of its bddl file; None where the expert cannot do one of them."""
   objects = re.search(r"\(:objects(.*?)\)", bddl, re.DOTALL)
   wanted = re.search(r"\(:goal(.*)", bddl, re.DOTALL)
   if objects is None or wanted is None:
     return None
   movable = {name for line in objects[1].splitlines() for name in line.partition(" - ")[0].split()}
   predicates = [words.split() for words in re.findall(r"\(([A-Z]\w* [^()]+)\)", wanted[1])]
-  if not all(len(words) == 3 for words in predicates):
+  if not predicates or not all(len(words) in (2, 3) for words in predicates):
     return None
-  found = [Goal(relation.lower(), thing, place) for relation, thing, place in predicates]
-  able = found and all(goal.relation in ("in", "on") and goal.thing in movable for goal in found)
-  return found if able else None
+  found = [Goal(words[0].lower(), *words[1:]) for words in predicates]
+  return found if all(_is_able(goal, movable) for goal in found) else None
+
+
+def _is_able(goal: Goal, movable: set[str]) -> bool:
+  if goal.place is not None:
+    return goal.relation in ("in", "on") and goal.thing in movable
+  return goal.relation == "turnon" or (goal.relation == "open" and goal.thing.endswith("_region"))
 
 
 class Expert:
@@ -64,19 +77,69 @@ class Expert:
   def __init__(self, scene: Scene, goals: Sequence[Goal], rng: np.random.Generator, noise: float = 0.0):
     self._scene, self._goals, self._rng, self._noise = scene, goals, rng, noise
     x = scene.attitude[:, 0]
-    self._yaw = float(np.arctan2(x[1], x[0]))
+    self._look_down(float(np.arctan2(x[1], x[0])))
     self._rest = np.zeros(3)  # integral of the position's error
     self._hang = 0.0  # meters from what is gripped's lowest point up to the grip site
 
   def actions(self) -> Iterator[Float[np.ndarray, "7"]]:
     """Actions until all is done; each is computed when the one before has been executed."""
     for goal in self._goals:
-      for _ in range(_TRIES):
-        taken = yield from self._take(goal.thing)
-        if taken:
-          yield from self._bring(goal)
-          break
-        yield from self._retreat(8)
+      if goal.place is not None:
+        yield from self._put(goal)
+      elif goal.relation == "open":
+        yield from self._open(goal.thing)
+      else:
+        yield from self._turn_on(goal.thing)
+
+  def _look_down(self, yaw: float) -> None:
+    """From now on the gripper looks straight down, its fingers closing along `yaw`."""
+    self._yaw, self._attitudes = yaw, grasps.either_way(yaw)
+
+  def _put(self, goal: Goal) -> Iterator[Float[np.ndarray, "7"]]:
+    """Brings an object to its place, for which a closed drawer is opened."""
+    if self._scene.is_in_drawer(goal.place) and not self._scene.holds("open", goal.place):
+      yield from self._open(goal.place)
+    for _ in range(_TRIES):
+      taken = yield from self._take(goal.thing)
+      if taken:
+        yield from self._bring(goal)
+        return
+      yield from self._retreat(8)
+
+  def _open(self, region: str) -> Iterator[Float[np.ndarray, "7"]]:
+    """Takes a drawer's handle from in front, fingers above and below it, and pulls."""
+    scene, drawer = self._scene, self._scene.part(region)
+    point, out = fixtures.handle(drawer), drawer.axis
+    ahead = grasps.sideways(-out, _DIP)
+    self._attitudes = (ahead, ahead @ np.diag([-1.0, -1.0, 1.0]))
+    point = point + _DEEPER * ahead[:, 2]
+    yield from self._straight(point - 0.13 * ahead[:, 2], OPEN, 80, 0.015)
+    yield from self._straight(point, OPEN, 50, 0.01)
+    yield from self._close(point)
+    for _ in range(_PULLS):
+      if scene.part(region).moved > _OPENED:
+        break
+      yield self.towards(point + out * (out @ (scene.grip - point) + 0.03), CLOSE)
+    still = scene.grip
+    for _ in range(_OPENING):
+      yield self.towards(still, OPEN)
+    yield from self._straight(still + 0.08 * out, OPEN, 20, 0.02)
+
+  def _turn_on(self, name: str) -> Iterator[Float[np.ndarray, "7"]]:
+    """Takes a knob's bar from above and turns it."""
+    part = self._scene.part(name)
+    point, yaw = fixtures.knob(part)
+    yield from self._descend(point, yaw, point[2] + 0.07, self._scene.others())
+    yield from self._close(point)
+    for turned in np.arange(1, _TURNS) * 0.08:
+      if self._scene.holds("turnon", name):
+        break
+      self._look_down(yaw + np.sign(part.axis[2]) * min(turned, 1.3))
+      yield self.towards(point, CLOSE)
+    still = self._scene.grip
+    for _ in range(_OPENING):
+      yield self.towards(still, OPEN)
+    yield from self._retreat(20)
 
   def _take(self, thing: str) -> Iterator[Float[np.ndarray, "7"]]:
     """Goes over an object, down, and grips it; returns whether it came along."""
@@ -84,11 +147,8 @@ class Expert:
     found = grasps.find(target, others, self._yaw, scene.base)
     low, high = target.min(0), target.max(0)
     middle = np.array([*(low[:2] + high[:2]) / 2, max(high[2] - 0.02, low[2] + 0.012)])
-    point, self._yaw = (middle, self._yaw) if found is None else (found.position, found.yaw)
-    hover = np.array([*point[:2], max(high[2] + 0.05, point[2] + 0.07)])
-    safe = max(hover[2], grasps.highest(others, scene.grip, hover, 0.12) + 0.05)
-    yield from self._over(hover, safe, OPEN)
-    yield from self._go(point, OPEN, 40, 0.006, 10.0, 0.6)
+    point, yaw = (middle, self._yaw) if found is None else (found.position, found.yaw)
+    yield from self._descend(point, yaw, max(high[2] + 0.05, point[2] + 0.07), others)
     yield from self._close(point)
     before = scene.position(thing)[2]
     up = scene.grip + [0, 0, 0.08]
@@ -98,6 +158,15 @@ class Expert:
         break
     self._hang = scene.grip[2] - scene.points(thing)[:, 2].min()  # a bowl held at its rim tilts and slips
     return scene.position(thing)[2] > before + 0.025
+
+  def _descend(
+    self, point: Float[np.ndarray, "3"], yaw: float, height: float, others: Float[np.ndarray, "n 3"]
+  ) -> Iterator[Float[np.ndarray, "7"]]:
+    """Goes over a point, to `height` or as high as the others on the way ask for, then down to it, fingers open."""
+    self._look_down(yaw)
+    hover = np.array([*point[:2], height])
+    yield from self._over(hover, max(height, grasps.highest(others, self._scene.grip, hover, 0.12) + 0.05), OPEN)
+    yield from self._go(point, OPEN, 40, 0.006, 10.0, 0.6)
 
   def _close(self, point: Float[np.ndarray, "3"]) -> Iterator[Float[np.ndarray, "7"]]:
     """Closes the fingers until they stand still: one that rises before slips off a thin rim."""
@@ -158,7 +227,7 @@ class Expert:
       rising = here[2] < safe - 0.035
       yield self.towards(np.array([*(here if rising else point)[:2], safe]), grip)
       aside = np.linalg.norm((self._scene.grip - point)[:2])
-      askew = np.linalg.norm(grasps.turn(self._scene.attitude, self._yaw))
+      askew = self._askew()
       left = aside + 0.1 * askew
       least, idle = min(least, left), 0 if rising or left < least - 0.002 else idle + 1
       if (aside < near and askew < 0.08) or idle == _IDLE:
@@ -175,6 +244,20 @@ class Expert:
       yield self.towards(np.array([*point[:2], here[2]]) if aside else point, grip, gain, fastest)
       if np.linalg.norm(self._scene.grip - point) < near:
         return
+
+  def _straight(
+    self, point: Float[np.ndarray, "3"], grip: float, steps: int, near: float
+  ) -> Iterator[Float[np.ndarray, "7"]]:
+    """Moves straight to a point at half speed until it is `near` and turned; at most so many steps."""
+    for _ in range(steps):
+      way = point - self._scene.grip
+      yield self.towards(self._scene.grip + way * min(1.0, 0.05 / max(np.linalg.norm(way), 1e-9)), grip, 10.0)
+      if np.linalg.norm(self._scene.grip - point) < near and self._askew() < 0.12:
+        return
+
+  def _askew(self) -> float:
+    """Radians from how the gripper shall look."""
+    return float(np.linalg.norm(grasps.turn(self._scene.attitude, self._attitudes)))
 
   def _retreat(self, steps: int) -> Iterator[Float[np.ndarray, "7"]]:
     yield from self._go(self._scene.grip + [0, 0, 0.1], OPEN, steps, 0.02, 16.0, 1.0)
@@ -203,5 +286,5 @@ class Expert:
     self._rest = np.where(np.abs(error) < 0.03, np.clip(kept + error, -0.1, 0.1), 0.0)
     move = np.clip(error * gain + self._rest * 2, [-1, -1, -fastest], [1, 1, fastest])
     strays = (self._noise if noise is None else noise) * np.linalg.norm(move)
-    turn = np.clip(grasps.turn(self._scene.attitude, self._yaw) / _TURN, -0.6, 0.6)
+    turn = np.clip(grasps.turn(self._scene.attitude, self._attitudes) / _TURN, -0.6, 0.6)
     return np.array([*np.clip(move + strays * self._rng.standard_normal(3), -1, 1), *turn, grip])

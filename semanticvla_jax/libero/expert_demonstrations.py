@@ -123,7 +123,7 @@ def _check(options: Options) -> None:
     raise refuse(
       "The expert cannot do some tasks",
       f"{names} of {suite}",
-      "goals that are a movable object in or on something",
+      "goals to put, open, turn on: a movable object in or on something, a drawer, a knob",
       f"choose among --tasks={','.join(map(str, able(suite)))}",
     )
 

@@ -6,6 +6,7 @@ is the Panda's: two fingers that open 8 cm, below a hand that is 21 cm wide alon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +56,13 @@ def downward(yaw: float) -> Float[np.ndarray, "3 3"]:
   return np.stack([x, np.cross(z, x), z], 1)
 
 
+def sideways(direction: Float[np.ndarray, "3"], dip: float) -> Float[np.ndarray, "3 3"]:
+  """The grip site's rotation that looks along a horizontal unit vector, `dip` radians down, and closes vertically."""
+  down = np.array([0.0, 0.0, -1.0])
+  z, x = np.cos(dip) * direction + np.sin(dip) * down, np.sin(dip) * direction - np.cos(dip) * down
+  return np.stack([x, np.cross(z, x), z], 1)
+
+
 def rotation_vector(rotation: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, "3"]:
   """Axis times angle of a rotation of less than π."""
   angle = np.arccos(np.clip((np.trace(rotation) - 1) / 2, -1, 1))
@@ -64,10 +72,14 @@ def rotation_vector(rotation: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, "3"
   return np.array([skew[2, 1], skew[0, 2], skew[1, 0]]) / (2 * np.sin(angle)) * angle
 
 
-def turn(rotation: Float[np.ndarray, "3 3"], yaw: float) -> Float[np.ndarray, "3"]:
-  """The shortest rotation vector from `rotation` to a downward grip at `yaw`; a gripper turned by π is the same."""
-  ways = [rotation_vector(downward(angle) @ rotation.T) for angle in (yaw, yaw + np.pi)]
-  return min(ways, key=np.linalg.norm)
+def turn(rotation: Float[np.ndarray, "3 3"], wanted: Sequence[Float[np.ndarray, "3 3"]]) -> Float[np.ndarray, "3"]:
+  """The shortest rotation vector from `rotation` to one of the wanted."""
+  return min((rotation_vector(one @ rotation.T) for one in wanted), key=np.linalg.norm)
+
+
+def either_way(yaw: float) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, "3 3"]]:
+  """The two rotations of a downward grip at a yaw: a gripper turned by π is the same."""
+  return downward(yaw), downward(yaw + np.pi)
 
 
 def highest(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from semanticvla_jax.libero import grasps
+from semanticvla_jax.libero import fixtures, grasps
 
 
 class Scene:
@@ -15,12 +15,12 @@ class Scene:
 
   def __init__(self, environment: Any):
     self._bodies: dict[str, int] = environment.obj_body_id
-    self._sim = environment.sim
+    self._environment, self._sim = environment, environment.sim
     self._model, self._data = environment.sim.model._model, environment.sim.data._data
     self._grip = environment.sim.model.site_name2id("gripper0_grip_site")
-    solid = (self._model.geom_contype != 0) | (self._model.geom_conaffinity != 0)
+    self._solid = (self._model.geom_contype != 0) | (self._model.geom_conaffinity != 0)
     roots = self._model.body_rootid[self._model.geom_bodyid]
-    self._geoms = {name: np.flatnonzero(solid & (roots == body)) for name, body in self._bodies.items()}
+    self._geoms = {name: np.flatnonzero(self._solid & (roots == body)) for name, body in self._bodies.items()}
 
   @property
   def grip(self) -> Float[np.ndarray, "3"]:
@@ -56,8 +56,32 @@ class Scene:
 
   def points(self, name: str, spacing: float = 0.006) -> Float[np.ndarray, "n 3"]:
     """Points inside the collision shapes of an object, as boxes around each of them."""
+    return self._fill(self._geoms[name], spacing)
+
+  def part(self, name: str) -> fixtures.Part:
+    """What moves of a fixture, or the drawer that a region is in."""
+    joint = self._model.joint(self._joint(name)).id
+    opposite = -1.0 if abs(self._model.jnt_range[joint, 0]) > abs(self._model.jnt_range[joint, 1]) else 1.0
+    moving = self._solid & (self._model.geom_bodyid == self._model.jnt_bodyid[joint])
+    moved = opposite * self._data.qpos[self._model.jnt_qposadr[joint]]
+    return fixtures.Part(self._fill(np.flatnonzero(moving), 0.006), opposite * self._data.xaxis[joint], float(moved))
+
+  def is_in_drawer(self, name: str) -> bool:
+    """Whether a region is in a drawer, which may be closed."""
+    region = self._environment.object_sites_dict.get(name)
+    return region is not None and bool(region.joints)
+
+  def holds(self, relation: str, name: str) -> bool:
+    """Whether a drawer is open ("open") or a fixture on ("turnon"), by LIBERO's own rules."""
+    state = self._environment.object_states_dict[name]
+    return state.is_open() if relation == "open" else state.turn_on()
+
+  def _joint(self, name: str) -> str:
+    return self._environment.get_object(name).joints[0]
+
+  def _fill(self, geoms: Int[np.ndarray, " g"], spacing: float) -> Float[np.ndarray, "n 3"]:
     found = [np.zeros((0, 3))]
-    for geom in self._geoms[name]:
+    for geom in geoms:
       rotation, box = self._data.geom_xmat[geom].reshape(3, 3), self._model.geom_aabb[geom]
       found.append(grasps.fill(self._data.geom_xpos[geom] + rotation @ box[:3], rotation, box[3:], spacing))
     return np.concatenate(found)

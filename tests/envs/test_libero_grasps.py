@@ -42,8 +42,8 @@ def test_a_gripper_turned_by_half_a_turn_is_the_same():
   held = grasps.downward(0.3)
   np.testing.assert_allclose(held @ [0, 0, 1], [0, 0, -1], atol=1e-12)
   assert np.linalg.det(held) == pytest.approx(1)
-  np.testing.assert_allclose(grasps.turn(held, 0.3 + np.pi), np.zeros(3), atol=1e-6)
-  np.testing.assert_allclose(grasps.turn(held, 0.5), [0, 0, 0.2], atol=1e-9)
+  np.testing.assert_allclose(grasps.turn(held, grasps.either_way(0.3 + np.pi)), np.zeros(3), atol=1e-6)
+  np.testing.assert_allclose(grasps.turn(held, grasps.either_way(0.5)), [0, 0, 0.2], atol=1e-9)
 
 
 def test_a_box_is_taken_across_its_narrow_side_in_the_middle():
