@@ -97,7 +97,8 @@ class Expert:
 
   def _put(self, goal: Goal) -> Iterator[Float[np.ndarray, "7"]]:
     """Brings an object to its place, for which a closed drawer is opened."""
-    if self._scene.is_in_drawer(goal.place) and not self._scene.holds("open", goal.place):
+    scene = self._scene
+    if goal.relation == "in" and scene.is_in_drawer(goal.place) and not scene.holds("open", goal.place):
       yield from self._open(goal.place)
     for _ in range(_TRIES):
       taken = yield from self._take(goal.thing)
@@ -117,13 +118,11 @@ class Expert:
     yield from self._straight(point, OPEN, 50, 0.01)
     yield from self._close(point)
     for _ in range(_PULLS):
-      if scene.part(region).moved > _OPENED:
+      if scene.moved(region) > _OPENED:
         break
       yield self.towards(point + out * (out @ (scene.grip - point) + 0.03), CLOSE)
-    still = scene.grip
-    for _ in range(_OPENING):
-      yield self.towards(still, OPEN)
-    yield from self._straight(still + 0.08 * out, OPEN, 20, 0.02)
+    yield from self._let_go()
+    yield from self._straight(scene.grip + 0.08 * out, OPEN, 20, 0.02)
 
   def _turn_on(self, name: str) -> Iterator[Float[np.ndarray, "7"]]:
     """Takes a knob's bar from above and turns it."""
@@ -136,10 +135,13 @@ class Expert:
         break
       self._look_down(yaw + np.sign(part.axis[2]) * min(turned, 1.3))
       yield self.towards(point, CLOSE)
+    yield from self._let_go()
+    yield from self._retreat(20)
+
+  def _let_go(self) -> Iterator[Float[np.ndarray, "7"]]:
     still = self._scene.grip
     for _ in range(_OPENING):
       yield self.towards(still, OPEN)
-    yield from self._retreat(20)
 
   def _take(self, thing: str) -> Iterator[Float[np.ndarray, "7"]]:
     """Goes over an object, down, and grips it; returns whether it came along."""

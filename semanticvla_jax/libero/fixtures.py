@@ -17,13 +17,11 @@ _BAR = 0.02  # height of a knob's bar, from its highest point
 class Part(NamedTuple):
   """The moving part of a fixture: points inside its collision shapes, and which way it moves from where it is closed.
 
-  `axis` is a drawer's unit vector in the world, or what a knob turns about, by the right-hand rule; `moved` is how far
-  it is from closed, in meters or radians.
+  `axis` is a drawer's unit vector in the world, or what a knob turns about, by the right-hand rule.
   """
 
   points: Float[np.ndarray, "n 3"]
   axis: Float[np.ndarray, "3"]
-  moved: float
 
 
 def handle(drawer: Part) -> Float[np.ndarray, "3"]:

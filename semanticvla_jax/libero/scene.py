@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 
 from semanticvla_jax.libero import fixtures, grasps
 
+_SLIDE = 2  # mujoco.mjtJoint.mjJNT_SLIDE
+
 
 class Scene:
   """What a robosuite environment with LIBERO's objects holds now: positions and collision shapes in the world."""
@@ -60,24 +62,30 @@ class Scene:
 
   def part(self, name: str) -> fixtures.Part:
     """What moves of a fixture, or the drawer that a region is in."""
-    joint = self._model.joint(self._joint(name)).id
-    opposite = -1.0 if abs(self._model.jnt_range[joint, 0]) > abs(self._model.jnt_range[joint, 1]) else 1.0
+    joint, sign = self._joint(name)
     moving = self._solid & (self._model.geom_bodyid == self._model.jnt_bodyid[joint])
-    moved = opposite * self._data.qpos[self._model.jnt_qposadr[joint]]
-    return fixtures.Part(self._fill(np.flatnonzero(moving), 0.006), opposite * self._data.xaxis[joint], float(moved))
+    return fixtures.Part(self._fill(np.flatnonzero(moving), 0.006), sign * self._data.xaxis[joint])
 
-  def is_in_drawer(self, name: str) -> bool:
+  def moved(self, name: str) -> float:
+    """How far that part is from where it is closed, in meters or radians."""
+    joint, sign = self._joint(name)
+    return float(sign * self._data.qpos[self._model.jnt_qposadr[joint]])
+
+  def is_in_drawer(self, region: str) -> bool:
     """Whether a region is in a drawer, which may be closed."""
-    region = self._environment.object_sites_dict.get(name)
-    return region is not None and bool(region.joints)
+    known = self._environment.object_sites_dict.get(region)
+    return known is not None and bool(known.joints) and self._model.jnt_type[self._joint(region)[0]] == _SLIDE
 
   def holds(self, relation: str, name: str) -> bool:
     """Whether a drawer is open ("open") or a fixture on ("turnon"), by LIBERO's own rules."""
     state = self._environment.object_states_dict[name]
     return state.is_open() if relation == "open" else state.turn_on()
 
-  def _joint(self, name: str) -> str:
-    return self._environment.get_object(name).joints[0]
+  def _joint(self, name: str) -> tuple[int, float]:
+    """The joint of a fixture or region, and the sign of its positions when it is not closed."""
+    joint = self._model.joint(self._environment.get_object(name).joints[0]).id
+    low, high = self._model.jnt_range[joint]
+    return joint, 1.0 if abs(high) > abs(low) else -1.0
 
   def _fill(self, geoms: Int[np.ndarray, " g"], spacing: float) -> Float[np.ndarray, "n 3"]:
     found = [np.zeros((0, 3))]
