@@ -12,7 +12,7 @@ import logging
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -30,9 +30,14 @@ def check_new(out: str | pathlib.Path, name: str) -> pathlib.Path:
   Raises:
     ValueError: it exists, or the name would be read as that of another kind of dataset.
   """
-  folder = pathlib.Path(out) / name / "1.0.0"
+  folder = version(out, name)
   if folder.exists():
     raise refuse("Dataset exists", f"{folder}", "a new folder", "remove it or choose another name")
+  return folder
+
+
+def version(out: str | pathlib.Path, name: str) -> pathlib.Path:
+  """The folder of a dataset's version. Raises ValueError for a name that is read as another kind of dataset."""
   if not name.startswith("libero"):
     raise refuse(
       "Dataset name",
@@ -40,7 +45,7 @@ def check_new(out: str | pathlib.Path, name: str) -> pathlib.Path:
       "one that starts with 'libero'",
       "choose another --name",
     )
-  return folder
+  return pathlib.Path(out) / name / "1.0.0"
 
 
 def path(folder: pathlib.Path, number: int) -> pathlib.Path:
@@ -50,15 +55,31 @@ def path(folder: pathlib.Path, number: int) -> pathlib.Path:
 
 def store(path: pathlib.Path, rows: Sequence[dict], actions: Float[np.ndarray, "t 7"]) -> None:
   """Stores an episode: what was seen before each action, as the simulator returns it; no rows where it failed."""
+  names = ("state", "joint_state")
+  columns = {name: np.stack([row[f"observation/{name}"] for row in rows]) for name in names if rows}
+  columns["action"] = actions.astype(np.float32)
+  views = [[writer.jpeg(row[view]) for row in rows] for view in VIEWS]
+  store_encoded(path, columns, views, rows[0][VIEWS[0]].shape if rows else ())
+
+
+def store_encoded(
+  path: pathlib.Path, columns: Mapping[str, np.ndarray], views: Sequence[Sequence[bytes]], shape: tuple[int, ...]
+) -> None:
+  """Stores an episode whose pictures are JPEG files already, those of a view after those of the other.
+
+  Args:
+    path: see `path`.
+    columns: state, joint_state and action, as they are stored.
+    views: the files of each of VIEWS; none where the episode failed.
+    shape: of the pictures.
+  """
   arrays = {}
-  if rows:
-    arrays = {name: np.stack([row[f"observation/{name}"] for row in rows]) for name in ("state", "joint_state")}
-    arrays["action"] = actions.astype(np.float32)
-    for view in VIEWS:
-      name, frames = view.split("/")[1], [writer.jpeg(row[view]) for row in rows]
+  if views[0]:
+    arrays = dict(columns) | {"shape": np.array(shape)}
+    for view, frames in zip(VIEWS, views, strict=True):
+      name = view.split("/")[1]
       arrays[name] = np.frombuffer(b"".join(frames), np.uint8)
       arrays[f"{name}_sizes"] = np.array([*map(len, frames)])
-    arrays["shape"] = np.array(rows[0][VIEWS[0]].shape)
   contents = io.BytesIO()
   np.savez(contents, **arrays)
   files.write(path, contents.getvalue())

@@ -21,7 +21,7 @@ from semanticvla_jax import files
 from semanticvla_jax.data import writer
 from semanticvla_jax.envs.subprocess_env import BrokenEnvironment, Process
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.libero import demonstrator, episode_files, expert, simulator, suites
+from semanticvla_jax.libero import demonstrator, episode_files, expert, expert_extension, simulator, suites
 
 _TRIES = 3  # of an attempt whose simulator breaks
 _ATTEMPTS = 1000  # numbers of a task; attempt k of task i is part 1000 i + k
@@ -61,6 +61,9 @@ def write(
 ) -> Summary:
   """Writes `<out>/<name>/1.0.0`, its statistics and demonstrations.json; resumes where an earlier call was interrupted.
 
+  A dataset that exists is replaced by one with more episodes or tasks, of which those that it has are a part. It stays
+  as it is until the new one is complete.
+
   Args:
     options: see there.
     out: folder of datasets; episodes that are done wait in `<out>/.<name>.expert`.
@@ -68,15 +71,20 @@ def write(
     progress: called with (attempts done, successes, successes wanted).
 
   Raises:
-    ValueError: an option is wrong, the dataset exists, packages or assets are missing, the expert cannot do one of the
-      tasks, or none of them reaches the bar.
+    ValueError: an option is wrong, the dataset exists and has all that is asked for or was made differently, packages
+      or assets are missing, the expert cannot do one of the tasks, or none of them reaches the bar.
     BrokenEnvironment: the same attempt broke every time.
   """
-  folder, waiting = episode_files.check_new(out, name), pathlib.Path(out) / f".{name}.expert"
+  folder, waiting = episode_files.version(out, name), pathlib.Path(out) / f".{name}.expert"
   _check(options)
-  facts = _facts(options)
+  facts, every = _facts(options), suites.tasks(options.settings.suite)
+  if folder.exists():
+    expert_extension.check(folder, facts, {every[task].name for task in options.tasks}, options.episodes)
   with files.alone(waiting):
     episode_files.claim(waiting, facts)
+    if folder.exists():
+      numbers = {(every[task].name, k): _ATTEMPTS * task + k for task in options.tasks for k in range(_ATTEMPTS)}
+      expert_extension.take_apart(folder, numbers, waiting)
     collection = _Collection(options, waiting, progress)
     collection.run()
     return _assemble(options, collection.outcomes, waiting, folder, name, facts)
@@ -276,6 +284,8 @@ def _assemble(
     found = {"bar": options.bar, "left_out": left_out, "frames": sum(len(action) for action, _ in kept), "tasks": table}
     files.write_json(partial / "demonstrations.json", facts | found)
 
+  if folder.exists():
+    folder.rename(waiting / "before")  # all its episodes wait there, too
   writer.write(folder.parent.parent, name, episodes(), finish=finish)
   shutil.rmtree(waiting)
   return Summary(counts, left_out, sum(len(action) for action, _ in kept), folder)

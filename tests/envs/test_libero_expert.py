@@ -157,6 +157,69 @@ def test_a_check_renders_and_writes_nothing(tmp_path, monkeypatch, capsys, worke
   assert not (tmp_path / "out").exists()
 
 
+class Recording(Scripted):
+  """Stands in for a simulator that draws; attempt 4 fails."""
+
+  def ask(self, name, task, attempt, look):
+    self.asked.append((name, task, attempt, look))
+    actions = np.random.default_rng(attempt).uniform(-1, 1, (5, 7))
+    return demonstrator.Recording(rows(5), actions, attempt != 4)
+
+
+def records(folder):
+  """The bytes of each episode of a dataset."""
+  import tensorflow as tf
+
+  return [*tf.data.TFRecordDataset(sorted(map(str, folder.glob("1.0.0/*.tfrecord*")))).as_numpy_iterator()]
+
+
+@libero_assets.installed
+def test_episodes_are_added_to_a_finished_dataset(tmp_path, monkeypatch, capsys):
+  facts = {"suite": "libero_object", "simulator": {"size": 16}}
+  monkeypatch.setattr(demonstrations, "_facts", lambda options: facts)
+  waiting, asked = tmp_path / f".{NAME}.expert", []
+  waiting.mkdir()
+  stored(waiting, {2: [True, False, True, True, True], 5: [True] * 4})
+  words = ["libero", "--expert", "--suite=libero_object", f"--out={tmp_path}", "--workers=1"]
+  main([*words, "--tasks=2,5", "--episodes=4"])
+  before, table = records(tmp_path / NAME), tmp_path / NAME / "1.0.0" / "demonstrations.json"
+  tasks_before = json.loads(table.read_text())["tasks"]
+  monkeypatch.setattr(simulator, "start", lambda settings, make: Recording(asked))
+  main([*words, "--tasks=2,5,7", "--episodes=5"])
+  after, tasks = records(tmp_path / NAME), json.loads(table.read_text())["tasks"]
+  assert after[:4] == before[:4] and after[5:9] == before[4:] and len(after) == 15
+  names = [suites.tasks("libero_object")[task].name for task in (2, 5, 7)]
+  assert [tasks[name]["kept_attempts"] for name in names] == [[0, 2, 3, 4, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]
+  assert tasks[names[0]]["attempts"] == tasks_before[names[0]]["attempts"] + 1 == 6
+  wanted = [(2, 5), (5, 4), (5, 5), *((7, attempt) for attempt in range(6))]
+  assert sorted((task, attempt) for _, task, attempt, _ in asked) == wanted
+  assert not waiting.exists() and rlds.load(str(tmp_path), NAME).actions.shape == (75, 7)
+
+
+@libero_assets.installed
+@pytest.mark.parametrize(
+  ("facts", "flags", "message"),
+  [
+    ({}, ["--tasks=2", "--episodes=4"], "Dataset exists.*raise --episodes"),
+    ({}, ["--tasks=2", "--episodes=3"], "Dataset exists.*with 4 episodes of each task, --episodes=3"),
+    ({}, ["--tasks=3", "--episodes=9"], "has other tasks.*add them to --tasks"),
+    ({"seed": 1}, ["--tasks=2", "--episodes=9"], "made differently.*seed.*choose another --name"),
+  ],
+)
+def test_a_finished_dataset_that_cannot_become_what_is_asked_for_stays(tmp_path, monkeypatch, facts, flags, message):
+  monkeypatch.setattr(demonstrations, "_facts", lambda options: {"suite": "libero_object", "seed": 0})
+  waiting = tmp_path / f".{NAME}.expert"
+  waiting.mkdir()
+  stored(waiting, {2: [True] * 4})
+  words = ["libero", "--expert", "--suite=libero_object", f"--out={tmp_path}"]
+  main([*words, "--tasks=2", "--episodes=4"])
+  before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+  monkeypatch.setattr(demonstrations, "_facts", lambda options: {"suite": "libero_object", "seed": 0} | facts)
+  with pytest.raises(SystemExit, match=message):
+    main([*words, *flags])
+  assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 class Replaying(Scripted):
   """Stands in for a simulator in which attempt 2 fails when its actions are done again."""
 
