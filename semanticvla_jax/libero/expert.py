@@ -2,7 +2,7 @@
 
 It reads positions and collision shapes, plans a grasp, and steers robosuite's OSC_POSE controller: actions in [-1, 1]
 of 5 cm and 0.5 rad a step, gripper -1 open, +1 closed. Goals are `In` and `On` with a movable object, `Open` of a
-drawer, and `Turnon`.
+drawer, and `Turnon`. What is too wide to grip is pushed where the table is the goal.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _CLOSING = (8, 16)  # steps in which the fingers meet what they grip: at least, 
 _DIP = np.deg2rad(15)  # of the gripper at a drawer's handle: its hand stays above what stands in front
 _DEEPER = 0.006  # meters that the finger tips reach behind a handle's middle
 _PULLS, _OPENED = 70, 0.148  # steps that a drawer is pulled; meters that it is open then, of 0.16
+_PUSHES, _FLOOR = 150, 0.016  # steps that a plate is pushed; meters of the grip site above the table
 _TURNS = 50  # steps that a knob is turned
 _OPENING = 12  # steps in which the fingers let go of the widest object
 
@@ -96,16 +97,38 @@ class Expert:
     self._yaw, self._attitudes = yaw, grasps.either_way(yaw)
 
   def _put(self, goal: Goal) -> Iterator[Float[np.ndarray, "7"]]:
-    """Brings an object to its place, for which a closed drawer is opened."""
+    """Brings an object to its place, for which a closed drawer is opened; a plate is pushed there."""
     scene = self._scene
     if goal.relation == "in" and scene.is_in_drawer(goal.place) and not scene.holds("open", goal.place):
       yield from self._open(goal.place)
+    target = scene.points(goal.thing)
+    flat = grasps.find(target, scene.others(goal.thing), self._yaw, scene.base) is None
+    if flat and goal.relation == "on" and scene.owner(goal.place) is None:
+      yield from self._push(goal)
+      return
     for _ in range(_TRIES):
       taken = yield from self._take(goal.thing)
       if taken:
         yield from self._bring(goal)
         return
       yield from self._retreat(8)
+
+  def _push(self, goal: Goal) -> Iterator[Float[np.ndarray, "7"]]:
+    """Moves a plate on the table with closed fingers inside its rim; again where they slip over it."""
+    scene = self._scene
+    for _ in range(_TRIES):
+      point, radius = scene.position(goal.thing), np.ptp(scene.points(goal.thing)[:, :2], axis=0).max() / 2
+      point[2] = scene.points(goal.thing)[:, 2].min() + _FLOOR
+      yield from self._descend(point, self._yaw, point[2] + 0.05, scene.others(goal.thing), CLOSE)
+      for _ in range(_PUSHES):
+        left = (scene.position(goal.place) - scene.position(goal.thing))[:2]
+        if np.linalg.norm(left) < 0.01:
+          yield from self._retreat(20)
+          return
+        if np.linalg.norm((scene.grip - scene.position(goal.thing))[:2]) > radius:
+          break
+        ahead = left * min(1.0, 0.04 / np.linalg.norm(left))
+        yield self.towards(np.array([*scene.grip[:2] + ahead, point[2]]), CLOSE, 10.0)
 
   def _open(self, region: str) -> Iterator[Float[np.ndarray, "7"]]:
     """Takes a drawer's handle from in front, fingers above and below it, and pulls."""
@@ -162,13 +185,18 @@ class Expert:
     return scene.position(thing)[2] > before + 0.025
 
   def _descend(
-    self, point: Float[np.ndarray, "3"], yaw: float, height: float, others: Float[np.ndarray, "n 3"]
+    self,
+    point: Float[np.ndarray, "3"],
+    yaw: float,
+    height: float,
+    others: Float[np.ndarray, "n 3"],
+    grip: float = OPEN,
   ) -> Iterator[Float[np.ndarray, "7"]]:
-    """Goes over a point, to `height` or as high as the others on the way ask for, then down to it, fingers open."""
+    """Goes over a point, to `height` or as high as the others on the way ask for, then down to it."""
     self._look_down(yaw)
     hover = np.array([*point[:2], height])
-    yield from self._over(hover, max(height, grasps.highest(others, self._scene.grip, hover, 0.12) + 0.05), OPEN)
-    yield from self._go(point, OPEN, 40, 0.006, 10.0, 0.6)
+    yield from self._over(hover, max(height, grasps.highest(others, self._scene.grip, hover, 0.12) + 0.05), grip)
+    yield from self._go(point, grip, 40, 0.006, 10.0, 0.6)
 
   def _close(self, point: Float[np.ndarray, "3"]) -> Iterator[Float[np.ndarray, "7"]]:
     """Closes the fingers until they stand still: one that rises before slips off a thin rim."""
