@@ -101,9 +101,7 @@ class Expert:
     scene = self._scene
     if goal.relation == "in" and scene.is_in_drawer(goal.place) and not scene.holds("open", goal.place):
       yield from self._open(goal.place)
-    target = scene.points(goal.thing)
-    flat = grasps.find(target, scene.others(goal.thing), self._yaw, scene.base) is None
-    if flat and goal.relation == "on" and scene.owner(goal.place) is None:
+    if goal.relation == "on" and scene.owner(goal.place) is None and self._is_flat(goal.thing):
       yield from self._push(goal)
       return
     for _ in range(_TRIES):
@@ -112,6 +110,11 @@ class Expert:
         yield from self._bring(goal)
         return
       yield from self._retreat(8)
+
+  def _is_flat(self, thing: str) -> bool:
+    """Whether an object is too wide everywhere to be gripped from above."""
+    scene = self._scene
+    return grasps.find(scene.points(thing), scene.others(thing), self._yaw, scene.base) is None
 
   def _push(self, goal: Goal) -> Iterator[Float[np.ndarray, "7"]]:
     """Moves a plate on the table with closed fingers inside its rim; again where they slip over it."""
