@@ -62,7 +62,7 @@ def write(
   """Writes `<out>/<name>/1.0.0`, its statistics and demonstrations.json; resumes where an earlier call was interrupted.
 
   A dataset that exists is replaced by one with more episodes or tasks, of which those that it has are a part. It stays
-  as it is until the new one is complete.
+  as it is until all episodes of the new one are recorded, and also where one of its tasks falls below the bar.
 
   Args:
     options: see there.
@@ -285,6 +285,7 @@ def _assemble(
     files.write_json(partial / "demonstrations.json", facts | found)
 
   if folder.exists():
+    expert_extension.check_kept(folder, {every[task].name for task in taken})
     folder.rename(waiting / "before")  # all its episodes wait there, too
   writer.write(folder.parent.parent, name, episodes(), finish=finish)
   shutil.rmtree(waiting)

@@ -28,13 +28,21 @@ def check(folder: pathlib.Path, facts: Mapping, names: set[str], episodes: int) 
   unlike = [(key, before.get(key), value) for key, value in facts.items() if before.get(key) != value]
   if unlike:
     raise refuse(f"{folder} was made differently", f"(what, then, now) {unlike}", "the same", "choose another --name")
-  counts = {name: len(table["kept_attempts"]) for name, table in before["tasks"].items() if table["kept_attempts"]}
+  counts = _counts(before)
   if not counts.keys() <= names:
     raise refuse(f"{folder} has other tasks", sorted(counts.keys() - names), "those as well", "add them to --tasks")
   most = max(counts.values())
   if episodes < most or (episodes == most and counts.keys() == names):
     got = f"{folder} with {most} episodes of each task, --episodes={episodes}"
     raise refuse("Dataset exists", got, "more episodes or a new folder", "raise --episodes, or choose another --name")
+
+
+def check_kept(folder: pathlib.Path, names: set[str]) -> None:
+  """Raises ValueError where a finished dataset has episodes of tasks that are not in `names`, and would lose them."""
+  lost = sorted(_counts(_read(folder)).keys() - names)
+  if lost:
+    remedy = "lower --bar; what is recorded waits"
+    raise refuse("Tasks fell below the bar", lost, f"all tasks of {folder}", remedy)
 
 
 def take_apart(folder: pathlib.Path, numbers: Mapping[tuple[str, int], int], waiting: pathlib.Path) -> None:
@@ -61,6 +69,11 @@ def take_apart(folder: pathlib.Path, numbers: Mapping[tuple[str, int], int], wai
         columns = {key.split("/")[-1]: index.columns[key][frames] for key in _COLUMNS}
         views = [[reader.image(frame, view) for frame in frames] for view in range(len(spec.views))]
         episode_files.store_encoded(path, columns, views, shape)
+
+
+def _counts(facts: Mapping) -> dict[str, int]:
+  """Episodes by name of the task, of those that a dataset has."""
+  return {name: len(table["kept_attempts"]) for name, table in facts["tasks"].items() if table["kept_attempts"]}
 
 
 def _read(folder: pathlib.Path) -> dict:

@@ -220,6 +220,28 @@ def test_a_finished_dataset_that_cannot_become_what_is_asked_for_stays(tmp_path,
   assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@libero_assets.installed
+def test_episodes_of_a_task_that_falls_below_the_bar_are_not_lost(tmp_path, monkeypatch):
+  facts = {"suite": "libero_object", "simulator": {"size": 16}}
+  monkeypatch.setattr(demonstrations, "_facts", lambda options: facts)
+  waiting = tmp_path / f".{NAME}.expert"
+  waiting.mkdir()
+  stored(waiting, {2: [True] * 4, 5: [True] * 4})
+  words = ["libero", "--expert", "--suite=libero_object", "--tasks=2,5", f"--out={tmp_path}", "--workers=1"]
+  main([*words, "--episodes=4"])
+  before = records(tmp_path / NAME)
+
+  class Failing(Recording):
+    def ask(self, name, task, attempt, look):
+      found = super().ask(name, task, attempt, look)
+      return found if task == 2 else found._replace(success=False)
+
+  monkeypatch.setattr(simulator, "start", lambda settings, make: Failing([]))
+  with pytest.raises(SystemExit, match=r"below the bar: got \['pick_up_the_tomato_sauce.*lower --bar"):
+    main([*words, "--episodes=5"])
+  assert records(tmp_path / NAME) == before and waiting.exists()
+
+
 class Replaying(Scripted):
   """Stands in for a simulator in which attempt 2 fails when its actions are done again."""
 
