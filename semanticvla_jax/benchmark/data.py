@@ -6,6 +6,7 @@ The dataset is written to a temporary folder: JPEGs of random pictures, two view
 
 from __future__ import annotations
 
+import collections
 import itertools
 import tempfile
 import time
@@ -30,7 +31,7 @@ _CHIPS, _MFU = 16, 0.4
 def measure(
   result: Result, image_size: int, batch: int, calls: int, rounds: int, step: str | None, size: str = "7b"
 ) -> None:
-  """Times batches with one thread, one for each core, and eight; in turns plain tf.data, and as many processes.
+  """Times batches with one thread, one for each core, and eight; plain tf.data, and as many processes; all in turns.
 
   Args:
     image_size: pixels of a side as read; the pictures are stored an eighth larger.
@@ -48,11 +49,12 @@ def measure(
     dataset = rlds.load(folder, NAME, cache_dir=str(Path(folder) / "cache"))
     options = loader.BatchOptions(batch, _CHUNK, image_size, augmentation=images.RELEASE)
     batches = loader.BatchLoader([(dataset, 1.0)], text.load(prompt_length=64), options)
-    for workers in sorted({1, cores, _MANY}):
-      ours = lambda w=workers: batches.batches(workers=w)  # noqa: E731
-      theirs = lambda w=workers: data_peer.batches(str(made), dataset.spec.views, image_size, batch, w)  # noqa: E731
-      apart = lambda w=workers: batches.batches(workers=w, processes=w)  # noqa: E731
-      _in_turns(result, {"loader": ours, PEER: theirs, APART: apart}, workers, batch, calls, rounds)
+    sides = {
+      "loader": lambda w: batches.batches(workers=w),
+      PEER: lambda w: data_peer.batches(str(made), dataset.spec.views, image_size, batch, w),
+      APART: lambda w: batches.batches(workers=w, processes=w),
+    }
+    _in_turns(result, sides, sorted({1, cores, _MANY}), batch, calls, rounds)
   rate = result.value(f"loader, {cores} threads")
   if cores > 1:
     alone = result.value("loader, 1 threads")
@@ -78,28 +80,29 @@ def _add_slice(result: Result, size: str, rate: float) -> None:
 
 
 def _in_turns(
-  result: Result, sides: dict[str, Callable[[], Iterator]], workers: int, batch: int, calls: int, rounds: int
+  result: Result, sides: dict[str, Callable[[int], Iterator]], threads: list[int], batch: int, calls: int, rounds: int
 ) -> None:
   """Adds the best round of each side by the clock, and by CPU time, which other jobs disturb less."""
-  seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-  for name, make in [*sides.items()] * rounds:
-    stream = make()
+  seconds = collections.defaultdict(list)
+  for workers, name in [*itertools.product(threads, sides)] * rounds:
+    stream = sides[name](workers)
     next(stream)
     begin = time.perf_counter(), time.process_time()
     for _ in itertools.islice(stream, calls):
       pass
-    seconds[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    seconds[workers, name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
     del stream  # or its threads would work ahead while the other side is timed
-  for name, found in seconds.items():
+  for (workers, name), found in seconds.items():
     wall, cpu = (min(column) for column in zip(*found, strict=True))
     result.add(f"{name}, {workers} threads", calls * batch / wall, "examples/s")
     if name != APART:  # the clock of this process does not count them
       result.add(f"{name}, {workers} threads, a CPU second", calls * batch / cpu, "examples")
-  for name in ("loader", APART):
+  for workers, name in itertools.product(threads, ("loader", APART)):
     ours, theirs = (result.value(f"{side}, {workers} threads") for side in (name, PEER))
     result.add(f"{name} / {PEER}, {workers} threads", ours / theirs, "ratio")
-  ours, theirs = (result.value(f"{side}, {workers} threads, a CPU second") for side in ("loader", PEER))
-  result.add(f"loader / {PEER}, {workers} threads, a CPU second", ours / theirs, "ratio")
+  for workers in threads:
+    ours, theirs = (result.value(f"{side}, {workers} threads, a CPU second") for side in ("loader", PEER))
+    result.add(f"loader / {PEER}, {workers} threads, a CPU second", ours / theirs, "ratio")
 
 
 def needed(path: str) -> dict[str, float]:

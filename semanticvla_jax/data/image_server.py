@@ -60,7 +60,7 @@ class ImageServer:
     loader: a loader.BatchLoader with the data and options of the training run.
     host: the name under which training hosts reach this machine.
     port: of the requests; 0 takes any three ports that are free.
-    workers: threads of each training host's pipeline, None for one per core, at most 16.
+    workers: threads of each training host's pipeline (see BatchLoader.batches), None for one per core, at most 16.
     processes: that decode and augment, in place of threads; 0 for none.
 
   Attributes:
@@ -101,8 +101,9 @@ class ImageServer:
     chosen = np.asarray(rows)
     with self._loader.stages(chosen) as stages:
       stages = stages._replace(make=self._processes.make, at_once=self._processes.at_once)
-      how = dict(stride=stride, group=self._loader.group, workers=self._workers, prefetch=_AHEAD)
-      dataset = pipeline.dataset(stages, start, len(chosen), **how)
+      readers = self._held.enter_context(contextlib.closing(pipeline.Readers(self._workers)))
+      how = dict(stride=stride, group=self._loader.group, prefetch=_AHEAD)
+      dataset = pipeline.dataset(stages, start, len(chosen), readers, **how)
     self._datasets.append(dataset)  # its functions live as long
     number = service.register_dataset(f"grpc://localhost:{self._dispatcher_port}", dataset, compression=None)
     return [self._dispatcher_port, number.numpy().decode()]

@@ -124,7 +124,8 @@ class BatchLoader:
     Args:
       start_step: number of the first batch; a run that resumes passes the number of updates made.
       rows: which examples of each global batch, ascending; None for all. A host passes its own.
-      workers: threads of the tf.data pipeline that reads, decodes and augments; None for one per core, at most 16.
+      workers: threads that read, and as many that decode and augment, but of these no more than there are cores; None
+        for one per core, at most 16.
       prefetch: batches worked on ahead.
       processes: other processes that decode and augment, for a host that one process cannot feed, since Python's lock
         holds its threads back. 0 for none; the batches are the same.
@@ -148,8 +149,8 @@ class BatchLoader:
   def _generate(
     self, start_step: int, rows: np.ndarray, workers: int, prefetch: int, processes: int
   ) -> Iterator[Batch]:
-    with self.stages(rows, processes) as stages:
-      made = pipeline.dataset(stages, start_step, len(rows), group=self.group, workers=workers, prefetch=prefetch)
+    with self.stages(rows, processes) as stages, contextlib.closing(pipeline.Readers(workers)) as readers:
+      made = pipeline.dataset(stages, start_step, len(rows), readers, group=self.group, prefetch=prefetch)
       with contextlib.closing(pipeline.stream([made.as_numpy_iterator()], stages, start_step, len(rows))) as pairs:
         for examples, pictures in pairs:
           yield self._batch(*examples.T, pictures)

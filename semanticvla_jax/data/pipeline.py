@@ -2,14 +2,15 @@
 
 Python's lock decides how such a pipeline scales. JPEGs are decoded by TensorFlow's operation, outside the lock, where
 its pixels are those of `images.decode`. Finding and reading bytes, resizing and augmenting are numpy, the code that
-evaluation calls, in `tf.numpy_function`. As many examples are read at a time as there are threads, since readers wait
-for a disk or network; no more are decoded and finished at a time than there are cores, or they would wait for the lock.
-Where that is too slow, other processes do it (`Stages.make`).
+evaluation calls, in `tf.numpy_function`. Reading waits for a disk or network, so it has threads of its own, as many as
+are asked for. tf.data has a thread a core and no more: any further one would take a core from the one that holds the
+lock. Where that is too slow, other processes do it (`Stages.make`).
 """
 
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import contextlib
 import functools
 import io
@@ -56,7 +57,35 @@ class Stages(NamedTuple):
   at_once: int = 0
 
 
-def dataset(stages: Stages, start: int, rows: int, *, stride: int = 1, group: int, workers: int, prefetch: int) -> Any:
+class Readers:
+  """Threads that read: `begin` gives a read to them, `take` waits for what it found. `close` ends them.
+
+  Args:
+    workers: threads.
+  """
+
+  def __init__(self, workers: int):
+    self.workers = workers
+    self._threads = concurrent.futures.ThreadPoolExecutor(workers, "reader")
+    self._numbers, self._reads = itertools.count(), {}
+
+  def begin(self, read: Callable, *arguments: Any) -> int:
+    """The number under which `take` has what the call returns."""
+    number = next(self._numbers)
+    self._reads[number] = self._threads.submit(read, *arguments)
+    return number
+
+  def take(self, number: int) -> Any:
+    """Waits for what a read found, or raises what it raised; once each."""
+    return self._reads.pop(number).result()
+
+  def close(self) -> None:
+    self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def dataset(
+  stages: Stages, start: int, rows: int, readers: Readers, *, stride: int = 1, group: int, prefetch: int
+) -> Any:
   """A tf.data.Dataset of batches start, start + stride, … without end, each a pair of the examples, i64[b/g g 3], and
   their images, u8[b/g g v s s 3], in groups of g.
 
@@ -64,9 +93,10 @@ def dataset(stages: Stages, start: int, rows: int, *, stride: int = 1, group: in
     stages: what is done.
     start: number of the first batch.
     rows: examples of a batch.
+    readers: threads that read; to be closed after the last batch. As many decode and finish, but of these no more than
+      there are cores.
     stride: from one batch's number to the next.
     group: most examples to work on together.
-    workers: threads.
     prefetch: batches worked on ahead.
   """
   import tensorflow as tf
@@ -74,17 +104,14 @@ def dataset(stages: Stages, start: int, rows: int, *, stride: int = 1, group: in
   images.hide_accelerators()
   group = max(size for size in range(1, min(group, rows) + 1) if rows % size == 0)
 
-  def draw(number):
-    drawn = tf.numpy_function(lambda n: stages.draw(int(n)), [number], tf.int64)
-    return tf.ensure_shape(tf.reshape(drawn, [-1, group, 3]), [rows // group, group, 3])
-
-  at_once = min(workers, cores()) if stages.make is None else stages.at_once
+  begin, wait = _reading(stages, group, readers)
+  work = _work(stages, group)
+  at_once = min(readers.workers, cores()) if stages.make is None else stages.at_once
   numbers = tf.data.Dataset.range(start, np.iinfo(np.int64).max, stride)
-  groups = numbers.map(_plain(draw)).unbatch()
-  read = groups.map(_plain(_reading(stages, group)), num_parallel_calls=workers, deterministic=True)
-  made = read.map(_plain(_work(stages, group)), num_parallel_calls=at_once, deterministic=True)
+  reads = numbers.map(_plain(begin)).unbatch().prefetch(readers.workers)
+  made = reads.map(_plain(lambda *read: work(*wait(*read))), num_parallel_calls=at_once, deterministic=True)
   batches = made.batch(rows // group, drop_remainder=True)
-  return (batches.prefetch(prefetch) if prefetch else batches).with_options(_options(max(workers, at_once)))
+  return (batches.prefetch(prefetch) if prefetch else batches).with_options(_options(at_once))
 
 
 def stream(
@@ -149,8 +176,12 @@ def _options(threads: int) -> Any:
   return options
 
 
-def _reading(stages: Stages, group: int) -> Callable:
-  """Examples i64[g 3] → the same, their encoded images [g v], and which of them TensorFlow decodes, bool[g v]."""
+def _reading(stages: Stages, group: int, readers: Readers) -> tuple[Callable, Callable]:
+  """Two functions of a graph: one draws a batch and begins to read it, the other waits for what one read found.
+
+  Number of a batch → its examples, i64[b/g g 3], and the numbers of their reads, i64[b/g]. The examples of one read,
+  i64[g 3], and its number → the examples, their encoded images [g v], and which of them TensorFlow decodes, bool[g v].
+  """
   import tensorflow as tf
 
   native = stages.make is None and _decodes_alike(stages.dct)
@@ -159,16 +190,24 @@ def _reading(stages: Stages, group: int) -> Callable:
     encoded = stages.read(examples)
     return np.array(encoded, object), np.array([native and _is_color_jpeg(one) for one in encoded])
 
-  def reading(examples):
-    encoded, is_jpeg = tf.numpy_function(read, [examples], (tf.string, tf.bool))
+  def draw(number):
+    examples = stages.draw(int(number)).reshape(-1, group, 3)
+    return examples, np.array([readers.begin(read, some) for some in examples])
+
+  def begin(number):
+    examples, reads = tf.numpy_function(draw, [number], (tf.int64, tf.int64))
+    return tf.ensure_shape(examples, [None, group, 3]), tf.ensure_shape(reads, [None])
+
+  def wait(examples, number):
+    encoded, is_jpeg = tf.numpy_function(lambda n: readers.take(int(n)), [number], (tf.string, tf.bool))
     count = [group * stages.views]
     return examples, tf.ensure_shape(encoded, count), tf.ensure_shape(is_jpeg, count)
 
-  return reading
+  return begin, wait
 
 
 def _work(stages: Stages, group: int) -> Callable:
-  """What `_reading` gives → its examples and their images u8[g v s s 3], as operations of a graph."""
+  """What `_reading` gives in the end → its examples and their images u8[g v s s 3], as operations of a graph."""
   import tensorflow as tf
 
   def decode(encoded):
@@ -205,7 +244,7 @@ def cores() -> int:
 
 
 def threads(workers: int | None) -> int:
-  """How many threads a pipeline gets: as many as asked for; None for one per core, at most 16."""
+  """How many threads of a pipeline read: as many as asked for; None for one per core, at most 16."""
   return max(min(cores(), 16) if workers is None else workers, 1)
 
 

@@ -98,7 +98,7 @@ def test_a_server_that_ends_is_left_out_and_the_last_ones_end_is_an_error(made, 
 
   def batches_of(address, start, rows, stride):
     with made.stages(rows) as stages:
-      source = pipeline.dataset(stages, start, len(rows), stride=stride, group=4, workers=1, prefetch=0)
+      source = pipeline.dataset(stages, start, len(rows), pipeline.Readers(1), stride=stride, group=4, prefetch=0)
     for batch in source.as_numpy_iterator():
       if not lives[address]:
         raise image_server.Unreachable(address, "gone")

@@ -40,8 +40,9 @@ def test_other_images_are_left_to_pillow():
     assert not pipeline._is_color_jpeg(one)
 
 
-def stream(stages, start, rows, **how):
-  return pipeline.stream([pipeline.dataset(stages, start, rows, **how).as_numpy_iterator()], stages, start, rows)
+def stream(stages, start, rows, workers, **how):
+  made = pipeline.dataset(stages, start, rows, pipeline.Readers(workers), **how)
+  return pipeline.stream([made.as_numpy_iterator()], stages, start, rows)
 
 
 def stages(pictures, views=1, check=lambda examples: None, **fields) -> pipeline.Stages:
@@ -81,6 +82,22 @@ def test_numpy_runs_in_no_more_threads_than_there_are_cores():
 
   made = stream(stages([encoded((24, 24))], finish=finish), 0, 4, group=1, workers=8, prefetch=2)
   assert len(list(itertools.islice(made, 8))) == 8 and most <= pipeline.cores()
+  made.close()
+
+
+def test_more_examples_are_read_at_a_time_than_there_are_cores():
+  many = 4 * pipeline.cores()
+  all_read = threading.Barrier(many, timeout=60)
+
+  def draw(step):
+    return np.zeros((many, 3), np.int64)
+
+  def read(examples):
+    all_read.wait()
+    return [encoded((24, 24))] * len(examples)
+
+  made = stream(stages([], draw=draw, read=read), 0, many, many, group=1, prefetch=0)
+  assert len(next(made)[0]) == many
   made.close()
 
 
@@ -131,7 +148,7 @@ stages = pipeline.Stages(
   lambda step: np.zeros((2, 3), np.int64), lambda examples: [b"x"],
   lambda examples, decoded: np.stack(decoded)[:, None], lambda examples: None, 1, 8, "accurate")
 pipeline.images.decode = lambda encoded, dct: np.zeros((8, 8, 3), np.uint8)
-dataset = pipeline.dataset(stages, 0, 2, group=1, workers=2, prefetch=2)
+dataset = pipeline.dataset(stages, 0, 2, pipeline.Readers(2), group=1, prefetch=2)
 made = pipeline.stream([dataset.as_numpy_iterator()], stages, 0, 2)
 print(len(list(itertools.islice(made, 3))), flush=True)
 raise SystemExit(3)
