@@ -53,7 +53,7 @@ parity: $(VENV)/.parity  ## against PyTorch's own classes (installs torch, trans
 	$(PY) $(call marked,parity)
 
 sim: $(VENV)/.sim  ## the LIBERO simulator: installs it with its assets and runs its tests (OpenGL libraries: docs/libero.md)
-	$(PY) $(call marked,sim)
+	$(PY) $(call marked,sim) -n 2 --dist loadfile
 
 sim-demo: POLICY = checkpoints/libero_object_small
 sim-demo: $(VENV)/.sim  ## five episodes of a policy in LIBERO, with films and kept patches: POLICY=checkpoints/libero_object_small

@@ -262,7 +262,9 @@ MEASURE: dict[str, Callable] = {
   ),
   "convert": lambda module, result, args: module.measure(result, args.folder, args.layers),
   "delay": lambda module, result, args: module.measure(result, args.policy, args.suite, args.delays, args.episodes),
-  "serve": lambda module, result, args: module.measure(result, args.policy, args.clients, args.seconds, args.soak),
+  "serve": lambda module, result, args: module.measure(
+    result, args.policy, args.clients, float(args.seconds), float(args.soak)
+  ),
 }
 
 

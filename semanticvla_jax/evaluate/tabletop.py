@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from semanticvla_jax.data import datasets
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.evaluate import (
   controls,
@@ -176,8 +177,9 @@ class Tabletop(Benchmark):
     options = dict(dataset=args.dataset, dtype=args.dtype, weights=args.weights, batch_sizes=sizes)
     policy = timed("load", lambda: self._load(args.policy, options))
     before = timed("load", lambda: Policy.load(args.baseline, **options)) if args.baseline else None
-    for one in (policy, before) if args.grounding else ():
-      if one is not None:
+    for one in filter(None, (policy, before)):
+      _check_units(one, args.dataset)
+      if args.grounding:
         check_prunes(one.bare)
     found = [self._job(args, policy, before, suite, stored) for suite in args.suite]
     applying = controls.of_policy(policy, args.controls)
@@ -206,6 +208,18 @@ class Tabletop(Benchmark):
   def films(self, args: argparse.Namespace) -> int:
     """See `Benchmark`."""
     return 0 if args.host else args.films
+
+
+def _check_units(policy: Policy | ServedPolicy, chosen: str | None) -> None:
+  """Raises ValueError for statistics of another robot's data, unless they were chosen."""
+  dataset = policy.metadata.get("dataset") or ""
+  if chosen is None and dataset.startswith(tuple(name for name in datasets.SPECS if name != "tabletop")):
+    raise refuse(
+      "Policy has no statistics of the tabletop",
+      f"those of {dataset}",
+      "those of its data, because actions of other data are in other units",
+      "evaluate the suite that it was trained on, or choose with --dataset",
+    )
 
 
 def _check_alike(own: dict, before: dict) -> None:

@@ -111,6 +111,16 @@ def test_wrong_flags_end_the_command_before_an_episode(folders, made_up, tmp_pat
   assert "\n" not in ended.value.code and not made_up.runs
 
 
+def test_statistics_of_another_robot_are_refused_unless_they_are_chosen(made_up, tmp_path):
+  policies.saved_for_libero(tmp_path / "libero")
+  given, own = flags(tmp_path, tmp_path / "out", policy="libero"), "libero_object_no_noops"
+  with pytest.raises(SystemExit, match=f"no statistics of the tabletop: got those of {own}; .* choose with --dataset"):
+    command.main(given)
+  assert not made_up.runs
+  command.main([*given, f"--dataset={own}"])
+  assert made_up.runs
+
+
 def test_a_control_that_cannot_be_is_refused_before_an_episode(folders, made_up, tmp_path):
   with pytest.raises(SystemExit, match="in 1 of 1 episodes; expected at most half"):
     command.main([*flags(folders, tmp_path), "--controls=blind,shuffled", "--episodes=1"])
