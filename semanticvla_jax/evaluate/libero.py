@@ -348,6 +348,8 @@ class Libero(Benchmark):
     libero_checks.check_found(args, stored.out)
     for suite in args.suite:
       policy = stored.seconds.timed("load", lambda: load(args, suite))  # noqa: B023
+      for one in args.suite if suite == args.suite[0] and isinstance(policy, Policy) else ():  # before any episode
+        libero_checks.check_sentences(policy, one, libero_checks.asked(args, one))
       yield Job(Evaluation(LiberoRun(args, policy, suite, stored), stored))
 
   def more(self, out: pathlib.Path) -> dict:

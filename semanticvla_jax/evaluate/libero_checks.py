@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from semanticvla_jax import policy_folder
@@ -19,6 +19,7 @@ from semanticvla_jax.evaluate.visualize import check_prunes
 from semanticvla_jax.libero import suites
 from semanticvla_jax.libero.protocols import PROTOCOLS, fitting
 from semanticvla_jax.models.semanticvla import build
+from semanticvla_jax.policy import Policy
 
 
 def seeds(args: argparse.Namespace, suite: str) -> list[int]:
@@ -116,6 +117,31 @@ def _check_policy(args: argparse.Namespace, suite: str) -> None:
     )
   if args.replan_steps is not None and args.replan_steps > chunk:
     raise refuse("Evaluation", f"replan_steps={args.replan_steps}", f"1 to {chunk}, the policy's chunk", "lower it")
+
+
+def asked(args: argparse.Namespace, suite: str) -> dict[int, str]:
+  """The sentences of the tasks that are evaluated, by task."""
+  tasks = suites.tasks(suite)
+  return {task: tasks[task].instruction for task in sorted({seed // suites.EPISODES for seed in seeds(args, suite)})}
+
+
+def check_sentences(policy: Policy, suite: str, sentences: Mapping[int, str]) -> None:
+  """Raises ValueError for sentences of a suite, by task, that are too long for a policy."""
+  errors = {}
+  for task, sentence in sentences.items():
+    try:
+      policy.tokenizers.prompt([sentence])
+      if policy.bare.text is not None:
+        policy.tokenizers.instruction([sentence])
+    except ValueError as error:
+      errors[task] = error
+  if errors:
+    raise refuse(
+      f"Sentences of {suite}",
+      f"too long ones in tasks {[*errors]} ({next(iter(errors.values()))})",
+      "what this policy can read",
+      "leave these tasks out with --tasks",
+    )
 
 
 def _shapes(args: argparse.Namespace, suite: str) -> tuple[int, int | None, int, int]:

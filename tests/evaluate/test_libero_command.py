@@ -76,6 +76,14 @@ def test_a_policy_of_another_suite_is_refused_by_the_command(tmp_path):
     main([f"--policy={folder}", "--suite=libero_goal", f"--out={tmp_path / 'out'}"])
 
 
+def test_tasks_whose_sentences_are_too_long_are_named():
+  libero_checks.check_sentences(policies.policy(), "libero_goal", {0: "open the drawer", 3: "close it"})
+  long = "grab the bowl " * 12
+  message = r"^Sentences of libero_goal_lan: got too long ones in tasks \[3, 5\] \(Instruction does not fit.*--tasks"
+  with pytest.raises(ValueError, match=message):
+    libero_checks.check_sentences(policies.policy(), "libero_goal_lan", {0: "open it", 3: long, 5: long})
+
+
 def test_a_gripper_with_other_values_is_refused_by_the_command(tmp_path):
   entries = {"libero_object_no_noops": statistics.to_openvla(policies.stats())}
   spec = datasets.spec("libero_object_no_noops")
