@@ -259,7 +259,7 @@ def load(args: argparse.Namespace, suite: str) -> Any:
   """The policy, compiled for up to `workers` observations; or recorded actions.
 
   Raises:
-    ValueError: the policy is for another robot, or its statistics are of other suites.
+    ValueError: the policy is for another robot, its statistics are of other suites, or a sentence is too long for it.
   """
   if args.recorded:
     replan_steps = args.replan_steps or PROTOCOLS[args.protocol].replan_steps
@@ -268,7 +268,10 @@ def load(args: argparse.Namespace, suite: str) -> Any:
     return ServedPolicy(args.policy, args.workers)
   sizes = sorted({args.workers, *(2**i for i in range(args.workers.bit_length()))})
   dataset = args.dataset or libero_checks.dataset_for([*policy_folder.read_policy_json(args.policy).statistics], suite)
-  return Policy.load(args.policy, dataset=dataset, dtype=args.dtype, weights=args.weights, batch_sizes=sizes)
+  policy = Policy.load(args.policy, dataset=dataset, dtype=args.dtype, weights=args.weights, batch_sizes=sizes)
+  for one in args.suite:  # those of later suites, too, before the first episode
+    libero_checks.check_sentences(policy, one, libero_checks.asked(args, one))
+  return policy
 
 
 @functools.cache
@@ -348,8 +351,6 @@ class Libero(Benchmark):
     libero_checks.check_found(args, stored.out)
     for suite in args.suite:
       policy = stored.seconds.timed("load", lambda: load(args, suite))  # noqa: B023
-      for one in args.suite if suite == args.suite[0] and isinstance(policy, Policy) else ():  # before any episode
-        libero_checks.check_sentences(policy, one, libero_checks.asked(args, one))
       yield Job(Evaluation(LiberoRun(args, policy, suite, stored), stored))
 
   def more(self, out: pathlib.Path) -> dict:
