@@ -60,7 +60,8 @@ class ImageServer:
     loader: a loader.BatchLoader with the data and options of the training run.
     host: the name under which training hosts reach this machine.
     port: of the requests; 0 takes any three ports that are free.
-    workers: threads of each training host's pipeline (see BatchLoader.batches), None for one per core, at most 16.
+    workers: threads that read for all training hosts, and as many that decode and augment for each, but of these no
+      more than there are cores; None for one per core, at most 16.
     processes: that decode and augment, in place of threads; 0 for none.
 
   Attributes:
@@ -75,7 +76,7 @@ class ImageServer:
     from tensorflow.data.experimental import service
 
     images.hide_accelerators()
-    self._loader, self._workers, self._datasets = loader, pipeline.threads(workers), []
+    self._loader, self._datasets = loader, []
     dispatcher, worker = (port + 1, port + 2) if port else (0, 0)
     try:
       self._requests = _Requests(("", port), allow_none=True, logRequests=False)
@@ -88,7 +89,9 @@ class ImageServer:
       raise refuse("--port", got, "one that is free, as are the two after it", "take another") from error
     self._dispatcher_port = int(found)
     self._held = contextlib.ExitStack()
-    self._processes = self._held.enter_context(loader.stages(np.arange(1), processes))  # one pool for all hosts
+    # One pool of each for all hosts: hosts that come and go leave no threads behind.
+    self._processes = self._held.enter_context(loader.stages(np.arange(1), processes))
+    self._readers = self._held.enter_context(contextlib.closing(pipeline.Readers(pipeline.threads(workers))))
     self._requests.register_function(loader.image_facts, "facts")
     self._requests.register_function(self._begin, "begin")
     self.address = f"{host}:{self._requests.server_address[1]}"
@@ -101,9 +104,8 @@ class ImageServer:
     chosen = np.asarray(rows)
     with self._loader.stages(chosen) as stages:
       stages = stages._replace(make=self._processes.make, at_once=self._processes.at_once)
-      readers = self._held.enter_context(contextlib.closing(pipeline.Readers(self._workers)))
       how = dict(stride=stride, group=self._loader.group, prefetch=_AHEAD)
-      dataset = pipeline.dataset(stages, start, len(chosen), readers, **how)
+      dataset = pipeline.dataset(stages, start, len(chosen), self._readers, **how)
     self._datasets.append(dataset)  # its functions live as long
     number = service.register_dataset(f"grpc://localhost:{self._dispatcher_port}", dataset, compression=None)
     return [self._dispatcher_port, number.numpy().decode()]

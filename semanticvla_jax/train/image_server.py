@@ -55,6 +55,6 @@ if __name__ == "__main__":
   _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file and argument of the training run")
   _HOST = flags.DEFINE_string("host", socket.gethostname(), "Name under which training hosts reach this machine")
   _PORT = flags.DEFINE_integer("port", image_server.PORT, "First of three ports; 0: any that are free")
-  _WORKERS = flags.DEFINE_integer("workers", None, "Threads for each training host; none: one per core, at most 16")
+  _WORKERS = flags.DEFINE_integer("workers", None, "Threads that read; none: one per core, at most 16")
   flags.mark_flag_as_required("config")
   cli.run(lambda _: app.run(main, flags_parser=command_line.parse), keep_compiled=False)
