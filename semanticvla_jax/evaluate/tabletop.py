@@ -178,9 +178,9 @@ class Tabletop(Benchmark):
     policy = timed("load", lambda: self._load(args.policy, options))
     before = timed("load", lambda: Policy.load(args.baseline, **options)) if args.baseline else None
     for one in filter(None, (policy, before)):
-      _check_units(one, args.dataset)
       if args.grounding:
         check_prunes(one.bare)
+      _check_units(one, args.dataset)
     found = [self._job(args, policy, before, suite, stored) for suite in args.suite]
     applying = controls.of_policy(policy, args.controls)
     if skipped := [name for name in args.controls if name not in applying]:
