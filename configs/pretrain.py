@@ -17,13 +17,13 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-RUNS = (None, "", "aim", "turn")
+RUNS = (None, "", "aim", "turn", "dense")
 
 
 def get_config(arg=None):
   if arg not in RUNS:
     raise ValueError(
-      f"config argument: got {arg!r}; expected nothing, 'aim' or 'turn'; correct what follows the colon."
+      f"config argument: got {arg!r}; expected nothing, 'aim', 'turn' or 'dense'; correct what follows the colon."
     )
   config = common.get_config("small64", ratio=4)
   config.lora = None
@@ -56,4 +56,11 @@ def get_config(arg=None):
     config.data.askew = 0.5
     config.train.steps = 1_200
     config.train.grounding.update(looks=0.2, aim=0.3, rotation=2.0)
+  if arg == "dense":
+    config.seed = 10
+    config.model.update(common.OPENVLA | dict(coupler="single", mask="full"))
+    config.optim.update(lr=2e-3, warmup_steps=30, decay_steps=3_970)
+    config.data.update(batch_size=32, suites=(0, 1, 0, 0, 0, 0), starts=0.25)
+    config.train.steps = 4_000
+    config.train.grounding.update(alignment=0.0, naming=0.0, looks=0.0, aim=0.1, displacement=0.3, rotation=0.5)
   return config

@@ -34,6 +34,7 @@ from semanticvla_jax.tabletop import tasks
 from semanticvla_jax.types import Observation
 
 PROBE = "probe"  # prefix of the parameters that are not the model's
+BY_WORDS = ("alignment", "naming")  # of the scores of an ID-Pruner on SigLIP; a model without one has the other four
 SHAPES = 3  # cube, ball, cylinder
 PHRASES = tasks.GRASPABLE  # "pick up the …" of every object that suite `pick` may name
 UNIT = 0.1  # meters
@@ -135,7 +136,7 @@ class AuxiliaryLosses(NamedTuple):
   def loss(
     self, model: Grounded, params: dict, out: Output, metrics: Mapping, targets: Targets, count: Counts
   ) -> tuple[Any, dict]:
-    """The weighted sum of the six losses and of L1 of the rotations, and each of the six by name."""
+    """The weighted sum of the losses and of L1 of the rotations, and each of them by name."""
     each = parts(model, params, out, targets, count)
     total = sum(self.weights[name] * value for name, value in each.items())
     return total + self.weights["rotation"] * metrics["l1_rotation"], each
@@ -160,19 +161,23 @@ class AuxiliaryLosses(NamedTuple):
 
 
 def parts(model: Grounded, params: dict, out: Output, targets: Targets, count: Counts) -> dict[str, Any]:
-  """The six losses by name, f32[] each; `count` is the whole batch's where these are only some of its examples."""
+  """The losses by name, f32[] each; `count` is the whole batch's where these are only some of its examples."""
   seen = out.intermediates
-  scores = model.apply({"params": params}, seen["siglip_patches"], targets.words, targets.word_mask, method="score")
-  others = rearrange(targets.where[:, 1:], "b g v n -> (b g) v n")
   away = jnp.abs(seen["displacement"].astype(jnp.float32) - targets.displacement)
   dino, siglip = (looks(seen[f"{name}_looks"], targets, count.seen) for name in ("dino", "siglip"))
-  return {
-    "alignment": alignment(seen["siglip_pruned"].similarity, targets.where[:, 0], count=count.named),
-    "naming": alignment(scores, others, count=count.seen),
+  each = {
     "looks": (dino + siglip) / 2,
     "displacement": divided(away[:, :6].mean(axis=1).sum(), count.examples),
     "aim": aim(seen["aim"], targets, count.cubes),
     "turn": divided(away[:, 6:].mean(axis=1).sum(), count.examples),
+  }
+  if "siglip_pruned" not in seen:
+    return each
+  scores = model.apply({"params": params}, seen["siglip_patches"], targets.words, targets.word_mask, method="score")
+  others = rearrange(targets.where[:, 1:], "b g v n -> (b g) v n")
+  return each | {
+    "alignment": alignment(seen["siglip_pruned"].similarity, targets.where[:, 0], count=count.named),
+    "naming": alignment(scores, others, count=count.seen),
   }
 
 
