@@ -120,6 +120,7 @@ class Policy(BasePolicy):
     adapters: str = "merge",
     dtype: str | None = None,
     weights: str = "full",
+    attention: str = "xla",
     sharding: jax.sharding.Sharding | Callable[[dict], dict] | None = None,
     verify: bool = True,
     **options: Any,
@@ -133,30 +134,33 @@ class Policy(BasePolicy):
       dtype: of parameters and computation; None for the ones it was trained with.
       weights: "int8" or "fp8" rounds the decoder's kernels to 8 bits, one scale per output channel: half of bfloat16's
         bytes. Products stay in `dtype`.
+      attention: "triton", on a GPU, is one kernel a layer, which keeps logits out of memory (models/attention_kernel.py).
       sharding, verify: see `policy_folder.load_policy`.
       **options: batch_sizes, prompt_lengths, remember, replan_steps and gripper of the constructor.
 
     Raises:
       ValueError: the folder is missing or damaged, does not say which statistics or tokenizers to use, lacks its action
-        tokens, or a dtype that does not exist.
+        tokens, or a dtype, weights or attention that do not exist here.
     """
     if dtype not in (None, *checks.CHOICES["dtype"]):
       raise refuse("Policy", f"dtype={dtype!r}", f"one of {checks.CHOICES['dtype']}", "choose one, or None")
+    laid_out = serving.layout(jax.default_backend(), attention)
     files = policy_folder.load_policy(folder, sharding=sharding, dtype=dtype, verify=verify)
     run = {"scan_encoders": False} | ({} if dtype is None else {"dtype": dtype})
     config = files.config | {"model": files.config["model"] | run | _codec(files)}
     model, params = _adapted(build(config["model"]), files.params, config, _choice("adapters", adapters, ADAPTERS))
     files = files._replace(params={})  # nothing else holds the arrays while they are laid out anew
-    if not isinstance(model, lora.LoRA):
+    if isinstance(model, lora.LoRA):
+      if (weights, attention) != (WEIGHTS[0], serving.ATTENTION[0]):
+        problem = f"weights={weights!r}, attention={attention!r} with unmerged adapters"
+        raise refuse("Policy", problem, "merged ones", "load with adapters='merge'")
+    else:
       check_params(params, _parameter_shapes(model))
-      config |= {"model": config["model"] | serving.layout(jax.default_backend())}
+      config |= {"model": config["model"] | laid_out}
       model, flat = build(config["model"]), flatten_dict(params, sep="/")
       del params
       params = serving.lay_out(flat)
     if _choice("weights", weights, WEIGHTS) != "full":
-      if isinstance(model, lora.LoRA):
-        problem = f"weights={weights!r} with unmerged adapters"
-        raise refuse("Policy", problem, "merged ones", "load with adapters='merge'")
       model, params = serving.Quantized(model, weights), serving.quantize(params, weights)
     bare = programs.bare(model)
     if files.tokenizers is None:

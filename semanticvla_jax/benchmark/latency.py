@@ -21,8 +21,10 @@ from semanticvla_jax.benchmark import policies, roofline, timing
 from semanticvla_jax.benchmark.record import Result
 from semanticvla_jax.errors import refuse
 from semanticvla_jax.models import programs
-from semanticvla_jax.policy import WEIGHTS, Policy
+from semanticvla_jax.policy import Policy
 from semanticvla_jax.train import flops as counter
+
+LOADING = ("weights", "attention")  # options of Policy.load that random policies have, too
 
 
 class Settings(NamedTuple):
@@ -33,7 +35,7 @@ class Settings(NamedTuple):
     rows, size, dtype, prompt: see policies.random_policy.
     batches: sizes to time, each compiled separately.
     calls: timed calls of each layer, after one untimed call a block.
-    option: "NAME=VALUE" of Policy's constructor, such as "remember=0", or "weights=int8".
+    option: "NAME=VALUE" of Policy's constructor, such as "remember=0", or of LOADING, such as "weights=int8".
     peer: which PyTorch programs run alongside: some of ("eager", "compile").
     seed: of weights and observations.
     smoke: small copies and products.
@@ -69,7 +71,7 @@ def _inputs(policy: Policy, observation: Any) -> tuple:
 def options(given: Sequence[str]) -> dict[str, Any]:
   """{"replan_steps": 4} from ["replan_steps=4"]. Raises ValueError for what a Policy has no option of this name for."""
   known = [name for name, x in inspect.signature(Policy).parameters.items() if x.kind is x.KEYWORD_ONLY]
-  known = [*known, "weights"]
+  known += LOADING
   found = {}
   for word in given:
     name, equals, value = word.partition("=")
@@ -101,10 +103,10 @@ def measure(result: Result, settings: Settings) -> None:
 
 
 def _load(row: str, settings: Settings) -> Policy:
-  weights = options(settings.option).get("weights", WEIGHTS[0])
+  own = {name: value for name, value in options(settings.option).items() if name in LOADING} | {"batch_sizes": ()}
   if settings.policy is not None:
-    return Policy.load(settings.policy, dtype=settings.dtype, weights=weights, batch_sizes=())
-  own = dict(prompt=settings.prompt, seed=settings.seed, weights=weights, batch_sizes=())
+    return Policy.load(settings.policy, dtype=settings.dtype, **own)
+  own |= dict(prompt=settings.prompt, seed=settings.seed)
   return policies.random_policy(row, settings.size, settings.dtype or "float32", **own)
 
 
@@ -112,7 +114,7 @@ def _measure_batch(
   result: Result, cold: Policy, row: str, batch: int, settings: Settings, rates: Mapping[str, float]
 ) -> None:
   name = f"{row} batch {batch}" if len(settings.batches) > 1 else row
-  given = {option: value for option, value in options(settings.option).items() if option != "weights"}
+  given = {option: value for option, value in options(settings.option).items() if option not in LOADING}
   policy, seconds = policies.again(cold, batch_sizes=(batch,), **given)
   result.add(f"{name} compile", seconds, "s")
   result.add(f"{name} cold start", seconds + result.value(f"{row} load"), "s")

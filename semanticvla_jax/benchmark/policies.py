@@ -28,19 +28,20 @@ def random_policy(
   prompt: int = 32,
   seed: int = 0,
   weights: str = "full",
+  attention: str = "xla",
   **options: Any,
 ) -> Policy:
   """A row's policy with random weights, made on the device in `dtype`; layout, statistics, tokenizers as a real one's.
 
   Args:
     row, size: of rows.ROWS and rows.SIZES. prompt: padded length of the prompt, in tokens.
-    weights: of Policy.load.
+    weights, attention: of Policy.load.
     **options: of Policy (batch_sizes, …).
 
   Raises:
     ValueError: a row or size that does not exist, or a prompt too short for SENTENCE.
   """
-  config = rows.model(row, size, dtype, **serving.layout(jax.default_backend()))
+  config = rows.model(row, size, dtype, **serving.layout(jax.default_backend(), attention))
   model = build(config)
   params = programs.random_params(programs.param_shapes(model), dtype, seed)
   if weights != "full":

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.models import compressor, decoder_pruner, fast, masks, speech
+from semanticvla_jax.models import compressor, decoder_pruner, fast, masks, serving, speech
 from semanticvla_jax.models.coupler import EXTRA_ROWS
 from semanticvla_jax.models.decoder_pruner import ATTENTION, CONTROLS, FORMS, LIGHT, DecoderPruner
 from semanticvla_jax.models.history import History
@@ -31,6 +31,7 @@ CHOICES = {
   "decoding": speech.DECODINGS,
   "mask": masks.KINDS,
   "scan": (True, False),
+  "attention": serving.ATTENTION,
   "remat": (*REMAT,),
   "dtype": ("float32", "bfloat16", "float16"),
 }
@@ -76,6 +77,8 @@ def check(c: Mapping[str, Any]) -> None:
   _check_variant(c)
   _check_decoder_pruner(c)
   _check_compressor(c)
+  if c["attention"] != "xla" and not c["fused"]:
+    _refuse("attention", c["attention"], "'xla' without model.fused: that kernel has no gradient", "load it as a Policy")
   fast.check(c, EXTRA_ROWS)
   _check_skipped(c)
   _check_routing(c)

@@ -79,6 +79,7 @@ DEFAULTS = dict(
   scan=True,  # stacked language-model layers
   scan_encoders=False,  # one loop over an encoder's blocks between two taps: compiles in a fraction of the time
   fused=False,  # projections of one input as one product: how a policy lays its parameters out, see serving.py
+  attention="xla",  # 'triton': one kernel on a GPU, with `fused`, see serving.py
   token_multiple=1,  # to which an encoder's sequence is filled up: how a policy runs on a GPU, see serving.py
   remat=None,  # None (or 'none', for the command line), 'full', 'dots'
   dtype="float32",  # compute type

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax.models import masks
+from semanticvla_jax.models.attention_kernel import Heads, attention
 from semanticvla_jax.models.pruner import top_indices
 from semanticvla_jax.models.routed import Router, Routing
 
@@ -61,6 +62,7 @@ class Attention(nn.Module):
   num_heads: int
   theta: float
   fused: bool = False
+  kernel: str = "xla"  # with `fused`, without a cache: 'triton', models/attention_kernel.py
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -87,7 +89,10 @@ class Attention(nn.Module):
       )
       cache = (k, v)
     weights = None if rows is None else attention_weights(take(q, rows), k, take(mask, rows))
-    out = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None])
+    if self.kernel == "triton" and cache is None:
+      out = attention(Heads(q[:, :, None]), Heads(k[:, :, None]), Heads(qkv, 2), mask)
+    else:
+      out = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None])
     return nn.DenseGeneral(d, axis=(-2, -1), name="o_proj", **dense)(out), cache, weights
 
 
@@ -121,12 +126,13 @@ class Block(nn.Module):
   eps: float
   theta: float
   fused: bool = False
+  kernel: str = "xla"
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, "b l d"], positions, mask, cache, write_at, queries=None, rows=None):
     norm = dict(epsilon=self.eps, dtype=self.dtype)
-    y, cache, weights = Attention(self.num_heads, self.theta, self.fused, self.dtype, name="attn")(
+    y, cache, weights = Attention(self.num_heads, self.theta, self.fused, self.kernel, self.dtype, name="attn")(
       nn.RMSNorm(name="input_norm", **norm)(x), positions, mask, cache, write_at, queries, rows
     )
     x = y + (x if queries is None else take(x, queries))
@@ -162,7 +168,7 @@ class RoutedBlock(Block):
     rest = jnp.broadcast_to(jnp.arange(1 + visual, length), (b, length - 1 - visual))
     on = jnp.concatenate([jnp.zeros((b, 1), kept.dtype), 1 + kept, rest.astype(kept.dtype)], axis=1)
     inside = jnp.take_along_axis(take(mask, on), on[:, None], axis=2)
-    how = (self.num_heads, self.theta, self.fused, self.dtype)
+    how = (self.num_heads, self.theta, self.fused, self.kernel, self.dtype)
     y, _, _ = Attention(*how, name="attn")(take(h, on), masks.positions(take(valid, on)), inside, None, 0)
     some = take(x, on) + y
     y = MLP(self.mlp_dim, self.fused, self.dtype, name="mlp")(nn.RMSNorm(name="post_attention_norm", **norm)(some))
@@ -180,7 +186,7 @@ class Llama(nn.Module):
   Attributes:
     vocab, width, depth, num_heads, mlp_dim: sizes. eps: of RMSNorm (1e-6 in OpenVLA's config, not Llama-2's 1e-5).
     theta: rotary base. scan: stacked layers (True) or layers apart (False). remat: None, 'full' or 'dots', what the
-    backward pass recomputes of each layer: nothing, all, all but matrix products. fused: see models/serving.py.
+    backward pass recomputes of each layer: nothing, all, all but matrix products. fused, kernel: see models/serving.py.
     skip: numbers of layers that are left out, separate ones; they have parameters all the same. routing: of separate
     layers that see some of the visual tokens, for `routed_states_at` alone; None for none.
   """
@@ -195,6 +201,7 @@ class Llama(nn.Module):
   scan: bool = True
   remat: str | None = None
   fused: bool = False
+  kernel: str = "xla"
   skip: tuple[int, ...] = ()
   routing: Routing | None = None
   dtype: Any = jnp.float32
@@ -204,7 +211,7 @@ class Llama(nn.Module):
       raise ValueError(f"llama: got remat {self.remat!r}, expected one of {list(REMAT)}; set model.remat.")
     self.embed = nn.Embed(self.vocab, self.width, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype)
     sizes = dict(num_heads=self.num_heads, mlp_dim=self.mlp_dim, eps=self.eps, theta=self.theta)
-    sizes |= dict(fused=self.fused, dtype=self.dtype)
+    sizes |= dict(fused=self.fused, kernel=self.kernel, dtype=self.dtype)
     block = Block
     if self.remat:
       block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
@@ -330,7 +337,7 @@ class Llama(nn.Module):
 
 def from_config(c: Mapping[str, Any], dtype: Any) -> Llama:
   """The decoder of a resolved model config."""
-  how = dict(scan=c["scan"], remat=c["remat"], fused=c["fused"], skip=tuple(c["skip_layers"]))
+  how = dict(scan=c["scan"], remat=c["remat"], fused=c["fused"], kernel=c["attention"], skip=tuple(c["skip_layers"]))
   how |= dict(routing=None if c["routing"] is None else Routing(**c["routing"]))
   return Llama(**c["variant"]["llm"], **how, dtype=dtype)
 

@@ -417,7 +417,7 @@ def _encoder(c: Mapping[str, Any], name: str, pruners: tuple[nn.Module, ...] | N
   own = dict(gelu="erf", mean=DINO_MEAN, std=DINO_STD) if name == "dino" else dict(gelu=c["siglip_gelu"])
   sizes = c["variant"]
   how = dict(queries=sum(pruner.num_queries for pruner in pruners), multiple=c["token_multiple"], dtype=dtype)
-  how |= dict(remat=bool(c["remat"]), scan=c["scan_encoders"], fused=c["fused"])
+  how |= dict(remat=bool(c["remat"]), scan=c["scan_encoders"], fused=c["fused"], kernel=c["attention"])
   return ViT(sizes["image"], sizes["patch"], **sizes[name], **own, **how)
 
 

@@ -6,7 +6,7 @@
 
 A stack of layers is copied out of at every step of a loop, and XLA joins products of one input by joining their weights
 at every call: for 7 billion parameters 6.7 of 31.5 GB moved. Laid out once, when a policy is loaded, neither happens.
-On a GPU the encoders' sequences are filled up to a multiple of 8 as well.
+On a GPU the encoders' sequences are filled up to a multiple of 8 as well, and attention can be one kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from semanticvla_jax.errors import refuse
+
 MULTIPLE = 8  # positions: matrix units work on sequences of whole eights, and GPU libraries pad others at every product
+ATTENTION = ("xla", "triton")
 _LAYOUT = {"scan": False, "scan_encoders": False, "fused": True, "remat": None}
 _FUSED = (
   (re.compile(r"(llm/layers_\d+/attn)/q_proj/(\w+)"), ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
@@ -34,9 +37,21 @@ _FUSED = (
 _STACKED = re.compile(r"llm/layers/(.*)")
 
 
-def layout(platform: str) -> dict[str, Any]:
-  """The fields of a model config that make it run parameters laid out so, on jax's `platform`."""
-  return _LAYOUT | ({"token_multiple": MULTIPLE} if platform in ("gpu", "cuda", "rocm") else {})
+def layout(platform: str, attention: str = "xla") -> dict[str, Any]:
+  """The fields of a model config that make it run parameters laid out so, on jax's `platform`.
+
+  Args:
+    attention: "triton" runs models/attention_kernel.py, a kernel for GPUs.
+
+  Raises:
+    ValueError: another kind of attention, or that one elsewhere.
+  """
+  on_gpu = platform in ("gpu", "cuda", "rocm")
+  if attention not in ATTENTION:
+    raise refuse("attention", repr(attention), f"one of {ATTENTION}", "choose one of them")
+  if attention == "triton" and not on_gpu:
+    raise refuse("attention", f"'triton' on {platform}", "a GPU, for which that kernel is compiled", "choose 'xla'")
+  return _LAYOUT | {"attention": attention} | ({"token_multiple": MULTIPLE} if on_gpu else {})
 
 
 def lay_out(flat: dict[str, Any]) -> dict:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, UInt8
 
+from semanticvla_jax.models.attention_kernel import Heads, attention
 from semanticvla_jax.models.mlp import gelu, torch_kernel_init
 
 NORM_EPS = 1e-6
@@ -56,6 +57,7 @@ class Attention(nn.Module):
 
   num_heads: int
   fused: bool = False  # queries, keys and values of one input as one product: see models/serving.py
+  kernel: str = "xla"  # with `fused`: 'triton', models/attention_kernel.py
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -74,7 +76,11 @@ class Attention(nn.Module):
     else:
       inputs = (("query", x), ("key", y), ("value", y))
       q, k, v = (nn.DenseGeneral(heads, kernel_init=init, dtype=self.dtype, name=name)(z) for name, z in inputs)
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask)  # softmax in float32
+    if self.kernel == "triton":
+      asking = qkv if x.shape[1] == y.shape[1] else q[:, :, None]
+      out = attention(Heads(asking), Heads(qkv, 1), Heads(qkv, 2), None if mask is None else mask[:, 0])
+    else:
+      out = jax.nn.dot_product_attention(q, k, v, mask=mask)  # softmax in float32
     out = nn.DenseGeneral(d, axis=(-2, -1), kernel_init=init, dtype=self.dtype, name="out")(out)
     return out, q, k
 
@@ -123,11 +129,12 @@ class Block(nn.Module):
   layer_scale: float | None = None
   probe: int = 0  # the attention weights of this many last tokens are returned
   fused: bool = False
+  kernel: str = "xla"
   dtype: Any = jnp.float32
 
   def setup(self):
     self.LayerNorm_0 = layer_norm(dtype=self.dtype)
-    self.MultiHeadDotProductAttention_0 = Attention(self.num_heads, self.fused, self.dtype)
+    self.MultiHeadDotProductAttention_0 = Attention(self.num_heads, self.fused, self.kernel, self.dtype)
     self.film = FiLM(self.dtype)
     self.LayerNorm_1 = layer_norm(dtype=self.dtype)
     self.MlpBlock_0 = MlpBlock(self.mlp_dim, self.gelu, self.dtype)
@@ -184,13 +191,14 @@ class Transformer(nn.Module):
   remat: bool = False
   scan: bool = False
   fused: bool = False
+  kernel: str = "xla"
   dtype: Any = jnp.float32
 
   def setup(self):
     block = nn.remat(Block, prevent_cse=not self.scan, static_argnums=(4,)) if self.remat else Block
+    how = dict(probe=self.probe, fused=self.fused, kernel=self.kernel, dtype=self.dtype)
     self.encoderblock = [
-      block(self.num_heads, self.mlp_dim, self.gelu, self.layer_scale, self.probe, self.fused, self.dtype)
-      for _ in range(self.depth)
+      block(self.num_heads, self.mlp_dim, self.gelu, self.layer_scale, **how) for _ in range(self.depth)
     ]
     self.encoder_norm = layer_norm(dtype=self.dtype)
 
@@ -267,7 +275,7 @@ class ViT(nn.Module):
     multiple: tokens of zeros, which no token reads, fill the sequence up to a multiple of this: see models/serving.py.
     position_init: how the learned position embedding begins: 'normal' (big_vision's), or 'sincos', from which a model
       that learns from scratch can read where a patch is at once.
-    scan: one loop over the blocks between two taps, see Transformer. fused: see models/serving.py.
+    scan: one loop over the blocks between two taps, see Transformer. fused, kernel: see models/serving.py.
     mean, std: normalisation of RGB in [0, 1].
   """
 
@@ -288,6 +296,7 @@ class ViT(nn.Module):
   remat: bool = False
   scan: bool = False
   fused: bool = False
+  kernel: str = "xla"
   dtype: Any = jnp.float32
 
   @property
@@ -320,7 +329,8 @@ class ViT(nn.Module):
     if self.registers is not None:
       self.cls = self.param("cls", nn.initializers.normal(1e-6), (1, 1, d))
       self.reg = self.param("reg", nn.initializers.normal(1e-6), (1, self.registers, d))
-    how = dict(probe=self.queries, remat=self.remat, scan=self.scan, fused=self.fused, dtype=self.dtype)
+    how = dict(probe=self.queries, remat=self.remat, scan=self.scan, dtype=self.dtype)
+    how |= dict(fused=self.fused, kernel=self.kernel)
     self.Transformer = Transformer(self.depth, self.num_heads, self.mlp_dim, self.gelu, self.layer_scale, **how)
     self.MAPHead_0 = MAPHead(self.num_heads, self.mlp_dim, self.gelu, self.dtype)
 

@@ -296,9 +296,10 @@ class _Walk:
 
   def _bytes(self, x: Instruction, types: Mapping[str, str], passing: Container) -> tuple[int, int]:
     """(read, written) by one instruction; arrays of the shapes `passing` only pass through it."""
-    operands = [sum(arrays(types.get(name, ""), passing)) for name in x.operands]
-    results = arrays(x.result, passing)
     operation = x.operation.removesuffix("-start")
+    names = dict.fromkeys(x.operands) if operation == "custom-call" else x.operands  # a kernel may be given one twice
+    operands = [sum(arrays(types.get(name, ""), passing)) for name in names]
+    results = arrays(x.result, passing)
     if operation in ("fusion",) and (called := _CALLED.findall(x.rest)):
       return self._fusion_bytes(x, called[0], operands, results)
     if operation == "custom-call" and len(results) > 1:

@@ -82,10 +82,11 @@ def lower_policy(config: Any, mesh: Mesh, aux_loss: AuxLoss | None = None) -> Ca
   """A function that lowers a policy's call: its sentence known, adapters folded in, all weights in the compute type.
 
   Its prompt has at least config.data.prompt_length tokens, and as many more as give the sequence a multiple of 8
-  positions, as `Policy.load(prompt_lengths=…)` compiles it.
+  positions, as `Policy.load(prompt_lengths=…)` compiles it. Attention is config.model.attention, where there is one.
   """
   del aux_loss  # a policy has none
-  bare = build(config.model.to_dict() | serving.layout(mesh.devices.flat[0].platform))
+  how = serving.layout(mesh.devices.flat[0].platform, config.model.get("attention", serving.ATTENTION[0]))
+  bare = build(config.model.to_dict() | how)
   shapes = abstract_params(bare, dummy_observation(bare))
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.model.dtype)), shapes)
   where, everywhere = sharding.param_sharding(params, mesh, sharding.rule_of(config.mesh)), NamedSharding(mesh, P())
@@ -321,6 +322,9 @@ def main(argv: list[str]) -> None:
       config = program.changed(config, **{"data.batch_size": _BATCH.value})
     elif which == "policy":
       config = program.changed(config, **{"data.batch_size": 1})
+    if _ATTENTION.value != serving.ATTENTION[0]:
+      with config.unlocked():
+        config.model.attention = _ATTENTION.value
     if _TOPOLOGY.value is not None:
       jax.config.update("jax_platforms", "cpu")  # such devices compile only
     aux_loss = sources.aux_loss(config)
@@ -352,6 +356,7 @@ if __name__ == "__main__":  # here, so that the module can be imported by a comm
   _SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices")
   _BATCH = flags.DEFINE_integer("batch", None, "Global batch size; none: the config's")
   _PROGRAM = flags.DEFINE_enum("program", "train", sorted(PROGRAMS), "Program to compile")
+  _ATTENTION = flags.DEFINE_enum("attention", serving.ATTENTION[0], serving.ATTENTION, "With --program=policy")
   _SWEEP = flags.DEFINE_bool("sweep", False, "Search for the largest batch that fits")
   _PLAN = flags.DEFINE_bool("plan", False, "Compare remat policies, meshes and accumulation by an estimate")
   _QUICK = flags.DEFINE_bool("quick", False, "For TPUs: a quarter of the compile time, memory to a fifth")

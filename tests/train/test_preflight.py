@@ -196,3 +196,7 @@ def test_a_policy_compiles_for_one_gpu_that_is_not_there():
   weights = report.memory["parameters, observation"]
   assert weights < report.traffic.bytes < 10 * weights  # every weight is read once
   assert 50 < report.traffic.products < report.traffic.launches < 1000
+  with c.model.unlocked():
+    c.model.attention = "triton"
+  kernel = preflight.compile_for(c, mesh, "policy").traffic  # no logits in memory, nothing brought into place
+  assert kernel.launches <= report.traffic.launches - 2 * 11 and kernel.bytes < report.traffic.bytes
