@@ -143,7 +143,8 @@ NEWEST ?= $(shell for python in python3.13 python3.12 $(HOME)/.pyenv/versions/3.
 newest: .venv-newest/.done  ## model, policy and training tests and on_gpu.sh with the newest jax (Python 3.12 or 3.13)
 	.venv-newest/bin/python -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not processes and not slow" \
 	  tests/models tests/train tests/test_policy.py tests/test_inference.py tests/test_exported.py
-	SIZE=tiny DTYPE=float32 CALLS=5 STEPS=2 EPISODES=16 SLOWER=4 OUT=runs/newest PEER= PYTHON=.venv-newest/bin/python benchmark/on_gpu.sh
+	SIZE=tiny DTYPE=float32 CALLS=5 STEPS=2 EPISODES=16 SLOWER=4 OUT=runs/newest PEER= \
+	  OPTIONS="prompt_lengths=(24,) remember=0 weights=int8 weights=fp8" PYTHON=.venv-newest/bin/python benchmark/on_gpu.sh
 
 bench-convert: $(VENV)/.main  ## conversion of a random 15 GB checkpoint against a plain copy (60 GB of disk; LAYERS=…)
 	$(PY) -m semanticvla_jax.benchmark convert runs/bench_convert --layers $(or $(LAYERS),32) --out=runs/bench/convert.json

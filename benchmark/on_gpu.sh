@@ -41,7 +41,7 @@ model=(--size="$SIZE" --dtype="$DTYPE")
 step semanticvla 120 latency --row=full "${model[@]}" --calls="$CALLS" # copy and matmul rates come first
 step oft 90 latency --row=oft "${model[@]}" --calls="$CALLS"
 [ -z "$PEER" ] || step peer 100 latency --row=full "${model[@]}" --calls="$CALLS" --peer="$PEER"
-for word in ${OPTIONS:-prompt_lengths=(24,) remember=0 weights=int8 weights=fp8}; do # each against `semanticvla`
+for word in ${OPTIONS:-attention=triton prompt_lengths=(24,) remember=0 weights=int8 weights=fp8}; do # each against `semanticvla`
   step "option_${word//[^a-z0-9_]/}" 60 latency --row=full "${model[@]}" --calls="$CALLS" --option="$word"
 done
 step batches 90 latency --row=full "${model[@]}" --calls=$(((CALLS + 3) / 4)) --batch="$BATCHES"

@@ -40,7 +40,7 @@ def get_config(arg=None):
     crop_area=None,
   )
   config.train.update(steps=2_600, save_every=250, keep_last=2, log_every=50)
-  weights = dict(alignment=0.1, naming=0.1, looks=0.3, displacement=0.2, aim=0.0, turn=0.2, rotation=0.0)
+  weights = dict(alignment=0.1, naming=0.1, looks=0.3, displacement=0.2, aim=0.0, turn=0.2, rotation=0.0, pointing=0.0)
   with config.unlocked():  # fields of tabletop/training.py
     # pick, place, spatial, goal, long, align: the last four stay unseen.
     config.data.update(suites=(2, 3, 0, 0, 0, 0), starts=0.5, askew=0.0)
@@ -59,8 +59,9 @@ def get_config(arg=None):
   if arg == "dense":
     config.seed = 10
     config.model.update(common.OPENVLA | dict(coupler="single", mask="full"))
-    config.optim.update(lr=2e-3, warmup_steps=30, decay_steps=3_970)
+    config.optim.update(lr=2e-3, warmup_steps=30, decay_steps=2_170)
     config.data.update(batch_size=32, suites=(0, 1, 0, 0, 0, 0), starts=0.25)
-    config.train.steps = 4_000
+    config.train.steps = 2_200
     config.train.grounding.update(alignment=0.0, naming=0.0, looks=0.0, aim=0.1, displacement=0.3, rotation=0.5)
+    config.train.grounding.pointing = 0.1
   return config

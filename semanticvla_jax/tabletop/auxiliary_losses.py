@@ -76,6 +76,8 @@ class Grounded(nn.Module):
     self.probe_aim = nn.Dense(4)
     self.probe_dino = nn.Dense(SHAPES + 2)
     self.probe_siglip = nn.Dense(SHAPES + 2)
+    if self.dense:
+      self.probe_pointing = nn.Dense(1)
 
   def __call__(
     self, observation: Observation, train: bool = False, part: tuple | None = None, updates: Any = 0
@@ -91,7 +93,16 @@ class Grounded(nn.Module):
       f"{name}_looks": probe(out.intermediates[f"{name}_patches"])
       for name, probe in (("dino", self.probe_dino), ("siglip", self.probe_siglip))
     }
+    if self.dense:
+      patches = self.model.num_views * self.model.siglip.num_patches
+      where = self.probe_pointing(out.intermediates["hidden"][:, 1 : 1 + patches])
+      probes |= {"pointing": rearrange(where, "b (v n) 1 -> b v n", v=self.model.num_views)}
     return Output(out.actions, out.intermediates | probes | looks)
+
+  @property
+  def dense(self) -> bool:
+    """Whether the language model sees every patch, as a token each."""
+    return not any(self.model.pruners.values()) and self.model.compressor is None
 
   def score(self, patches: Float[Array, "bv n d"], words: Any, mask: Bool[Array, "b g m"]) -> Float[Array, "bgv n m"]:
     """The ID-Pruner's similarities of other sentences i32[b g m] with the patches of the same views, no noise."""
@@ -171,6 +182,9 @@ def parts(model: Grounded, params: dict, out: Output, targets: Targets, count: C
     "aim": aim(seen["aim"], targets, count.cubes),
     "turn": divided(away[:, 6:].mean(axis=1).sum(), count.examples),
   }
+  if "pointing" in seen:
+    log_p = jax.nn.log_softmax(seen["pointing"].astype(jnp.float32), axis=-1)
+    each |= {"pointing": divided(-(targets.where[:, 0] * log_p).sum(), count.named)}
   if "siglip_pruned" not in seen:
     return each
   scores = model.apply({"params": params}, seen["siglip_patches"], targets.words, targets.word_mask, method="score")

@@ -126,6 +126,17 @@ ENTRY %main (a: f32[4], b: f32[8]) -> f32[16] {
   assert traffic(text).copied_weights == 0  # parameters that are gathered are not copied
 
 
+def test_an_array_that_a_kernel_is_given_twice_is_read_once():
+  text = """
+ENTRY %main (qkv: f32[4,3,8], mask: s8[4]) -> f32[4,8] {
+  %qkv = f32[4,3,8]{2,1,0} parameter(0)
+  %mask = s8[4]{0} parameter(1)
+  ROOT %out = f32[4,8]{1,0} custom-call(%qkv, %qkv, %qkv, %mask), custom_call_target="__gpu$xla.gpu.triton"
+}
+"""
+  assert traffic(text).bytes == 4 * 3 * 8 * 4 + 4 + 4 * 8 * 4
+
+
 def test_what_a_tpu_keeps_on_the_chip_moves_nothing():
   fast = made_up().replace("%kv = bf16[8,8]{1,0}", "%kv = bf16[8,8]{1,0:T(8,128)(2,1)S(1)}")
   assert traffic(made_up()).bytes - traffic(fast).bytes == 2 * 8 * 8 * 2
