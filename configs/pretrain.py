@@ -17,13 +17,13 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-RUNS = (None, "", "aim", "turn", "dense")
+RUNS = (None, "", "aim", "turn")
 
 
 def get_config(arg=None):
   if arg not in RUNS:
     raise ValueError(
-      f"config argument: got {arg!r}; expected nothing, 'aim', 'turn' or 'dense'; correct what follows the colon."
+      f"config argument: got {arg!r}; expected nothing, 'aim' or 'turn'; correct what follows the colon."
     )
   config = common.get_config("small64", ratio=4)
   config.lora = None
@@ -40,7 +40,7 @@ def get_config(arg=None):
     crop_area=None,
   )
   config.train.update(steps=2_600, save_every=250, keep_last=2, log_every=50)
-  weights = dict(alignment=0.1, naming=0.1, looks=0.3, displacement=0.2, aim=0.0, turn=0.2, rotation=0.0, pointing=0.0)
+  weights = dict(alignment=0.1, naming=0.1, looks=0.3, displacement=0.2, aim=0.0, turn=0.2, rotation=0.0)
   with config.unlocked():  # fields of tabletop/training.py
     # pick, place, spatial, goal, long, align: the last four stay unseen.
     config.data.update(suites=(2, 3, 0, 0, 0, 0), starts=0.5, askew=0.0)
@@ -56,12 +56,4 @@ def get_config(arg=None):
     config.data.askew = 0.5
     config.train.steps = 1_200
     config.train.grounding.update(looks=0.2, aim=0.3, rotation=2.0)
-  if arg == "dense":
-    config.seed = 10
-    config.model.update(common.OPENVLA | dict(coupler="single", mask="full"))
-    config.optim.update(lr=2e-3, warmup_steps=30, decay_steps=2_170)
-    config.data.update(batch_size=32, suites=(0, 1, 0, 0, 0, 0), starts=0.25)
-    config.train.steps = 2_200
-    config.train.grounding.update(alignment=0.0, naming=0.0, looks=0.0, aim=0.1, displacement=0.3, rotation=0.5)
-    config.train.grounding.pointing = 0.1
   return config

@@ -34,7 +34,6 @@ from semanticvla_jax.tabletop import tasks
 from semanticvla_jax.types import Observation
 
 PROBE = "probe"  # prefix of the parameters that are not the model's
-BY_WORDS = ("alignment", "naming")  # of the scores of an ID-Pruner on SigLIP; a model without one has the other four
 SHAPES = 3  # cube, ball, cylinder
 PHRASES = tasks.GRASPABLE  # "pick up the …" of every object that suite `pick` may name
 UNIT = 0.1  # meters
@@ -76,8 +75,6 @@ class Grounded(nn.Module):
     self.probe_aim = nn.Dense(4)
     self.probe_dino = nn.Dense(SHAPES + 2)
     self.probe_siglip = nn.Dense(SHAPES + 2)
-    if self.dense:
-      self.probe_pointing = nn.Dense(1)
 
   def __call__(
     self, observation: Observation, train: bool = False, part: tuple | None = None, updates: Any = 0
@@ -93,16 +90,7 @@ class Grounded(nn.Module):
       f"{name}_looks": probe(out.intermediates[f"{name}_patches"])
       for name, probe in (("dino", self.probe_dino), ("siglip", self.probe_siglip))
     }
-    if self.dense:
-      patches = self.model.num_views * self.model.siglip.num_patches
-      where = self.probe_pointing(out.intermediates["hidden"][:, 1 : 1 + patches])
-      probes |= {"pointing": rearrange(where, "b (v n) 1 -> b v n", v=self.model.num_views)}
     return Output(out.actions, out.intermediates | probes | looks)
-
-  @property
-  def dense(self) -> bool:
-    """Whether the language model sees every patch, as a token each."""
-    return not any(self.model.pruners.values()) and self.model.compressor is None
 
   def score(self, patches: Float[Array, "bv n d"], words: Any, mask: Bool[Array, "b g m"]) -> Float[Array, "bgv n m"]:
     """The ID-Pruner's similarities of other sentences i32[b g m] with the patches of the same views, no noise."""
@@ -147,7 +135,7 @@ class AuxiliaryLosses(NamedTuple):
   def loss(
     self, model: Grounded, params: dict, out: Output, metrics: Mapping, targets: Targets, count: Counts
   ) -> tuple[Any, dict]:
-    """The weighted sum of the losses and of L1 of the rotations, and each of them by name."""
+    """The weighted sum of the six losses and of L1 of the rotations, and each of the six by name."""
     each = parts(model, params, out, targets, count)
     total = sum(self.weights[name] * value for name, value in each.items())
     return total + self.weights["rotation"] * metrics["l1_rotation"], each
@@ -172,26 +160,19 @@ class AuxiliaryLosses(NamedTuple):
 
 
 def parts(model: Grounded, params: dict, out: Output, targets: Targets, count: Counts) -> dict[str, Any]:
-  """The losses by name, f32[] each; `count` is the whole batch's where these are only some of its examples."""
+  """The six losses by name, f32[] each; `count` is the whole batch's where these are only some of its examples."""
   seen = out.intermediates
+  scores = model.apply({"params": params}, seen["siglip_patches"], targets.words, targets.word_mask, method="score")
+  others = rearrange(targets.where[:, 1:], "b g v n -> (b g) v n")
   away = jnp.abs(seen["displacement"].astype(jnp.float32) - targets.displacement)
   dino, siglip = (looks(seen[f"{name}_looks"], targets, count.seen) for name in ("dino", "siglip"))
-  each = {
+  return {
+    "alignment": alignment(seen["siglip_pruned"].similarity, targets.where[:, 0], count=count.named),
+    "naming": alignment(scores, others, count=count.seen),
     "looks": (dino + siglip) / 2,
     "displacement": divided(away[:, :6].mean(axis=1).sum(), count.examples),
     "aim": aim(seen["aim"], targets, count.cubes),
     "turn": divided(away[:, 6:].mean(axis=1).sum(), count.examples),
-  }
-  if "pointing" in seen:
-    log_p = jax.nn.log_softmax(seen["pointing"].astype(jnp.float32), axis=-1)
-    each |= {"pointing": divided(-(targets.where[:, 0] * log_p).sum(), count.named)}
-  if "siglip_pruned" not in seen:
-    return each
-  scores = model.apply({"params": params}, seen["siglip_patches"], targets.words, targets.word_mask, method="score")
-  others = rearrange(targets.where[:, 1:], "b g v n -> (b g) v n")
-  return each | {
-    "alignment": alignment(seen["siglip_pruned"].similarity, targets.where[:, 0], count=count.named),
-    "naming": alignment(scores, others, count=count.seen),
   }
 
 

@@ -16,9 +16,9 @@ from typing import Any
 from semanticvla_jax.data import statistics
 from semanticvla_jax.data.text import Tokenizers
 from semanticvla_jax.errors import refuse
-from semanticvla_jax.models.semanticvla import build
+from semanticvla_jax.models.pruner import kinds
 from semanticvla_jax.tabletop import expert_batches, tasks
-from semanticvla_jax.tabletop.auxiliary_losses import BY_WORDS, AuxiliaryLosses
+from semanticvla_jax.tabletop.auxiliary_losses import AuxiliaryLosses
 from semanticvla_jax.types import Batch
 
 MIXTURE = "expert"
@@ -47,27 +47,14 @@ def aux_loss(config: Any) -> AuxiliaryLosses | None:
       "training from scratch on the expert's own states (configs/pretrain.py)",
       "set it to None",
     )
-  _check_parts(config.model, weights)
-  return AuxiliaryLosses(weights)
-
-
-def _check_parts(model: Any, weights: Any) -> None:
-  """Raises ValueError if a loss looks at a part that the model of a config does not have."""
-  built = build(model)
-  if built.pruner("siglip", "id") is None and (asked := [name for name in BY_WORDS if weights[name]]):
+  if "dino" not in config.model.encoders or "id" not in kinds(config.model.siglip_pruner):
     raise refuse(
       "config.train.grounding",
-      f"weights of {' and '.join(asked)} with model.siglip_pruner={model.siglip_pruner!r}",
-      "an ID-Pruner on SigLIP, whose scores they teach",
-      "set them to 0",
-    )
-  if built.dino is None or built.siglip is None:
-    raise refuse(
-      "config.train.grounding",
-      f"weights with model.encoders={tuple(model.encoders)}",
-      "both encoders, whose patches the probes read",
+      f"weights with model.encoders={tuple(config.model.encoders)}, model.siglip_pruner={config.model.siglip_pruner!r}",
+      "both encoders, whose patches the probes read, and an ID-Pruner on SigLIP, whose scores two losses teach",
       "set train.grounding to None",
     )
+  return AuxiliaryLosses(weights)
 
 
 def batches(

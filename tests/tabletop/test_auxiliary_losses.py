@@ -106,30 +106,12 @@ def test_a_model_without_a_coupler_has_no_states_to_probe():
     training.aux_loss(config)
 
 
-def test_a_loss_that_the_model_has_no_part_for_is_refused():
-  config = pretrain.get_config("dense")
-  training.aux_loss(config)
-  config.train.grounding.naming = 0.1
-  with pytest.raises(ValueError, match="got weights of naming with model.siglip_pruner=None; expected an ID-Pruner"):
+@pytest.mark.parametrize("field", [{"siglip_pruner": None}, {"siglip_pruner": "sa"}, {"encoders": ("siglip",)}])
+def test_a_model_without_the_parts_that_losses_look_at_is_refused(field):
+  config = pretrain.get_config()
+  config.model.update(field)
+  with pytest.raises(ValueError, match="config.train.grounding: got weights with model.encoders=.*expected both encoders"):
     training.aux_loss(config)
-  config = pretrain.get_config("dense")
-  config.model.encoders = ("dino",)
-  with pytest.raises(ValueError, match=r"got weights with model.encoders=\('dino',\); expected both encoders"):
-    training.aux_loss(config)
-
-
-def test_a_model_without_pruners_has_the_losses_that_look_at_no_words(parts):
-  _, _, _, targets = parts
-  bare = build(common.get_config("tiny").model.to_dict() | common.OPENVLA | dict(coupler="single", mask="full"))
-  model, observation = LOSSES.wrap(bare), random_observation(bare, B)
-  params = jax.jit(model.init)(jax.random.key(0), observation)["params"]
-  assert params["probe"]["kernel"].shape == (7 * 32, 9)  # seven tokens of the first step
-
-  def losses(params):
-    out = model.apply({"params": params}, observation)
-    return auxiliary_losses.parts(model, params, out, targets, LOSSES.counts(targets))
-
-  assert set(jax.eval_shape(losses, params)) == set(WEIGHTS) - {"rotation", *auxiliary_losses.BY_WORDS}
 
 
 def test_the_shapes_that_a_program_is_compiled_for_are_those_of_a_batch():
