@@ -79,11 +79,11 @@ def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, lengths: tuple[int, 
     at = pl.dslice(i * KEYS, KEYS)
     there = i * KEYS + jnp.arange(KEYS) < s
     k, v = (triton.load(ref.at[at], mask=there[:, None] & real, other=0.0) for ref in (k_ref, v_ref))
-    logits = pl.dot(q, k.T) * width**-0.5
+    logits = triton.dot(q, k.T) * width**-0.5
     logits = jnp.where(_readable(mask_ref, rows, at, asked, there), logits, HIDDEN)
     highest = jnp.maximum(top, logits.max(axis=1))
     weights, before = jnp.exp(logits - highest[:, None]), jnp.exp(top - highest)
-    out = out * before[:, None] + pl.dot(weights.astype(v.dtype), v)
+    out = out * before[:, None] + triton.dot(weights.astype(v.dtype), v)
     return out, highest, total * before + weights.sum(axis=1)
 
   start = jnp.zeros((QUERIES, padded)), jnp.full(QUERIES, HIDDEN), jnp.zeros(QUERIES)

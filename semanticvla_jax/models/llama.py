@@ -18,7 +18,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from semanticvla_jax.models import masks
-from semanticvla_jax.models.attention_kernel import Heads, attention
 from semanticvla_jax.models.pruner import top_indices
 from semanticvla_jax.models.routed import Router, Routing
 
@@ -90,6 +89,8 @@ class Attention(nn.Module):
       cache = (k, v)
     weights = None if rows is None else attention_weights(take(q, rows), k, take(mask, rows))
     if self.kernel == "triton" and cache is None:
+      from semanticvla_jax.models.attention_kernel import Heads, attention  # Pallas, which nothing else needs
+
       out = attention(Heads(q[:, :, None]), Heads(k[:, :, None]), Heads(qkv, 2), mask)
     else:
       out = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None])

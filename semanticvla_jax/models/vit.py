@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, UInt8
 
-from semanticvla_jax.models.attention_kernel import Heads, attention
 from semanticvla_jax.models.mlp import gelu, torch_kernel_init
 
 NORM_EPS = 1e-6
@@ -77,6 +76,8 @@ class Attention(nn.Module):
       inputs = (("query", x), ("key", y), ("value", y))
       q, k, v = (nn.DenseGeneral(heads, kernel_init=init, dtype=self.dtype, name=name)(z) for name, z in inputs)
     if self.kernel == "triton":
+      from semanticvla_jax.models.attention_kernel import Heads, attention  # Pallas, which nothing else needs
+
       asking = qkv if x.shape[1] == y.shape[1] else q[:, :, None]
       out = attention(Heads(asking), Heads(qkv, 1), Heads(qkv, 2), None if mask is None else mask[:, 0])
     else:
