@@ -134,7 +134,7 @@ class Policy(BasePolicy):
       dtype: of parameters and computation; None for the ones it was trained with.
       weights: "int8" or "fp8" rounds the decoder's kernels to 8 bits, one scale per output channel: half of bfloat16's
         bytes. Products stay in `dtype`.
-      attention: "triton", on a GPU, is one kernel a layer, which keeps logits out of memory (models/attention_kernel.py).
+      attention: "triton", on a GPU: one kernel a layer, which keeps logits out of memory (models/attention_kernel.py).
       sharding, verify: see `policy_folder.load_policy`.
       **options: batch_sizes, prompt_lengths, remember, replan_steps and gripper of the constructor.
 

@@ -200,7 +200,7 @@ def test_weights_of_eight_bits(kind, tmp_path):
   assert 0 < np.std(a - b) < 0.1 * np.std(a) and rounded.metadata["weights"] == kind
 
 
-def test_unknown_weights_are_refused(tmp_path):
+def test_unknown_weights_and_attention_are_refused(tmp_path):
   folder = tmp_path / "policy"
   entries = {"tabletop_place": statistics.to_openvla(policies.stats())}
   policy_folder.save_policy(
@@ -208,3 +208,5 @@ def test_unknown_weights_are_refused(tmp_path):
   )
   with pytest.raises(ValueError, match="weights='int4'; expected one of"):
     Policy.load(folder, weights="int4")
+  with pytest.raises(ValueError, match="attention: got 'triton' on cpu; expected a GPU"):
+    Policy.load(folder, attention="triton")

@@ -1,10 +1,12 @@
-"""Attention as one GPU kernel, for inference: logits never reach memory, and queries, keys and values are read in place.
+"""Attention as one GPU kernel, for inference: logits stay on the chip; queries, keys and values are read in place.
 
 XLA writes an encoder's logits in float32 and reads them again, and brings queries, keys and values into place before
 that: seven kernels a block of which this is one. Written in Pallas, compiled by Triton; `models/serving.py` says where
 it is used.
 
     one program a head and 64 queries:  for 64 keys at a time   logits, running maximum and sum, weighted values
+
+For one device: XLA cannot split it over several, and would gather what it reads.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ HIDDEN = -1e30  # logit of a key that may not be read; finite, so that a row wit
 
 @flax.struct.dataclass
 class Heads:
-  """Queries, keys or values: `array` f[b l n h c] at index `slot` of its third axis, so that joined ones need no copy."""
+  """Queries, keys or values: `array` f[b l n h c] at `slot` of its third axis, so that joined ones need no copy."""
 
   array: Float[Array, "b l n h c"]
   slot: int = flax.struct.field(pytree_node=False, default=0)
@@ -41,7 +43,7 @@ def attention(
     interpret: runs the kernel's steps as jax operations, on any device.
   """
   (b, length, _, heads, c), s = q.array.shape, k.array.shape[1]
-  padded = pl.next_power_of_2(c)
+  padded = max(16, pl.next_power_of_2(c))  # the least that a matrix unit takes
 
   def whole(x: Heads) -> pl.BlockSpec:  # a reference, of which the kernel loads what it needs
     return pl.BlockSpec((None, x.array.shape[1], None, None, padded), lambda b, h, i, slot=x.slot: (b, 0, slot, h, 0))

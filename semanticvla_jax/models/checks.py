@@ -78,7 +78,9 @@ def check(c: Mapping[str, Any]) -> None:
   _check_decoder_pruner(c)
   _check_compressor(c)
   if c["attention"] != "xla" and not c["fused"]:
-    _refuse("attention", c["attention"], "'xla' without model.fused: that kernel has no gradient", "load it as a Policy")
+    _refuse(
+      "attention", c["attention"], "'xla' without model.fused: that kernel has no gradient", "load it as a Policy"
+    )
   fast.check(c, EXTRA_ROWS)
   _check_skipped(c)
   _check_routing(c)

@@ -60,7 +60,9 @@ def test_large_logits_and_queries_without_a_key_give_numbers():
 @pytest.mark.parametrize(
   "fields",
   [
-    {"token_multiple": 8},  # an encoder's last block runs for its queries alone, the decoder's last layer for few states
+    {
+      "token_multiple": 8
+    },  # an encoder's last block runs for its queries alone, the decoder's last layer for few states
     dict(dino_pruner=None, siglip_pruner=None, film=(), dense_fuser=None, coupler="single", mask="full"),
   ],
 )

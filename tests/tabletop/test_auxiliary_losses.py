@@ -110,7 +110,9 @@ def test_a_model_without_a_coupler_has_no_states_to_probe():
 def test_a_model_without_the_parts_that_losses_look_at_is_refused(field):
   config = pretrain.get_config()
   config.model.update(field)
-  with pytest.raises(ValueError, match="config.train.grounding: got weights with model.encoders=.*expected both encoders"):
+  with pytest.raises(
+    ValueError, match="config.train.grounding: got weights with model.encoders=.*expected both encoders"
+  ):
     training.aux_loss(config)
 
 
