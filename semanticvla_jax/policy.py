@@ -337,6 +337,7 @@ class Policy(BasePolicy):
 
   def _check(self) -> None:
     check_params(self.params, _parameter_shapes(self.model))
+    serving.verify_attention(self.bare.llm.kernel, self.bare.llm.dtype)
     action_dim = self.config["model"].get("action_dim", len(self.stats.action.mask))
     statistics.check(
       self._extra.get("dataset", "policy"),

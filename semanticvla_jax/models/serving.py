@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -52,6 +53,23 @@ def layout(platform: str, attention: str = "xla") -> dict[str, Any]:
   if attention == "triton" and not on_gpu:
     raise refuse("attention", f"'triton' on {platform}", "a GPU, for which that kernel is compiled", "choose 'xla'")
   return _LAYOUT | {"attention": attention} | ({"token_multiple": MULTIPLE} if on_gpu else {})
+
+
+@functools.cache
+def verify_attention(kind: str, dtype: Any) -> None:
+  """Compares a kernel of attention with XLA's on the device that is here, once for each type.
+
+  Raises:
+    ValueError: they differ by more than rounding, or the device is none that the kernel is for.
+  """
+  if kind == ATTENTION[0]:
+    return
+  layout(jax.default_backend(), kind)
+  from semanticvla_jax.models import attention_kernel
+
+  if not (error := attention_kernel.difference(dtype)) < 0.03:
+    remedy = f"choose {ATTENTION[0]!r}, and report the device and jax's version"
+    raise refuse("attention", f"results that differ from XLA's by {error:.2g}", "0.03 at most", remedy)
 
 
 def lay_out(flat: dict[str, Any]) -> dict:

@@ -76,6 +76,16 @@ def test_a_model_gives_the_same_actions(monkeypatch, fields):
   np.testing.assert_allclose(of(kernel), of(plain), atol=5e-5)
 
 
+def test_a_device_on_which_it_is_wrong_is_refused(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(attention_kernel, "attention", INTERPRETED)
+  for dtype in (jnp.float32, jnp.bfloat16):
+    serving.verify_attention.__wrapped__("triton", dtype)
+  monkeypatch.setattr(attention_kernel, "attention", lambda q, k, v, mask: INTERPRETED(q, k, v))  # reads hidden keys
+  with pytest.raises(ValueError, match="attention: got results that differ from XLA's by .*; expected 0.03 at most"):
+    serving.verify_attention.__wrapped__("triton", jnp.float32)
+
+
 def test_it_is_for_policies_on_a_gpu():
   assert serving.layout("cuda", "triton")["attention"] == "triton"
   with pytest.raises(ValueError, match="attention: got 'triton' on cpu; expected a GPU"):
