@@ -63,6 +63,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   add("--dataset", help="whose statistics to use, if the policy has several (default: the only one)")
   add("--dtype", help="dtype of parameters and computation, e.g. bfloat16 (default: as trained)")
   add("--weights", choices=("full", "int8"), default="full", help="of the decoder (default: full)")
+  add("--attention", choices=("xla", "triton"), default="xla", help="triton: one kernel, on a GPU (default: xla)")
   add("--batch-sizes", type=_counts, default=[1, 2, 4, 8], help="sizes to compile, with commas (default: 1,2,4,8)")
   add(
     "--prompt-lengths", type=_counts, default=[], help="further prompt lengths to compile (default: the longest only)"
@@ -95,7 +96,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
   """How the policy is read, besides its batch sizes."""
-  return dict(dataset=args.dataset, dtype=args.dtype, weights=args.weights, prompt_lengths=args.prompt_lengths)
+  names = ("dataset", "dtype", "weights", "attention", "prompt_lengths")
+  return {name: getattr(args, name) for name in names}
 
 
 def make_site(args: argparse.Namespace, policy: Any) -> Any:

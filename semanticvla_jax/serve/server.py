@@ -178,6 +178,7 @@ def load(
   dataset: str | None = None,
   dtype: str | None = None,
   weights: str = "full",
+  attention: str = "xla",
 ) -> Any:
   """A policy folder, or a file of `Policy.export`, compiled for these batch sizes and prompt lengths, each run once.
 
@@ -185,10 +186,10 @@ def load(
     ValueError: it cannot be read, or remembers earlier queries, or an option does not apply to it.
   """
   if not Path(policy).is_file():
-    own = dict(dataset=dataset, dtype=dtype, weights=weights, prompt_lengths=tuple(prompt_lengths))
+    own = dict(dataset=dataset, dtype=dtype, weights=weights, attention=attention, prompt_lengths=tuple(prompt_lengths))
     return _without_memory(Policy.load(policy, batch_sizes=tuple(sizes), **own))
-  if (dataset, dtype, weights, tuple(prompt_lengths)) != (None, None, "full", ()):
-    got = "--dataset, --dtype, --weights or --prompt-lengths with an exported policy"
+  if (dataset, dtype, weights, attention, tuple(prompt_lengths)) != (None, None, "full", "xla", ()):
+    got = "--dataset, --dtype, --weights, --attention or --prompt-lengths with an exported policy"
     raise refuse("--policy", got, "a policy folder", "leave them out; the file has its own")
   return _without_memory(exported.ExportedPolicy.load(policy, batch_sizes=tuple(sizes)))
 
