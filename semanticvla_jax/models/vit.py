@@ -51,6 +51,24 @@ def sincos_2d(side: int, width: int, wavelengths: float = 100.0) -> Float[Array,
   return jnp.concatenate([f(x) for x in (row, column) for f in (jnp.sin, jnp.cos)], axis=1)[None]
 
 
+class JoinedDense(nn.Module):
+  """`nn.DenseGeneral` that adds its bias to one flat row, as a GPU's library does within the product.
+
+  XLA spreads a bias of several axes over all tokens first, where no other operation of its own follows.
+  """
+
+  features: tuple[int, ...]
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l *features"]:
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], *self.features))
+    bias = self.param("bias", nn.initializers.zeros, self.features)
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return (x @ kernel.reshape(x.shape[-1], -1) + bias.reshape(-1)).reshape(*x.shape[:-1], *self.features)
+
+
 class Attention(nn.Module):
   """Multi-head attention with big_vision's parameter names; returns queries and keys too."""
 
@@ -70,7 +88,8 @@ class Attention(nn.Module):
     init = nn.initializers.xavier_uniform()
     heads = (self.num_heads, d // self.num_heads)
     if self.fused:
-      qkv = nn.DenseGeneral((3, *heads), kernel_init=init, dtype=self.dtype, name="qkv")(y)
+      joined = JoinedDense if self.kernel == "triton" else nn.DenseGeneral
+      qkv = joined((3, *heads), kernel_init=init, dtype=self.dtype, name="qkv")(y)
       q, k, v = qkv[:, y.shape[1] - x.shape[1] :, 0], qkv[:, :, 1], qkv[:, :, 2]
     else:
       inputs = (("query", x), ("key", y), ("value", y))
