@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from semanticvla_jax.errors import refuse
 
 MULTIPLE = 8  # positions: matrix units work on sequences of whole eights, and GPU libraries pad others at every product
-ATTENTION = ("xla", "triton")
+ATTENTION = ("xla", "triton")  # the default first
 _LAYOUT = {"scan": False, "scan_encoders": False, "fused": True, "remat": None}
 _FUSED = (
   (re.compile(r"(llm/layers_\d+/attn)/q_proj/(\w+)"), ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
@@ -52,7 +52,8 @@ def layout(platform: str, attention: str = "xla") -> dict[str, Any]:
     raise refuse("attention", repr(attention), f"one of {ATTENTION}", "choose one of them")
   if attention == "triton" and not on_gpu:
     raise refuse("attention", f"'triton' on {platform}", "a GPU, for which that kernel is compiled", "choose 'xla'")
-  return _LAYOUT | {"attention": attention} | ({"token_multiple": MULTIPLE} if on_gpu else {})
+  chosen = {} if attention == ATTENTION[0] else {"attention": attention}
+  return _LAYOUT | chosen | ({"token_multiple": MULTIPLE} if on_gpu else {})
 
 
 @functools.cache
