@@ -255,8 +255,11 @@ class Policy(BasePolicy):
     The programs of its prompt lengths, for any batch size.
 
     Raises:
-      ValueError: a platform that does not exist, or no room on the disk.
+      ValueError: a platform that does not exist, attention by a GPU's kernel, or no room on the disk.
     """
+    if (kernel := self.bare.llm.kernel) != serving.ATTENTION[0]:
+      expected = f"{serving.ATTENTION[0]!r}, which runs on every platform with any batch"
+      raise refuse("export", f"attention={kernel!r}", expected, "load the policy with it")
     named = {"sentence": programs.sentence(self.model), "actions": programs.actions(self.model)}
     lengths = self.inference.lengths or (self.tokenizers.prompt_length,)
     exported.write(path, self, named, lengths, platforms)

@@ -107,6 +107,16 @@ def test_other_programs_are_exported_too(kind, policy, tmp_path):
   np.testing.assert_array_equal(loaded.infer(SEEN[0])["actions"], ours.infer(SEEN[0])["actions"])
 
 
+def test_a_kernel_for_gpus_is_not_exported(tmp_path, monkeypatch):
+  monkeypatch.setattr(serving, "verify_attention", lambda *_: None)
+  model = policies.CONFIG["model"] | serving.layout("cuda", "triton")
+  ours = policies.policy(config=policies.CONFIG | {"model": model})
+  assert ours.metadata["attention"] == "triton"
+  with pytest.raises(ValueError, match="export: got attention='triton'; expected 'xla'"):
+    ours.export(tmp_path / "policy.svla")
+  assert not [*tmp_path.iterdir()]
+
+
 def test_a_failed_export_leaves_nothing(policy, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"platforms=\('abacus',\); expected some of"):
     policy.export(tmp_path / "policy.svla", platforms=("abacus",))
