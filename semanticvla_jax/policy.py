@@ -284,7 +284,7 @@ class Policy(BasePolicy):
       "normalisation": self.mode,
       "dtype": str(jnp.dtype(self.bare.llm.dtype)),
       "weights": self.model.kind if isinstance(self.model, serving.Quantized) else "full",
-      **({} if self.bare.llm.kernel == "xla" else {"attention": self.bare.llm.kernel}),
+      **({} if self.bare.llm.kernel == serving.ATTENTION[0] else {"attention": self.bare.llm.kernel}),
       **{name: self._picture[name] for name in ("crop_area", "jpeg_quality", "dct")},
       "pruner_text": None if self.bare.text is None else self.tokenizers.pruner_text,
       "batch_sizes": [*self.inference.sizes],
