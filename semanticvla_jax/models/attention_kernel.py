@@ -1,8 +1,8 @@
 """Attention as one GPU kernel, for inference: logits stay on the chip; queries, keys and values are read in place.
 
 XLA writes an encoder's logits in float32 and reads them again, and brings queries, keys and values into place before
-that: seven kernels a block of which this is one. Written in Pallas, compiled by Triton; `models/serving.py` says where
-it is used.
+that. With this kernel a 7B policy's call has 904 launches on an H100 instead of 1,354 (docs/performance.md). Written in
+Pallas, compiled by Triton; `models/serving.py` says where it is used.
 
     one program a head and 64 queries:  for 64 keys at a time   logits, running maximum and sum, weighted values
 
