@@ -42,13 +42,26 @@ class ExampleImages(NamedTuple):
     self, examples: Int[np.ndarray, "g 3"], decoded: Sequence[UInt8[np.ndarray, "_ _ 3"]]
   ) -> UInt8[np.ndarray, "g v s s 3"]:
     """Prepares and augments the images of some examples, one example after the other; missing ones stay black."""
-    pictures = np.stack([self.prepare(one) for one in decoded])
-    if self.augmentation is not None:
-      views = len(decoded) // len(examples)
-      drawn = [images.draws(self.seed, n, view) for n in examples[:, 2].tolist() for view in range(views)]
-      pictures = images.augment(pictures, np.stack(drawn), self.augmentation)
-      pictures[[not one.size for one in decoded]] = 0
+    if self.augmentation is None:
+      pictures = np.stack([self.prepare(one) for one in decoded])
+    else:
+      pictures = self._augmented(examples, decoded)
     return pictures.reshape(len(examples), -1, *pictures.shape[1:])
+
+  def _augmented(
+    self, examples: Int[np.ndarray, "g 3"], decoded: Sequence[UInt8[np.ndarray, "_ _ 3"]]
+  ) -> UInt8[np.ndarray, "n s s 3"]:
+    missing = [not one.size for one in decoded]
+    black = np.zeros((self.size, self.size, 3), np.uint8)
+    for one in decoded:
+      if one.size:
+        images.check_size(one)
+    whole = [black if gone else one for one, gone in zip(decoded, missing, strict=True)]
+    views = len(decoded) // len(examples)
+    drawn = [images.draws(self.seed, n, view) for n in examples[:, 2].tolist() for view in range(views)]
+    pictures = images.augment(whole, np.stack(drawn), self.augmentation, self.size)
+    pictures[missing] = 0
+    return pictures
 
   def make(self, examples: Int[np.ndarray, "g 3"], encoded: Sequence[bytes]) -> UInt8[np.ndarray, "g v s s 3"]:
     """Decodes and finishes the images of some examples."""

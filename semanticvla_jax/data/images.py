@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,6 @@ from jaxtyping import Float, UInt8
 from semanticvla_jax.data import channel_planes
 from semanticvla_jax.errors import refuse
 
-_PIXELS = 1 << 16  # of the images that are augmented together: what is computed of more does not fit a core's cache
 _STREAM = 2  # separates the augmentation draws from the other random streams of the same seed
 
 
@@ -137,15 +138,12 @@ def resize(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s
 
   The aspect ratio is not kept, as in the release; an image of that size already is returned as it is.
   """
-  height, width = image.shape[:2]
-  if (height, width) == (size, size):
+  if image.shape[:2] == (size, size):
     return image
-  planes = channel_planes.resample(
-    channel_planes.of(image[None]), channel_planes.lanczos(height, size), channel_planes.lanczos(width, size)
-  )
-  np.rint(planes, out=planes)
-  np.clip(planes, 0, 255, out=planes)
-  return channel_planes.interleaved(planes)[0]
+  planes, out = np.empty((3, size, size), np.float32), np.empty((size, size, 3), np.uint8)
+  channel_planes.resize(image, planes)
+  channel_planes.interleave(planes, out)
+  return out
 
 
 def center_crop(images: UInt8[Any, "*b h w 3"], area: float = 0.9) -> UInt8[Any, "*b h w 3"]:
@@ -158,9 +156,9 @@ def center_crop(images: UInt8[Any, "*b h w 3"], area: float = 0.9) -> UInt8[Any,
   if isinstance(images, np.ndarray):  # image by image, in place: the temporaries of a batch would not fit the cache
     out = np.empty(images.shape, np.uint8)
     for i in np.ndindex(images.shape[:-3]):
-      planes = channel_planes.unit(images[i][None])
+      planes = channel_planes.unit(images[i][None], images.shape[-3:-1])
       channel_planes.crop(planes[0], offset, offset, side)
-      out[i] = channel_planes.to_uint8(planes)[0]
+      channel_planes.to_uint8(planes, out[i][None])
     return out
   xp = images.__array_namespace__()
   x = images.astype(np.float32) * np.float32(1 / 255)
@@ -187,6 +185,15 @@ def prepare(
   Raises:
     ValueError: a side of less than SMALLEST pixels.
   """
+  check_size(image)
+  if jpeg_quality is not None:
+    image = jpeg_round_trip(image, jpeg_quality, dct)
+  image = resize(image, size)
+  return image if crop_area is None else center_crop(image, crop_area)
+
+
+def check_size(image: UInt8[np.ndarray, "h w 3"]) -> None:
+  """Raises ValueError for a side of less than SMALLEST pixels."""
   if min(image.shape[:2]) < SMALLEST:
     raise refuse(
       "Image is too small",
@@ -194,10 +201,6 @@ def prepare(
       f"at least {SMALLEST} x {SMALLEST}",
       "pass the camera's frame (an empty one is a camera that gave none)",
     )
-  if jpeg_quality is not None:
-    image = jpeg_round_trip(image, jpeg_quality, dct)
-  image = resize(image, size)
-  return image if crop_area is None else center_crop(image, crop_area)
 
 
 def draws(seed: int, example: int, view: int) -> Float[np.ndarray, "6"]:
@@ -210,40 +213,46 @@ def draws(seed: int, example: int, view: int) -> Float[np.ndarray, "6"]:
 
 
 def augment(
-  images: UInt8[np.ndarray, "n h w 3"], uniform: Float[np.ndarray, "n 6"], values: Augmentation = RELEASE
+  images: UInt8[np.ndarray, "n _ _ 3"] | Sequence[UInt8[np.ndarray, "_ _ 3"]],
+  uniform: Float[np.ndarray, "n 6"],
+  values: Augmentation = RELEASE,
+  size: int | None = None,
 ) -> UInt8[np.ndarray, "n h w 3"]:
   """Applies crop, brightness, contrast, saturation and hue to each image, clipping to [0, 1] after each.
 
   Args:
-    images: RGB 0..255, at the model's size.
+    images: RGB 0..255, of one shape; of any shapes with `size`.
     uniform: numbers in [0, 1) of each image, see `draws`: top, left, brightness, contrast, saturation, hue.
     values: ranges the numbers are mapped to.
+    size: height and width to which `resize` brings them first, without the way over whole images; None for no change.
 
   Returns:
-    RGB 0..255 of the same size, by trunc(x * 255.5).
+    RGB 0..255, by trunc(x * 255.5).
   """
-  out = np.empty_like(images)
-  step = max(1, _PIXELS // (images.shape[1] * images.shape[2]))
+  shape = images[0].shape[:2] if size is None else (size, size)
+  out = np.empty((len(images), *shape, 3), np.uint8)
+  step = max(1, channel_planes.PIXELS // math.prod(shape))
   for i in range(0, len(images), step):
-    out[i : i + step] = _augment(images[i : i + step], uniform[i : i + step], values)
+    _augment(images[i : i + step], uniform[i : i + step], values, out[i : i + step])
   return out
 
 
 def _augment(
-  images: UInt8[np.ndarray, "n h w 3"], uniform: Float[np.ndarray, "n 6"], values: Augmentation
-) -> UInt8[np.ndarray, "n h w 3"]:
+  images: UInt8[np.ndarray, "n _ _ 3"] | Sequence[UInt8[np.ndarray, "_ _ 3"]],
+  uniform: Float[np.ndarray, "n 6"],
+  values: Augmentation,
+  out: UInt8[np.ndarray, "n h w 3"],
+) -> None:
   top, left, brightness, contrast, saturation, hue = uniform.T
   side = float(np.sqrt(values.crop_area))
   left = top if values.diagonal_crop else left
-  planes = channel_planes.unit(images)
+  planes = channel_planes.unit(images, out.shape[1:3])
   for i in range(len(planes)):
     channel_planes.crop(planes[i], float(top[i]) * (1 - side), float(left[i]) * (1 - side), side)
-  np.clip(planes, 0, 1, out=planes)
-  planes += channel_planes.each((2 * brightness - 1) * values.brightness)
-  np.clip(planes, 0, 1, out=planes)
+  channel_planes.adjust_brightness(planes, (2 * brightness - 1) * values.brightness)
   channel_planes.adjust_contrast(planes, _between(values.contrast, contrast))
-  saturation, hue = _between(values.saturation, saturation), (2 * hue - 1) * values.hue
-  return channel_planes.to_uint8(channel_planes.adjust_color(planes, saturation, hue))
+  channel_planes.adjust_color(planes, _between(values.saturation, saturation), (2 * hue - 1) * values.hue)
+  channel_planes.to_uint8(planes, out)
 
 
 def _between(bounds: tuple[float, float], u: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -102,6 +102,7 @@ class BatchLoader:
 
   def __init__(self, mixture: Sequence[tuple[Dataset, float]], tokenizers: text.Tokenizers, options: BatchOptions):
     _check_mixture(mixture, options)
+    _check_crop(options)
     self.options = options
     self._sources = [_source(dataset, tokenizers, options) for dataset, _ in mixture]
     self._weights = [float(weight * len(dataset.actions)) for dataset, weight in mixture]
@@ -340,6 +341,16 @@ def _check_mixture(mixture: Sequence[tuple[Dataset, float]], options: BatchOptio
       "train on them apart",
     )
   _check_jitter(mixture, options.jitter)
+
+
+def _check_crop(options: BatchOptions) -> None:
+  if options.augmentation is not None and options.crop_area is not None:
+    raise refuse(
+      "Two crops",
+      f"augmentation and crop_area={options.crop_area}",
+      "a random crop in training or the center crop of evaluation",
+      "leave one of the two None",
+    )
 
 
 def _check_jitter(mixture: Sequence[tuple[Dataset, float]], jitter: Jitter) -> None:

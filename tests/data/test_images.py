@@ -1,5 +1,6 @@
 """The numpy image path against tf.image, and its promises: one path, equal bytes, counter-based randomness."""
 
+import concurrent.futures
 import io
 import subprocess
 import sys
@@ -109,6 +110,30 @@ def test_an_image_is_augmented_alike_alone_and_in_company():
   together = images.augment(many, uniform)
   for i in range(5):
     np.testing.assert_array_equal(images.augment(many[i : i + 1], uniform[i : i + 1])[0], together[i])
+
+
+def test_augment_with_a_size_resizes_first():
+  mixed = [picture(56, 72, 0), picture(48, 48, 1), picture(90, 50, 2)]
+  uniform = np.stack([images.draws(0, i, 0) for i in range(3)])
+  want = images.augment(np.stack([images.resize(image, 48) for image in mixed]), uniform)
+  np.testing.assert_array_equal(images.augment(mixed, uniform, size=48), want)
+
+
+def test_results_outlive_later_calls_and_those_of_other_threads():
+  """What a call computes with is kept for the next one of its thread."""
+  shapes = [(40, 56), (200, 230), (64, 64)]
+  uniform = images.draws(0, 3, 0)[None]
+
+  def results(number):
+    image = picture(*shapes[number % 3], number)
+    return images.resize(image, 48), images.center_crop(image), images.augment([image], uniform)
+
+  alone = [tuple(one.copy() for one in results(number)) for number in range(12)]
+  with concurrent.futures.ThreadPoolExecutor(4) as threads:
+    together = list(threads.map(results, range(12)))
+  for want, got in zip(alone, together, strict=True):
+    for one, other in zip(want, got, strict=True):
+      np.testing.assert_array_equal(one, other)
 
 
 def test_draws_depend_on_their_counters_only():

@@ -59,6 +59,8 @@ def test_what_was_written_is_read(name):
 @pytest.mark.lerobot
 def test_what_the_library_writes_today_is_read(tmp_path):
   python = pathlib.Path(__file__).parents[2] / ".venv-lerobot" / "bin" / "python"
+  if not python.exists():
+    pytest.skip("make lerobot installs what writes them")
   subprocess.run([python, FOLDER / "write.py", tmp_path], check=True, timeout=1800)
   for name in SETS:
     check(tmp_path, name)

@@ -388,6 +388,7 @@ def test_bad_arguments(data_dir, dataset, tokenizers):
     ({"start_step": -1}, "start_step -1"),
     ({"trajectory_end": "wrap"}, "Unknown trajectory end"),
     ({"window": 0}, "window=0"),
+    ({"augmentation": images.RELEASE, "crop_area": 0.9}, "Two crops: got augmentation and crop_area=0.9"),
     ({"jitter": loader.Jitter(-0.01)}, "got -0.01 meters"),
     ({"jitter": loader.Jitter(0.0, 0.6)}, "0.6 radians"),
   ):
