@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -110,12 +111,13 @@ def init_params(model: nn.Module, bare: SemanticVLA, seed: int, wanted: dict, wh
   """
   names = set(flatten_dict(wanted))
 
-  def make():
-    rngs = {"params": jax.random.key(seed), "noise": jax.random.key(seed)}
+  def make(key):
+    rngs = dict.fromkeys(("params", "noise"), jax.random.wrap_key_data(key))
     params = flatten_dict(model.init(rngs, dummy_observation(bare))["params"])
     return cast_like(unflatten_dict({path: x for path, x in params.items() if path in names}), wanted)
 
-  return jax.jit(make, out_shardings=where)()
+  # The key comes from outside, so that another seed is no other program to compile; as numbers, which every host has.
+  return jax.jit(make, out_shardings=where)(np.asarray(jax.random.key_data(jax.random.key(seed))))
 
 
 def cast_like(params: dict, like: dict) -> dict:
