@@ -3,7 +3,6 @@
 import gc
 import os
 import tempfile
-from importlib import metadata
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 # Tests compile much and compute little: LLVM's expensive passes cost more than they bring.
@@ -12,9 +11,6 @@ os.environ["XLA_FLAGS"] = (
   + " --xla_force_host_platform_device_count=8"
   + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
-# XLA's newer way to write fusions for a CPU, the only one from jax 0.12 on, compiles a training step a third slower.
-if metadata.version("jaxlib").startswith("0.10."):
-  os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # The same program is often compiled again, by another test or the other worker: keep all but the smallest.
 CACHE = os.path.join(tempfile.gettempdir(), f"semanticvla_jax_tests_{os.getuid()}")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
@@ -30,3 +26,8 @@ install_import_hook("semanticvla_jax", "beartype.beartype")
 from semanticvla_jax.data import tfrecord_index  # noqa: E402
 
 tfrecord_index.CACHE = f"{CACHE}_data"
+
+
+def pytest_collection_modifyitems(items):
+  """Training's files take longest and go first, so that the workers end together."""
+  items.sort(key=lambda item: item.path.parent.name != "train")
