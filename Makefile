@@ -38,7 +38,7 @@ quickstart: $(VENV)/.main  ## demonstrations, LoRA training, evaluation, report:
 	$(PY) -m semanticvla_jax.quickstart --suite=$(SUITE) --split=$(SPLIT) --out=runs/quickstart_$(SUITE)_$(SPLIT)
 
 test: $(VENV)/.main  ## all tests that need nothing but the main requirements
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity and not aot and not aot_gpu and not sim and not lerobot and not processes and not slow and not clients"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not lerobot and not processes and not slow and not clients"
 
 slow: $(VENV)/.main  ## what takes minutes of compilation: every row of the ablations, every config at `small`, every mesh
 	$(PY) $(call marked,slow and not aot and not aot_gpu) -n 2 --dist worksteal

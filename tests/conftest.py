@@ -26,8 +26,3 @@ install_import_hook("semanticvla_jax", "beartype.beartype")
 from semanticvla_jax.data import tfrecord_index  # noqa: E402
 
 tfrecord_index.CACHE = f"{CACHE}_data"
-
-
-def pytest_collection_modifyitems(items):
-  """Training's files take longest and go first, so that the workers end together."""
-  items.sort(key=lambda item: item.path.parent.name != "train")

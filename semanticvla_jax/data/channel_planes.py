@@ -186,7 +186,7 @@ def adjust_contrast(planes: Float32[np.ndarray, "n 3 h w"], factor: Float[np.nda
 def adjust_color(
   planes: Float32[np.ndarray, "n 3 h w"], saturation: Float[np.ndarray, " n"], hue: Float[np.ndarray, " n"]
 ) -> None:
-  """Scales the saturation of HSV (at most to 1) and rotates its hue (in turns), in place; [0, 1] stays [0, 1]."""
+  """Scales the saturation of HSV (clipped to 0 to 1) and rotates its hue (in turns), in place; [0, 1] stays [0, 1]."""
   n, _, height, width = planes.shape
   rows = max(1, -(-height // -(-n * height * width // PIXELS)))
   for top in range(0, height, rows):
@@ -207,7 +207,7 @@ def _adjust_color(
   _hue(planes, value, chroma, spare, hue)
   hue += sixths
   chroma *= saturation
-  np.minimum(chroma, value, out=chroma)  # chroma / value is the saturation, at most 1
+  np.clip(chroma, 0, value, out=chroma)  # chroma / value is the saturation, 0 to 1
   # Each channel is value - chroma · clip(min(k, 4 - k), 0, 1), k its distance in sixths.
   k, other = spare[:2]
   for channel, corner in zip((red, green, blue), (5, 3, 1), strict=True):

@@ -104,6 +104,12 @@ def test_augment_by_hand():
   np.testing.assert_array_equal(images.augment(red, turned)[0, 0, 0], [255, 76, 0])
 
 
+def test_a_saturation_below_zero_is_gray():
+  uniform = images.draws(0, 0, 0)[None]
+  got = images.augment(picture(64, 64)[None], uniform, images.Augmentation(saturation=(-0.5, -0.5)))[0]
+  np.testing.assert_array_equal(got, got[..., :1].repeat(3, axis=-1))
+
+
 def test_an_image_is_augmented_alike_alone_and_in_company():
   many = np.stack([picture(40, 56, seed) for seed in range(5)])
   uniform = np.stack([images.draws(0, i, 1) for i in range(5)])
