@@ -116,7 +116,7 @@ def init_params(model: nn.Module, bare: SemanticVLA, seed: int, wanted: dict, wh
     params = flatten_dict(model.init(rngs, dummy_observation(bare))["params"])
     return cast_like(unflatten_dict({path: x for path, x in params.items() if path in names}), wanted)
 
-  # The key comes from outside, so that another seed is no other program to compile; as numbers, which every host has.
+  # The key is an argument, so that runs with other seeds reuse the compiled program; as numpy, for runs of many hosts.
   return jax.jit(make, out_shardings=where)(np.asarray(jax.random.key_data(jax.random.key(seed))))
 
 
