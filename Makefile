@@ -40,7 +40,7 @@ quickstart: $(VENV)/.main  ## demonstrations, LoRA training, evaluation, report:
 test: $(VENV)/.main  ## all tests that need nothing but the main requirements
 	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not lerobot and not processes and not slow and not clients"
 
-slow: $(VENV)/.main  ## what takes minutes of compilation: every row of the ablations, every config at `small`, every mesh
+slow: $(VENV)/.main  ## what compiles for long: every row of the ablations, every config, every mesh, further programs of each command
 	$(PY) $(call marked,slow and not aot and not aot_gpu) -n 2 --dist worksteal
 
 processes: $(VENV)/.main  ## the commands in processes of their own: the whole chain, two hosts, kill -9, SIGTERM (minutes)

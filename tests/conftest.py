@@ -26,3 +26,8 @@ install_import_hook("semanticvla_jax", "beartype.beartype")
 from semanticvla_jax.data import tfrecord_index  # noqa: E402
 
 tfrecord_index.CACHE = f"{CACHE}_data"
+
+
+def pytest_collection_modifyitems(items):
+  """Training comes first: a worker takes tests from the end of the other's, and would make this file's runs again."""
+  items.sort(key=lambda item: item.path.name != "test_train.py")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import policies
+import pytest
 
 from semanticvla_jax.evaluate.rollout import OnDevice
 from semanticvla_jax.tabletop import expert, physics
@@ -44,6 +45,7 @@ def test_the_expert_is_the_same_under_a_jit_of_ones_own():
   assert_equal(both(rolled))
 
 
+@pytest.mark.slow
 def test_a_policy_and_its_episodes_are_the_same():
   def acted():
     policy = policies.policy(batch_sizes=(1,))

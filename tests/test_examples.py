@@ -11,7 +11,7 @@ import semanticvla_jax
 from semanticvla_jax import __main__ as commands
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-SLOW = ("finetune_on_my_robot",)  # trains at the quickstart's size
+SLOW = ("custom_pruner", "finetune_on_my_robot")  # train
 
 
 @pytest.mark.parametrize(

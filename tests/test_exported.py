@@ -91,7 +91,9 @@ OPENVLA = dict(coupler=None, dino_pruner=None, siglip_pruner=None, dense_fuser=N
 FAST = dict(codec=ActionTokenizer(8, 7, merges=((28, 28),)), decoding="constrained")
 
 
-@pytest.mark.parametrize("kind", ["openvla", "fast", "int8", "fp8"])
+@pytest.mark.parametrize(
+  "kind", ["fast", "int8", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("openvla", "fp8"))]
+)
 def test_other_programs_are_exported_too(kind, policy, tmp_path):
   """Action tokens with a cache, without a text tower to remember anything of, and kernels of eight bits."""
   if kind in ("openvla", "fast"):

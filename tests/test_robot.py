@@ -192,6 +192,7 @@ def test_images_that_leave_a_doubt_are_refused(image):
     observation_dict._image("front", image)
 
 
+@pytest.mark.slow
 def test_an_exported_policy_knows_its_robot(policy, tmp_path):
   ready = make(batch_sizes=(1,))
   ready.export(tmp_path / "arm.svla", platforms=("cpu",))

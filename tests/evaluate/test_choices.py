@@ -48,6 +48,7 @@ def test_what_comes_after_an_episode_s_end_does_not_count(episodes):
   assert choices.chosen(late)[0] == 3
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
   folder = policies.saved_for_libero(tmp_path / "policy")
   main(["choices", f"--policy={folder}", "--suite=place_color", "--episodes=2"])

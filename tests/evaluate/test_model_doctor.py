@@ -34,6 +34,7 @@ OFT = dict(dino_pruner=None, siglip_pruner=None, film=(), dense_fuser=None, visi
 OFT |= dict(coupler="single", mask="full", chunk=2)
 
 
+@pytest.mark.slow
 def test_a_layer_that_does_nothing_is_the_least_important_and_can_be_left_out():
   policy = policies.policy(config=policies.CONFIG | {"model": policies.TINY | OFT}, batch_sizes=(1,))
   kernels = policy.params["llm"]["layers_1"]

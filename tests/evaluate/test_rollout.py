@@ -140,6 +140,7 @@ def test_a_policy_acts_the_same_on_device_and_host(device, environment):
     assert np.ptp(path.position, axis=0).min() > 0.01, "the policy moves"
 
 
+@pytest.mark.slow
 def test_a_policy_that_remembers_acts_the_same_on_device_and_host(environment):
   """Its memory goes through the scan, each episode's its own, and begins anew with every `run`."""
   device = OnDevice(policies.remembering(), "pick", "heldout", batch=2, keep_states=True)

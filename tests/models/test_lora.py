@@ -169,6 +169,7 @@ def test_which_is_cheaper():
   assert not lora.summing_is_cheaper(1 << 20, 384, 64, 384) and lora.summing_is_cheaper(1 << 20, 383, 64, 383)
 
 
+@pytest.mark.slow
 def test_a_model_computes_the_same_either_way(params, monkeypatch):
   """Scanned layers of the language model and the encoders' among them, forward and backward."""
   adapted, found = LoRA(MODEL.clone(), 4, 8.0), []

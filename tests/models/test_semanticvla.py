@@ -146,6 +146,7 @@ def test_remat_and_unrolled_layers_change_nothing(params, forward):
   )
 
 
+@pytest.mark.slow
 def test_a_loop_over_encoder_blocks_changes_nothing():
   """The same parameters, answers and gradients, adapters and rematerialisation included."""
   pairs = dict(dense_fuser=((1, 1),))  # two blocks before it and two behind

@@ -53,6 +53,7 @@ def test_its_actions_leave_room_for_noise(clean):
   np.testing.assert_array_equal(actions[..., 6], clean.executed[..., 6])
 
 
+@pytest.mark.slow
 def test_it_recovers_from_any_moment_and_from_noise():
   states, keys = starts("unseen")
   changed = jax.jit(jax.vmap(expert.perturbed_state))(keys, states)

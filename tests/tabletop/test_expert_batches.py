@@ -97,6 +97,7 @@ def test_out_of_sight_is_outside():
   assert (np.asarray(behind[0]) < 0).all()
 
 
+@pytest.mark.slow
 def test_a_fraction_of_initial_states():
   """`reset` lets the gripper hang straight, and noise turns it at every step; two of five starts are perturbed."""
   keys, suites = jax.random.split(jax.random.key(0), 128), jnp.array([1.0, 0, 0, 0, 0, 0])
@@ -106,6 +107,7 @@ def test_a_fraction_of_initial_states():
   assert straight[0] < 0.2 and 0.45 < straight[1] < 0.75
 
 
+@pytest.mark.slow
 def test_a_fraction_of_strongly_rotated_cubes():
   keys = jax.random.split(jax.random.key(0), 256)
 

@@ -211,6 +211,7 @@ def test_a_seed_is_an_episode_and_a_split_owns_its_seeds():
   assert len(np.unique(everything, axis=0)) == len(everything)
 
 
+@pytest.mark.slow
 def test_batched_and_eager_give_the_same():
   states = jax.tree.map(lambda *x: jnp.stack(x), *(row(seeds(suite), 0) for suite in range(6)))
   actions = jax.random.uniform(jax.random.key(1), (6, 7), minval=-1.0)

@@ -42,6 +42,7 @@ def test_two_distractors_are_suite_place():
   equal(states("place_clutter2"), states("place"))
 
 
+@pytest.mark.slow
 def test_each_number_adds_one_distractor():
   for n in (0, 1, 2, 7):
     fewer, more = states(f"place_clutter{n}"), states(f"place_clutter{n + 1}")

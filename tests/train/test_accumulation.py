@@ -32,6 +32,7 @@ def same(one, other):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), gradients, wanted)
 
 
+@pytest.mark.slow
 def test_l1_and_an_auxiliary_loss():
   aux_loss, rng = auxiliary_losses.AuxiliaryLosses(WEIGHTS), np.random.default_rng(0)
   model = aux_loss.wrap(tiny())

@@ -22,6 +22,8 @@ from semanticvla_jax.train import diverged, inputs, optimizer
 from semanticvla_jax.train import step as stepping
 from semanticvla_jax.types import Batch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -130,6 +130,7 @@ def expert_config(**changes):
   return config
 
 
+@pytest.mark.slow
 def test_the_expert_gives_batches_without_targets_where_no_loss_asks_for_them():
   """So that its batches serve LoRA and plain L1 too, normalized with the base's statistics where these are kept."""
   config = expert_config(**{"data.keep_statistics": True, "data.batch_size": 8})

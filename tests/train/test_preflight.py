@@ -54,6 +54,7 @@ def test_largest_arrays_leave_out_fusions_and_arguments():
   assert not any("inside" in what for _, what in found)
 
 
+@pytest.mark.slow
 def test_training_step_on_the_devices_present():
   c = config()
   mesh = sharding.make_mesh(c.mesh)

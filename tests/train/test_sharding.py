@@ -182,6 +182,7 @@ def test_explain_tells_mesh_families_and_bytes():
     explain.explain(config(fsdp=16), 16)
 
 
+@pytest.mark.slow
 def test_bytes_a_device_are_those_of_its_shards():
   c = config(fsdp=8)
   mesh = sharding.make_mesh(c.mesh)

@@ -275,6 +275,7 @@ def test_action_tokens_learned_are_those_that_are_spoken(chunk, decoding):
   assert not np.array_equal(before["llm"]["lm_head"]["kernel"], state.trainable["llm"]["lm_head"]["kernel"])
 
 
+@pytest.mark.slow
 def test_action_tokens_with_adapters_from_the_command(data, tmp_path):
   config = token_config(**{k: v for k, v in CHANGES.items() if not k.startswith("model")})
   config.data.dir, config.data.batch_size = str(data), 8
