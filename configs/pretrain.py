@@ -11,19 +11,27 @@ Three runs, each from the policy of the one before (`make pretrain`):
 The first learns to reach, grasp and place what is meant, and never turns the gripper: most rotations are zero, and so
 is the median that L1 asks for. The second trains the action states to predict the target cube's yaw, which the
 encoders know by then; the third shows many strongly rotated cubes and counts rotations more.
+
+A base with OpenVLA-OFT's parts, for rows of the paper's tables that prune nothing or inside the decoder, in two runs:
+
+    python -m semanticvla_jax.train --config=configs/pretrain.py:dense --workdir=runs/pretrain_dense
+    python -m semanticvla_jax.train --config=configs/pretrain.py:dense_end --workdir=runs/pretrain_dense/end \
+        --config.init_from=runs/pretrain_dense/policy
+
+Encoders and decoder begin as those of the shipped base, all else at random; the second run lets the rate fall.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
-RUNS = (None, "", "aim", "turn")
+RUNS = (None, "", "aim", "turn", "dense", "dense_end")
 
 
 def get_config(arg=None):
   if arg not in RUNS:
     raise ValueError(
-      f"config argument: got {arg!r}; expected nothing, 'aim' or 'turn'; correct what follows the colon."
+      f"config argument: got {arg!r}; expected nothing or one of {RUNS[2:]}; correct what follows the colon."
     )
   config = common.get_config("small64", ratio=4)
   config.lora = None
@@ -56,4 +64,19 @@ def get_config(arg=None):
     config.data.askew = 0.5
     config.train.steps = 1_200
     config.train.grounding.update(looks=0.2, aim=0.3, rotation=2.0)
+  if arg in ("dense", "dense_end"):
+    config.model.update(common.OPENVLA | dict(coupler="single", mask="full"))
+    config.data.update(batch_size=32, suites=(1, 3, 0, 0, 0, 0))
+    config.optim.update(lr=2e-3, warmup_steps=60, decay_steps=5_000)
+    config.train.steps = 1_500
+    with config.unlocked():
+      config.train.grounding.pointing = 1.0
+    config.train.grounding.update(alignment=0.3, naming=0.3, looks=0.0, displacement=0.3, aim=0.1, rotation=0.5)
+    config.init_from = "checkpoints/tabletop_small,matching"
+  if arg == "dense_end":
+    config.seed = 8
+    config.optim.update(warmup_steps=30, decay_steps=1_170)
+    config.train.steps = 1_200
+    config.train.grounding.pointing = 0.3
+    config.init_from = None
   return config

@@ -1,7 +1,7 @@
 """Auxiliary losses for training from scratch on the tabletop, from the state that its expert acts on.
 
 A SigLIP that was never pre-trained does not know which patch a word means, and L1 on actions alone teaches it late: the
-average trajectory is a deceptively good answer. Six losses stand in for that pre-training; none changes the model:
+average trajectory is a deceptively good answer. Losses stand in for that pre-training; none changes the model:
 
   alignment     the ID-Pruner's scores of the instruction should peak on the objects it names (phrase grounding);
   naming        so should its scores of "pick up the …" for every visible object: the same image, other phrases;
@@ -13,13 +13,18 @@ average trajectory is a deceptively good answer. Six losses stand in for that pr
   turn          and the rotation that remains. Most rotations of a chunk are zero, so that without this loss the
                 rotation head settles on zero before its tokens carry any information about attitude.
 
+A model that prunes nothing has no scores. There the language model finds what the words mean, so that `alignment` and
+`naming` teach the cosine of a visual token and the words' embeddings, as the language model is given both, and
+
+  pointing      a linear probe on its last states of the visual tokens points at the named objects.
+
 A further weight, `rotation`, counts the L1 of rotations once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -47,7 +52,7 @@ class Targets:
   Attributes:
     where: f32[b g v n], for g sentences a distribution over the patches of each view, or zeros where nothing named is
       seen; the first sentence is the example's own instruction.
-    words: i32[b g-1 m], word_mask: bool[b g-1 m], the other sentences.
+    words: i32[b g-1 m], word_mask: bool[b g-1 m], the other sentences: as the ID-Pruner reads them, or as prompts.
     displacement: f32[b 9], target and destination from the gripper in units of 0.1 m, then the rotation vector still
       to turn in units of 0.25 rad.
     shape: i32[b g-1], what the objects of the other sentences are: cube, ball, cylinder.
@@ -68,6 +73,7 @@ class Grounded(nn.Module):
   """A model and its probes; parameters are the model's own, and `probe…`. `strip` takes the probes off again."""
 
   model: SemanticVLA
+  scored: ClassVar[str] = "siglip_patches"  # the intermediate that `score` takes
 
   def setup(self):
     nn.share_scope(self, self.model)
@@ -79,9 +85,9 @@ class Grounded(nn.Module):
   def __call__(
     self, observation: Observation, train: bool = False, part: tuple | None = None, updates: Any = 0
   ) -> Output:
-    """As the model; intermediates also hold what the probes say.
+    """As the model; intermediates also hold what the probes say, and the scores of the example's own instruction.
 
-    `displacement` f32[b 9], `aim` f32[b v 2], `dino_looks` and `siglip_looks` f32[(b v) n 5].
+    `displacement` f32[b 9], `aim` f32[b v 2], `dino_looks` and `siglip_looks` f32[(b v) n 5], `scores` f32[(b v) n m].
     """
     out = self.model(observation, train, part=part, updates=updates)
     states = rearrange(out.intermediates["action_states"][:, : self.model.coupler.tokens], "b t d -> b (t d)")
@@ -90,7 +96,11 @@ class Grounded(nn.Module):
       f"{name}_looks": probe(out.intermediates[f"{name}_patches"])
       for name, probe in (("dino", self.probe_dino), ("siglip", self.probe_siglip))
     }
-    return Output(out.actions, out.intermediates | probes | looks)
+    return Output(out.actions, out.intermediates | probes | looks | self.found(observation, out.intermediates))
+
+  def found(self, observation: Observation, seen: Mapping[str, Any]) -> dict[str, Any]:
+    """`scores` of the example's own instruction."""
+    return {"scores": seen["siglip_pruned"].similarity}
 
   def score(self, patches: Float[Array, "bv n d"], words: Any, mask: Bool[Array, "b g m"]) -> Float[Array, "bgv n m"]:
     """The ID-Pruner's similarities of other sentences i32[b g m] with the patches of the same views, no noise."""
@@ -99,6 +109,38 @@ class Grounded(nn.Module):
     patches = repeat(patches, "(b v) n d -> (b g v) n d", b=b, g=g)
     words, mask = (repeat(x, "b g m -> (b g v) m", v=v) for x in (words, mask))
     return self.model.pruner("siglip", "id")(patches, self.model.text(words, mask), mask).similarity
+
+
+class GroundedDecoder(Grounded):
+  """The same for a model that prunes nothing: the language model has to find what the words mean."""
+
+  scored: ClassVar[str] = "views"
+
+  def setup(self):
+    super().setup()
+    self.probe_pointing = nn.Dense(1)
+
+  def found(self, observation: Observation, seen: Mapping[str, Any]) -> dict[str, Any]:
+    """`scores` of the example's own instruction, and `pointing` f32[b v n], the logits of the patches it names."""
+    tokens, v = seen["views"].shape[1], self.model.num_views
+    states = seen["hidden"][:, 1 : 1 + v * tokens]  # behind <s>
+    pointing = rearrange(self.probe_pointing(states), "b (v n) 1 -> b v n", v=v)
+    own = self.score(seen["views"], observation.prompt[:, None], observation.prompt_mask[:, None])
+    return {"scores": own, "pointing": pointing}
+
+  def score(self, patches: Float[Array, "bv n d"], words: Any, mask: Bool[Array, "b g m"]) -> Float[Array, "bgv n m"]:
+    """Cosines of the visual tokens with the embeddings of prompts i32[b g m]; 0 where a prompt is padding."""
+    b, g, _ = words.shape
+    embedded = self.model.llm.embed_tokens(rearrange(words, "b g m -> (b g) m"))
+    embedded = unit(rearrange(embedded, "(b g) m d -> b g m d", g=g)) * mask[..., None]
+    visual = unit(rearrange(patches, "(b v) n d -> b v n d", b=b))
+    return rearrange(jnp.einsum("bvnd,bgmd->bgvnm", visual, embedded), "b g v n m -> (b g v) n m")
+
+
+def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+  """Vectors of length one, in float32."""
+  x = x.astype(jnp.float32)
+  return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-6)
 
 
 class Counts(NamedTuple):
@@ -118,13 +160,13 @@ class Counts(NamedTuple):
 
 
 class AuxiliaryLosses(NamedTuple):
-  """The six losses as training takes them (train.step.AuxLoss). `weights`: config.train.grounding, by name."""
+  """The losses as training takes them (train.step.AuxLoss). `weights`: config.train.grounding, by name."""
 
   weights: Mapping[str, float]
 
   def wrap(self, model: SemanticVLA) -> Grounded:
     """The model with its probes."""
-    return Grounded(model.clone())
+    return (Grounded if model.prunes_by_instruction else GroundedDecoder)(model.clone())
 
   def counts(self, targets: Targets) -> Counts:
     """Those of a batch."""
@@ -135,7 +177,7 @@ class AuxiliaryLosses(NamedTuple):
   def loss(
     self, model: Grounded, params: dict, out: Output, metrics: Mapping, targets: Targets, count: Counts
   ) -> tuple[Any, dict]:
-    """The weighted sum of the six losses and of L1 of the rotations, and each of the six by name."""
+    """The weighted sum of the losses and of L1 of the rotations, and each of the losses by name."""
     each = parts(model, params, out, targets, count)
     total = sum(self.weights[name] * value for name, value in each.items())
     return total + self.weights["rotation"] * metrics["l1_rotation"], each
@@ -146,7 +188,8 @@ class AuxiliaryLosses(NamedTuple):
 
   def shapes(self, config: Any, model: SemanticVLA) -> Targets:
     """The targets of a batch as ShapeDtypeStructs."""
-    size, words = config.data.batch_size, config.data.instruction_length
+    size = config.data.batch_size
+    words = config.data.prompt_length if model.text is None else config.data.instruction_length
     shape = lambda dtype, *dims: jax.ShapeDtypeStruct((size, *dims), dtype)  # noqa: E731
     return Targets(
       where=shape(jnp.float32, 1 + PHRASES, model.num_views, model.siglip.num_patches),
@@ -160,14 +203,15 @@ class AuxiliaryLosses(NamedTuple):
 
 
 def parts(model: Grounded, params: dict, out: Output, targets: Targets, count: Counts) -> dict[str, Any]:
-  """The six losses by name, f32[] each; `count` is the whole batch's where these are only some of its examples."""
+  """The losses by name, f32[] each; `count` is the whole batch's where these are only some of its examples."""
   seen = out.intermediates
-  scores = model.apply({"params": params}, seen["siglip_patches"], targets.words, targets.word_mask, method="score")
+  scores = model.apply({"params": params}, seen[model.scored], targets.words, targets.word_mask, method="score")
   others = rearrange(targets.where[:, 1:], "b g v n -> (b g) v n")
   away = jnp.abs(seen["displacement"].astype(jnp.float32) - targets.displacement)
   dino, siglip = (looks(seen[f"{name}_looks"], targets, count.seen) for name in ("dino", "siglip"))
-  return {
-    "alignment": alignment(seen["siglip_pruned"].similarity, targets.where[:, 0], count=count.named),
+  points = {"pointing": pointing(seen["pointing"], targets, count.named)} if "pointing" in seen else {}
+  return points | {
+    "alignment": alignment(seen["scores"], targets.where[:, 0], count=count.named),
     "naming": alignment(scores, others, count=count.seen),
     "looks": (dino + siglip) / 2,
     "displacement": divided(away[:, :6].mean(axis=1).sum(), count.examples),
@@ -194,6 +238,12 @@ def alignment(
   log_p = jax.nn.log_softmax(scores / temperature, axis=-1)
   focus = focus.reshape(log_p.shape)
   return divided(-(focus * log_p).sum(), focus.sum() if count is None else count)
+
+
+def pointing(logits: Float[Array, "b v n"], targets: Targets, count: Float[Array, ""]) -> Float[Array, ""]:
+  """Cross entropy of the patches that are pointed at in a view and of those of the objects the instruction names."""
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  return divided(-(targets.where[:, 0] * log_p).sum(), count)
 
 
 def looks(probed: Float[Array, "bv n 5"], targets: Targets, count: Float[Array, ""]) -> Float[Array, ""]:

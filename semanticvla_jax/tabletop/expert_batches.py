@@ -163,7 +163,8 @@ def make_batches(
   """
   texts = list(tasks.INSTRUCTIONS)
   prompts, prompt_masks = (jnp.asarray(x) for x in tokenizers.prompt(texts))
-  words, word_masks = (jnp.asarray(x) for x in tokenizers.instruction(texts))
+  prunes = tokenizers.siglip is not None
+  words, word_masks = (jnp.asarray(x) for x in (tokenizers.instruction if prunes else tokenizers.prompt)(texts))
   weights = jnp.asarray(suites, jnp.float32) / sum(suites)
 
   def example(key):
@@ -179,7 +180,8 @@ def make_batches(
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch_size)
     views, proprio, actions, mask, one = jax.vmap(example)(keys)
     index, others = one.sentences[:, 0], one.sentences[:, 1:]
-    observation = Observation(views, proprio, prompts[index], prompt_masks[index], words[index], word_masks[index])
+    own = (words[index], word_masks[index]) if prunes else (None, None)
+    observation = Observation(views, proprio, prompts[index], prompt_masks[index], *own)
     aux = auxiliary_losses.Targets(
       one.where, words[others], word_masks[others], one.displacement, one.shape, one.edges, one.aim
     )

@@ -47,11 +47,15 @@ def aux_loss(config: Any) -> AuxiliaryLosses | None:
       "training from scratch on the expert's own states (configs/pretrain.py)",
       "set it to None",
     )
-  if "dino" not in config.model.encoders or "id" not in kinds(config.model.siglip_pruner):
+  dino, siglip = (kinds(config.model[f"{name}_pruner"]) for name in ("dino", "siglip"))
+  joint = config.model.sparse_fuser == "joint"
+  dense = joint and not (dino or siglip or config.model.compressor or config.model.decoder_pruner)
+  if not {"dino", "siglip"} <= set(config.model.encoders) or not (dense or "id" in siglip):
     raise refuse(
       "config.train.grounding",
       f"weights with model.encoders={tuple(config.model.encoders)}, model.siglip_pruner={config.model.siglip_pruner!r}",
-      "both encoders, whose patches the probes read, and an ID-Pruner on SigLIP, whose scores two losses teach",
+      "both encoders, whose patches the probes read, and an ID-Pruner on SigLIP, whose scores two losses teach, or a "
+      "model that shows all patches to its language model",
       "set train.grounding to None",
     )
   return AuxiliaryLosses(weights)

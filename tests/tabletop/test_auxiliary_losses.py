@@ -18,6 +18,7 @@ B, G, V, N, M = 2, 3, 2, 64, 32
 WEIGHTS = dict(alignment=0.1, naming=0.2, looks=0.1, displacement=0.3, aim=0.5, turn=0.2, rotation=0.4)
 
 
+DENSE = common.OPENVLA | dict(coupler="single", mask="full")  # OpenVLA-OFT's parts
 LOSSES = auxiliary_losses.AuxiliaryLosses(WEIGHTS)
 _RANGE = np.array([[-1.0], [1.0]], np.float32)
 STATISTICS = statistics.DatasetStatistics(*(statistics.compute(np.repeat(_RANGE, d, axis=1)) for d in (7, 8)), 2, 1)
@@ -91,6 +92,47 @@ def test_naming_scores_the_same_images_for_each_sentence(parts):
   np.testing.assert_allclose(scores.reshape(B, G, V, N, M)[:, 1], alone.reshape(B, V, N, M), atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def dense(parts):
+  """The same of a model that shows all patches to its language model; its probe points evenly at first."""
+  bare = tiny(**DENSE)
+  params, others = random_params(bare), parts[1]
+  params |= {name: others[name] for name in ("probe_dino", "probe_siglip")}
+  params["probe"] = {"kernel": jnp.zeros((7 * 32, 9)), "bias": jnp.full(9, 0.5)}
+  params["probe_aim"] = {"kernel": jnp.zeros((7 * 32, 4)), "bias": jnp.zeros(4)}
+  params["probe_pointing"] = {"kernel": jnp.zeros((32, 1)), "bias": jnp.zeros(1)}
+  return LOSSES.wrap(bare), params, random_observation(bare, B), parts[3]
+
+
+def test_a_model_that_prunes_nothing_learns_what_words_mean_in_its_language_model(dense):
+  model, params, observation, targets = dense
+  weights = WEIGHTS | {"pointing": 1.0}
+  taught = auxiliary_losses.AuxiliaryLosses(weights)
+
+  @jax.jit
+  def losses(params):
+    out = model.apply({"params": params}, observation)
+    return taught.loss(model, params, out, {"l1_rotation": 0.0}, targets, taught.counts(targets))
+
+  (total, each), gradients = jax.jit(jax.value_and_grad(losses, has_aux=True))(params)
+  assert float(each["pointing"]) == pytest.approx(np.log(N))  # at every patch of a view alike
+  assert float(total) == pytest.approx(sum(weights[name] * float(x) for name, x in each.items()), rel=1e-5)
+  assert set(each) == set(weights) - {"rotation"}
+  moved = {name for name, part in gradients.items() if any(np.abs(x).max() > 0 for x in jax.tree.leaves(part))}
+  assert moved == set(params) - {"coupler", "proprio_projector"}
+  assert set(taught.strip(params)) == set(random_params(tiny(**DENSE)))
+
+
+def test_a_visual_token_that_is_a_words_embedding_scores_one_there_and_padding_scores_nothing(dense):
+  model, params, _, targets = dense
+  table = params["llm"]["embed"]["embedding"]
+  patches = jnp.zeros((B * V, N, 32)).at[:, 3].set(5 * table[targets.words[0, 0, 2]])
+  scores = jit_apply(model, method="score")(params, patches, targets.words, targets.word_mask)
+  assert scores.shape == (B * G * V, N, M)
+  assert float(scores[0, 3, 2]) == pytest.approx(1, abs=1e-5) and float(jnp.abs(scores).max()) <= 1 + 1e-5
+  assert not scores[:, :, 5:].any() and not scores[:, 4].any()
+
+
 def test_only_for_training_from_scratch_on_the_experts_states():
   config = common.get_config("tiny")
   with config.unlocked():
@@ -106,7 +148,17 @@ def test_a_model_without_a_coupler_has_no_states_to_probe():
     training.aux_loss(config)
 
 
-@pytest.mark.parametrize("field", [{"siglip_pruner": None}, {"siglip_pruner": "sa"}, {"encoders": ("siglip",)}])
+@pytest.mark.parametrize(
+  "field",
+  [
+    {"siglip_pruner": None},
+    {"siglip_pruner": "sa"},
+    {"encoders": ("siglip",)},
+    DENSE | {"encoders": ("siglip",)},
+    DENSE | {"decoder_pruner": dict(block=1, keep=6, score="mean")},
+    DENSE | {"compressor": dict(kind="resampler", side=3)},
+  ],
+)
 def test_a_model_without_the_parts_that_losses_look_at_is_refused(field):
   config = pretrain.get_config()
   config.model.update(field)
@@ -116,11 +168,16 @@ def test_a_model_without_the_parts_that_losses_look_at_is_refused(field):
     training.aux_loss(config)
 
 
-def test_the_shapes_that_a_program_is_compiled_for_are_those_of_a_batch():
+@pytest.mark.parametrize("fields", [{}, DENSE])
+def test_the_shapes_that_a_program_is_compiled_for_are_those_of_a_batch(fields):
   config = pretrain.get_config()
   config.data.batch_size = 2
+  config.model.update(fields)
   model = build(config.model)
-  make, _ = training.batches(config, model, text.load(prompt_length=32, instruction_length=24), STATISTICS)
+  tokenizers = text.load(prompt_length=32, instruction_length=24)
+  if fields:
+    tokenizers = tokenizers._replace(siglip=None)
+  make, _ = training.batches(config, model, tokenizers, STATISTICS)
   wanted = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(make, 0).aux)
   assert wanted == jax.tree.map(lambda x: (x.shape, x.dtype), training.aux_loss(config).shapes(config, model))
 

@@ -12,7 +12,7 @@ from semanticvla_jax.train import from_specs, init, program
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
 OWN = ("coupling", "libero_scripted", "pretrain", "quickstart")  # one size, no @variant
-CASES = [(f, "") for f in OWN] + [(f, "@tiny") for f in FILES if f not in OWN]
+CASES = [(f, "") for f in OWN] + [("pretrain", "dense")] + [(f, "@tiny") for f in FILES if f not in OWN]
 LARGER = [pytest.param(f, "@small", marks=pytest.mark.slow) for f in FILES if f not in OWN]
 
 
