@@ -68,15 +68,15 @@ def get_config(arg=None):
     config.model.update(common.OPENVLA | dict(coupler="single", mask="full"))
     config.data.update(batch_size=32, suites=(1, 3, 0, 0, 0, 0))
     config.optim.update(lr=2e-3, warmup_steps=60, decay_steps=5_000)
-    config.train.steps = 1_500
+    config.train.steps = 1_000
     with config.unlocked():
       config.train.grounding.pointing = 1.0
     config.train.grounding.update(alignment=0.3, naming=0.3, looks=0.0, displacement=0.3, aim=0.1, rotation=0.5)
     config.init_from = "checkpoints/tabletop_small,matching"
   if arg == "dense_end":
     config.seed = 8
-    config.optim.update(warmup_steps=30, decay_steps=1_170)
-    config.train.steps = 1_200
+    config.optim.update(warmup_steps=30, decay_steps=970)
+    config.train.steps = 1_000
     config.train.grounding.pointing = 0.3
     config.init_from = None
   return config
