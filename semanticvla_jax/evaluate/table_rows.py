@@ -62,6 +62,7 @@ TABLES = {
   "baselines": (  # that the paper does not compare with
     Entry("oft", "dense (OpenVLA-OFT)"),
     Entry("fastv_action", "attention of the actions, 1/8 from layer 2 on"),
+    Entry("fastv_k3", "FastV, 1/8 from layer 3 on"),
     Entry("sparsevlm", "SparseVLM, 1/8 from layer 2 on"),
     Entry("vla_pruner_now", "VLA-Pruner without memory, 1/8 from layer 3 on"),
     Entry("vla_pruner", "VLA-Pruner, 1/8 from layer 3 on"),
@@ -84,7 +85,7 @@ FITTED = ("fast",)  # rows that speak action tokens fitted to the data
 PARAMETERS_OF = {
   "pd_vla": "openvla_chunk",
   "fast_unconstrained": "fast",
-  **dict.fromkeys(("fastv_k2", "fastv_mean", "fastv_action", "prune_random", "prune_uniform"), "oft"),
+  **dict.fromkeys(("fastv_k2", "fastv_k3", "fastv_mean", "fastv_action", "prune_random", "prune_uniform"), "oft"),
   **dict.fromkeys(("sparsevlm", "vla_pruner_now", "vla_pruner", "efficientvla_layers"), "oft"),
 }
 
