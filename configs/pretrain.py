@@ -76,7 +76,6 @@ def get_config(arg=None):
   if arg == "dense_end":
     config.seed = 8
     config.optim.update(warmup_steps=30, decay_steps=970)
-    config.train.steps = 1_000
     config.train.grounding.pointing = 0.3
     config.init_from = None
   return config

@@ -163,8 +163,10 @@ def make_batches(
   """
   texts = list(tasks.INSTRUCTIONS)
   prompts, prompt_masks = (jnp.asarray(x) for x in tokenizers.prompt(texts))
-  prunes = tokenizers.siglip is not None
-  words, word_masks = (jnp.asarray(x) for x in (tokenizers.instruction if prunes else tokenizers.prompt)(texts))
+  has_instruction = tokenizers.siglip is not None
+  words, word_masks = (
+    jnp.asarray(x) for x in (tokenizers.instruction if has_instruction else tokenizers.prompt)(texts)
+  )
   weights = jnp.asarray(suites, jnp.float32) / sum(suites)
 
   def example(key):
@@ -180,7 +182,7 @@ def make_batches(
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch_size)
     views, proprio, actions, mask, one = jax.vmap(example)(keys)
     index, others = one.sentences[:, 0], one.sentences[:, 1:]
-    own = (words[index], word_masks[index]) if prunes else (None, None)
+    own = (words[index], word_masks[index]) if has_instruction else (None, None)
     observation = Observation(views, proprio, prompts[index], prompt_masks[index], *own)
     aux = auxiliary_losses.Targets(
       one.where, words[others], word_masks[others], one.displacement, one.shape, one.edges, one.aim

@@ -19,7 +19,7 @@ FILES = {
   "openvla": ("libero",),
 }
 CASES = [f"{name}:{mode}" for name, modes in FILES.items() for mode in modes]
-LIGHT = ("libero:full", "openvla_oft:aloha", "openvla:libero")  # of each kind of head one
+LIGHT = ("libero:full", "openvla_oft:aloha", "openvla:libero")  # one of each kind of head
 SERVING = {"fused", "attention", "token_multiple"}  # fields that say how a loaded policy runs: models/serving.py
 ROWS = [f"ablations:{row}" for row in ablations.ROWS if ablations.ROWS[row] != (8, {})]
 ROWS += [f"baselines:{row}" for row in baselines.ROWS]
