@@ -164,9 +164,8 @@ def make_batches(
   texts = list(tasks.INSTRUCTIONS)
   prompts, prompt_masks = (jnp.asarray(x) for x in tokenizers.prompt(texts))
   has_instruction = tokenizers.siglip is not None
-  words, word_masks = (
-    jnp.asarray(x) for x in (tokenizers.instruction if has_instruction else tokenizers.prompt)(texts)
-  )
+  tokenize = tokenizers.instruction if has_instruction else tokenizers.prompt
+  words, word_masks = (jnp.asarray(x) for x in tokenize(texts))
   weights = jnp.asarray(suites, jnp.float32) / sum(suites)
 
   def example(key):
