@@ -76,8 +76,6 @@ def batches(
   check(config)
   stats = expert_batches.measure(seed=config.seed) if kept is None else kept
   encoder = model.siglip or model.dino
-  if model.text is None:  # the tokenizers of a base may hold SigLIP's all the same
-    tokenizers = tokenizers._replace(siglip=None)
   make = expert_batches.make_batches(
     batch_size=config.data.batch_size,
     chunk=config.model.chunk,

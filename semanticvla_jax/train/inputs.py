@@ -52,7 +52,9 @@ def _words(config: Any) -> dict[str, epath.Path]:
 
 
 def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
-  """The tokenizers of the config. Raises ValueError when they are not this model's."""
+  """The tokenizers of the config, SigLIP's only for a model with its text tower (a base's folder may hold it all the
+  same). Raises ValueError when they are not this model's.
+  """
   tokenizers = text.load(
     tokenizer_files(config),
     prompt_length=config.data.prompt_length,
@@ -73,7 +75,7 @@ def load_tokenizers(config: Any, bare: Any) -> text.Tokenizers:
       f"nearly {bare.llm.vocab} (the model's embedding rows)",
       "name the folder of the base checkpoint's tokenizer.model",
     )
-  return tokenizers
+  return tokenizers if bare.text is not None else tokenizers._replace(siglip=None)
 
 
 def image_options(data: Any) -> dict:

@@ -8,10 +8,10 @@ from flax.traverse_util import flatten_dict
 from helpers import jit_apply, random_observation, random_params, tiny
 
 from configs import common, pretrain
-from semanticvla_jax.data import statistics, text
+from semanticvla_jax.data import statistics
 from semanticvla_jax.models.semanticvla import build
 from semanticvla_jax.tabletop import auxiliary_losses, tasks, training
-from semanticvla_jax.train import step
+from semanticvla_jax.train import inputs, step
 from semanticvla_jax.types import Batch
 
 B, G, V, N, M = 2, 3, 2, 64, 32
@@ -174,7 +174,7 @@ def test_the_shapes_that_a_program_is_compiled_for_are_those_of_a_batch(fields):
   config.data.batch_size = 2
   config.model.update(fields)
   model = build(config.model)
-  make, _ = training.batches(config, model, text.load(prompt_length=32, instruction_length=24), STATISTICS)
+  make, _ = training.batches(config, model, inputs.load_tokenizers(config, model), STATISTICS)
   wanted = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(make, 0).aux)
   assert wanted == jax.tree.map(lambda x: (x.shape, x.dtype), training.aux_loss(config).shapes(config, model))
 
@@ -183,9 +183,9 @@ def test_the_shapes_that_a_program_is_compiled_for_are_those_of_a_batch(fields):
 def test_a_model_without_a_text_tower_gets_its_other_sentences_as_prompts():
   config = pretrain.get_config("dense")
   config.data.batch_size = 2
-  tokenizers = text.load(prompt_length=32, instruction_length=24)
-  assert tokenizers.siglip is not None
-  make, _ = training.batches(config, build(config.model), tokenizers, STATISTICS)
+  model = build(config.model)
+  tokenizers = inputs.load_tokenizers(config, model)
+  make, _ = training.batches(config, model, tokenizers, STATISTICS)
   batch = jax.jit(make)(0)
   prompts = {tuple(row) for row in tokenizers.prompt(tasks.INSTRUCTIONS)[0].tolist()}
   assert batch.observation.instruction is None

@@ -1,5 +1,6 @@
 """What the config says about data reaches the batches."""
 
+import jax
 import numpy as np
 import pytest
 from small_runs import NAME, make_config, write_data
@@ -8,7 +9,7 @@ from configs import aloha, common, pretrain
 from semanticvla_jax import sources
 from semanticvla_jax.data import images, rlds, statistics, tfrecord_index
 from semanticvla_jax.tabletop import training
-from semanticvla_jax.train import init, inputs, resume, sharding
+from semanticvla_jax.train import init, inputs, program, resume, sharding
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,20 @@ def test_the_normalization_of_the_config_is_the_one_trained_on(data, dataset, mo
   assert max(near) < 1e-6 < min(far)
   with pytest.raises(ValueError, match="Unknown normalisation: got 'q90'"):
     source(data, normalisation="q90")
+
+
+def test_a_batch_has_an_instruction_where_the_model_has_a_text_tower(data):
+  """Not where the folder of the tokenizers has SigLIP's: the program is compiled for what the model reads."""
+  for fields in ({}, {"siglip_pruner": None, "film": ()}):
+    config = make_config(data)
+    config.model.update(fields)
+    _, bare = init.make_model(config)
+    tokenizers = inputs.load_tokenizers(config, bare)
+    made, _ = inputs.rlds_loader(config, bare, tokenizers, None)
+    wanted = program.abstract_observation(config, bare, config.data.batch_size)
+    seen = next(made.batches()).observation
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), seen) == jax.tree.map(lambda x: (x.shape, x.dtype), wanted)
+    assert (seen.instruction is None) == bool(fields)
 
 
 def test_kept_statistics_are_those_of_the_dataset(data, dataset):
