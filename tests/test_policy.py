@@ -174,14 +174,16 @@ def test_the_text_of_the_pruner_is_the_trained_one_unless_evaluation_has_its_own
   assert ready.metadata["pruner_text"] == "question"
 
 
-def test_a_saved_policy_acts_like_the_one_in_memory(folder, ready, loaded):
+def test_a_saved_policy_acts_like_the_one_in_memory(folder, ready, loaded, caplog):
   seen = policies.observation()
   np.testing.assert_allclose(loaded.infer(seen)["actions"], ready.infer(seen)["actions"], atol=1e-5)
   facts = loaded.metadata
   assert facts["policy_hash"] == policy_folder.policy_hash(folder / "plain")
   assert (facts["dataset"], facts["chunk"], facts["image_size"]) == ("tabletop_place", 8, 32)
   assert (loaded.tokenizers.prompt_length, loaded.tokenizers.instruction_length) == (40, 32)
+  assert "bfloat16" not in caplog.text
   half = Policy.load(folder / "plain", dtype="bfloat16", batch_sizes=())
+  assert "load with dtype='float32'" in caplog.text  # this test runs on a CPU
   assert half.metadata["dtype"] == "bfloat16" and jax.tree.leaves(half.params)[0].dtype == jnp.bfloat16
 
 

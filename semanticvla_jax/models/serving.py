@@ -12,6 +12,7 @@ On a GPU the encoders' sequences are filled up to a multiple of 8 as well, and a
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -54,6 +55,15 @@ def layout(platform: str, attention: str = "xla") -> dict[str, Any]:
     raise refuse("attention", f"'triton' on {platform}", "a GPU, for which that kernel is compiled", "choose 'xla'")
   chosen = {} if attention == ATTENTION[0] else {"attention": attention}
   return _LAYOUT | chosen | ({"token_multiple": MULTIPLE} if on_gpu else {})
+
+
+def warn_if_slow(dtype: str | None, platform: str) -> None:
+  """Logs where a policy of `dtype` is slower on jax's `platform` than another would be."""
+  if (platform, dtype) == ("cpu", "bfloat16"):
+    logging.warning(
+      "A CPU converts bfloat16 to float32 at every product, which takes half as long again (docs/performance.md): "
+      "load with dtype='float32' where there is room for twice the memory."
+    )
 
 
 @functools.cache

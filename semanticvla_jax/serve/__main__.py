@@ -62,7 +62,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
   add("--tls-key", metavar="FILE", help="private key of the certificate")
   add("--dataset", help="whose statistics to use, if the policy has several (default: the only one)")
   add("--dtype", help="dtype of parameters and computation, e.g. bfloat16 (default: as trained)")
-  add("--weights", choices=("full", "int8"), default="full", help="of the decoder (default: full)")
+  add("--weights", choices=("full", "int8", "fp8"), default="full", help="of the decoder (default: full)")
   add("--attention", choices=("xla", "triton"), default="xla", help="triton: one kernel, on a GPU (default: xla)")
   add("--batch-sizes", type=_counts, default=[1, 2, 4, 8], help="sizes to compile, with commas (default: 1,2,4,8)")
   add(
