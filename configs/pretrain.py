@@ -18,7 +18,8 @@ A base with OpenVLA-OFT's parts, for rows of the paper's tables that prune nothi
     python -m semanticvla_jax.train --config=configs/pretrain.py:dense_end --workdir=runs/pretrain_dense/end \
         --config.init_from=runs/pretrain_dense/policy
 
-Encoders and decoder begin as those of the shipped base, all else at random; the second run lets the rate fall.
+Encoders and decoder begin as those of the shipped base, all else at random; the second run lets the rate fall and sees
+more of how episodes end.
 """
 
 from ml_collections import ConfigDict
