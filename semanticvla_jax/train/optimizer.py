@@ -92,13 +92,14 @@ def average_of(state: Any, trainable: Any) -> Any:
 def matrices(params: Any) -> Any:
   """Which parameters are matrices to Muon, and which of their axes are inputs and outputs; None for the others.
 
-  An attention kernel is one matrix over all its heads; embeddings and the patch embedding are none.
+  An attention kernel is one matrix over all its heads; embeddings, the patch embedding and the language model's output
+  layer are none: each of its rows is a token's, and Muon would move rare and frequent ones alike.
   """
 
   def dims(path: tuple[str, ...], x: Any) -> MuonDimensionNumbers | None:
     stacked = path.count("layers")  # a leading axis of layers, each with its own matrix
     axes = tuple(range(stacked, getattr(x, "ndim", 0)))  # optax asks again with the other parameters masked out
-    if path[-1] != "kernel" or len(axes) not in (2, 3):
+    if path[-1] != "kernel" or "lm_head" in path or len(axes) not in (2, 3):
       return None
     inputs = 2 if path[-2] in ("out", "o_proj") and len(axes) == 3 else 1
     return MuonDimensionNumbers(axes[:inputs], axes[inputs:])

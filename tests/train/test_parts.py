@@ -118,13 +118,14 @@ def test_muon_takes_matrices_and_leaves_the_rest_to_adamw():
     "layers": {"mlp": {"kernel": jnp.ones((3, 8, 16))}},
     "embed": {"embedding": jnp.ones((16, 8))},
     "patch": {"kernel": jnp.ones((2, 2, 3, 8))},
+    "lm_head": {"kernel": jnp.ones((8, 16))},
   }
   found = optimizer.matrices(params)
   assert tuple(found["attn"]["query"]["kernel"]) == ((0,), (1, 2))
   assert tuple(found["attn"]["out"]["kernel"]) == ((0, 1), (2,))
   assert tuple(found["layers"]["mlp"]["kernel"]) == ((1,), (2,))  # one matrix a layer
   assert found["embed"]["embedding"] is None and found["patch"]["kernel"] is None
-  assert found["attn"]["query"]["bias"] is None
+  assert found["attn"]["query"]["bias"] is None and found["lm_head"]["kernel"] is None
   config = common.get_config("tiny").optim
   config.update(name="muon", lr=0.1, warmup_steps=0)
   transform = optimizer.transform(config)
