@@ -93,7 +93,7 @@ def matrices(params: Any) -> Any:
   """Which parameters are matrices to Muon, and which of their axes are inputs and outputs; None for the others.
 
   An attention kernel is one matrix over all its heads; embeddings, the patch embedding and the language model's output
-  layer are none: each of its rows is a token's, and Muon would move rare and frequent ones alike.
+  layer are none: each of its columns is a token's, and Muon would move rare and frequent ones alike.
   """
 
   def dims(path: tuple[str, ...], x: Any) -> MuonDimensionNumbers | None:

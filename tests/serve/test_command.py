@@ -13,6 +13,7 @@ from serving import observation
 
 from semanticvla_jax import policy_folder
 from semanticvla_jax.data import statistics, text
+from semanticvla_jax.policy import WEIGHTS
 from semanticvla_jax.serve import __main__ as command
 from semanticvla_jax.serve import core, server
 from semanticvla_jax.serve.client import Client
@@ -41,6 +42,10 @@ def test_flags_that_do_not_fit_together():
     core.check(core.Settings(max_batch=8), (1, 4))
   args = command.arguments(["--policy=x", "--batch-sizes=4,1,1"])
   assert args.batch_sizes == [1, 4] and args.max_batch == 4
+
+
+def test_the_server_takes_every_kind_of_weights_that_a_policy_does():
+  assert [command.arguments(["--policy=x", f"--weights={kind}"]).weights for kind in WEIGHTS] == [*WEIGHTS]
 
 
 def test_a_port_in_use_is_found_before_anything_is_loaded(tmp_path):
