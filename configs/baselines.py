@@ -26,6 +26,8 @@ DECODER = {
   "prune_random": dict(block=2, score="random"),
   "prune_uniform": dict(block=2, score="uniform"),
   "prune_centre": dict(block=2, score="centre"),
+  "prune_random_k3": dict(block=3, score="random"),
+  "prune_uniform_k3": dict(block=3, score="uniform"),
 }
 COMPRESSOR = ("slime", "slime_router", "compressor_vla")
 LIGHT_STEPS = 40_005  # of LightVLA's training, over which its noise falls to 0

@@ -63,6 +63,8 @@ TABLES = {
     Entry("oft", "dense (OpenVLA-OFT)"),
     Entry("fastv_action", "attention of the actions, 1/8 from layer 2 on"),
     Entry("fastv_k3", "FastV, 1/8 from layer 3 on"),
+    Entry("prune_random_k3", "random 1/8 from layer 3 on"),
+    Entry("prune_uniform_k3", "evenly spread 1/8 from layer 3 on"),
     Entry("sparsevlm", "SparseVLM, 1/8 from layer 2 on"),
     Entry("vla_pruner_now", "VLA-Pruner without memory, 1/8 from layer 3 on"),
     Entry("vla_pruner", "VLA-Pruner, 1/8 from layer 3 on"),
@@ -85,8 +87,9 @@ FITTED = ("fast",)  # rows that speak action tokens fitted to the data
 PARAMETERS_OF = {
   "pd_vla": "openvla_chunk",
   "fast_unconstrained": "fast",
-  **dict.fromkeys(("fastv_k2", "fastv_k3", "fastv_mean", "fastv_action", "prune_random", "prune_uniform"), "oft"),
-  **dict.fromkeys(("sparsevlm", "vla_pruner_now", "vla_pruner", "efficientvla_layers"), "oft"),
+  **dict.fromkeys(("fastv_k2", "fastv_k3", "fastv_mean", "fastv_action", "sparsevlm", "efficientvla_layers"), "oft"),
+  **dict.fromkeys(("vla_pruner_now", "vla_pruner"), "oft"),
+  **dict.fromkeys(("prune_random", "prune_uniform", "prune_random_k3", "prune_uniform_k3"), "oft"),
 }
 
 
