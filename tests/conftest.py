@@ -2,15 +2,18 @@
 
 import gc
 import os
+import platform
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 # Tests compile much and compute little: LLVM's expensive passes cost more than they bring, and XLA's older fusions
-# compile in two thirds of the time.
+# compile in two thirds of the time. Without fused multiply-add (AVX has none), numbers do not depend on which of them
+# are computed in one loop: tests compare bits of different programs.
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8"
   + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+  + (" --xla_cpu_max_isa=AVX" if platform.machine() in ("x86_64", "AMD64") else "")
 )
 # The same program is often compiled again, by another test or the other worker: keep all but the smallest.
 CACHE = os.path.join(tempfile.gettempdir(), f"semanticvla_jax_tests_{os.getuid()}")
@@ -25,7 +28,9 @@ gc.set_threshold(100_000, 50, 50)  # a traced program is millions of objects, an
 install_import_hook("semanticvla_jax", "beartype.beartype")
 
 from semanticvla_jax.data import tfrecord_index  # noqa: E402
+from semanticvla_jax.evaluate import visualize  # noqa: E402
 
+visualize.SIZE = 64  # pictures drawn by programs compiled as above take as long as all else in an evaluation
 tfrecord_index.CACHE = f"{CACHE}_data"
 
 

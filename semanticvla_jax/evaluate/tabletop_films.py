@@ -31,7 +31,7 @@ def _films(result: Episodes, count: int, out: pathlib.Path, suite: str) -> Itera
   for i in choose(result.success, count):
     steps, success = int(result.steps[i]), bool(result.success[i])
     states = jax.tree.map(lambda x: x[: steps + 1, i], result.states)  # noqa: B023
-    frames = visualize.film(visualize.pictures(states), result.told[i], success, result.instruction[i])
+    frames = visualize.film(visualize.pictures(states, visualize.SIZE), result.told[i], success, result.instruction[i])
     path = out / f"{suite}_{result.seeds[i]}_{'done' if success else 'not_done'}.mp4"
     folder.write_film(path, frames)
     yield report.Film(path, result.told[i], success, steps, int(result.seeds[i]))
@@ -47,7 +47,7 @@ def scenes(policy: Policy, result: Episodes, out: pathlib.Path, suite: str) -> l
   other = next((sentence for sentence in result.instruction if sentence != told), told)
   steps = [0, int(result.steps[index]) // 2]
   states = jax.tree.map(lambda x: x[steps, index], result.states)
-  views = visualize.pictures(states)[:, : policy.bare.num_views]
+  views = visualize.pictures(states, visualize.SIZE)[:, : policy.bare.num_views]
   seen = [visualize.observation(jax.tree.map(lambda x: x[i], states), policy.image_size) for i in (0, 1)]  # noqa: B023
   looks = visualize.looks(policy, [{**one, "prompt": sentence} for one in seen for sentence in (told, other)])
   found = []

@@ -85,6 +85,6 @@ def picture(policy: Policy, suite: str, split: str, episodes: Episodes, index: i
   state = jax.tree.map(lambda x: jnp.asarray(x[0, index])[None], episodes.states)
   told = jnp.asarray([probes.instructions(suite).index(episodes.told[index])], jnp.int32)
   kept = np.asarray(_kept(inputs, state, told, model=policy.model, setup=setup))[0]
-  views = visualize.pictures(state)[0, : setup.views]
+  views = visualize.pictures(state, visualize.SIZE)[0, : setup.views]
   masks = np.asarray(named_masks(state, views.shape[1]))[0, : setup.views]
   return visualize.grounding_tiles(views, kept, masks, setup.crop_area, VIEWS[setup.views])

@@ -29,6 +29,7 @@ from semanticvla_jax.tabletop import physics, render, tasks
 from semanticvla_jax.types import Observation
 
 FRAMES_A_SECOND = 10  # half the speed of the tabletop's 20 Hz
+SIZE = 256  # of a view in films and pictures, pixels: more than a page shows, so that edges come out smooth
 _RENDERED = 16  # frames rendered together
 _MARGIN, _CAPTION = 8, 44  # pixels
 _CAMERAS = {"image": "front camera", "wrist_image": "wrist camera"}
@@ -238,8 +239,8 @@ def _renderer(size: int) -> Callable:
   return jax.jit(jax.vmap(lambda state: render.views(state, size)))
 
 
-def pictures(states: tasks.State, size: int = 256) -> UInt8[np.ndarray, "t 2 {size} {size} 3"]:
-  """Renders a film's states [t], larger than a page shows them, so that edges come out smooth."""
+def pictures(states: tasks.State, size: int) -> UInt8[np.ndarray, "t 2 {size} {size} 3"]:
+  """Renders a film's states [t]."""
   t, found = len(states.time), []
   for first in range(0, t, _RENDERED):
     index = np.minimum(np.arange(first, first + _RENDERED), t - 1)  # one compiled size; the rest is cut off
