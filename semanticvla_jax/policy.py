@@ -148,7 +148,7 @@ class Policy(BasePolicy):
     files = policy_folder.load_policy(folder, sharding=sharding, dtype=dtype, verify=verify)
     run = {"scan_encoders": False} | ({} if dtype is None else {"dtype": dtype})
     config = files.config | {"model": files.config["model"] | run | _codec(files)}
-    serving.warn_if_slow(config["model"].get("dtype"), jax.default_backend())
+    serving.log_choices(config["model"].get("dtype"), attention, jax.default_backend())
     model, params = _adapted(build(config["model"]), files.params, config, _choice("adapters", adapters, ADAPTERS))
     files = files._replace(params={})  # nothing else holds the arrays while they are laid out anew
     if isinstance(model, lora.LoRA):

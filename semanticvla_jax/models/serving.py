@@ -26,6 +26,7 @@ from semanticvla_jax.errors import refuse
 
 MULTIPLE = 8  # positions: matrix units work on sequences of whole eights, and GPU libraries pad others at every product
 ATTENTION = ("xla", "triton")  # the default first
+GPU = ("gpu", "cuda", "rocm")  # as jax calls that platform
 _LAYOUT = {"scan": False, "scan_encoders": False, "fused": True, "remat": None}
 _FUSED = (
   (re.compile(r"(llm/layers_\d+/attn)/q_proj/(\w+)"), ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
@@ -48,7 +49,7 @@ def layout(platform: str, attention: str = "xla") -> dict[str, Any]:
   Raises:
     ValueError: another kind of attention, or that one elsewhere.
   """
-  on_gpu = platform in ("gpu", "cuda", "rocm")
+  on_gpu = platform in GPU
   if attention not in ATTENTION:
     raise refuse("attention", repr(attention), f"one of {ATTENTION}", "choose one of them")
   if attention == "triton" and not on_gpu:
@@ -57,8 +58,15 @@ def layout(platform: str, attention: str = "xla") -> dict[str, Any]:
   return _LAYOUT | chosen | ({"token_multiple": MULTIPLE} if on_gpu else {})
 
 
-def warn_if_slow(dtype: str | None, platform: str) -> None:
-  """Logs where a policy of `dtype` is slower on jax's `platform` than another would be."""
+def log_choices(dtype: str | None, attention: str, platform: str) -> None:
+  """Logs how a policy of `dtype` attends on jax's `platform` and why, and warns where another type would be faster."""
+  if attention != ATTENTION[0]:
+    how = "one kernel a layer, as asked for, after a comparison with XLA's on this device"
+  elif platform in GPU:
+    how = "XLA's: attention='triton' moves fewer bytes, but nobody has timed it (docs/performance.md)"
+  else:
+    how = f"XLA's, the only one here for a {platform.upper()}"
+  logging.info("attention: %s", how)
   if (platform, dtype) == ("cpu", "bfloat16"):
     logging.warning(
       "A CPU converts bfloat16 to float32 at every product, which takes half as long again (docs/performance.md): "

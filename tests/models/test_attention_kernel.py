@@ -1,6 +1,7 @@
 """The GPU kernel of attention, its steps run as jax operations: XLA's attention but for the order of sums."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -94,3 +95,19 @@ def test_it_is_for_policies_on_a_gpu():
     serving.layout("cuda", "flash")
   with pytest.raises(ValueError, match="attention='triton'; expected 'xla' without model.fused"):
     tiny(attention="triton")
+
+
+@pytest.mark.parametrize(
+  "attention, platform, reason",
+  [
+    ("xla", "cpu", "XLA's, the only one here for a CPU"),
+    ("xla", "tpu", "XLA's, the only one here for a TPU"),
+    ("xla", "gpu", "XLA's: .*nobody has timed it"),
+    ("triton", "cuda", "one kernel a layer, as asked for"),
+  ],
+)
+def test_the_choice_is_logged_with_its_reason(attention, platform, reason, caplog):
+  with caplog.at_level("INFO"):
+    serving.log_choices("float32", attention, platform)
+  (record,) = caplog.records
+  assert re.match(f"attention: {reason}", record.getMessage())
