@@ -88,7 +88,7 @@ class ImageServer:
       got = f"{port} ({cli.first_line(error)})"
       raise refuse("--port", got, "one that is free, as are the two after it", "take another") from error
     self._dispatcher_port = int(found)
-    self._held = contextlib.ExitStack()
+    self._held, self._calls = contextlib.ExitStack(), pipeline.Calls()
     # One pool of each for all hosts: hosts that come and go leave no threads behind.
     self._processes = self._held.enter_context(loader.stages(np.arange(1), processes))
     self._readers = self._held.enter_context(contextlib.closing(pipeline.Readers(pipeline.threads(workers))))
@@ -104,16 +104,17 @@ class ImageServer:
     chosen = np.asarray(rows)
     with self._loader.stages(chosen) as stages:
       stages = stages._replace(make=self._processes.make, at_once=self._processes.at_once)
-      how = dict(stride=stride, group=self._loader.group, prefetch=_AHEAD)
+      how = dict(stride=stride, group=self._loader.group, prefetch=_AHEAD, calls=self._calls)
       dataset = pipeline.dataset(stages, start, len(chosen), self._readers, **how)
     self._datasets.append(dataset)  # its functions live as long
     number = service.register_dataset(f"grpc://localhost:{self._dispatcher_port}", dataset, compression=None)
     return [self._dispatcher_port, number.numpy().decode()]
 
   def close(self) -> None:
-    """Ends the server, its threads and processes."""
+    """Ends the server, its threads and processes. Training hosts find it gone."""
     self._requests.shutdown()
     self._requests.server_close()
+    self._calls.end()  # the worker's `stop` waits for its threads and holds Python's lock meanwhile
     self._worker.stop()
     self._dispatcher.stop()
     self._held.close()
@@ -192,7 +193,8 @@ def _short(text: str | None) -> str:
 
 
 def _watched(source: Iterator, ask: Callable[[], Any]) -> Iterator:
-  """What `source` gives; tf.data waits for a server without end, so `ask`, which raises, is called meanwhile."""
+  """What `source` gives; tf.data waits for a server without end, so `ask`, which raises, is called meanwhile, and once
+  more where `source` fails: a server that is being closed fails first."""
   wanted, given = queue.SimpleQueue(), queue.SimpleQueue()
 
   def work(held: list[Iterator]) -> None:
@@ -214,6 +216,7 @@ def _watched(source: Iterator, ask: Callable[[], Any]) -> Iterator:
           break
         ask()
       if isinstance(found, BaseException):
+        ask()
         raise found
       yield found
   finally:

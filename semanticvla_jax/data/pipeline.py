@@ -16,6 +16,8 @@ import functools
 import io
 import itertools
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ from semanticvla_jax.errors import refuse
 
 _FRAMES = (0xC0, 0xC1, 0xC2)  # markers of baseline, extended and progressive JPEGs
 _SAMPLINGS = (0x11, 0x21, 0x22, 0x41)  # of luma, horizontal and vertical, with chroma at 0x11
+_QUIET = 1.0  # seconds in which a pipeline that still works calls Python: TensorFlow decodes in between
 _METHODS = {"accurate": "INTEGER_ACCURATE", "fast": ""}  # TensorFlow's names of images.DCTS; "" is its default
 
 
@@ -83,8 +86,46 @@ class Readers:
     self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+class Calls:
+  """Calls of Python by tf.data's threads, so that they can be brought to an end before what waits for these threads
+  while it holds Python's lock, which would be for ever."""
+
+  def __init__(self):
+    self._changing, self._running, self._latest, self._ended = threading.Lock(), 0, 0.0, False
+
+  def counted(self, function: Callable) -> Callable:
+    """The function, which raises after `end`."""
+
+    def call(*arguments):
+      with self._changing:
+        self._running += 1
+      try:
+        if self._ended:
+          raise RuntimeError("what makes these batches is being closed")
+        return function(*arguments)
+      finally:
+        with self._changing:
+          self._running, self._latest = self._running - 1, time.monotonic()
+
+    return call
+
+  def end(self) -> None:
+    """Lets further calls fail, and returns when none is under way or has come for a second."""
+    self._ended = True
+    while self._running or time.monotonic() - self._latest < _QUIET:
+      time.sleep(0.02)
+
+
 def dataset(
-  stages: Stages, start: int, rows: int, readers: Readers, *, stride: int = 1, group: int, prefetch: int
+  stages: Stages,
+  start: int,
+  rows: int,
+  readers: Readers,
+  *,
+  stride: int = 1,
+  group: int,
+  prefetch: int,
+  calls: Calls | None = None,
 ) -> Any:
   """A tf.data.Dataset of batches start, start + stride, … without end, each a pair of the examples, i64[b/g g 3], and
   their images, u8[b/g g v s s 3], in groups of g.
@@ -98,14 +139,16 @@ def dataset(
     stride: from one batch's number to the next.
     group: most examples to work on together.
     prefetch: batches worked on ahead.
+    calls: counts the calls of `stages`.
   """
   import tensorflow as tf
 
   images.hide_accelerators()
   group = max(size for size in range(1, min(group, rows) + 1) if rows % size == 0)
 
-  begin, wait = _reading(stages, group, readers)
-  work = _work(stages, group)
+  counted = (calls or Calls()).counted
+  begin, wait = _reading(stages, group, readers, counted)
+  work = _work(stages, group, counted)
   at_once = min(readers.workers, cores()) if stages.make is None else stages.at_once
   numbers = tf.data.Dataset.range(start, np.iinfo(np.int64).max, stride)
   reads = numbers.map(_plain(begin)).unbatch().prefetch(readers.workers)
@@ -176,7 +219,7 @@ def _options(threads: int) -> Any:
   return options
 
 
-def _reading(stages: Stages, group: int, readers: Readers) -> tuple[Callable, Callable]:
+def _reading(stages: Stages, group: int, readers: Readers, counted: Callable) -> tuple[Callable, Callable]:
   """Two functions of a graph: one draws a batch and begins to read it, the other waits for what one read found.
 
   Number of a batch → its examples, i64[b/g g 3], and the numbers of their reads, i64[b/g]. The examples of one read,
@@ -195,18 +238,18 @@ def _reading(stages: Stages, group: int, readers: Readers) -> tuple[Callable, Ca
     return examples, np.array([readers.begin(read, some) for some in examples])
 
   def begin(number):
-    examples, reads = tf.numpy_function(draw, [number], (tf.int64, tf.int64))
+    examples, reads = tf.numpy_function(counted(draw), [number], (tf.int64, tf.int64))
     return tf.ensure_shape(examples, [None, group, 3]), tf.ensure_shape(reads, [None])
 
   def wait(examples, number):
-    encoded, is_jpeg = tf.numpy_function(lambda n: readers.take(int(n)), [number], (tf.string, tf.bool))
+    encoded, is_jpeg = tf.numpy_function(counted(lambda n: readers.take(int(n))), [number], (tf.string, tf.bool))
     count = [group * stages.views]
     return examples, tf.ensure_shape(encoded, count), tf.ensure_shape(is_jpeg, count)
 
   return begin, wait
 
 
-def _work(stages: Stages, group: int) -> Callable:
+def _work(stages: Stages, group: int, counted: Callable) -> Callable:
   """What `_reading` gives in the end → its examples and their images u8[g v s s 3], as operations of a graph."""
   import tensorflow as tf
 
@@ -221,7 +264,7 @@ def _work(stages: Stages, group: int) -> Callable:
     return tf.cond(
       is_jpeg,
       lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=method),
-      lambda: tf.ensure_shape(tf.numpy_function(decode, [encoded], tf.uint8), [None, None, 3]),
+      lambda: tf.ensure_shape(tf.numpy_function(counted(decode), [encoded], tf.uint8), [None, None, 3]),
     )
 
   def made_elsewhere(examples, encoded):
@@ -230,9 +273,9 @@ def _work(stages: Stages, group: int) -> Callable:
   def work(examples, encoded, is_jpeg):
     if stages.make is None:
       decoded = [picture(encoded[i], is_jpeg[i]) for i in range(group * stages.views)]
-      pictures = tf.numpy_function(finish, [examples, *decoded], tf.uint8)
+      pictures = tf.numpy_function(counted(finish), [examples, *decoded], tf.uint8)
     else:
-      pictures = tf.numpy_function(made_elsewhere, [examples, encoded], tf.uint8)
+      pictures = tf.numpy_function(counted(made_elsewhere), [examples, encoded], tf.uint8)
     return examples, tf.ensure_shape(pictures, [group, stages.views, stages.size, stages.size, 3])
 
   return work

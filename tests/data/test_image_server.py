@@ -2,6 +2,8 @@
 
 import contextlib
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -90,6 +92,42 @@ def test_an_image_that_cannot_be_used_is_named_as_without_servers(dataset, token
     for how in (dict(), dict(servers=(server.address,))):
       with pytest.raises(ValueError, match=rf"^Dataset {dataset.name!r}, .* of .*"):
         next(made.batches(**how))
+
+
+CLOSES = """
+import contextlib, time
+import numpy as np
+from semanticvla_jax.data import image_server, pipeline
+
+def read(examples):
+  time.sleep(0.05)  # a batch is always under way
+  return [b""]
+
+class Loader:
+  group, image_facts = 1, staticmethod(dict)
+
+  @contextlib.contextmanager
+  def stages(self, rows, processes=0):
+    yield pipeline.Stages(
+      lambda number: np.zeros((len(rows), 3), np.int64), read,
+      lambda examples, decoded: np.zeros((1, 1, 8, 8, 3), np.uint8), lambda examples: None, 1, 8, "accurate")
+
+server = image_server.ImageServer(Loader(), "localhost", 0, 2)
+source = image_server.batches(server.address, 0, np.arange(2), 1)
+next(source)
+server.close()
+print("closed", flush=True)
+try:
+  for _ in source: pass
+except image_server.Unreachable:
+  print("gone", flush=True)
+"""
+
+
+def test_a_server_at_work_can_be_closed_and_its_clients_find_it_gone():
+  """In a process of its own: a server that waited for its threads and held Python's lock would hold the test, too."""
+  run = subprocess.run([sys.executable, "-c", CLOSES], capture_output=True, text=True, timeout=120)
+  assert (run.returncode, run.stdout) == (0, "closed\ngone\n"), run.stderr[-2000:]
 
 
 def test_a_server_that_ends_is_left_out_and_the_last_ones_end_is_an_error(made, monkeypatch, caplog):
