@@ -2,18 +2,14 @@
 
 import gc
 import os
-import platform
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
-# Tests compile much and compute little: LLVM's expensive passes cost more than they bring, and XLA's older fusions
-# compile in two thirds of the time. Without fused multiply-add (AVX has none), numbers do not depend on which of them
-# are computed in one loop: tests compare bits of different programs.
+# Tests compile much and compute little: LLVM's expensive passes cost more than they bring.
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8"
-  + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-  + (" --xla_cpu_max_isa=AVX" if platform.machine() in ("x86_64", "AMD64") else "")
+  + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 # The same program is often compiled again, by another test or the other worker: keep all but the smallest.
 CACHE = os.path.join(tempfile.gettempdir(), f"semanticvla_jax_tests_{os.getuid()}")
