@@ -42,10 +42,10 @@ quickstart: $(VENV)/.main  ## demonstrations, LoRA training, evaluation, report:
 	$(PY) -m semanticvla_jax.quickstart --suite=$(SUITE) --split=$(SPLIT) --out=runs/quickstart_$(SUITE)_$(SPLIT)
 
 test: $(VENV)/.main  ## all tests that need nothing but the main requirements
-	XLA_FLAGS="$(CHEAP)" $(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not lerobot and not processes and not slow and not clients"
+	XLA_FLAGS="$$XLA_FLAGS $(CHEAP)" $(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not lerobot and not processes and not slow and not clients"
 
 slow: $(VENV)/.main  ## what compiles for long: every row of the ablations, every config, every mesh, further programs of each command
-	XLA_FLAGS="$(CHEAP)" $(PY) $(call marked,slow and not aot and not aot_gpu) -n 2 --dist worksteal
+	XLA_FLAGS="$$XLA_FLAGS $(CHEAP)" $(PY) $(call marked,slow and not aot and not aot_gpu) -n 2 --dist worksteal
 
 processes: $(VENV)/.main  ## the commands in processes of their own: the whole chain, two hosts, kill -9, SIGTERM (minutes)
 	$(PY) $(call marked,processes)
