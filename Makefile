@@ -6,10 +6,6 @@ PY := $(VENV)/bin/python
 # pytest on the files that name a mark: collecting all of them takes half a minute. libero_assets marks tests with `sim`.
 marked = -m pytest -m "$(1)" $$(grep -rlwE "$(firstword $(1))$(if $(filter sim,$(1)),|libero_assets)" tests --include="test_*.py")
 
-# Compiling is most of what `test` takes, and XLA's older fusions compile in two thirds of the time. Without fused
-# multiply-add (SSE has none) numbers do not depend on what is computed in one loop: its tests compare bits of programs.
-CHEAP := --xla_cpu_use_fusion_emitters=false $(if $(filter x86_64,$(shell uname -m)),--xla_cpu_max_isa=SSE4_2)
-
 SUITE ?= place
 SPLIT ?= unseen
 
@@ -42,7 +38,7 @@ quickstart: $(VENV)/.main  ## demonstrations, LoRA training, evaluation, report:
 	$(PY) -m semanticvla_jax.quickstart --suite=$(SUITE) --split=$(SPLIT) --out=runs/quickstart_$(SUITE)_$(SPLIT)
 
 test: $(VENV)/.main  ## all tests that need nothing but the main requirements
-	XLA_FLAGS="$$XLA_FLAGS $(CHEAP)" $(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not lerobot and not processes and not slow and not clients"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not parity and not aot and not aot_gpu and not sim and not lerobot and not processes and not slow and not clients"
 
 slow: $(VENV)/.main  ## what compiles for long: every row of the ablations, every config, every mesh, further programs of each command
 	$(PY) $(call marked,slow and not aot and not aot_gpu) -n 2 --dist worksteal
