@@ -26,7 +26,7 @@ install_import_hook("semanticvla_jax", "beartype.beartype")
 from semanticvla_jax.data import tfrecord_index  # noqa: E402
 from semanticvla_jax.evaluate import visualize  # noqa: E402
 
-visualize.SIZE = 64  # pictures drawn by programs compiled as above take as long as all else in an evaluation
+visualize.SIZE = 64  # drawn at 256 by programs compiled as above, films were a third of an evaluation
 tfrecord_index.CACHE = f"{CACHE}_data"
 
 
